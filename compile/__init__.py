@@ -1,0 +1,5 @@
+"""Turns Llama weights into artifacts that sf_local runs. Use `from compile import build, demo`."""
+
+from compile.build import BuildOptions, build, demo
+
+__all__ = ["BuildOptions", "build", "demo"]

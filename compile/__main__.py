@@ -1,0 +1,106 @@
+"""`python -m compile` and `sf-compile`: weights in, artifact folder out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from compile.build import BuildOptions, Progress, build
+from compile.target import CPU_LEVELS, HIP_CHIPS
+from compile.weights import DTYPES
+from sf_local.errors import SfLocalError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    start = time.perf_counter()
+    try:
+        options = BuildOptions(
+            target=args.target,
+            cpu=args.cpu,
+            weight_dtype=args.weights,
+            kv_dtype=args.kv,
+            page_size=args.page_size,
+            prefill_batch_sizes=args.prefill_batch_sizes,
+            decode_batch_sizes=args.decode_batch_sizes,
+            max_seq_len=args.max_seq_len,
+        )
+        output = args.output or Path(f"{Path(args.source).stem}-{args.target}")
+        with progress_display() as progress:
+            build(
+                args.source, output, options,
+                keep_mlir=args.keep_mlir, force=args.force, progress=progress,
+            )  # fmt: skip
+    except SfLocalError as error:
+        print(f"sf-compile: {error}", file=sys.stderr)
+        return 1
+    print(f"{output} is ready ({time.perf_counter() - start:.0f} s)")
+    return 0
+
+
+@contextmanager
+def progress_display() -> Iterator[Progress]:
+    """A progress line on the terminal (standard error) while something is built."""
+    from rich.console import Console
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Display
+
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Display(*columns, console=Console(stderr=True), transient=True) as display:
+        task = display.add_task("starting", total=None)
+
+        def show(stage: str, share: float | None) -> None:
+            if share is None:
+                display.reset(task, description=stage, total=None)
+            else:
+                display.update(task, description=stage, total=1.0, completed=share)
+
+        yield show
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sf-compile",
+        description="Compile Llama weights to a folder that sf_local runs.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    defaults = BuildOptions()
+    parser.add_argument(
+        "source",
+        help='a Hugging Face folder or repo id, a .gguf file, or "demo" (SmolLM2-135M-Instruct)',
+    )
+    parser.add_argument("-o", "--output", type=Path, help="folder to make (default: SOURCE-TARGET)")
+    parser.add_argument(
+        "--target", default=defaults.target, metavar="TARGET", help=f"cpu, {', '.join(HIP_CHIPS)}"
+    )
+    parser.add_argument(
+        "--cpu", default=defaults.cpu, metavar="LEVEL", help=f"for cpu: {', '.join(CPU_LEVELS)}"
+    )
+    parser.add_argument(
+        "--weights", choices=list(DTYPES), help="weight type (default: bf16 on CPUs, f16 on GPUs)"
+    )
+    parser.add_argument("--kv", choices=list(DTYPES), help="KV cache type (default: as --weights)")
+    parser.add_argument("--page-size", type=int, default=defaults.page_size, help="tokens a page")
+    for name in ("prefill_batch_sizes", "decode_batch_sizes"):
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=_sizes, default=getattr(defaults, name),
+            metavar="N,N,...", help="rows of the compiled batches, ascending",
+        )  # fmt: skip
+    parser.add_argument(
+        "--max-seq-len", type=int, help="context in tokens (default: the model's own)"
+    )
+    parser.add_argument("--keep-mlir", action="store_true", help="keep model.mlir in the folder")
+    parser.add_argument("--force", action="store_true", help="replace an existing folder")
+    return parser
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""Weights in, artifact folder out: convert, emit, compile, and move into place as a whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from compile.cache import cache_dir
+from compile.llama import LlamaEmitter, ModelOptions
+from compile.sources import DEMO_SHA256, Source, demo_gguf, open_source
+from compile.target import Target, resolve_target
+from compile.weights import DTYPES, check_tensors, type_name, write_weights
+from sf_local import artifact, irpa
+from sf_local.artifact import (
+    COMPILER_VERSION,
+    CONFIG,
+    FORMAT_VERSION,
+    MANIFEST,
+    VMFB,
+    WEIGHTS,
+    Manifest,
+    ModelConfig,
+    PagedKVCache,
+    file_sha256,
+    parameters_sha256,
+)
+from sf_local.errors import CompileError, OutputError, UnsupportedError
+
+Progress = Callable[[str, float | None], None]  # what is being done, and which share of it
+MLIR = "model.mlir"
+DTYPE_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+MAX_BATCH_SIZE = 256
+PAGE_SIZES = (8, 16, 32, 64, 128, 256)
+
+
+def _silent(stage: str, share: float | None) -> None:
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildOptions:
+    """What to build; raises UnsupportedError for values that cannot be built.
+
+    target: "cpu" or an AMD chip such as "gfx942"; cpu: "host", "generic", "x86-64-v3" or
+    "x86-64-v4". weight_dtype, kv_dtype: "f32", "f16" or "bf16", None for the target's default.
+    page_size: tokens a KV page. max_seq_len: context in tokens, None for the model's own.
+    """
+
+    target: str = "cpu"
+    cpu: str = "host"
+    weight_dtype: str | None = None
+    kv_dtype: str | None = None
+    page_size: int = 16
+    prefill_batch_sizes: tuple[int, ...] = (1, 4)
+    decode_batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
+    max_seq_len: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("weight_dtype", "kv_dtype"):
+            if (value := getattr(self, name)) not in (None, *DTYPES):
+                raise UnsupportedError(f"{name}={value!r}; use one of {', '.join(DTYPES)}")
+        if self.page_size not in PAGE_SIZES:
+            raise UnsupportedError(f"page_size={self.page_size!r}; use one of {PAGE_SIZES}")
+        for name in ("prefill_batch_sizes", "decode_batch_sizes"):
+            sizes = getattr(self, name)
+            if (
+                not sizes
+                or list(sizes) != sorted(set(sizes))
+                or not all(1 <= size <= MAX_BATCH_SIZE for size in sizes)
+            ):
+                raise UnsupportedError(
+                    f"{name}={sizes!r}; give different sizes from 1 to {MAX_BATCH_SIZE}, ascending"
+                )
+        if self.max_seq_len is not None and self.max_seq_len < self.page_size:
+            raise UnsupportedError(
+                f"max_seq_len={self.max_seq_len!r}; it must hold a page of {self.page_size} tokens"
+            )
+
+
+def build(
+    source: str | Path,
+    output: str | Path,
+    options: BuildOptions | None = None,
+    *,
+    keep_mlir: bool = False,
+    force: bool = False,
+    progress: Progress = _silent,
+) -> Path:
+    """Compile `source` (a Hugging Face folder or id, a .gguf file, or "demo") into `output`.
+
+    The folder appears whole or not at all; an existing one is replaced only with `force`. Returns
+    its path. Raises CompileError.
+    """
+    options = options or BuildOptions()
+    target = resolve_target(options.target, options.cpu)
+    output = Path(output).expanduser().absolute()
+    if output.exists() and not force:
+        raise OutputError(f"{output} exists already; use --force to replace it, or another folder")
+    opened = open_source(source, lambda message: progress(message, None))
+    check_tensors(opened)
+    emitter = _emitter(opened, options, target)
+    with _staging(output) as folder:
+        _write_model(folder, opened, emitter, target, progress)
+        if not keep_mlir:
+            (folder / MLIR).unlink()
+        _write_descriptions(folder, opened, emitter, options, target)
+    return output
+
+
+def demo(options: BuildOptions | None = None, *, progress: Progress = _silent) -> Path:
+    """The artifact of the demo model (SmolLM2-135M-Instruct), built once per set of inputs.
+
+    It lies in the user's cache folder under a hash of the weights, the options, the target with its
+    CPU features, the compiler and this code.
+    """
+    options = options or BuildOptions()
+    folder = cache_dir() / "artifacts" / f"smollm2-{_fingerprint(DEMO_SHA256, options)}"
+    if not (folder / MANIFEST).exists():
+        build(
+            demo_gguf(lambda m: progress(m, None)), folder, options, force=True, progress=progress
+        )
+    return folder
+
+
+def _fingerprint(source_sha256: str, options: BuildOptions) -> str:
+    """A hash of everything that a build depends on."""
+    digest = hashlib.sha256(f"{source_sha256} {COMPILER_VERSION} {options}".encode())
+    digest.update(repr(resolve_target(options.target, options.cpu)).encode())
+    here = Path(__file__).parent
+    for path in sorted([*here.glob("*.py"), *map(Path, (artifact.__file__, irpa.__file__))]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _emitter(source: Source, options: BuildOptions, target: Target) -> LlamaEmitter:
+    weight_dtype = options.weight_dtype or target.weight_dtype
+    context = source.config.max_seq_len
+    model = ModelOptions(
+        weight_dtype=weight_dtype,
+        kv_dtype=options.kv_dtype or weight_dtype,
+        page_size=options.page_size,
+        prefill_batch_sizes=options.prefill_batch_sizes,
+        decode_batch_sizes=options.decode_batch_sizes,
+        max_seq_len=options.max_seq_len
+        or math.floor(context / options.page_size) * options.page_size,
+    )
+    if model.max_seq_len > context:
+        raise UnsupportedError(
+            f"max_seq_len={model.max_seq_len}: {source.name} was trained for {context} tokens"
+        )
+    return LlamaEmitter(source.config, model, target.layout(weight_dtype))
+
+
+@contextmanager
+def _staging(output: Path) -> Iterator[Path]:
+    """A temporary folder beside `output` that takes its place, or vanishes if the body fails."""
+    staging: Path | None = None
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        staging.chmod(0o755)
+        yield staging
+        if output.exists():
+            shutil.rmtree(output)
+        os.replace(staging, output)
+    except OSError as error:
+        raise OutputError(
+            f"{output}: cannot be written ({error.strerror or error}); free some space, or choose a "
+            "folder that you may write to"
+        ) from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_model(
+    folder: Path, source: Source, emitter: LlamaEmitter, target: Target, progress: Progress
+) -> None:
+    """weights.irpa, model.mlir, model.vmfb and the tokenizer's files."""
+    write_weights(
+        folder / WEIGHTS, source, list(emitter.parameters.values()), emitter.layout,
+        lambda done, total: progress("converting weights", done / total),
+    )  # fmt: skip
+    progress(f"compiling for {target.name}", None)
+    (folder / MLIR).write_text(emitter.emit())
+    _iree_compile(folder / MLIR, folder / VMFB, target)
+    source.write_tokenizer(folder)
+
+
+def _iree_compile(mlir: Path, vmfb: Path, target: Target) -> None:
+    try:
+        from iree.compiler.tools.binaries import find_tool
+    except ImportError as error:
+        raise CompileError(
+            'the compiler is not installed; run: pip install "sf-local[compile]"'
+        ) from error
+    command = [find_tool("iree-compile"), str(mlir), *target.flags, "-o", str(vmfb)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode or not vmfb.exists():
+        raise CompileError(
+            f"iree-compile failed for {target.name} (exit {done.returncode}): "
+            f"{done.stderr.strip()[:2000]}"
+        )
+
+
+def _write_descriptions(
+    folder: Path, source: Source, emitter: LlamaEmitter, options: BuildOptions, target: Target
+) -> None:
+    """config.json, then artifact.json, which holds the hashes of all other files."""
+    config = _model_config(emitter)
+    (folder / CONFIG).write_text(_json(dataclasses.asdict(config)))
+    files = {
+        path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(folder.iterdir())
+    }
+    model = emitter.options
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        compiler_version=COMPILER_VERSION,
+        source={"name": source.name, "sha256": source.sha256},
+        target=target.name,
+        device=target.device,
+        cpu_features=target.cpu_features,
+        weight_dtype=model.weight_dtype,
+        kv_dtype=model.kv_dtype,
+        vocab_size=source.config.vocab_size,
+        bos_token_id=source.bos_token_id,
+        eos_token_ids=source.eos_token_ids,
+        functions=emitter.function_names,
+        page_elements=emitter.page_elements,
+        parameters_sha256=parameters_sha256(
+            {p.name: type_name(p) for p in emitter.parameters.values()}
+        ),
+        files=files,
+    )
+    (folder / MANIFEST).write_text(_json(dataclasses.asdict(manifest)))
+
+
+def _model_config(emitter: LlamaEmitter) -> ModelConfig:
+    config, model = emitter.config, emitter.options
+    return ModelConfig(
+        max_seq_len=model.max_seq_len,
+        transformer_block_count=config.num_layers,
+        attn_head_dim=config.head_dim,
+        prefill_batch_sizes=list(model.prefill_batch_sizes),
+        decode_batch_sizes=list(model.decode_batch_sizes),
+        has_prefill_position=True,
+        paged_kv_cache=PagedKVCache(
+            attention_head_count_kv=config.num_kv_heads,
+            block_seq_stride=model.page_size,
+            device_block_count=model.max_seq_len // model.page_size + 1,
+            kv_cache_dtype=DTYPE_NAMES[model.kv_dtype],
+            paged_kv_block_size_elements_per_device=[emitter.page_elements],
+        ),
+    )
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2) + "\n"

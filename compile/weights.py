@@ -1,0 +1,198 @@
+"""Source tensors to model parameters: checked both ways, then written in a stream.
+
+Rows are read, converted and packed a block at a time, so memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from compile.config import LlamaConfig
+from compile.llama import Parameter
+from compile.sources import Source, SourceTensor
+from compile.target import Layout
+from sf_local import irpa
+from sf_local.errors import SourceError
+
+DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
+BLOCK_ELEMENTS = 16 << 20  # of one block of rows; 64 MiB in f32
+
+Array = NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`num_rows` rows of a matrix: a source tensor, then zeros."""
+
+    tensor: SourceTensor
+    num_rows: int
+
+
+def check_tensors(source: Source) -> None:
+    """Raise SourceError unless the source has exactly the tensors of its config."""
+    expected = expected_shapes(source.config)
+    missing = sorted(expected.keys() - source.tensors.keys())
+    unknown = sorted(source.tensors.keys() - expected.keys())
+    if missing or unknown:
+        raise SourceError(
+            f"{source.name}: the weights do not fit a Llama of {source.config.num_layers} layers; "
+            f"missing: {_shorten(missing)}; left over: {_shorten(unknown)}"
+        )
+    for name, shape in expected.items():
+        found = source.tensors[name].shape
+        if found != shape:
+            raise SourceError(
+                f"{source.name}: {name} has shape {found}, but its config asks for {shape}"
+            )
+
+
+def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes [out, in] of all source tensors, by canonical name."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (config.vocab_size, hidden),
+        "output_norm.weight": (hidden,),
+    }
+    if not config.tied_embeddings:
+        shapes["output.weight"] = (config.vocab_size, hidden)
+    for i in range(config.num_layers):
+        shapes |= {
+            f"blk.{i}.attn_norm.weight": (hidden,),
+            f"blk.{i}.attn_q.weight": (heads, hidden),
+            f"blk.{i}.attn_k.weight": (kv, hidden),
+            f"blk.{i}.attn_v.weight": (kv, hidden),
+            f"blk.{i}.attn_output.weight": (hidden, heads),
+            f"blk.{i}.ffn_norm.weight": (hidden,),
+            f"blk.{i}.ffn_gate.weight": (inner, hidden),
+            f"blk.{i}.ffn_up.weight": (inner, hidden),
+            f"blk.{i}.ffn_down.weight": (hidden, inner),
+        }
+    return shapes
+
+
+def write_weights(
+    path: Path,
+    source: Source,
+    parameters: Sequence[Parameter],
+    layout: Layout,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Write all parameters to `path`; `progress(done, total)` counts bytes."""
+    entries = [(p.name, type_name(p), _num_bytes(p)) for p in parameters]
+    total = sum(num_bytes for _, _, num_bytes in entries)
+
+    def blocks() -> Iterator[memoryview]:
+        done = 0
+        for parameter in parameters:
+            for block in _parameter_blocks(source, parameter, layout):
+                data = np.ascontiguousarray(block).view(np.uint8).reshape(-1).data
+                done += len(data)
+                yield data
+                progress(done, total)
+
+    with path.open("wb") as file:
+        irpa.write_archive(file, entries, blocks())
+
+
+def type_name(parameter: Parameter) -> str:
+    return "x".join([*map(str, parameter.shape), parameter.dtype])
+
+
+def rope_table(config: LlamaConfig, max_seq_len: int) -> NDArray[np.float32]:
+    """Cosines and sines of every position: [max_seq_len, 2, D/2]."""
+    angles = np.arange(max_seq_len)[:, None] * rope_frequencies(config)
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+def rope_frequencies(config: LlamaConfig) -> NDArray[np.float64]:
+    """[D/2] radians a position, scaled as Llama 3.1 and transformers do."""
+    half = config.head_dim // 2
+    frequencies: NDArray[np.float64] = config.rope_theta ** (-np.arange(half) / half)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    if scaling.kind == "factors":
+        return frequencies / np.asarray(scaling.factors, np.float64)
+    # llama3: the share of the unscaled frequency grows with the turns made in the old context
+    turns = scaling.original_max_seq_len * frequencies / (2 * math.pi)
+    share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    share = np.clip(share, 0, 1)
+    stretched: NDArray[np.float64] = frequencies * (share + (1 - share) / scaling.factor)
+    return stretched
+
+
+def _parameter_blocks(source: Source, parameter: Parameter, layout: Layout) -> Iterator[Array]:
+    if parameter.name == "rope":
+        yield rope_table(source.config, parameter.shape[0])
+        return
+    segments = _segments(source.tensors, parameter, layout)
+    if len(parameter.shape) == 1:
+        vector = segments[0].tensor.read(slice(None)).astype(np.float32)
+        yield np.pad(vector, (0, parameter.shape[0] - len(vector)))
+        return
+    yield from _matrix_blocks(segments, parameter, layout)
+
+
+def _segments(
+    tensors: Mapping[str, SourceTensor], parameter: Parameter, layout: Layout
+) -> list[Segment]:
+    """The source tensors that make up a parameter, one after the other."""
+    fused = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_gate_up": ("ffn_gate", "ffn_up")}
+    for name, parts in fused.items():
+        if name in parameter.name:
+            members = [tensors[parameter.name.replace(name, part)] for part in parts]
+            pad = layout.pad if name == "ffn_gate_up" else int
+            return [Segment(t, pad(t.shape[0])) for t in members]
+    tensor = tensors[parameter.name]
+    return [Segment(tensor, tensor.shape[0])]
+
+
+def _matrix_blocks(
+    segments: Sequence[Segment], parameter: Parameter, layout: Layout
+) -> Iterator[Array]:
+    """Blocks of whole row tiles, packed as `layout` says."""
+    dtype = DTYPES[parameter.dtype]
+    packed = len(parameter.shape) == 4
+    rows, cols = layout.matrix_size(parameter.shape)
+    unit = layout.n_tile
+    step = max(BLOCK_ELEMENTS // cols // unit, 1) * unit
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        block = np.zeros((count, cols), dtype)
+        _read_rows(segments, start, block)
+        if packed:
+            n, k = parameter.shape[2:]
+            block = block.reshape(count // n, n, cols // k, k).transpose(0, 2, 1, 3)
+        yield block
+
+
+def _read_rows(segments: Sequence[Segment], start: int, out: Array) -> None:
+    """Fill `out` with rows from `start` on; what no tensor covers stays zero."""
+    base = 0
+    for segment in segments:
+        first = max(start, base)
+        last = min(start + len(out), base + segment.tensor.shape[0])
+        if first < last:
+            rows = segment.tensor.read(slice(first - base, last - base))
+            out[first - start : last - start, : rows.shape[1]] = rows.astype(out.dtype)
+        base += segment.num_rows
+
+
+def _num_bytes(parameter: Parameter) -> int:
+    return math.prod(parameter.shape) * int(np.dtype(DTYPES[parameter.dtype]).itemsize)
+
+
+def _shorten(names: Sequence[str]) -> str:
+    if not names:
+        return "none"
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,50 @@
+"""LLMs inside your own process: an SGLang backend and an engine for IREE-compiled Llamas.
+
+Importing this attaches `sgl.ShortfinLocal`, now or when sglang is imported; nothing heavy loads
+until it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import sys
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+from sf_local import errors
+from sf_local.errors import SfLocalError
+
+if TYPE_CHECKING:
+    from sf_local.backend import ShortfinLocal
+    from sf_local.engine import Engine, Output
+    from sf_local.request import SamplingParams
+
+__all__ = ["Engine", "Output", "SamplingParams", "SfLocalError", "ShortfinLocal", "errors"]
+
+_HOMES = {
+    "ShortfinLocal": "sf_local.backend",
+    "Engine": "sf_local.engine",
+    "Output": "sf_local.engine",
+    "SamplingParams": "sf_local.request",
+}
+
+if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+    raise ImportError(
+        f"sf_local runs on Linux x86-64 only, because shortfin does; this is {sys.platform} "
+        f"{platform.machine()}"
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sf_local' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+@wrapt.when_imported("sglang")
+def _attach(sglang: Any) -> None:
+    from sf_local.backend import ShortfinLocal
+
+    sglang.ShortfinLocal = ShortfinLocal

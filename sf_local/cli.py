@@ -1,0 +1,157 @@
+"""The `sf-local` command: chat, generate, inspect."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sf_local.artifact import DTYPE_BYTES, Artifact, open_artifact, verify
+from sf_local.errors import SfLocalError
+
+if TYPE_CHECKING:
+    from sf_local.engine import Engine, Handle
+    from sf_local.request import SamplingParams
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    try:
+        commands = {"chat": _chat, "generate": _generate, "inspect": _inspect}
+        commands[args.command](args)
+    except SfLocalError as error:
+        print(f"sf-local: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sf-local", description="Run compiled Llama models in this process."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    chat = commands.add_parser("chat", help="talk to a model; an empty line or Ctrl-D ends")
+    chat.add_argument("--system", help="system message (default: the model's own)")
+    generate = commands.add_parser("generate", help="continue a prompt")
+    generate.add_argument("--prompt", help="default: standard input")
+    for command in (chat, generate):
+        command.add_argument("artifact", help="folder made by sf-compile, or a .vmfb file")
+        command.add_argument("--device", default="cpu", help="cpu, hip or hip:N (default: cpu)")
+        command.add_argument("--max-new-tokens", type=int, default=512)
+        command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+        command.add_argument("--top-p", type=float, default=1.0)
+        command.add_argument("--top-k", type=int, default=-1)
+        command.add_argument("--seed", type=int)
+    inspect = commands.add_parser("inspect", help="show what an artifact holds")
+    inspect.add_argument("artifact")
+    inspect.add_argument("--verify", action="store_true", help="hash every file as well")
+    return parser
+
+
+def _params(args: argparse.Namespace, stop: Sequence[str] = ()) -> SamplingParams:
+    from sf_local.request import SamplingParams
+
+    return SamplingParams(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        seed=args.seed,
+        stop=stop,
+    )
+
+
+def _engine(args: argparse.Namespace) -> Engine:
+    from sf_local.engine import Engine
+
+    return Engine(args.artifact, args.device)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    params = _params(args)
+    prompt = sys.stdin.read() if args.prompt is None else args.prompt
+    with _engine(args) as engine:
+        _print_stream(engine.submit(prompt, params))
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from sf_local.chat_template import derive_chat_template
+
+    with _engine(args) as engine:
+        template = derive_chat_template(engine.tokenizer, engine.artifact.name)
+        params = _params(args, template.stop_str)
+        messages = [{"role": "system", "content": args.system}]
+        while text := _ask():
+            messages.append({"role": "user", "content": text})
+            opening = template.get_prefix_and_suffix("assistant", messages)[0]
+            answer = _print_stream(engine.submit(template.get_prompt(messages) + opening, params))
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def _print_stream(handle: Handle) -> str:
+    """Print the answer as it grows, and its speed to standard error."""
+    for text in handle:
+        print(text, end="", flush=True)
+    print()
+    output = handle.result()
+    decode_time = output.latency - output.time_to_first_token
+    rate = (output.completion_tokens - 1) / decode_time if decode_time > 0 else 0.0
+    print(
+        f"[{output.prompt_tokens} + {output.completion_tokens} tokens, "
+        f"{output.time_to_first_token * 1000:.0f} ms to the first, {rate:.0f} tokens/s]",
+        file=sys.stderr,
+    )
+    return output.text
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    artifact = open_artifact(args.artifact)
+    for name, value in describe(artifact):
+        print(f"{name:16} {value}")
+    if args.verify:
+        verify(artifact)
+        print("every file has the hash it was made with")
+
+
+def describe(artifact: Artifact) -> list[tuple[str, str]]:
+    """What an artifact holds, as (name, value) lines."""
+    config, manifest = artifact.config, artifact.manifest
+    cache = config.paged_kv_cache
+    token_bytes = config.page_bytes // config.page_size
+    lines = [
+        ("vmfb", f"{artifact.vmfb} ({artifact.vmfb.stat().st_size / 1e6:.1f} MB)"),
+        ("weights", f"{artifact.num_weight_bytes / 1e6:.1f} MB"),
+        ("context", f"{config.max_seq_len} tokens"),
+        ("layers", f"{config.transformer_block_count}, {cache.attention_head_count_kv} KV heads "
+                   f"of {config.attn_head_dim}"),
+        ("KV cache", f"{cache.kv_cache_dtype} ({DTYPE_BYTES[cache.kv_cache_dtype]} bytes), "
+                     f"{config.page_size} tokens a page, {token_bytes / 1e3:.1f} kB a token"),
+        ("prefill batches", ", ".join(map(str, config.prefill_batch_sizes))),
+        ("decode batches", ", ".join(map(str, config.decode_batch_sizes))),
+    ]  # fmt: skip
+    if manifest is None:
+        return [*lines, ("made by", "another exporter (no artifact.json)")]
+    return [
+        ("source", f"{manifest.source['name']} (sha256 {manifest.source['sha256'][:16]})"),
+        ("target", f"{manifest.target} {' '.join(manifest.cpu_features)}".strip()),
+        ("weight type", manifest.weight_dtype),
+        ("compiler", f"iree-compile {manifest.compiler_version}"),
+        *lines,
+        ("vocabulary", str(manifest.vocab_size)),
+        ("functions", ", ".join(manifest.functions)),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""shortfin systems: open "cpu", "hip" or "hip:1", and IREE's process-wide flags.
+
+One of the two files that import shortfin. A `Device` owns a system with one worker thread; the
+engine runs on that worker.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import shortfin as sf
+
+from sf_local.errors import DeviceError
+
+# Decode is a chain of short dispatches: without spinning, workers sleep between them (12.6 ms a
+# token against 10.0). amdsharktank's CPU code needs more than the default 128 KiB of stack.
+IREE_FLAGS = ("--task_worker_spin_us=20", "--task_worker_stack_size=4194304")
+ALLOWED = '"cpu", "hip", or "hip:N" for the N-th AMD GPU'
+
+_flags_parsed = False
+
+
+class Device:
+    """An open device. `close()` ends its threads; free all arrays first."""
+
+    def __init__(self, spec: str) -> None:
+        self.kind, self.index = parse_device(spec)
+        _parse_iree_flags()
+        self.system = _cpu_system() if self.kind == "cpu" else _hip_system(self.index)
+        self.worker = self.system.create_worker("sf_local")
+        self.fiber = self.system.create_fiber(self.worker)
+        self.scoped = self.fiber.device(0)
+
+    def run(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Start a coroutine on the worker thread; it must catch its own exceptions."""
+        self.worker.call_threadsafe(lambda: self.worker.loop.create_task(coroutine))
+
+    def close(self) -> None:
+        del self.scoped, self.fiber, self.worker
+        self.system.shutdown()
+        del self.system
+
+
+def parse_device(spec: str) -> tuple[str, int]:
+    """("cpu" | "hip", index) of a device name; raises DeviceError."""
+    match = re.fullmatch(r"(cpu)|hip(?::(\d{1,3}))?", spec) if isinstance(spec, str) else None
+    if not match:
+        raise DeviceError(f"device={spec!r} is unknown; use {ALLOWED}")
+    return ("cpu", 0) if match[1] else ("hip", int(match[2] or 0))
+
+
+def _cpu_system() -> Any:
+    return sf.host.CPUSystemBuilder().create_system()
+
+
+def _hip_system(index: int) -> Any:
+    """A system with the `index`-th GPU alone."""
+    try:
+        builder = sf.amdgpu.SystemBuilder()
+        available = list(builder.available_devices)
+    except Exception as error:
+        raise DeviceError(
+            f"device='hip': the AMD driver or libamdhip64.so is not usable ({_first_line(error)}); "
+            "install ROCm, point IREE_HIP_DYLIB_PATH at its folder, or use device='cpu'"
+        ) from error
+    if index >= len(available):
+        raise DeviceError(
+            f"device='hip:{index}': {len(available)} AMD GPU(s) found; use a smaller index, or "
+            "device='cpu'"
+        )
+    builder.visible_devices = [available[index]]
+    try:
+        return builder.create_system()
+    except Exception as error:
+        raise DeviceError(f"device='hip:{index}' cannot be opened: {_first_line(error)}") from error
+
+
+def _parse_iree_flags() -> None:
+    """Set IREE_FLAGS in the registry that libshortfin exports; shortfin has no option for them."""
+    global _flags_parsed
+    if _flags_parsed:
+        return
+    _flags_parsed = True
+    maps = Path("/proc/self/maps").read_text()
+    library = ctypes.CDLL(re.findall(r"\S*/libshortfin\S*", maps)[0])
+    arguments = [b"sf_local", *(flag.encode() for flag in IREE_FLAGS)]
+    argv = (ctypes.c_char_p * (len(arguments) + 1))(*arguments, None)
+    argc = ctypes.c_int(len(arguments))
+    pointer = ctypes.cast(argv, ctypes.POINTER(ctypes.c_char_p))
+    library.iree_flags_parse(0, ctypes.byref(argc), ctypes.byref(pointer))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

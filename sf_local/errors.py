@@ -1,0 +1,78 @@
+"""Every error that reaches a user. The tree:
+
+SfLocalError
+├── ArtifactError           what was compiled cannot be used
+│   ├── MissingFileError    a file of the artifact is not there
+│   ├── CorruptFileError    a file is truncated, malformed, or its hash differs
+│   ├── VersionError        made by another compiler or format version
+│   ├── TargetError         made for another device or CPU
+│   └── MismatchError       files of the artifact that disagree with each other
+├── DeviceError             the device is unknown, absent, or failed
+├── RequestError            a request that cannot be served as asked (also a ValueError)
+├── ChatTemplateError       the model's chat template cannot be used
+├── EngineError             the engine is closed or failed
+└── CompileError            weights that cannot be turned into an artifact
+    ├── SourceError         the weights are missing, corrupt, or unreachable
+    ├── UnsupportedError    a model, tokenizer, chip, or option that is not supported
+    └── OutputError         the output folder cannot be written
+"""
+
+
+class SfLocalError(Exception):
+    """Base class of all errors raised by sf_local and compile."""
+
+
+class ArtifactError(SfLocalError):
+    """What was compiled cannot be used."""
+
+
+class MissingFileError(ArtifactError):
+    """A file of the artifact is not there."""
+
+
+class CorruptFileError(ArtifactError):
+    """A file of the artifact is truncated, malformed, or its hash differs."""
+
+
+class VersionError(ArtifactError):
+    """The artifact was made by another compiler or format version."""
+
+
+class TargetError(ArtifactError):
+    """The artifact was made for another device or CPU."""
+
+
+class MismatchError(ArtifactError):
+    """Files of one artifact disagree with each other."""
+
+
+class DeviceError(SfLocalError):
+    """The device is unknown, absent, or failed."""
+
+
+class RequestError(SfLocalError, ValueError):
+    """A request that cannot be served as asked."""
+
+
+class ChatTemplateError(SfLocalError):
+    """The model's chat template cannot be used."""
+
+
+class EngineError(SfLocalError):
+    """The engine is closed or failed."""
+
+
+class CompileError(SfLocalError):
+    """Weights that cannot be turned into an artifact."""
+
+
+class SourceError(CompileError):
+    """The weights are missing, corrupt, or unreachable."""
+
+
+class UnsupportedError(CompileError):
+    """A model, tokenizer, chip, or option that is not supported."""
+
+
+class OutputError(CompileError):
+    """The output folder cannot be written."""

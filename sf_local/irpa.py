@@ -1,0 +1,120 @@
+"""IREE parameter archives (.irpa, version 0.0): write one in a stream, read and check its table.
+
+The format is IREE's `runtime/src/iree/schemas/parameter_archive.h`. Each entry's metadata holds its
+type as "4x8xbf16", which IREE ignores and `artifact.py` compares.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from sf_local.errors import CorruptFileError, MissingFileError
+
+_HEADER = struct.Struct("<IHHQQQ Q QQ QQ QQ")  # prefix, entry count, entries, metadata, storage
+_ENTRY = struct.Struct("<QIQ QQ QQ Q QQ")  # size, type, flags, name, metadata, alignment, data
+_MAGIC = 0x41505249
+_DATA = 2
+_ENTRY_STRIDE = 80
+_ALIGNMENT = 64  # of each parameter; the storage segment itself starts on a page
+_PAGE = 4096
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter: its type such as "4x8xbf16", and where its bytes lie in the file."""
+
+    type: str
+    offset: int
+    num_bytes: int
+
+
+def write_archive(
+    file: BinaryIO, entries: Sequence[tuple[str, str, int]], data: Iterable[bytes | memoryview]
+) -> None:
+    """Write (name, type, num_bytes) entries, then their bytes in the same order, in any chunks."""
+    names = b"".join(name.encode() + kind.encode() for name, kind, _ in entries)
+    metadata_start = _aligned(_HEADER.size, 16) + _ENTRY_STRIDE * len(entries)
+    storage_start = _aligned(metadata_start + len(names), _PAGE)
+    table, metadata, offset = bytearray(), 0, 0
+    for name, kind, num_bytes in entries:
+        sizes = len(name.encode()), len(kind.encode())
+        entry = _ENTRY.pack(_ENTRY.size, _DATA, 0, metadata, sizes[0], metadata + sizes[0],
+                            sizes[1], _ALIGNMENT, offset, num_bytes)  # fmt: skip
+        table += entry.ljust(_ENTRY_STRIDE, b"\0")
+        metadata += sum(sizes)
+        offset = _aligned(offset + num_bytes, _ALIGNMENT)
+    header = _HEADER.pack(_MAGIC, 0, 0, _HEADER.size, 0, 0, len(entries),
+                          _aligned(_HEADER.size, 16), len(table), metadata_start, len(names),
+                          storage_start, offset)  # fmt: skip
+    file.write(header.ljust(_aligned(_HEADER.size, 16), b"\0"))
+    file.write(bytes(table))
+    file.write(names.ljust(storage_start - metadata_start, b"\0"))
+    _write_storage(file, [num_bytes for _, _, num_bytes in entries], data)
+
+
+def _write_storage(
+    file: BinaryIO, sizes: Sequence[int], data: Iterable[bytes | memoryview]
+) -> None:
+    chunks = iter(data)
+    for num_bytes in sizes:
+        written = 0
+        while written < num_bytes:
+            chunk = memoryview(next(chunks)).cast("B")
+            file.write(chunk)
+            written += len(chunk)
+        assert written == num_bytes, "a parameter's chunks do not add up to its size"
+        file.write(b"\0" * (_aligned(num_bytes, _ALIGNMENT) - num_bytes))
+
+
+def read_table(path: Path) -> Mapping[str, Entry]:
+    """The entries of an archive, each inside the file.
+
+    Raises MissingFileError, or CorruptFileError for anything that is not a whole archive.
+    """
+    if not path.is_file():
+        raise MissingFileError(f"{path}: the weights are missing; compile the model again")
+    size = os.path.getsize(path)
+    try:
+        with path.open("rb") as file:
+            return _parse(file, size)
+    except (struct.error, UnicodeDecodeError, ValueError) as error:
+        raise CorruptFileError(
+            f"{path}: not a whole parameter archive of {size} bytes ({error}); "
+            "copy it again, or compile the model again"
+        ) from error
+
+
+def _parse(file: BinaryIO, size: int) -> dict[str, Entry]:
+    head = _HEADER.unpack(file.read(_HEADER.size))
+    magic, major, count = head[0], head[1], head[6]
+    (entries_at, entries_size), (text_at, text_size), (storage_at, storage_size) = (
+        head[7:9], head[9:11], head[11:13],
+    )  # fmt: skip
+    if magic != _MAGIC or major != 0:
+        raise ValueError("wrong magic number or version")
+    if max(entries_at + entries_size, text_at + text_size, storage_at + storage_size) > size:
+        raise ValueError(f"{storage_at + storage_size} bytes expected")
+    file.seek(entries_at)
+    table = file.read(entries_size)
+    file.seek(text_at)
+    text = file.read(text_size)
+    result, position = {}, 0
+    for _ in range(count):
+        entry = _ENTRY.unpack_from(table, position)
+        name_at, name_size, kind_at, kind_size, _, offset, num_bytes = entry[3:]
+        if entry[1] == _DATA and offset + num_bytes > storage_size:
+            raise ValueError(f"entry at {position} reaches beyond the storage")
+        name = text[name_at : name_at + name_size].decode()
+        kind = text[kind_at : kind_at + kind_size].decode(errors="replace")
+        result[name] = Entry(kind, storage_at + offset, num_bytes)
+        position += _aligned(entry[0], 16)
+    return result
+
+
+def _aligned(offset: int, alignment: int) -> int:
+    return (offset + alignment - 1) // alignment * alignment

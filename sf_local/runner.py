@@ -1,0 +1,262 @@
+"""ModelRunner: the compiled program, its KV pages on the device, padding, and the calls.
+
+The other file that imports shortfin. Everything that is async runs on the device's worker thread,
+one call at a time. Page ids and lengths are checked here before every call: inside a VMFB a wrong
+one is memory corruption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import shortfin as sf
+import shortfin.array as sfnp
+from numpy.typing import NDArray
+
+from sf_local.artifact import COMPILER_VERSION, REPAIR, Artifact, check_target
+from sf_local.device import Device
+from sf_local.errors import (
+    ArtifactError,
+    CorruptFileError,
+    EngineError,
+    MismatchError,
+    TargetError,
+    VersionError,
+)
+
+Logits = NDArray[np.float32]
+_NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens of one sequence at positions start .. start + len(tokens) - 1, and all its pages."""
+
+    tokens: Sequence[int]
+    start: int
+    page_ids: Sequence[int]
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+
+class ModelRunner:
+    """A loaded model. `close()` frees all that lies on the device, before the device closes."""
+
+    def __init__(self, artifact: Artifact, device: Device, num_pages: int) -> None:
+        if artifact.manifest:
+            check_target(artifact.manifest, device.kind)
+        self.artifact, self.config, self.num_pages = artifact, artifact.config, num_pages
+        self._device = device
+        self._program = _load_program(artifact, device)
+        self._functions = self._look_up_functions()
+        cache = self.config.paged_kv_cache
+        self._cache = sfnp.device_array.for_device(
+            device.scoped,
+            [num_pages, self.config.page_elements],
+            getattr(sfnp, cache.kv_cache_dtype),
+        )
+        self._arguments: dict[tuple[str, tuple[int, ...]], _Argument] = {}
+
+    async def start(self) -> None:
+        """Zero the cache: attention multiplies what it masks by zero, and NaN survives that."""
+        self._cache.fill(np.zeros(1, _NUMPY_DTYPES[self._cache_dtype]).tobytes())
+        await self._device.scoped
+
+    def close(self) -> None:
+        self._arguments.clear()
+        self._functions.clear()
+        del self._cache, self._program
+
+    @property
+    def max_prefill_rows(self) -> int:
+        return self.config.prefill_batch_sizes[-1]
+
+    @property
+    def max_decode_rows(self) -> int:
+        return self.config.decode_batch_sizes[-1]
+
+    async def prefill(self, rows: Sequence[Row]) -> Logits:
+        """Compute rows of tokens; the logits [len(rows), V] after each row's last token."""
+        size = _fitting(self.config.prefill_batch_sizes, len(rows))
+        if f"prefill_last_bs{size}" in self._functions:
+            return (await self._prefill(f"prefill_last_bs{size}", size, rows))[: len(rows), 0]
+        logits = await self._prefill(f"prefill_bs{size}", size, rows)
+        return np.stack([logits[i, len(row.tokens) - 1] for i, row in enumerate(rows)])
+
+    async def prefill_all(self, rows: Sequence[Row]) -> list[Logits]:
+        """Compute rows of tokens; the logits [len(row), V] after every token of each row."""
+        size = _fitting(self.config.prefill_batch_sizes, len(rows))
+        logits = await self._prefill(f"prefill_bs{size}", size, rows)
+        return [logits[i, : len(row.tokens)] for i, row in enumerate(rows)]
+
+    async def decode(self, rows: Sequence[Row]) -> Logits:
+        """Compute one token a row: logits [len(rows), V]."""
+        assert all(len(row.tokens) == 1 for row in rows)
+        size = _fitting(self.config.decode_batch_sizes, len(rows))
+        width = max(2, *(len(row.page_ids) for row in rows))
+        inputs = {
+            "tokens": _matrix([row.tokens for row in rows], (size, 1)),
+            "seq_lens": _vector([row.end for row in rows], size, fill=1),
+            "start_positions": _vector([row.start for row in rows], size),
+            "page_ids": _matrix([row.page_ids for row in rows], (size, width)),
+        }
+        self._check(rows)
+        return (await self._call(f"decode_bs{size}", inputs))[: len(rows), 0]
+
+    async def _prefill(self, name: str, size: int, rows: Sequence[Row]) -> Logits:
+        page = self.config.page_size
+        self._check(rows)
+        num_pages = -(-max(len(row.tokens) for row in rows) // page)
+        width = max(2, max(row.start for row in rows) // page + num_pages,
+                    *(len(row.page_ids) for row in rows))  # fmt: skip
+        inputs = {"tokens": _matrix([row.tokens for row in rows], (size, num_pages * page))}
+        if self.config.has_prefill_position:
+            inputs["start_positions"] = _vector([row.start for row in rows], size)
+        elif any(row.start for row in rows):
+            raise MismatchError(f"{self.artifact.vmfb}: compiled without has_prefill_position")
+        inputs["seq_lens"] = _vector([row.end for row in rows], size, fill=1)
+        inputs["page_ids"] = _matrix([row.page_ids for row in rows], (size, width))
+        return await self._call(name, inputs)
+
+    async def _call(self, name: str, inputs: dict[str, NDArray[np.int64]]) -> Logits:
+        device = self._device.scoped
+        arguments = [self._argument(key, value) for key, value in inputs.items()]
+        results = await self._functions[name](*arguments, self._cache, fiber=self._device.fiber)
+        return await _to_host(results[0], device, on_host=self._device.kind == "cpu")
+
+    def _argument(self, name: str, value: NDArray[np.int64]) -> Any:
+        """A device array with `value`, reused by later calls of the same shape."""
+        key = (name, value.shape)
+        if key not in self._arguments:
+            self._arguments[key] = _Argument(self._device, value.shape)
+        return self._arguments[key].write(value)
+
+    def _check(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            needed = -(-row.end // self.config.page_size)
+            if not (row.tokens and row.start >= 0 and row.end <= self.config.max_seq_len):
+                raise EngineError(f"positions {row.start} to {row.end} lie outside the context")
+            if len(row.page_ids) < needed or not all(
+                0 < page < self.num_pages for page in row.page_ids
+            ):
+                raise EngineError(f"pages {row.page_ids} do not hold {row.end} tokens")
+
+    @property
+    def _cache_dtype(self) -> str:
+        return self.config.paged_kv_cache.kv_cache_dtype
+
+    def _look_up_functions(self) -> dict[str, Any]:
+        """All functions that config.json names, and `prefill_last` where there is one."""
+        config = self.config
+        wanted = [f"prefill_bs{n}" for n in config.prefill_batch_sizes]
+        wanted += [f"decode_bs{n}" for n in config.decode_batch_sizes]
+        optional = [f"prefill_last_bs{n}" for n in config.prefill_batch_sizes]
+        found = {
+            name: self._program.lookup_function(f"{config.module_name}.{name}")
+            for name in [*wanted, *optional]
+        }
+        missing = [name for name in wanted if found[name] is None]
+        if missing:
+            raise MismatchError(
+                f"{self.artifact.vmfb} lacks {', '.join(missing)}, which config.json names; "
+                f"{REPAIR}"
+            )
+        return {name: function for name, function in found.items() if function is not None}
+
+
+class _Argument:
+    """An i64 argument on the device; written through host memory where it cannot be mapped."""
+
+    def __init__(self, device: Device, shape: tuple[int, ...]) -> None:
+        self._array = sfnp.device_array.for_device(device.scoped, list(shape), sfnp.int64)
+        self._host = self._array if device.kind == "cpu" else self._array.for_transfer()
+
+    def write(self, value: NDArray[np.int64]) -> Any:
+        with self._host.map(discard=True) as mapping:
+            np.frombuffer(mapping, np.int64)[:] = value.reshape(-1)
+        if self._host is not self._array:
+            self._array.copy_from(self._host)
+        return self._array
+
+
+async def _to_host(array: Any, device: Any, *, on_host: bool) -> Logits:
+    """A copy of a device array, as f32."""
+    if not on_host:
+        host = array.for_transfer()
+        host.copy_from(array)
+        array = host
+    await device
+    dtype = _NUMPY_DTYPES[array.dtype.name]
+    with array.map(read=True) as mapping:
+        return np.frombuffer(mapping, dtype).reshape(array.shape).astype(np.float32)
+
+
+def _matrix(rows: Sequence[Sequence[int]], shape: tuple[int, int]) -> NDArray[np.int64]:
+    """Rows in an array of `shape`, padded with zeros."""
+    result = np.zeros(shape, np.int64)
+    for i, row in enumerate(rows):
+        result[i, : len(row)] = row
+    return result
+
+
+def _vector(values: Sequence[int], size: int, fill: int = 0) -> NDArray[np.int64]:
+    """Values in an array of `size`; the rest holds `fill`."""
+    result = np.full(size, fill, np.int64)
+    result[: len(values)] = values
+    return result
+
+
+def _fitting(sizes: Sequence[int], count: int) -> int:
+    """The smallest compiled batch that holds `count` rows."""
+    return next(size for size in sizes if size >= count)
+
+
+def _load_program(artifact: Artifact, device: Device) -> Any:
+    try:
+        module = sf.ProgramModule.load(device.system, str(artifact.vmfb), mmap=True)
+    except Exception as error:
+        raise _load_error(artifact, device, error) from error
+    parameters = sf.StaticProgramParameters(device.system, parameter_scope="model")
+    try:
+        for path in artifact.weights:
+            parameters.load(str(path), mmap=True)
+        return sf.Program(
+            [sf.ProgramModule.parameter_provider(device.system, parameters), module],
+            devices=device.fiber.raw_devices,
+            isolation=sf.ProgramIsolation.PER_FIBER,
+        )
+    except Exception as error:
+        raise _load_error(artifact, device, error) from error
+
+
+def _load_error(artifact: Artifact, device: Device, error: Exception) -> ArtifactError:
+    """What IREE's message means for the user."""
+    text = str(error)
+    vmfb: Path = artifact.vmfb
+    if "required module features" in text or "bytecode version" in text:
+        return VersionError(
+            f"{vmfb}: made by another iree-compile; shortfin runs only what {COMPILER_VERSION} "
+            f"made; {REPAIR}"
+        )
+    if "HAL device" in text or "mismatched target chip" in text or "INCOMPATIBLE" in text:
+        return TargetError(
+            f"{vmfb}: compiled for another device than {device.kind!r}; {REPAIR} --target "
+            f"{'cpu' if device.kind == 'cpu' else 'CHIP'}"
+        )
+    if "parameter" in text.lower():
+        return MismatchError(
+            f"{', '.join(map(str, artifact.weights))}: these weights do not fit {vmfb} "
+            f"({_innermost(text)}); {REPAIR}"
+        )
+    return CorruptFileError(f"{vmfb}: cannot be loaded ({_innermost(text)}); {REPAIR}")
+
+
+def _innermost(text: str) -> str:
+    return text.strip().splitlines()[0][:300] if text.strip() else "no reason given"

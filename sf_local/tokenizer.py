@@ -1,0 +1,315 @@
+"""Text to token ids and back, with the files of a Hugging Face tokenizer.
+
+Knows nothing of models or requests. Tokens are bytes: a text is the bytes of its tokens, read as
+UTF-8, so one token at a time and all at once give the same text.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from sf_local.errors import CorruptFileError, MissingFileError, RequestError
+
+_REMEDY = "Copy the file from the model's own folder, or compile the model again."
+
+
+class Tokenizer:
+    """The tokenizer of one model, read from `tokenizer.json` and `tokenizer_config.json`.
+
+    Attributes:
+        vocab_size: number of tokens, added ones included.
+        special_ids: ids of the tokens that never show in a text.
+        adds_bos: whether `encode` begins every prompt with the BOS token.
+        strips_first_space: whether a text drops the space its first token begins with.
+        chat_template: the Jinja text of the model's chat template.
+    """
+
+    bos_token: str | None
+    bos_token_id: int | None
+    eos_token: str | None
+    eos_token_id: int | None
+    chat_template: str | None
+    vocab_size: int
+    special_ids: frozenset[int]
+    adds_bos: bool
+    strips_first_space: bool
+
+    def __init__(self, folder: Path) -> None:
+        """Read the tokenizer in `folder`.
+
+        Raises:
+            MissingFileError: one of the two files is not there.
+            CorruptFileError: one of them cannot be read, or they contradict each other.
+        """
+        config_file, tokenizer_file = folder / "tokenizer_config.json", folder / "tokenizer.json"
+        config = _read_config(config_file)
+        self._tokenizer = _read_tokenizer(tokenizer_file)
+        self._token_to_bytes, self.strips_first_space = _read_decoder(
+            self._tokenizer.decoder, tokenizer_file
+        )
+        self.bos_token, self.bos_token_id = self._declared_token(config, "bos_token", config_file)
+        self.eos_token, self.eos_token_id = self._declared_token(config, "eos_token", config_file)
+        self.chat_template = _read_chat_template(config.get("chat_template"), config_file)
+
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._added_ids = {token.content: token_id for token_id, token in added.items()}
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.adds_bos = self._should_add_bos(config.get("add_bos_token"))
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text` as a prompt: after one BOS where the model expects one, never two.
+
+        Raises:
+            RequestError: `text` is not a str, or holds a surrogate, which UTF-8 cannot express.
+        """
+        if not isinstance(text, str):
+            raise RequestError(f"The prompt must be a str, not {type(text).__name__}.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"The prompt holds the lone surrogate {text[error.start]!r} at character "
+                f"{error.start}, which is not Unicode text. Decode the prompt's source with "
+                "errors='replace', or remove the character."
+            ) from None
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if self.bos_token_id is None:
+            return ids
+        num_bos = next((n for n, i in enumerate(ids) if i != self.bos_token_id), len(ids))
+        has_bos = self.adds_bos or num_bos > 0
+        return [self.bos_token_id, *ids[num_bos:]] if has_bos else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, without special tokens and ids the vocabulary does not have."""
+        text = b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+        return text.removeprefix(" ") if self.strips_first_space else text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text: nothing for special and unknown ids."""
+        if token_id in self.special_ids:
+            return b""
+        token = self._tokenizer.id_to_token(token_id)
+        return b"" if token is None else self._token_to_bytes(token)
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the added or special token whose text is exactly `text`."""
+        return self._added_ids.get(text)
+
+    def _declared_token(
+        self, config: dict[str, Any], key: str, file: Path
+    ) -> tuple[str | None, int | None]:
+        """Text and id of the token that `config` names as its `key`, marked as special."""
+        text = config.get(key)
+        text = text.get("content") if isinstance(text, dict) else text
+        if text is None:
+            return None, None
+        token_id = self._tokenizer.token_to_id(text) if isinstance(text, str) else None
+        if token_id is None:
+            raise CorruptFileError(
+                f"{file} declares {key} {text!r}, which tokenizer.json beside it does not have. "
+                "Take both files from the same model."
+            )
+        self._tokenizer.add_special_tokens([text])
+        return text, token_id
+
+    def _should_add_bos(self, declared: bool | None) -> bool:
+        """`add_bos_token` decides where it is set, as in transformers; else tokenizer.json."""
+        if self.bos_token_id is None:
+            return False
+        if declared is not None:
+            return bool(declared)
+        return self.bos_token_id in self._tokenizer.encode("").ids[:1]
+
+
+class Detokenizer:
+    """The text of one generated sequence, token by token.
+
+    The deltas and the flush concatenate to `tokenizer.decode` of the pushed ids. No delta ends
+    inside a character. After a prompt the first token keeps its leading space.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
+        self._token_bytes = tokenizer.token_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._strips_space = tokenizer.strips_first_space and not any(
+            map(tokenizer.token_bytes, prompt_ids)
+        )
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes; empty inside a character."""
+        return self._without_first_space(self._utf8.decode(self._token_bytes(token_id)))
+
+    def flush(self) -> str:
+        """The rest: U+FFFD if the sequence ended inside a character."""
+        return self._without_first_space(self._utf8.decode(b"", final=True))
+
+    def _without_first_space(self, text: str) -> str:
+        if not (text and self._strips_space):
+            return text
+        self._strips_space = False
+        return text.removeprefix(" ")
+
+
+class StopChecker:
+    """Cuts a streamed text at its earliest stop string, across the borders of deltas.
+
+    Attributes:
+        matched: the stop string the text was cut at; the shortest, if several begin there.
+    """
+
+    matched: str | None
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.matched = None
+        self._stops = sorted({stop for stop in stops if stop}, key=len)
+        self._held = ""
+
+    def push(self, delta: str) -> tuple[str, bool]:
+        """Add `delta`; returns the text that is now certain, and whether a stop was reached."""
+        if not self._stops:
+            return delta, False
+        if self.matched is not None:
+            return "", True
+        text = self._held + delta
+        match, unfinished = self._find(text), self._find_unfinished(text)
+        if match < len(text) and match <= unfinished:
+            self._cut(text, match)
+            return text[:match], True
+        self._held = text[unfinished:]
+        return text[:unfinished], False
+
+    def flush(self) -> str:
+        """The end of the text: what was held back, up to a stop string in it."""
+        text, self._held = self._held, ""
+        match = self._find(text)
+        if match < len(text):
+            self._cut(text, match)
+        return text[:match]
+
+    def _find(self, text: str) -> int:
+        """Where the earliest stop string begins, or the length of `text`."""
+        return min((i for i in map(text.find, self._stops) if i >= 0), default=len(text))
+
+    def _find_unfinished(self, text: str) -> int:
+        """Where the earliest stop string begins that `text` ends inside of, or its length."""
+        first = max(0, len(text) - len(self._stops[-1]) + 1)
+        for start in range(first, len(text)):
+            if any(stop.startswith(text[start:]) for stop in self._stops):
+                return start
+        return len(text)
+
+    def _cut(self, text: str, match: int) -> None:
+        self.matched = next(stop for stop in self._stops if text.startswith(stop, match))
+        self._held = ""
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    _check_exists(file)
+    try:
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CorruptFileError(f"{file} is not readable JSON: {error}. {_REMEDY}") from error
+    if not isinstance(config, dict):
+        raise CorruptFileError(f"{file} holds a {type(config).__name__}, not an object. {_REMEDY}")
+    return config
+
+
+def _read_tokenizer(file: Path) -> tokenizers.Tokenizer:
+    _check_exists(file)
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise CorruptFileError(f"{file} is not a readable tokenizer: {error}. {_REMEDY}") from error
+    tokenizer.no_truncation()  # a saved tokenizer may carry both from its training
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _check_exists(file: Path) -> None:
+    if not file.is_file():
+        raise MissingFileError(f"There is no {file}. {_REMEDY}")
+
+
+def _read_chat_template(value: Any, file: Path) -> str | None:
+    """The template's text; of a list of named templates, the one named "default"."""
+    if isinstance(value, list):
+        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+        value = named.get("default")
+    if value is None or isinstance(value, str):
+        return value
+    raise CorruptFileError(
+        f"{file} has a chat_template of type {type(value).__name__}; it must be a text or a list "
+        f"of named texts. {_REMEDY}"
+    )
+
+
+def _read_decoder(decoder: Any, file: Path) -> tuple[Callable[[str], bytes], bool]:
+    """How a token becomes bytes, and whether a text drops its first space."""
+    steps = list(_decoder_steps(json.loads(decoder.__getstate__()) if decoder else {}))
+    kinds = {"Regex" if "Regex" in step.get("pattern", ()) else step["type"] for step in steps}
+    if "ByteLevel" in kinds:
+        return _byte_level_bytes, False
+    if not kinds or not kinds <= {"Replace", "Metaspace", "ByteFallback", "Fuse", "Strip"}:
+        raise CorruptFileError(
+            f"{file} has the decoder {sorted(kinds)}; sf_local reads byte-level and "
+            "SentencePiece tokenizers, as Llama models use them. Convert the tokenizer to one."
+        )
+    strips = any(
+        step.get("start", 0) > 0
+        if step["type"] == "Strip"
+        else step.get("prepend_scheme", "never") != "never"
+        for step in steps
+    )
+    return _SentencePieceBytes(steps), strips
+
+
+def _decoder_steps(decoder: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    if decoder.get("type") != "Sequence":
+        return [decoder] if decoder else []
+    return [step for part in decoder["decoders"] for step in _decoder_steps(part)]
+
+
+class _SentencePieceBytes:
+    """Bytes of a SentencePiece token: U+2581 is a space, <0x0A> one byte of a character."""
+
+    def __init__(self, steps: Iterable[dict[str, Any]]) -> None:
+        self._has_byte_tokens = False
+        self._replacements: list[tuple[str, str]] = []
+        for step in steps:
+            if step["type"] == "ByteFallback":
+                self._has_byte_tokens = True
+            elif step["type"] == "Metaspace":
+                self._replacements.append((step["replacement"], " "))
+            elif step["type"] == "Replace":
+                self._replacements.append((step["pattern"]["String"], step["content"]))
+
+    def __call__(self, token: str) -> bytes:
+        if self._has_byte_tokens and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+            return bytes.fromhex(token[3:5])
+        for pattern, content in self._replacements:
+            token = token.replace(pattern, content)
+        return token.encode()
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    """Bytes of a byte-level BPE token; added tokens may hold characters that stand for no byte."""
+    try:
+        return bytes(map(_BYTE_OF_CHAR.__getitem__, token))
+    except KeyError:
+        return token.encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's alphabet: printable bytes stand for themselves, the others for U+0100 and on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+_BYTE_OF_CHAR = _byte_alphabet()
