@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,8 +15,8 @@ from typing import Any
 
 from compile.cache import cache_dir
 from compile.llama import LlamaEmitter, ModelOptions
-from compile.sources import DEMO_SHA256, Source, demo_gguf, open_source
-from compile.target import Target, resolve_target
+from compile.sources import DEMO_SHA256, Source, open_source
+from compile.target import ROW_MAJOR, Target, resolve_target
 from compile.weights import DTYPES, check_tensors, type_name, write_weights
 from sf_local import artifact, irpa
 from sf_local.artifact import (
@@ -54,6 +52,7 @@ class BuildOptions:
     target: "cpu" or an AMD chip such as "gfx942"; cpu: "host", "generic", "x86-64-v3" or
     "x86-64-v4". weight_dtype, kv_dtype: "f32", "f16" or "bf16", None for the target's default.
     page_size: tokens a KV page. max_seq_len: context in tokens, None for the model's own.
+    row_major: matrices row by row, as GPUs have them, on a CPU too (to test that code there).
     """
 
     target: str = "cpu"
@@ -64,6 +63,7 @@ class BuildOptions:
     prefill_batch_sizes: tuple[int, ...] = (1, 4)
     decode_batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
     max_seq_len: int | None = None
+    row_major: bool = False
 
     def __post_init__(self) -> None:
         for name in ("weight_dtype", "kv_dtype"):
@@ -81,10 +81,6 @@ class BuildOptions:
                 raise UnsupportedError(
                     f"{name}={sizes!r}; give different sizes from 1 to {MAX_BATCH_SIZE}, ascending"
                 )
-        if self.max_seq_len is not None and self.max_seq_len < self.page_size:
-            raise UnsupportedError(
-                f"max_seq_len={self.max_seq_len!r}; it must hold a page of {self.page_size} tokens"
-            )
 
 
 def build(
@@ -104,8 +100,7 @@ def build(
     options = options or BuildOptions()
     target = resolve_target(options.target, options.cpu)
     output = Path(output).expanduser().absolute()
-    if output.exists() and not force:
-        raise OutputError(f"{output} exists already; use --force to replace it, or another folder")
+    _check_output(output, force)
     opened = open_source(source, lambda message: progress(message, None))
     check_tensors(opened)
     emitter = _emitter(opened, options, target)
@@ -126,9 +121,7 @@ def demo(options: BuildOptions | None = None, *, progress: Progress = _silent) -
     options = options or BuildOptions()
     folder = cache_dir() / "artifacts" / f"smollm2-{_fingerprint(DEMO_SHA256, options)}"
     if not (folder / MANIFEST).exists():
-        build(
-            demo_gguf(lambda m: progress(m, None)), folder, options, force=True, progress=progress
-        )
+        build("demo", folder, options, force=True, progress=progress)
     return folder
 
 
@@ -142,6 +135,16 @@ def _fingerprint(source_sha256: str, options: BuildOptions) -> str:
     return digest.hexdigest()[:16]
 
 
+def _check_output(output: Path, force: bool) -> None:
+    """Nothing is replaced without `force`, and only an artifact or an empty folder with it."""
+    if not output.exists():
+        return
+    if not force:
+        raise OutputError(f"{output} exists already; use --force to replace it, or another folder")
+    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).exists()):
+        raise OutputError(f"{output} is no artifact, so --force does not replace it; remove it")
+
+
 def _emitter(source: Source, options: BuildOptions, target: Target) -> LlamaEmitter:
     weight_dtype = options.weight_dtype or target.weight_dtype
     context = source.config.max_seq_len
@@ -151,36 +154,34 @@ def _emitter(source: Source, options: BuildOptions, target: Target) -> LlamaEmit
         page_size=options.page_size,
         prefill_batch_sizes=options.prefill_batch_sizes,
         decode_batch_sizes=options.decode_batch_sizes,
-        max_seq_len=options.max_seq_len
-        or math.floor(context / options.page_size) * options.page_size,
+        max_seq_len=options.max_seq_len or context - context % options.page_size,
     )
-    if model.max_seq_len > context:
+    if not options.page_size <= model.max_seq_len <= context:
         raise UnsupportedError(
-            f"max_seq_len={model.max_seq_len}: {source.name} was trained for {context} tokens"
+            f"max_seq_len={model.max_seq_len}: at least a page of {options.page_size} tokens, and "
+            f"at most the {context} that {source.name} was trained for"
         )
-    return LlamaEmitter(source.config, model, target.layout(weight_dtype))
+    layout = ROW_MAJOR if options.row_major else target.layout(weight_dtype)
+    return LlamaEmitter(source.config, model, layout)
 
 
 @contextmanager
 def _staging(output: Path) -> Iterator[Path]:
     """A temporary folder beside `output` that takes its place, or vanishes if the body fails."""
-    staging: Path | None = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-        staging.chmod(0o755)
-        yield staging
-        if output.exists():
-            shutil.rmtree(output)
-        os.replace(staging, output)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
+            new = Path(temporary) / "new"
+            new.mkdir()
+            yield new
+            if output.exists():
+                os.replace(output, Path(temporary) / "old")
+            os.replace(new, output)
     except OSError as error:
         raise OutputError(
-            f"{output}: cannot be written ({error.strerror or error}); free some space, or choose a "
-            "folder that you may write to"
+            f"{output}: cannot be written ({error.strerror or error}); free some space, or choose "
+            "a folder that you may write to"
         ) from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _write_model(

@@ -139,7 +139,7 @@ class LlamaEmitter:
         weight = self._load(name)
         if len(weight.shape) == 4:
             return weight
-        return self.b.expand(self.b.expand(weight, 1, 1, weight.shape[1]), 0, 1, weight.shape[0])
+        return self.b.expand(weight, 0, 1, 1, weight.shape[0])
 
     # Functions of the ABI
 

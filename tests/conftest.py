@@ -1,0 +1,96 @@
+"""Fixtures of the three tiers: a tiny random Llama compiled once a run, and the real SmolLM2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from reference import random_weights, write_hf_folder
+
+from compile import BuildOptions, build, demo
+from compile.config import LlamaConfig
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+TINY = LlamaConfig(
+    vocab_size=300,
+    hidden_size=48,
+    intermediate_size=72,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=8,
+    rms_eps=1e-5,
+    rope_theta=10000.0,
+    max_seq_len=256,
+    tied_embeddings=True,
+)
+TINY_OPTIONS = BuildOptions(
+    weight_dtype="f32",
+    kv_dtype="f32",
+    page_size=8,
+    prefill_batch_sizes=(1, 3),
+    decode_batch_sizes=(1, 4),
+)
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A compiled random Llama with the weights it was made from."""
+
+    config: LlamaConfig
+    weights: dict[str, np.ndarray]
+    source: Path
+    artifact: Path
+
+
+@pytest.fixture(scope="session")
+def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyModel]:
+    """Builds tiny models, each set of arguments once a run: make_tiny(row_major=True, num_heads=4).
+
+    Fields of LlamaConfig and of BuildOptions, over TINY and TINY_OPTIONS.
+    """
+    made: dict[str, TinyModel] = {}
+
+    def make(**changes: Any) -> TinyModel:
+        key = repr(sorted(changes.items()))
+        if key not in made:
+            shape = {k: v for k, v in changes.items() if k in LlamaConfig.__dataclass_fields__}
+            rest = {k: v for k, v in changes.items() if k not in shape}
+            config = replace(TINY, **shape)
+            folder = tmp_path_factory.mktemp("tiny")
+            weights = random_weights(config, seed=7)
+            write_hf_folder(folder / "source", config, weights)
+            artifact = build(folder / "source", folder / "artifact", replace(TINY_OPTIONS, **rest))
+            made[key] = TinyModel(config, weights, folder / "source", artifact)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(make_tiny: Callable[..., TinyModel]) -> TinyModel:
+    return make_tiny()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The demo artifact, as the examples use it: bf16."""
+    return demo()
+
+
+@pytest.fixture(scope="session")
+def smollm2_f32() -> Path:
+    return demo(BuildOptions(weight_dtype="f32", prefill_batch_sizes=(1,), decode_batch_sizes=(1,)))
+
+
+def shared_data(name: str) -> Path:
+    """A golden file; the test skips where the development data is missing."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"{path} is missing: golden data is only there in development and CI")
+    return path

@@ -1,0 +1,189 @@
+"""The compiled model against an independent float64 reference, on tiny random Llamas."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+from conftest import TINY, TINY_OPTIONS, TinyModel
+from reference import forward
+
+from compile.config import RopeScaling
+from compile.llama import LlamaEmitter, ModelOptions
+from compile.target import ROW_MAJOR, Layout
+from sf_local.artifact import open_artifact
+from sf_local.device import Device
+from sf_local.runner import ModelRunner, Row
+
+T = TypeVar("T")
+PAGE = TINY_OPTIONS.page_size
+LLAMA3 = RopeScaling("llama3", 4.0, 1.0, 4.0, 64)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gqa 3:1, tied": {},
+    "gqa 1:1, untied, linear": {
+        "num_kv_heads": 6,
+        "tied_embeddings": False,
+        "rope_scaling": RopeScaling("linear", 2.0),
+    },
+    "gqa 4:1, llama3, odd sizes": {
+        "num_heads": 4,
+        "num_kv_heads": 1,
+        "head_dim": 10,
+        "hidden_size": 50,
+        "intermediate_size": 71,
+        "vocab_size": 301,
+        "rms_eps": 1e-2,
+        "rope_scaling": LLAMA3,
+    },
+    "row-major, 3:1": {"row_major": True},
+    "row-major, 1:1, untied": {"row_major": True, "num_kv_heads": 6, "tied_embeddings": False},
+}
+
+
+@contextmanager
+def open_runner(model: TinyModel) -> Iterator[Callable[[Callable[[ModelRunner], Awaitable[T]]], T]]:
+    """Yields run(use): calls `await use(runner)` on the worker thread and returns its result."""
+    device = Device("cpu")
+    runner = ModelRunner(open_artifact(model.artifact), device, num_pages=64)
+
+    def run(use: Callable[[ModelRunner], Awaitable[T]]) -> T:
+        future: Future[T] = Future()
+
+        async def main() -> None:
+            try:
+                future.set_result(await use(runner))
+            except BaseException as error:
+                future.set_exception(error)
+
+        device.run(main())
+        return future.result(timeout=60)
+
+    run(lambda r: r.start())  # type: ignore[arg-type, return-value]
+    try:
+        yield run
+    finally:
+        runner.close()
+        device.close()
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request: pytest.FixtureRequest, make_tiny: Callable[..., TinyModel]) -> TinyModel:
+    return make_tiny(**VARIANTS[request.param])
+
+
+def tokens_of(model: TinyModel, count: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, model.config.vocab_size, count).tolist()
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
+    """Within 1e-4 of the spread of the expected logits."""
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_prefill_of_odd_lengths_and_decode(variant: TinyModel) -> None:
+    """Lengths around page borders, on scattered pages, continued by decode across a border."""
+    with open_runner(variant) as run:
+        for length in (1, 2, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE + 5):
+            tokens = tokens_of(variant, length + PAGE + 2, seed=length)
+            expected = forward(variant.config, variant.weights, tokens)
+            pages = [61, 3, 40, 9, 22, 7, 55][: -(-len(tokens) // PAGE)]
+
+            async def use(
+                runner: ModelRunner,
+                tokens: list[int] = tokens,
+                pages: list[int] = pages,
+                length: int = length,
+            ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+                every = (await runner.prefill_all([Row(tokens[:length], 0, pages)]))[0]
+                last = (await runner.prefill([Row(tokens[:length], 0, pages)]))[0]
+                steps = [
+                    (await runner.decode([Row([tokens[i]], i, pages)]))[0]
+                    for i in range(length, len(tokens))
+                ]
+                return every, last, steps
+
+            every, last, steps = run(use)
+            assert_close(every, expected[:length])
+            assert_close(last, expected[length - 1])
+            assert_close(np.stack(steps), expected[length:])
+
+
+def test_prefill_continues_at_every_position_of_a_page(variant: TinyModel) -> None:
+    tokens = tokens_of(variant, 3 * PAGE + 3)
+    expected = forward(variant.config, variant.weights, tokens)
+    pages = [12, 50, 2, 33]
+    with open_runner(variant) as run:
+        for start in range(1, 2 * PAGE + 1):
+
+            async def use(runner: ModelRunner, start: int = start) -> np.ndarray:
+                await runner.prefill([Row(tokens[:start], 0, pages)])
+                return (await runner.prefill_all([Row(tokens[start:], start, pages)]))[0]
+
+            assert_close(run(use), expected[start:])
+
+
+def test_rows_of_different_lengths_in_one_call(variant: TinyModel) -> None:
+    """Two of three prefill rows and three of four decode rows: the others are padding."""
+    sequences = [tokens_of(variant, n, seed=n) for n in (2 * PAGE + 3, 5, PAGE)]
+    pages = [[4, 60, 17], [8], [31, 30]]
+    starts = [3, 0, 0]
+
+    async def use(runner: ModelRunner) -> list[np.ndarray]:
+        await runner.prefill([Row(sequences[0][:3], 0, pages[0])])
+        rows = [
+            Row(s[start:-1], start, p) for s, start, p in zip(sequences, starts, pages, strict=True)
+        ]
+        first = await runner.prefill(rows[:2])
+        third = await runner.prefill(rows[2:])
+        ends = [Row(s[-1:], len(s) - 1, p) for s, p in zip(sequences, pages, strict=True)]
+        return [np.concatenate([first, third]), await runner.decode(ends)]
+
+    with open_runner(variant) as run:
+        prefilled, decoded = run(use)
+    for i, sequence in enumerate(sequences):
+        expected = forward(variant.config, variant.weights, sequence)
+        assert_close(prefilled[i], expected[-2])
+        assert_close(decoded[i], expected[-1])
+
+
+def test_decode_is_equal_to_the_bit_in_any_batch(tiny: TinyModel) -> None:
+    tokens = tokens_of(tiny, 21)
+    pages = [[5, 6, 7], [15, 16, 17], [25, 26, 27], [35, 36, 37]]
+
+    async def use(runner: ModelRunner) -> tuple[np.ndarray, np.ndarray]:
+        for ids in pages:
+            await runner.prefill([Row(tokens[:-1], 0, ids)])
+        rows = [Row(tokens[-1:], 20, ids) for ids in pages]
+        return await runner.decode(rows[:1]), await runner.decode(rows)
+
+    with open_runner(tiny) as run:
+        alone, together = run(use)
+    for row in together:
+        np.testing.assert_array_equal(row, alone[0])
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_half_precision_stays_near(make_tiny: Callable[..., TinyModel], dtype: str) -> None:
+    model = make_tiny(weight_dtype=dtype, kv_dtype=dtype)
+    tokens = tokens_of(model, 2 * PAGE + 3)
+    expected = forward(model.config, model.weights, tokens)
+
+    async def use(runner: ModelRunner) -> np.ndarray:
+        return (await runner.prefill_all([Row(tokens, 0, [3, 9, 4])]))[0]
+
+    with open_runner(model) as run:
+        found = run(use)
+    assert np.abs(found - expected).max() <= 0.03 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("layout", [Layout(True, 16, 16, 1), ROW_MAJOR])
+def test_equal_inputs_emit_equal_text(layout: Layout) -> None:
+    options = ModelOptions("f32", "f32", PAGE, (1,), (1, 2), 64)
+    texts: Sequence[str] = [LlamaEmitter(TINY, options, layout).emit() for _ in range(2)]
+    assert texts[0] == texts[1]
+    assert texts[0].count("util.func public") == 4

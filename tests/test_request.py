@@ -1,0 +1,144 @@
+"""SamplingParams refuses every value that cannot work; Request slices prompt and answer as one."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sf_local.errors import RequestError, SfLocalError
+from sf_local.request import MAX_STOPS, Request, SamplingParams
+
+BAD_VALUES: list[tuple[str, list[Any]]] = [
+    ("max_new_tokens", [-1, True, 1.0, math.nan, math.inf, "8", None, [8]]),
+    ("temperature", [-0.1, math.nan, math.inf, -math.inf, True, "1", None, [1.0], 1j, 10**400]),
+    ("top_p", [0, 0.0, -0.5, 1.0001, 2, math.nan, math.inf, True, "0.9", None, (0.9,)]),
+    ("top_k", [0, -2, False, True, 1.5, math.nan, math.inf, "40", None]),
+    ("ignore_eos", [0, 1, "yes", None, 1.0]),
+    ("seed", [-1, True, 0.5, math.nan, "7", [7]]),
+    ("stop", [5, 1.5, True, b"end", {"end"}, ["end", 5], ["end", None], [["end"]], [b"end"]]),
+    ("stop", [[str(i) for i in range(MAX_STOPS + 1)]]),
+    ("stop_token_ids", [5, True, "12", b"12", {5}, 1.5, [5, -1], [5, 1.0], [True], ["5"], [None]]),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in BAD_VALUES for value in values]
+)
+def test_a_bad_value_is_named(name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=name) as caught:
+        SamplingParams(**{name: value})
+    message = str(caught.value)
+    culprits = value if name == "stop_token_ids" and isinstance(value, list) else [value]
+    assert any(f"{name}={culprit!r}" in message for culprit in culprits)
+    assert isinstance(caught.value, ValueError) and isinstance(caught.value, SfLocalError)
+
+
+def test_bad_values_say_what_is_allowed() -> None:
+    for params, allowed in [
+        ({"max_new_tokens": -1}, "must be an integer of at least 0"),
+        ({"temperature": -1}, "must be a number at least 0.0 and finite"),
+        ({"top_p": 0}, "must be a number above 0.0 and at most 1.0"),
+        ({"top_k": 0}, "use -1 for all tokens, or at least 1"),
+        ({"top_k": -2}, "must be an integer of at least -1"),
+        ({"ignore_eos": 1}, "must be True or False"),
+        ({"stop": 1}, f"must be a str or at most {MAX_STOPS} of them"),
+        ({"stop_token_ids": 1}, "must be a list of token ids"),
+    ]:
+        with pytest.raises(RequestError, match=allowed):
+            SamplingParams(**params)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        {},
+        {"max_new_tokens": 0},
+        {"temperature": 0},
+        {"temperature": 0.0},
+        {"temperature": 100.0},
+        {"temperature": np.float64(0.5)},
+        {"top_p": 1},
+        {"top_p": 1e-9},
+        {"top_k": -1},
+        {"top_k": 1},
+        {"top_k": 10**9},
+        {"seed": 0},
+        {"seed": 2**64},
+        {"seed": None},
+        {"stop": [str(i) for i in range(MAX_STOPS)]},
+    ],
+)
+def test_values_on_the_boundary_are_taken(good: dict[str, Any]) -> None:
+    params = SamplingParams(**good)
+    assert all(list_of(getattr(params, name)) == list_of(v) for name, v in good.items())
+
+
+def list_of(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+@pytest.mark.parametrize(
+    ("temperature", "greedy"), [(0, True), (9.9e-7, True), (1e-6, False), (1.0, False)]
+)
+def test_is_greedy(temperature: float, greedy: bool) -> None:
+    assert SamplingParams(temperature=temperature).is_greedy is greedy
+
+
+@pytest.mark.parametrize(
+    ("given_stop", "stop"),
+    [
+        (None, ()),
+        ((), ()),
+        ("", ()),
+        ("end", ("end",)),
+        (["end"], ("end",)),
+        (("b", "a"), ("b", "a")),
+        (["b", "a", "b", "", "a"], ("b", "a")),
+        (["", ""], ()),
+    ],
+)
+def test_stop_becomes_a_tuple(given_stop: Any, stop: tuple[str, ...]) -> None:
+    assert SamplingParams(stop=given_stop).stop == stop
+
+
+@pytest.mark.parametrize(
+    ("given_ids", "ids"), [(None, ()), ([], ()), ([5, 0], (5, 0)), ((7,), (7,)), (range(2), (0, 1))]
+)
+def test_stop_token_ids_become_a_tuple(given_ids: Any, ids: tuple[int, ...]) -> None:
+    assert SamplingParams(stop_token_ids=given_ids).stop_token_ids == ids
+
+
+def test_params_are_values() -> None:
+    stop = ["end"]
+    params = SamplingParams(stop=stop)
+    stop.append("more")
+    assert params.stop == ("end",)
+    assert params == SamplingParams(stop=("end",)) and hash(params) == hash(
+        SamplingParams(stop="end")
+    )
+    with pytest.raises(AttributeError):
+        params.seed = 3  # type: ignore[misc]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers()), st.lists(st.integers()), st.integers(0, 30), st.integers(0, 30))
+def test_tokens_slices_like_a_list(
+    prompt: list[int], output: list[int], start: int, end: int
+) -> None:
+    request = Request(prompt, SamplingParams(), 10, output_ids=output)
+    whole = prompt + output
+    assert request.num_tokens == len(whole)
+    assert request.tokens(start, end) == whole[start:end]
+    assert request.tokens(0, request.num_tokens) == whole
+    assert Request(tuple(prompt), SamplingParams(), 10).tokens(start, end) == prompt[start:end]
+
+
+def test_requests_share_nothing() -> None:
+    first, second = (Request([1], SamplingParams(), 1) for _ in range(2))
+    assert first != second and len({first, second}) == 2
+    first.output_ids.append(5)
+    first.pages.append(5)
+    assert second.output_ids == [] and second.pages == []
