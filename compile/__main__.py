@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from compile.build import BuildOptions, Progress, build
+from compile.build import BuildOptions, build
+from compile.progress import progress_display
 from compile.target import CPU_LEVELS, HIP_CHIPS
 from compile.weights import DTYPES
 from sf_local.errors import SfLocalError
@@ -40,26 +39,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print(f"{output} is ready ({time.perf_counter() - start:.0f} s)")
     return 0
-
-
-@contextmanager
-def progress_display() -> Iterator[Progress]:
-    """A progress line on the terminal (standard error) while something is built."""
-    from rich.console import Console
-    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Display
-
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with Display(*columns, console=Console(stderr=True), transient=True) as display:
-        task = display.add_task("starting", total=None)
-
-        def show(stage: str, share: float | None) -> None:
-            if share is None:
-                display.reset(task, description=stage, total=None)
-            else:
-                display.update(task, description=stage, total=1.0, completed=share)
-
-        yield show
 
 
 def _parser() -> argparse.ArgumentParser:

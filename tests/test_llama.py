@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import TINY, TINY_OPTIONS, TinyModel
 from reference import forward
+from running import open_runner
 
 from compile.config import RopeScaling
 from compile.llama import LlamaEmitter, ModelOptions
 from compile.target import ROW_MAJOR, Layout
-from sf_local.artifact import open_artifact
-from sf_local.device import Device
 from sf_local.runner import ModelRunner, Row
 
-T = TypeVar("T")
 PAGE = TINY_OPTIONS.page_size
 LLAMA3 = RopeScaling("llama3", 4.0, 1.0, 4.0, 64)
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -44,32 +40,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@contextmanager
-def open_runner(model: TinyModel) -> Iterator[Callable[[Callable[[ModelRunner], Awaitable[T]]], T]]:
-    """Yields run(use): calls `await use(runner)` on the worker thread and returns its result."""
-    device = Device("cpu")
-    runner = ModelRunner(open_artifact(model.artifact), device, num_pages=64)
-
-    def run(use: Callable[[ModelRunner], Awaitable[T]]) -> T:
-        future: Future[T] = Future()
-
-        async def main() -> None:
-            try:
-                future.set_result(await use(runner))
-            except BaseException as error:
-                future.set_exception(error)
-
-        device.run(main())
-        return future.result(timeout=60)
-
-    run(lambda r: r.start())  # type: ignore[arg-type, return-value]
-    try:
-        yield run
-    finally:
-        runner.close()
-        device.close()
-
-
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request: pytest.FixtureRequest, make_tiny: Callable[..., TinyModel]) -> TinyModel:
     return make_tiny(**VARIANTS[request.param])
@@ -87,7 +57,7 @@ def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
 
 def test_prefill_of_odd_lengths_and_decode(variant: TinyModel) -> None:
     """Lengths around page borders, on scattered pages, continued by decode across a border."""
-    with open_runner(variant) as run:
+    with open_runner(variant.artifact) as run:
         for length in (1, 2, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE + 5):
             tokens = tokens_of(variant, length + PAGE + 2, seed=length)
             expected = forward(variant.config, variant.weights, tokens)
@@ -117,7 +87,7 @@ def test_prefill_continues_at_every_position_of_a_page(variant: TinyModel) -> No
     tokens = tokens_of(variant, 3 * PAGE + 3)
     expected = forward(variant.config, variant.weights, tokens)
     pages = [12, 50, 2, 33]
-    with open_runner(variant) as run:
+    with open_runner(variant.artifact) as run:
         for start in range(1, 2 * PAGE + 1):
 
             async def use(runner: ModelRunner, start: int = start) -> np.ndarray:
@@ -143,28 +113,12 @@ def test_rows_of_different_lengths_in_one_call(variant: TinyModel) -> None:
         ends = [Row(s[-1:], len(s) - 1, p) for s, p in zip(sequences, pages, strict=True)]
         return [np.concatenate([first, third]), await runner.decode(ends)]
 
-    with open_runner(variant) as run:
+    with open_runner(variant.artifact) as run:
         prefilled, decoded = run(use)
     for i, sequence in enumerate(sequences):
         expected = forward(variant.config, variant.weights, sequence)
         assert_close(prefilled[i], expected[-2])
         assert_close(decoded[i], expected[-1])
-
-
-def test_decode_is_equal_to_the_bit_in_any_batch(tiny: TinyModel) -> None:
-    tokens = tokens_of(tiny, 21)
-    pages = [[5, 6, 7], [15, 16, 17], [25, 26, 27], [35, 36, 37]]
-
-    async def use(runner: ModelRunner) -> tuple[np.ndarray, np.ndarray]:
-        for ids in pages:
-            await runner.prefill([Row(tokens[:-1], 0, ids)])
-        rows = [Row(tokens[-1:], 20, ids) for ids in pages]
-        return await runner.decode(rows[:1]), await runner.decode(rows)
-
-    with open_runner(tiny) as run:
-        alone, together = run(use)
-    for row in together:
-        np.testing.assert_array_equal(row, alone[0])
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
@@ -176,7 +130,7 @@ def test_half_precision_stays_near(make_tiny: Callable[..., TinyModel], dtype: s
     async def use(runner: ModelRunner) -> np.ndarray:
         return (await runner.prefill_all([Row(tokens, 0, [3, 9, 4])]))[0]
 
-    with open_runner(model) as run:
+    with open_runner(model.artifact) as run:
         found = run(use)
     assert np.abs(found - expected).max() <= 0.03 * np.abs(expected).max()
 

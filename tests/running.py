@@ -1,0 +1,43 @@
+"""A ModelRunner without the engine, for tests that look at logits."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from sf_local.artifact import open_artifact
+from sf_local.device import Device
+from sf_local.runner import ModelRunner
+
+T = TypeVar("T")
+
+
+@contextmanager
+def open_runner(
+    artifact: Path, num_pages: int = 64
+) -> Iterator[Callable[[Callable[[ModelRunner], Awaitable[T]]], T]]:
+    """Yields run(use): calls `await use(runner)` on the worker thread and returns its result."""
+    device = Device("cpu")
+    runner = ModelRunner(open_artifact(artifact), device, num_pages)
+
+    def run(use: Callable[[ModelRunner], Awaitable[T]]) -> T:
+        future: Future[T] = Future()
+
+        async def main() -> None:
+            try:
+                future.set_result(await use(runner))
+            except BaseException as error:
+                future.set_exception(error)
+
+        device.run(main())
+        return future.result(timeout=300)
+
+    run(lambda r: r.start())  # type: ignore[arg-type, return-value]
+    try:
+        yield run
+    finally:
+        runner.close()
+        device.close()
