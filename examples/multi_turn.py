@@ -13,7 +13,7 @@ def multi_turn_qa(s, question_1: str, question_2: str):
 
 
 with open_backend():
-    questions = ("Name the capital city of the USA.", "What is that city known for?")
+    questions = ("What is the capital of France?", "What is that city known for?")
     state = checked(multi_turn_qa.run(*questions))
     for question, name in zip(questions, ("answer_1", "answer_2"), strict=True):
         meta = state.get_meta_info(name)

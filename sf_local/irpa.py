@@ -107,6 +107,8 @@ def _parse(file: BinaryIO, size: int) -> dict[str, Entry]:
     for _ in range(count):
         entry = _ENTRY.unpack_from(table, position)
         name_at, name_size, kind_at, kind_size, _, offset, num_bytes = entry[3:]
+        if not 0 < entry[0] <= entries_size:  # at 0, this entry would come `count` times
+            raise ValueError(f"entry at {position} has a size of {entry[0]}")
         if entry[1] == _DATA and offset + num_bytes > storage_size:
             raise ValueError(f"entry at {position} reaches beyond the storage")
         name = text[name_at : name_at + name_size].decode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -95,7 +96,7 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
 def _token_ids(ids: object) -> tuple[int, ...]:
     if ids is None:
         return ()
-    if not isinstance(ids, Sequence) or isinstance(ids, str):
+    if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes)):
         raise RequestError(f"stop_token_ids={ids!r} must be a list of token ids")
     for token_id in ids:
         _check_int("stop_token_ids", token_id, 0)
@@ -111,7 +112,7 @@ def _check_float(
     name: str, value: object, low: float, high: float, *, open_low: bool = False
 ) -> None:
     fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (fits and low <= value <= high and math.isfinite(value)) or (open_low and value == low):  # type: ignore[operator,arg-type]
+    if not (fits and low <= value <= min(high, sys.float_info.max)) or (open_low and value == low):  # type: ignore[operator]
         bounds = f"{'above' if open_low else 'at least'} {low}"
         bounds += f" and at most {high}" if math.isfinite(high) else " and finite"
         raise RequestError(f"{name}={value!r} must be a number {bounds}")

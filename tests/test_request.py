@@ -25,7 +25,12 @@ BAD_VALUES: list[tuple[str, list[Any]]] = [
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [(name, value) for name, values in BAD_VALUES for value in values]
+    ("name", "value"),
+    [
+        pytest.param(name, value, id=f"{name}-{str(value)[:20]}")
+        for name, values in BAD_VALUES
+        for value in values
+    ],
 )
 def test_a_bad_value_is_named(name: str, value: Any) -> None:
     with pytest.raises(RequestError, match=name) as caught:

@@ -1,0 +1,211 @@
+"""A Hugging Face folder -> a Source: config.json, safetensors, tokenizer.json."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+
+from compile.config import LlamaConfig, RopeScaling
+from compile.source import (
+    Numbers,
+    Progress,
+    Source,
+    SourceTensor,
+    corrupt,
+    file_sha256,
+    map_file,
+    unsupported,
+)
+from sf_local.errors import SourceError
+
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+SUPPORTED: dict[str, tuple[list[Any], str]] = {  # anything else would be computed wrongly
+    "model_type": (["llama"], "'llama'"),
+    "architectures": ([["LlamaForCausalLM"], [], None], "['LlamaForCausalLM']"),
+    "hidden_act": (["silu"], "'silu'"),
+    "attention_bias": ([False, None], "false"),
+    "mlp_bias": ([False, None], "false"),
+    "num_local_experts": ([0, None], "models without experts"),
+    "sliding_window": ([None], "full attention"),
+    "partial_rotary_factor": ([1, None], "1"),
+    "quantization_config": ([{}, None], "F32, F16 and BF16 weights, or a quantized .gguf"),
+}
+
+
+def open_folder(folder: Path, name: str, progress: Progress) -> Source:
+    """Open a model's folder; raises SourceError, UnsupportedError, and OSError."""
+    raw = _read_json(folder / "config.json")
+    config = _config(folder / "config.json", raw)
+    files = _weight_files(folder)
+    tensors: dict[str, SourceTensor] = {}
+    for path in files:
+        _add_tensors(path, tensors)
+    if config.tied_embeddings:
+        tensors.pop("output.weight", None)
+    tokenizer, tokenizer_config = _tokenizer(folder)
+    bos, eos = _special_ids(folder, raw, tokenizer, tokenizer_config)
+    files += sorted([*folder.glob("*.json"), *folder.glob("*.jinja")])
+    progress(f"hashing {len(files)} files of {folder}")
+    hashes = "".join(f"{file_sha256(path)}  {path.name}\n" for path in files)
+    sha256 = hashlib.sha256(hashes.encode()).hexdigest()
+    tokenizer_json = (folder / "tokenizer.json").read_bytes()
+    return Source(name, config, tensors, sha256, tokenizer_json, tokenizer_config, bos, eos)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise corrupt(path, "JSON", error) from error
+    if not isinstance(value, dict):
+        raise corrupt(path, "a JSON object", type(value).__name__)
+    return value
+
+
+def _config(path: Path, raw: dict[str, Any]) -> LlamaConfig:
+    """The defaults are those of transformers' LlamaConfig."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, or older
+    if not isinstance(rope, dict):
+        raise corrupt(path, "an object for rope_parameters or rope_scaling", repr(rope))
+    found = {"hidden_act": "silu", "partial_rotary_factor": rope.get("partial_rotary_factor")} | raw
+    for key, (allowed, text) in SUPPORTED.items():
+        if found.get(key) not in allowed:
+            raise unsupported(path, f"{key} {found.get(key)!r}", text)
+    numbers, rope_numbers = Numbers(path, raw), Numbers(path, rope)
+    hidden = numbers.integer("hidden_size")
+    return LlamaConfig(
+        vocab_size=numbers.integer("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=numbers.integer("intermediate_size"),
+        num_layers=numbers.integer("num_hidden_layers"),
+        **numbers.heads(hidden, "num_attention_heads", "num_key_value_heads", "head_dim"),
+        rms_eps=numbers.number("rms_norm_eps", 1e-6),
+        rope_theta=rope_numbers.number("rope_theta", numbers.number("rope_theta", 10000.0)),
+        max_seq_len=numbers.integer("max_position_embeddings", 2048),
+        tied_embeddings=raw.get("tie_word_embeddings") is True,
+        rope_scaling=_rope_scaling(rope_numbers),
+    )
+
+
+def _rope_scaling(rope: Numbers) -> RopeScaling | None:
+    kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind not in ("linear", "llama3"):
+        raise unsupported(rope.path, f"rope type {kind!r}", "'default', 'linear', 'llama3'")
+    factor = rope.number("factor")
+    if kind == "linear":
+        return RopeScaling("linear", factor)
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    trained = rope.integer("original_max_position_embeddings")
+    return RopeScaling("llama3", factor, low, high, trained)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    shards = _read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise corrupt(index, "an object weight_map", repr(shards))
+    for name in shards.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise corrupt(index, "file names in weight_map", repr(name))
+    return [folder / name for name in sorted(set(shards.values()))]
+
+
+def _add_tensors(path: Path, tensors: dict[str, SourceTensor]) -> None:
+    """Add the tensors of one safetensors file."""
+    mapped = map_file(path)
+    try:
+        with safe_open(path, framework="numpy"):
+            pass  # checks the header, and that the tensors fill the file without gap or overlap
+    except (SafetensorError, ValueError) as error:
+        raise corrupt(path, "a safetensors file", error) from error
+    start = 8 + int.from_bytes(mapped[:8], "little")
+    for name, entry in json.loads(mapped[8:start]).items():
+        if name == "__metadata__" or name.endswith("rotary_emb.inv_freq"):
+            continue
+        if name.endswith(".bias"):
+            raise unsupported(path, f"tensor {name}", "a Llama without biases")
+        if entry["dtype"] not in DTYPES:
+            raise unsupported(path, f"tensor {name} of type {entry['dtype']}", ", ".join(DTYPES))
+        canonical, shape = _canonical_name(name), tuple(entry["shape"])
+        if 0 in shape or canonical in tensors:
+            raise corrupt(path, "every tensor once, and not empty", f"{name} of shape {shape}")
+        first, last = entry["data_offsets"]
+        raw = np.frombuffer(mapped, np.uint8, last - first, start + first)
+        data = raw.view(DTYPES[entry["dtype"]]).reshape(shape)  # no copy
+        tensors[canonical] = SourceTensor(shape, data.__getitem__)
+
+
+def _canonical_name(name: str) -> str:
+    found = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.weight", name)
+    if not found or found[2] not in NAMES:
+        return name
+    return (f"blk.{found[1]}." if found[1] else "") + f"{NAMES[found[2]]}.weight"
+
+
+def _tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
+    """tokenizer.json, checked, and tokenizer_config.json with the chat template."""
+    path, template = folder / "tokenizer.json", folder / "chat_template.jinja"
+    if not path.exists():
+        raise SourceError(
+            f"{path}: expected the model's tokenizer, found none; download it too, or make it of a "
+            "tokenizer.model: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise corrupt(path, "a tokenizer", error) from error
+    config = _read_json(folder / "tokenizer_config.json")
+    if template.exists():
+        try:
+            config["chat_template"] = template.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise corrupt(template, "UTF-8 text", error) from error
+    return tokenizer, config
+
+
+def _special_ids(
+    folder: Path, raw: dict[str, Any], tokenizer: Tokenizer, tokenizer_config: dict[str, Any]
+) -> tuple[int | None, tuple[int, ...]]:
+    """bos, and every id that either config calls eos (else the tokenizer's)."""
+    path = folder / "generation_config.json"
+    generation = _read_json(path) if path.exists() else {}
+
+    def read(key: str) -> list[Any]:
+        found = [raw.get(key), generation.get(key)]  # each one id, or a list
+        return [
+            i for ids in found for i in (ids if isinstance(ids, list) else [ids]) if i is not None
+        ]
+
+    bos, eos = read("bos_token_id"), read("eos_token_id")
+    for token_id in [*bos, *eos]:
+        if not isinstance(token_id, int):
+            raise corrupt(folder / "config.json", "token ids for bos and eos", repr(token_id))
+    token = tokenizer_config.get("eos_token")
+    text = token.get("content") if isinstance(token, dict) else token  # a dict is an AddedToken
+    if not eos and isinstance(text, str) and text in tokenizer.get_vocab():
+        eos = [tokenizer.token_to_id(text)]
+    return bos[0] if bos else None, tuple(dict.fromkeys(eos))

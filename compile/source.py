@@ -1,0 +1,112 @@
+"""`Source`, which every format of weights becomes, and what reading any of them takes."""
+
+import hashlib
+import json
+import mmap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compile.config import LlamaConfig
+from sf_local.errors import SourceError, UnsupportedError
+
+Rows = slice | NDArray[np.integer[Any]]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A weight `[rows, cols]` or `[n]` in a mapped file.
+
+    `read(rows)` gives the rows at a slice or an index array, as float32, float16 or bfloat16
+    (ml_dtypes); nothing else is brought into memory. GGUF weights are dequantized to float32.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[Rows], NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Llama and its tokenizer, ready to be compiled.
+
+    `tensors` has token_embd, output_norm, output (absent when tied) and blk.{i}.attn_norm,
+    attn_q, attn_k, attn_v, attn_output, ffn_norm, ffn_gate, ffn_up, ffn_down, each with
+    ".weight", and whatever else the files hold under its own name. The rows of attn_q and attn_k
+    are in Hugging Face's order (RoPE turns element j together with j + head_dim / 2).
+    `sha256` covers every input file; any of `eos_token_ids` ends generation.
+    """
+
+    name: str
+    config: LlamaConfig
+    tensors: Mapping[str, SourceTensor]
+    sha256: str
+    tokenizer_json: bytes
+    tokenizer_config: Mapping[str, Any]
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json."""
+        config = json.dumps(self.tokenizer_config, ensure_ascii=False, indent=2) + "\n"
+        (folder / "tokenizer.json").write_bytes(self.tokenizer_json)
+        (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers of a config, all positive; a key that is absent or null means the default."""
+
+    path: Path
+    values: Mapping[str, Any]
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value: Any = default if self.values.get(key) is None else self.values[key]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 < value < 1e18:  # so neither inf nor nan
+            raise corrupt(self.path, f"a positive number for {key}", value)
+        return float(value)
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.number(key, default)
+        if value != int(value):
+            raise corrupt(self.path, f"a whole number for {key}", value)
+        return int(value)
+
+    def heads(self, hidden: int, heads: str, kv_heads: str, size: str) -> dict[str, int]:
+        """num_heads, num_kv_heads and head_dim, by their keys."""
+        num = self.integer(heads)
+        num_kv = self.integer(kv_heads, num)
+        dim = self.number(size, hidden / num)
+        if num % num_kv or dim % 2:
+            found = f"attention of {num} heads of size {dim:g} over {num_kv} key/value heads"
+            supported = "a multiple of the key/value heads, of an even size"
+            raise unsupported(self.path, found, supported)
+        return {"num_heads": num, "num_kv_heads": num_kv, "head_dim": int(dim)}
+
+
+def corrupt(path: Path, expected: str, found: object) -> SourceError:
+    remedy = "the file is damaged or incomplete: download it again"
+    return SourceError(f"{path}: expected {expected}, found {found}; {remedy}")
+
+
+def unsupported(path: Path, found: str, supported: str) -> UnsupportedError:
+    return UnsupportedError(f"{path}: {found} is not supported; supported: {supported}")
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """The file in memory, read as it is touched."""
+    with path.open("rb") as file:
+        try:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:
+            raise corrupt(path, "a model file", "an empty file") from None
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
