@@ -82,7 +82,7 @@ def test_a_vmfb_for_hip(folder: Path, make_tiny: Callable[..., TinyModel]) -> No
     fails(folder, TargetError, folder / VMFB, "another device than 'cpu'", "--target cpu")
 
 
-@pytest.mark.xfail(strict=True, reason=NOT_CHECKED)
+@pytest.mark.xfail(strict=True, raises=ValueError, reason=NOT_CHECKED)
 @pytest.mark.parametrize(
     ("changes", "missing"),
     [
@@ -162,7 +162,7 @@ def test_no_tokens(runner: ModelRunner) -> None:
         run(runner, runner.prefill([Row([], 0, [1])]))
 
 
-@pytest.mark.xfail(strict=True, reason=NOT_CHECKED)
+@pytest.mark.xfail(strict=True, raises=RuntimeError, reason=NOT_CHECKED)
 def test_more_rows_than_the_largest_batch(runner: ModelRunner) -> None:
     rows = [Row([5], 0, [page]) for page in range(1, 6)]
     for compute in (runner.prefill, runner.decode):
