@@ -238,7 +238,7 @@ def _write_descriptions(
         bos_token_id=source.bos_token_id,
         eos_token_ids=source.eos_token_ids,
         functions=emitter.function_names,
-        page_elements=emitter.page_elements,
+        config=dataclasses.asdict(config),
         parameters_sha256=parameters_sha256(
             {p.name: type_name(p) for p in emitter.parameters.values()}
         ),

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -90,6 +90,11 @@ class ModelConfig:
         cache = self.paged_kv_cache
         for name in ("max_seq_len", "transformer_block_count", "attn_head_dim"):
             _positive_int(name, getattr(self, name))
+        sizes = cache.paged_kv_block_size_elements_per_device
+        if sizes is not None and not (isinstance(sizes, list) and len(sizes) == 1):
+            raise ValueError(
+                f"paged_kv_block_size_elements_per_device must be a list of one, found {sizes!r}"
+            )
         for name in ("attention_head_count_kv", "block_seq_stride"):
             _positive_int(name, getattr(cache, name))
         for name in ("prefill_batch_sizes", "decode_batch_sizes"):
@@ -123,9 +128,20 @@ class Manifest:
     bos_token_id: int | None
     eos_token_ids: Sequence[int]
     functions: Sequence[str]
-    page_elements: int
+    config: Mapping[str, Any]  # config.json as it was made
     parameters_sha256: str
     files: Mapping[str, Mapping[str, Any]]  # name -> size, sha256
+
+    def check(self) -> None:
+        """Raise TypeError or KeyError where a value is not of its type."""
+        for name, file in self.files.items():
+            _instance(f"files/{name}/size", file["size"], int)
+            _instance(f"files/{name}/sha256", file["sha256"], str)
+        for name in ("functions", "cpu_features", "eos_token_ids"):
+            _instance(name, getattr(self, name), list)
+        _instance("vocab_size", self.vocab_size, int)
+        _instance("source", self.source["name"], str)
+        _instance("config", self.config, dict)
 
 
 @dataclass(frozen=True)
@@ -165,9 +181,10 @@ def open_artifact(
     folder = path if path.is_dir() else path.parent
     vmfb_path = _existing(path / VMFB if path.is_dir() else path)
     manifest = _read_manifest(folder / MANIFEST)
-    model = read_config(Path(config) if config else folder / CONFIG)
+    config_path = Path(config).expanduser() if config else folder / CONFIG
+    model = read_config(config_path)
     weights = _weight_paths(parameters, folder)
-    tokenizer_folder = Path(tokenizer) if tokenizer else folder
+    tokenizer_folder = Path(tokenizer).expanduser() if tokenizer else folder
     if tokenizer_folder.is_file():
         tokenizer_folder = tokenizer_folder.parent
     for name in TOKENIZER_FILES:
@@ -175,8 +192,8 @@ def open_artifact(
     tables = {name: e for p in weights for name, e in irpa.read_table(p).items()}
     artifact = Artifact(vmfb_path, weights, tokenizer_folder, model, manifest)
     if manifest:
-        _check_files(folder, manifest, [vmfb_path, *weights, Path(config or folder / CONFIG)])
-        _check_config(model, manifest)
+        _check_files(folder, manifest, [vmfb_path, *weights, config_path])
+        _check_config(config_path, model, manifest)
         if manifest.parameters_sha256 != parameters_sha256({n: e.type for n, e in tables.items()}):
             raise MismatchError(
                 f"{weights[0]}: these weights do not fit {vmfb_path}: names or shapes differ from "
@@ -254,8 +271,9 @@ def _read_manifest(path: Path) -> Manifest | None:
         )
     try:
         manifest = _from_dict(Manifest, data)
-    except TypeError as error:
-        raise CorruptFileError(f"{path}: {error}; {REPAIR}") from error
+        manifest.check()
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CorruptFileError(f"{path}: not a manifest: {error}; {REPAIR}") from error
     if manifest.compiler_version != COMPILER_VERSION:
         raise VersionError(
             f"{path}: compiled by iree-compile {manifest.compiler_version}, but shortfin runs only "
@@ -289,21 +307,18 @@ def _check_hash(path: Path, expected: str) -> None:
         )
 
 
-def _check_config(config: ModelConfig, manifest: Manifest) -> None:
-    """Raise MismatchError where config.json asks for what the VMFB does not have."""
-    wanted = [f"prefill_bs{n}" for n in config.prefill_batch_sizes]
-    wanted += [f"decode_bs{n}" for n in config.decode_batch_sizes]
-    missing = [name for name in wanted if name not in manifest.functions]
-    if missing:
-        raise MismatchError(
-            f"config.json names {', '.join(missing)}, but the VMFB has only "
-            f"{', '.join(manifest.functions)}; {REPAIR}"
-        )
-    if config.page_elements != manifest.page_elements:
-        raise MismatchError(
-            f"config.json says {config.page_elements} elements a page, the VMFB was compiled for "
-            f"{manifest.page_elements}; {REPAIR}"
-        )
+def _check_config(path: Path, config: ModelConfig, manifest: Manifest) -> None:
+    """Raise MismatchError where config.json differs from the one the VMFB was made with."""
+    found = asdict(config)
+    for part in (found, found["paged_kv_cache"]):
+        made = manifest.config if part is found else manifest.config["paged_kv_cache"]
+        for name, value in part.items():
+            free = name in ("paged_kv_cache", "device_block_count") or value is None
+            if not free and value != made.get(name):
+                raise MismatchError(
+                    f"{path}: {name} is {value!r}, but the VMFB was compiled with "
+                    f"{made.get(name)!r}; {REPAIR}"
+                )
 
 
 def _weight_paths(
@@ -313,7 +328,9 @@ def _weight_paths(
         return (_existing(folder / WEIGHTS),)
     if isinstance(parameters, (str, Path)):
         parameters = [parameters]
-    return tuple(_existing(Path(p)) for p in parameters)
+    if not parameters:
+        raise MissingFileError(f"parameters={parameters!r}: name at least one .irpa file")
+    return tuple(_existing(Path(p).expanduser()) for p in parameters)
 
 
 def _existing(path: Path) -> Path:
@@ -340,6 +357,11 @@ def _from_dict(kind: Callable[..., T], data: Any) -> T:
     if unknown := sorted(data.keys() - known):
         raise TypeError(f"unknown keys: {', '.join(unknown)}")
     return kind(**data)
+
+
+def _instance(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, found {value!r}")
 
 
 def _positive_int(name: str, value: object) -> None:

@@ -6,12 +6,15 @@ nothing here needs a lock. Mistakes of a caller raise in the caller's own thread
 
 from __future__ import annotations
 
+import re
+import sys
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -168,12 +171,13 @@ class Engine:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise RequestError("prompt is empty; give at least one token (a BOS, or a space)")
-        vocab_size = self.artifact.manifest.vocab_size if self.artifact.manifest else None
+        manifest = self.artifact.manifest
+        vocab_size = manifest.vocab_size if manifest else self.tokenizer.vocab_size
         for token in ids:
-            is_id = isinstance(token, int) and not isinstance(token, bool) and token >= 0
-            if not is_id or (vocab_size is not None and token >= vocab_size):
+            is_id = isinstance(token, Integral) and not isinstance(token, bool)
+            if not (is_id and 0 <= token < vocab_size):
                 raise RequestError(
-                    f"prompt: {token!r} is no token id; the model has 0 to {(vocab_size or 0) - 1}"
+                    f"prompt: {token!r} is no token id; the model has 0 to {vocab_size - 1}"
                 )
         if len(ids) >= self.max_tokens:
             raise RequestError(
@@ -385,7 +389,19 @@ def _num_pages(config: ModelConfig, kv_pages: int | None) -> int:
         return 1 + max(1, min(one_context, MAX_DEFAULT_KV_BYTES // config.page_bytes))
     if not isinstance(kv_pages, int) or isinstance(kv_pages, bool) or kv_pages < 1:
         raise RequestError(f"kv_pages={kv_pages!r} must be an integer of at least 1")
+    needed, available = kv_pages * config.page_bytes, _available_memory()
+    if needed > available:
+        raise RequestError(
+            f"kv_pages={kv_pages} take {needed / 2**30:.1f} GiB, but {available / 2**30:.1f} GiB "
+            f"are free; use at most {available // config.page_bytes}"
+        )
     return 1 + kv_pages
+
+
+def _available_memory() -> int:
+    """Bytes that can be allocated without swapping, as the kernel estimates it."""
+    match = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(match[1]) * 1024 if match else sys.maxsize
 
 
 def _eos_ids(artifact: Artifact, tokenizer: Tokenizer) -> frozenset[int]:

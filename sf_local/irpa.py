@@ -82,7 +82,7 @@ def read_table(path: Path) -> Mapping[str, Entry]:
     try:
         with path.open("rb") as file:
             return _parse(file, size)
-    except (struct.error, UnicodeDecodeError, ValueError) as error:
+    except (OSError, struct.error, ValueError) as error:
         raise CorruptFileError(
             f"{path}: not a whole parameter archive of {size} bytes ({error}); "
             "copy it again, or compile the model again"

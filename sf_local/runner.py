@@ -158,10 +158,7 @@ class ModelRunner:
         wanted = [f"prefill_bs{n}" for n in config.prefill_batch_sizes]
         wanted += [f"decode_bs{n}" for n in config.decode_batch_sizes]
         optional = [f"prefill_last_bs{n}" for n in config.prefill_batch_sizes]
-        found = {
-            name: self._program.lookup_function(f"{config.module_name}.{name}")
-            for name in [*wanted, *optional]
-        }
+        found = {name: self._look_up(name) for name in [*wanted, *optional]}
         missing = [name for name in wanted if found[name] is None]
         if missing:
             raise MismatchError(
@@ -169,6 +166,12 @@ class ModelRunner:
                 f"{REPAIR}"
             )
         return {name: function for name, function in found.items() if function is not None}
+
+    def _look_up(self, name: str) -> Any:
+        try:
+            return self._program.lookup_function(f"{self.config.module_name}.{name}")
+        except ValueError:  # "Function ... not found in program"
+            return None
 
 
 class _Argument:
@@ -215,7 +218,10 @@ def _vector(values: Sequence[int], size: int, fill: int = 0) -> NDArray[np.int64
 
 def _fitting(sizes: Sequence[int], count: int) -> int:
     """The smallest compiled batch that holds `count` rows."""
-    return next(size for size in sizes if size >= count)
+    for size in sizes:
+        if size >= count:
+            return size
+    raise EngineError(f"{count} rows do not fit the largest compiled batch, {sizes[-1]}")
 
 
 def _load_program(artifact: Artifact, device: Device) -> Any:
