@@ -32,12 +32,25 @@ class Device:
         _parse_iree_flags()
         self.system = _cpu_system() if self.kind == "cpu" else _hip_system(self.index)
         self.worker = self.system.create_worker("sf_local")
+        self.renew()
+
+    def renew(self) -> None:
+        """A new fiber: after a failed invocation the old one's timeline never moves again."""
         self.fiber = self.system.create_fiber(self.worker)
         self.scoped = self.fiber.device(0)
 
     def run(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Start a coroutine on the worker thread; it must catch its own exceptions."""
         self.worker.call_threadsafe(lambda: self.worker.loop.create_task(coroutine))
+
+    def abandon(self, *objects: object) -> None:
+        """Keep the device and `objects` on it for ever, instead of closing.
+
+        A failed invocation leaves a fence that is never signalled, and freeing the device would
+        wait for it until the process is killed.
+        """
+        for leaked in (self, *objects):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(leaked))
 
     def close(self) -> None:
         del self.scoped, self.fiber, self.worker

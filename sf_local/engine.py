@@ -301,9 +301,12 @@ class _Loop:
             self._is_closing = True
             self._device.worker.call_threadsafe(self._end_idling)
             self._ended.wait()
-            self._runner.close()
+            if self._runner.has_ever_failed:
+                self._device.abandon(self._runner)
+            else:
+                self._runner.close()
+                self._device.close()
             del self._runner
-            self._device.close()
             self._device = None  # type: ignore[assignment]
 
     async def _run(self) -> None:
@@ -342,6 +345,8 @@ class _Loop:
             failure = EngineError(f"the step failed: {error}")
             failure.__cause__ = error
             self._end(request, "abort", failure)
+            if self._runner.is_broken:
+                await self._runner.recover()
             return
         if reason:
             self._end(request, reason)

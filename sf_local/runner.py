@@ -54,20 +54,25 @@ class ModelRunner:
             check_target(artifact.manifest, device.kind)
         self.artifact, self.config, self.num_pages = artifact, artifact.config, num_pages
         self._device = device
+        self.is_broken = False  # a call failed: `recover` before the next one
+        self.has_ever_failed = False  # then the device can no longer be freed
         self._program = _load_program(artifact, device)
         self._functions = self._look_up_functions()
-        cache = self.config.paged_kv_cache
-        self._cache = sfnp.device_array.for_device(
-            device.scoped,
-            [num_pages, self.config.page_elements],
-            getattr(sfnp, cache.kv_cache_dtype),
-        )
         self._arguments: dict[tuple[str, tuple[int, ...]], _Argument] = {}
+        self._allocate_cache()
 
     async def start(self) -> None:
         """Zero the cache: attention multiplies what it masks by zero, and NaN survives that."""
         self._cache.fill(np.zeros(1, _NUMPY_DTYPES[self._cache_dtype]).tobytes())
         await self._device.scoped
+
+    async def recover(self) -> None:
+        """Make the model usable after a failed call; all that the cache held is lost."""
+        self._arguments.clear()
+        self._device.renew()
+        self._allocate_cache()
+        await self.start()
+        self.is_broken = False
 
     def close(self) -> None:
         self._arguments.clear()
@@ -128,8 +133,12 @@ class ModelRunner:
     async def _call(self, name: str, inputs: dict[str, NDArray[np.int64]]) -> Logits:
         device = self._device.scoped
         arguments = [self._argument(key, value) for key, value in inputs.items()]
-        results = await self._functions[name](*arguments, self._cache, fiber=self._device.fiber)
-        return await _to_host(results[0], device, on_host=self._device.kind == "cpu")
+        try:
+            results = await self._functions[name](*arguments, self._cache, fiber=self._device.fiber)
+            return await _to_host(results[0], device, on_host=self._device.kind == "cpu")
+        except Exception:
+            self.is_broken = self.has_ever_failed = True
+            raise
 
     def _argument(self, name: str, value: NDArray[np.int64]) -> Any:
         """A device array with `value`, reused by later calls of the same shape."""
@@ -147,6 +156,13 @@ class ModelRunner:
                 0 < page < self.num_pages for page in row.page_ids
             ):
                 raise EngineError(f"pages {row.page_ids} do not hold {row.end} tokens")
+
+    def _allocate_cache(self) -> None:
+        self._cache = sfnp.device_array.for_device(
+            self._device.scoped,
+            [self.num_pages, self.config.page_elements],
+            getattr(sfnp, self._cache_dtype),
+        )
 
     @property
     def _cache_dtype(self) -> str:

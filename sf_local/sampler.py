@@ -28,19 +28,24 @@ class Sampler:
 def candidates(
     logits: NDArray[np.float32], params: SamplingParams
 ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-    """Tokens that may be drawn, likeliest first, and their unnormalized probabilities."""
-    vocab_size = len(logits)
-    top_k = vocab_size if params.top_k < 0 else min(params.top_k, vocab_size)
-    if top_k < vocab_size:
-        tokens = np.argpartition(logits, vocab_size - top_k)[vocab_size - top_k :]
-    else:
-        tokens = np.arange(vocab_size)
-    tokens = tokens[np.argsort(-logits[tokens], kind="stable")]
-    scaled = logits[tokens].astype(np.float64) / params.temperature
-    probabilities = np.exp(scaled - scaled[0])
+    """Tokens that may be drawn, and their unnormalized probabilities."""
+    tokens = np.arange(len(logits))
+    if 0 < params.top_k < len(logits):
+        tokens = np.argpartition(logits, -params.top_k)[-params.top_k :]
+        logits = logits[tokens]
+    scaled = (logits - logits.max()).astype(np.float64) / params.temperature
+    probabilities = np.exp(scaled)
     if params.top_p < 1:
-        # Keep a token while the mass before it is below top_p: the likeliest always stays.
-        before = np.cumsum(probabilities) - probabilities
-        keep = int(np.searchsorted(before, params.top_p * probabilities.sum()))
-        tokens, probabilities = tokens[: max(keep, 1)], probabilities[: max(keep, 1)]
+        keep = _nucleus(probabilities, params.top_p)
+        tokens, probabilities = tokens[keep], probabilities[keep]
     return tokens, probabilities
+
+
+def _nucleus(probabilities: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
+    """The fewest likeliest entries whose share reaches `top_p` (Holtzman et al. 2020)."""
+    total = probabilities.sum()
+    # All entries below this bound together hold less than 1 - top_p: no need to sort them.
+    likely = np.flatnonzero(probabilities * len(probabilities) >= (1 - top_p) * total)
+    order = likely[np.argsort(-probabilities[likely], kind="stable")]
+    before = np.cumsum(probabilities[order]) - probabilities[order]
+    return order[: max(int(np.searchsorted(before, top_p * total)), 1)]

@@ -205,6 +205,39 @@ def test_a_failed_step_fails_its_request_alone(
         assert_idle(engine)
 
 
+def test_a_native_failure_leaves_the_engine_usable(tiny: TinyModel) -> None:
+    """A call with too few arguments fails inside IREE; the interpreter must still exit, too."""
+    program = f"""
+from sf_local import Engine, SamplingParams
+from sf_local.errors import EngineError
+engine = Engine({str(tiny.artifact)!r})
+params = SamplingParams(max_new_tokens=9, temperature=0, ignore_eos=True)
+expected = engine.generate([5, 6], params).token_ids
+functions = engine._loop._runner._functions
+good, functions["decode_bs1"] = functions["decode_bs1"], functions["prefill_bs1"]
+shuffled = engine._loop._runner._call
+async def drop_one(name, inputs):
+    if functions[name] is functions["prefill_bs1"]:
+        inputs.popitem()
+    return await shuffled(name, inputs)
+engine._loop._runner._call = drop_one
+try:
+    engine.generate([5, 6], params)
+    raise SystemExit("no error")
+except EngineError as error:
+    assert "the step failed" in str(error)
+engine._loop._runner._call = shuffled
+functions["decode_bs1"] = good
+assert engine.generate([5, 6], params).token_ids == expected
+stats = engine.stats()
+assert stats["pages_free"] == stats["pages_total"]
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_close_fails_what_is_under_way(tiny: TinyModel) -> None:
     engine = Engine(tiny.artifact)
     handles = [engine.submit(PROMPT, greedy(200)) for _ in range(3)]
