@@ -33,8 +33,7 @@ def candidates(
     if 0 < params.top_k < len(logits):
         tokens = np.argpartition(logits, -params.top_k)[-params.top_k :]
         logits = logits[tokens]
-    scaled = (logits - logits.max()).astype(np.float64) / params.temperature
-    probabilities = np.exp(scaled)
+    probabilities = np.exp((logits - np.float64(logits.max())) / params.temperature)
     if params.top_p < 1:
         keep = _nucleus(probabilities, params.top_p)
         tokens, probabilities = tokens[keep], probabilities[keep]
