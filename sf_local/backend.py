@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,8 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
         chat_template: the name of an SGLang template, a ChatTemplate, or Jinja text; by default
             the model's own.
         config, parameters, tokenizer: files that do not lie beside the .vmfb.
-        kv_pages: KV pages to allocate; by default one full context, at most 1 GiB.
+        kv_pages, kv_memory: the size of the KV cache, as `Engine` takes it.
+        defaults: what SGLang's arguments cannot carry: seed, priority and timeout.
 
     Raises ArtifactError, DeviceError or ChatTemplateError here; what a program asks for and cannot
     get raises RequestError, which SGLang keeps in `state.error()`.
@@ -51,8 +54,11 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
         parameters: str | Path | Sequence[str | Path] | None = None,
         tokenizer: str | Path | None = None,
         kv_pages: int | None = None,
+        kv_memory: int | str | None = None,
+        defaults: SamplingParams | None = None,
     ) -> None:
         super().__init__()
+        self._defaults = defaults or SamplingParams()
         self.engine = Engine(
             vmfb,
             device,
@@ -60,6 +66,7 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
             parameters=parameters,
             tokenizer=tokenizer,
             kv_pages=kv_pages,
+            kv_memory=kv_memory,
         )
         try:
             self.chat_template = self._resolve(chat_template)
@@ -75,14 +82,14 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
         self, s: StreamExecutor, sampling_params: SglSamplingParams
     ) -> tuple[str, dict[str, Any]]:
         """The text that continues `s`, and its meta info as SGLang's server gives it."""
-        output = self.engine.generate(_prompt(s), to_params(sampling_params))
+        output = self.engine.generate(_prompt(s), to_params(sampling_params, self._defaults))
         return output.text, meta_info(output)
 
     def generate_stream(
         self, s: StreamExecutor, sampling_params: SglSamplingParams
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """Text deltas with meta info; the last one carries the finish reason."""
-        handle = self.engine.submit(_prompt(s), to_params(sampling_params))
+        handle = self.engine.submit(_prompt(s), to_params(sampling_params, self._defaults))
         for delta, output in handle.deltas():
             yield delta, meta_info(output) if output else {"finish_reason": None}
 
@@ -95,9 +102,31 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
     ) -> ChoicesDecision:
         raise RequestError("choices are not supported yet; generate text and compare it instead")
 
+    @contextmanager
+    def using(self, **overrides: Any) -> Iterator[None]:
+        """Other `defaults` for all that is generated meanwhile: `with backend.using(seed=1):`."""
+        previous = self._defaults
+        self._defaults = replace(previous, **overrides)
+        try:
+            yield
+        finally:
+            self._defaults = previous
+
+    def cache_prefix(self, prefix_str: str) -> None:
+        """A hint from SGLang: what a batch of programs begins with."""
+        self.engine.warm(prefix_str)
+
+    def commit_lazy_operations(self, s: StreamExecutor) -> None:
+        """A hint from SGLang: the text so far is about to be forked."""
+        self.engine.warm(str(s.text_))
+
+    def flush_cache(self) -> None:
+        """Free all KV pages that no request uses."""
+        self.engine.flush_cache()
+
     def shutdown(self) -> None:
         """End the engine; generations under way fail."""
-        self.engine.close()
+        self.engine.shutdown()
 
     def __enter__(self) -> ShortfinLocal:
         return self
@@ -122,13 +151,14 @@ class _NoTemplate(ChatTemplate):  # type: ignore[misc]
         )
 
 
-def to_params(sampling: SglSamplingParams) -> SamplingParams:
-    """SGLang's parameters as ours; RequestError for those that are not served yet."""
+def to_params(sampling: SglSamplingParams, defaults: SamplingParams) -> SamplingParams:
+    """SGLang's parameters, over ours; RequestError for those that are not served yet."""
     for name, neutral in _NOT_SERVED.items():
         value = getattr(sampling, name)
         if value not in (None, neutral):
             raise RequestError(f"{name}={value!r} is not supported yet; leave it out")
-    return SamplingParams(
+    return replace(
+        defaults,
         max_new_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,

@@ -1,4 +1,4 @@
-"""PagePool: which KV pages are free, and how many owners each other page has.
+"""PagePool: which KV pages are free, used by requests, or only kept by the prefix cache.
 
 Pure Python; it hands out page ids and never touches device memory. Page 0 is never given out:
 padded rows write there.
@@ -8,9 +8,12 @@ from collections.abc import Sequence
 
 
 class PagePool:
-    """Reference counts of pages 1 .. num_pages - 1.
+    """Owners of pages 1 .. num_pages - 1. free + used + cached = num_pages - 1, always.
 
-    Whoever gets a page from `allocate` or adds an owner with `retain` must `release` it once.
+    Requests own pages: whoever gets one from `allocate` or adds an owner with `retain` must
+    `release` it once. The cache is no owner: it keeps what it marked with `keep`, so that the page
+    outlives its owners, until `drop`. A page that has an owner is locked; one that is only kept can
+    be evicted.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -18,10 +21,19 @@ class PagePool:
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, 0, -1))
         self._owners = [0] * num_pages
+        self._kept = [False] * num_pages
+        self.num_cached = 0  # kept by the cache, without owner
 
     @property
     def num_free(self) -> int:
         return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_pages - 1 - self.num_free - self.num_cached
+
+    def is_locked(self, page: int) -> bool:
+        return self._owners[page] > 0
 
     def allocate(self, count: int) -> list[int]:
         """`count` pages with one owner each; the caller has checked `num_free`."""
@@ -32,9 +44,10 @@ class PagePool:
         return pages
 
     def retain(self, pages: Sequence[int]) -> None:
-        """Add one owner to each page."""
+        """Add one owner to each page, which has one or is kept."""
         for page in pages:
-            assert self._owners[page] > 0, f"page {page} is free"
+            assert self._owners[page] or self._kept[page], f"page {page} is free"
+            self.num_cached -= self._owners[page] == 0
             self._owners[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
@@ -44,12 +57,36 @@ class PagePool:
                 raise ValueError(f"page {page} is released twice")
             self._owners[page] -= 1
             if self._owners[page] == 0:
-                self._free.append(page)
+                self._settle(page)
+
+    def keep(self, page: int) -> None:
+        """Let an owned page outlive its owners, for the cache."""
+        assert self._owners[page] and not self._kept[page], f"page {page} is free, or kept already"
+        self._kept[page] = True
+
+    def drop(self, page: int) -> None:
+        """The cache forgets a page; it becomes free when it has no owner."""
+        assert self._kept[page], f"page {page} is not kept"
+        self._kept[page] = False
+        if self._owners[page] == 0:
+            self.num_cached -= 1
+            self._settle(page)
+
+    def _settle(self, page: int) -> None:
+        """Where a page goes that has no owner any more."""
+        if self._kept[page]:
+            self.num_cached += 1
+        else:
+            self._free.append(page)
 
     def check_integrity(self) -> None:
-        """Assert that every page is free or owned, never both, and page 0 neither."""
+        """Assert that every page is free, used or cached, in one way only, and page 0 none."""
         free = set(self._free)
         assert len(free) == len(self._free), "a page is free twice"
-        owned = {page for page, owners in enumerate(self._owners) if owners}
-        assert not free & owned, f"pages both free and owned: {free & owned}"
-        assert free | owned == set(range(1, self.num_pages)), "a page is lost, or page 0 is in use"
+        used = {page for page, owners in enumerate(self._owners) if owners}
+        cached = {page for page, kept in enumerate(self._kept) if kept} - used
+        assert not free & used and not free & cached, "a page is free and in use"
+        assert free | used | cached == set(range(1, self.num_pages)), (
+            "a page is lost, or page 0 used"
+        )
+        assert (len(used), len(cached)) == (self.num_used, self.num_cached), "counts are off"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ class SamplingParams:
     max_new_tokens: at most so many tokens, 0 allowed. temperature: below 1e-6 is greedy.
     top_k: -1 for all. top_p: in (0, 1]. stop: texts that end the generation, trimmed.
     stop_token_ids: tokens that do. ignore_eos: go on after the model's own end tokens.
-    seed: makes sampling repeatable.
+    seed: makes sampling repeatable. n: samples of one prompt (`Engine.samples`).
+    priority: higher ones run first. timeout: seconds after which the text so far is the answer.
     """
 
     max_new_tokens: int = 128
@@ -31,6 +33,9 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     seed: int | None = None
+    n: int = 1
+    priority: int = 0
+    timeout: float | None = None
 
     def __post_init__(self) -> None:
         _check_int("max_new_tokens", self.max_new_tokens, 0)
@@ -43,6 +48,10 @@ class SamplingParams:
             raise RequestError(f"ignore_eos={self.ignore_eos!r} must be True or False")
         if self.seed is not None:
             _check_int("seed", self.seed, 0)
+        _check_int("n", self.n, 1)
+        _check_int("priority", self.priority, -(1 << 31))
+        if self.timeout is not None:
+            _check_float("timeout", self.timeout, 0.0, sys.float_info.max)
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
 
@@ -59,23 +68,34 @@ class RequestStatus(Enum):
 
 @dataclass(eq=False)
 class Request:
-    """One prompt and its growing answer; the scheduler owns `status`, `pages` and `num_computed`.
+    """One prompt and its growing answer. All but the first four fields are the scheduler's.
 
-    The first `num_computed` of `token_ids` have their keys and values in `pages`.
+    The first `num_computed` tokens have their keys and values in `pages`; others can find the first
+    `num_published` of them in the cache.
     """
 
     prompt_ids: Sequence[int]
     params: SamplingParams
     max_new_tokens: int  # params.max_new_tokens, cut at the end of the context
     output_ids: list[int] = field(default_factory=list)
+    sequence: int = field(default_factory=itertools.count().__next__)  # order of arrival
     status: RequestStatus = RequestStatus.WAITING
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
-    finish_reason: str | None = None  # "stop" | "length" | "abort"
+    num_published: int = 0
+    num_cached: int | None = None  # tokens found in the cache when it first started
+    twin: Request | None = None  # computes the first `twin_len` tokens for both
+    twin_len: int = 0
+    finish_reason: str | None = None  # "stop" | "length" | "abort" | "timeout"
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether only the last token is left to compute."""
+        return self.num_computed == self.num_tokens - 1
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Tokens [start, end) of the prompt and the answer."""

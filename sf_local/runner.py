@@ -101,6 +101,12 @@ class ModelRunner:
         logits = await self._prefill(f"prefill_bs{size}", size, rows)
         return [logits[i, : len(row.tokens)] for i, row in enumerate(rows)]
 
+    async def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy whole pages on the device, in order: (source, destination)."""
+        for source, destination in copies:
+            self._cache.view(destination).copy_from(self._cache.view(source))
+        await self._device.scoped
+
     async def decode(self, rows: Sequence[Row]) -> Logits:
         """Compute one token a row: logits [len(rows), V]."""
         assert all(len(row.tokens) == 1 for row in rows)

@@ -1,72 +1,230 @@
-"""Scheduler: which request computes which tokens next. Pure Python; knows nothing of devices.
+"""Scheduler: which requests compute which tokens next, and whose pages make room for whom.
 
-For now one request after the other, each with its pages from start to end.
+Pure Python; knows nothing of devices. Requests that have one token left to compute decode, the
+others prefill in chunks; both happen in every step, so neither waits for the other.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
+from bisect import insort
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from sf_local.page_pool import PagePool
+from sf_local.radix_cache import Match, RadixCache, common_prefix_len
 from sf_local.request import Request, RequestStatus
 
-MAX_CHUNK = 512  # prompt tokens a step; attention scores take chunk * context * heads floats
+MAX_EXAMINED = 64  # waiting requests looked at in one step
 
 
 @dataclass(frozen=True)
-class Step:
+class Limits:
+    """What one step may hold: compiled batch sizes, tokens of prefill, requests with pages."""
+
+    prefill_batch_sizes: Sequence[int]
+    decode_batch_sizes: Sequence[int]
+    prefill_tokens: int = 256
+    max_running: int = 64
+
+
+@dataclass(frozen=True)
+class Chunk:
     """Tokens [start, end) of one request, to be computed in one call."""
 
     request: Request
     start: int
     end: int
 
-    @property
-    def is_decode(self) -> bool:
-        return self.start >= len(self.request.prompt_ids)
 
-    @property
-    def samples(self) -> bool:
-        """Whether the call reaches the last token, so that its logits give the next."""
-        return self.end == self.request.num_tokens
+@dataclass(frozen=True)
+class Step:
+    """Page copies (source, destination), in order; then one prefill call; then decode calls."""
+
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    prefill: list[Chunk] = field(default_factory=list)
+    decodes: list[list[Chunk]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.prefill or self.decodes)
 
 
 class Scheduler:
-    """First come, first served. A request owns its pages from its first step to `finish`."""
+    """First come, first served within a priority; running requests own their pages.
 
-    def __init__(self, pool: PagePool, page_size: int) -> None:
-        self.pool, self.page_size = pool, page_size
-        self.waiting: deque[Request] = deque()
-        self.running: Request | None = None
+    After `next_step`, report every chunk with `computed`; take requests out with `finish`, at any
+    time. Requests that share an uncomputed prefix wait for the first of them.
+    """
+
+    def __init__(self, pool: PagePool, cache: RadixCache, limits: Limits) -> None:
+        self.pool, self.cache, self.limits = pool, cache, limits
+        self.waiting: list[Request] = []  # in order of `rank`
+        self.running: list[Request] = []  # the same
+        self.num_preemptions = 0
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        request.status = RequestStatus.WAITING
+        insort(self.waiting, request, key=_rank)
 
-    def next_step(self) -> Step | None:
-        """The next piece of work, with pages for all its tokens; None when there is none."""
-        if self.running is None and self.waiting:
-            self.running = self.waiting.popleft()
-            self.running.status = RequestStatus.RUNNING
-        if self.running is None:
-            return None
-        start = self.running.num_computed
-        end = min(self.running.num_tokens, start + MAX_CHUNK)
-        self._reserve(self.running, end)
-        return Step(self.running, start, end)
+    def next_step(self) -> Step:
+        """The next piece of work, with pages for all its tokens; empty when there is none."""
+        self._reserve_for_decodes()
+        copies = self._admit()
+        decoding = [r for r in self.running if r.is_decoding]
+        size = self.limits.decode_batch_sizes[-1]
+        groups = [decoding[i : i + size] for i in range(0, len(decoding), size)]
+        decodes = [[_chunk(r, r.num_tokens) for r in group] for group in groups]
+        return Step(copies, self._prefill_chunks(), decodes)
+
+    def computed(self, chunk: Chunk) -> None:
+        """A chunk's keys and values are in its pages; a prompt's become visible to others."""
+        request = chunk.request
+        if request.status is not RequestStatus.RUNNING:
+            return
+        was_decoding = request.is_decoding
+        request.num_computed = chunk.end
+        if not was_decoding:
+            self._publish(request)
 
     def finish(self, request: Request, reason: str) -> None:
-        """Take a request out, wherever it is, and free its pages."""
+        """Take a request out, wherever it is; what it computed stays in the cache."""
         if request.status is RequestStatus.FINISHED:
             return
-        if request is self.running:
-            self.running = None
+        if request.status is RequestStatus.RUNNING:
+            self._stop(request)
         else:
             self.waiting.remove(request)
-        self.pool.release(request.pages)
-        request.pages = []
         request.status, request.finish_reason = RequestStatus.FINISHED, reason
 
-    def _reserve(self, request: Request, num_tokens: int) -> None:
-        needed = -(-num_tokens // self.page_size) - len(request.pages)
-        request.pages += self.pool.allocate(max(needed, 0))
+    def reset(self) -> None:
+        """All pages lost their contents: forget the cache, and compute running requests again."""
+        self.cache.clear()
+        for request in list(self.running):
+            request.num_computed = 0
+            self._stop(request)
+            self.add(request)
+
+    def _stop(self, request: Request) -> None:
+        """Take a running request off its pages."""
+        self.running.remove(request)
+        self._publish(request)
+        self.pool.release(request.pages)
+        request.pages, request.num_computed, request.num_published = [], 0, 0
+
+    def _publish(self, request: Request) -> None:
+        tokens = request.tokens(0, request.num_computed)
+        request.pages = self.cache.insert(tokens, request.pages)
+        request.num_published = request.num_computed
+
+    # Pages
+
+    def _reserve_for_decodes(self) -> None:
+        """A page for each decoding request that needs one, at the cost of later ones."""
+        for request in list(self.running):
+            if request.status is RequestStatus.RUNNING and request.is_decoding:
+                self._grow(request)
+
+    def _grow(self, request: Request) -> None:
+        """Pages for all tokens: free ones, else cached ones, else those of the last in rank."""
+        missing = self._num_pages(request.num_tokens) - len(request.pages)
+        while missing > self.pool.num_free + self.pool.num_cached:
+            assert len(self.running) > 1, "a request outgrew the pool; `Engine` limits its length"
+            victim = self.running[-1]
+            self._stop(victim)
+            self.add(victim)
+            self.num_preemptions += 1
+            if victim is request:
+                return
+        request.pages += self._allocate(missing)
+
+    def _allocate(self, count: int) -> list[int]:
+        if count > self.pool.num_free:
+            self.cache.evict(count - self.pool.num_free)
+        return self.pool.allocate(max(count, 0))
+
+    def _num_pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.cache.page_size)
+
+    # Admission
+
+    def _admit(self) -> list[tuple[int, int]]:
+        """Start waiting requests while there is room; returns the page copies they need."""
+        copies: list[tuple[int, int]] = []
+        for request in self.waiting[:MAX_EXAMINED]:
+            if len(self.running) >= self.limits.max_running:
+                break
+            if self._waits_for_twin(request):
+                continue
+            match = self.cache.match(request.tokens(0, request.num_tokens - 1))
+            if self._find_twin(request, match):
+                continue
+            if not self._start(request, match, copies):
+                break
+        return copies
+
+    def _waits_for_twin(self, request: Request) -> bool:
+        """Whether the request that computes the same prefix is still at it."""
+        twin = request.twin
+        if twin is None or twin.status is not RequestStatus.RUNNING:
+            request.twin = None
+            return False
+        return twin.num_published < request.twin_len
+
+    def _find_twin(self, request: Request, match: Match) -> bool:
+        """Look for a running request that is about to compute a longer prefix than is cached."""
+        have = len(match.pages) * self.cache.page_size + match.num_partial
+        tokens = request.tokens(0, request.num_tokens - 1)
+        for other in self.running:
+            if other.is_decoding:
+                continue
+            shared = common_prefix_len(tokens, other.tokens(0, other.num_tokens))
+            if shared >= have + self.cache.page_size and shared > other.num_published:
+                request.twin = other
+                request.twin_len = shared
+                return True
+        return False
+
+    def _start(self, request: Request, match: Match, copies: list[tuple[int, int]]) -> bool:
+        """Give a request pages for all its tokens, those of the match shared; False if too few."""
+        self.pool.retain(match.pages)
+        missing = self._num_pages(request.num_tokens) - len(match.pages)
+        spare = len(self.running)  # a page for each, or the newcomer is preempted at once
+        if missing + spare > self.pool.num_free + self.pool.num_cached:
+            self.pool.release(match.pages)
+            return False
+        request.pages = match.pages + self._allocate(missing)
+        request.num_computed = len(match.pages) * self.cache.page_size
+        if match.num_partial:
+            copies.append((match.partial_page, request.pages[len(match.pages)]))
+            request.num_computed += match.num_partial
+        if request.num_cached is None:
+            request.num_cached = request.num_computed
+        self.waiting.remove(request)
+        request.status, request.twin = RequestStatus.RUNNING, None
+        request.num_published = request.num_computed
+        insort(self.running, request, key=_rank)
+        return True
+
+    def _prefill_chunks(self) -> list[Chunk]:
+        """Chunks for one call, first in rank first, while the padded call keeps to the budget."""
+        page, sizes = self.cache.page_size, self.limits.prefill_batch_sizes
+        chunks: list[Chunk] = []
+        longest = 0
+        for request in self.running:
+            if request.is_decoding or len(chunks) == sizes[-1]:
+                continue
+            count = min(request.num_tokens - request.num_computed, self.limits.prefill_tokens)
+            padded = -(-max(count, longest) // page) * page
+            rows = next(size for size in sizes if size > len(chunks))
+            if chunks and rows * padded > self.limits.prefill_tokens:
+                break
+            chunks.append(_chunk(request, request.num_computed + count))
+            longest = max(longest, count)
+        return chunks
+
+
+def _chunk(request: Request, end: int) -> Chunk:
+    return Chunk(request, request.num_computed, end)
+
+
+def _rank(request: Request) -> tuple[int, int]:
+    return (-request.params.priority, request.sequence)

@@ -97,6 +97,12 @@ class Tokenizer:
         token = self._tokenizer.id_to_token(token_id)
         return b"" if token is None else self._token_to_bytes(token)
 
+    def written_bytes(self, token_id: int) -> bytes:
+        """What one token stands for in a prompt: special tokens are written out."""
+        if token_id in self.special_ids:
+            return (self._tokenizer.id_to_token(token_id) or "").encode()
+        return self.token_bytes(token_id)
+
     def token_id(self, text: str) -> int | None:
         """The id of the added or special token whose text is exactly `text`."""
         return self._added_ids.get(text)
