@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
             decode_batch_sizes=args.decode_batch_sizes,
             max_seq_len=args.max_seq_len,
         )
-        output = args.output or Path(f"{Path(args.source).stem}-{args.target}")
+        output = args.output or Path(f"{_model_name(args.source)}-{args.target}")
         with progress_display() as progress:
             build(
                 args.source, output, options,
@@ -37,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     except SfLocalError as error:
         print(f"sf-compile: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     print(f"{output} is ready ({time.perf_counter() - start:.0f} s)")
     return 0
 
@@ -45,7 +47,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sf-compile",
         description="Compile Llama weights to a folder that sf_local runs.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     defaults = BuildOptions()
     parser.add_argument(
@@ -54,20 +55,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-o", "--output", type=Path, help="folder to make (default: SOURCE-TARGET)")
     parser.add_argument(
-        "--target", default=defaults.target, metavar="TARGET", help=f"cpu, {', '.join(HIP_CHIPS)}"
+        "--target",
+        default=defaults.target,
+        metavar="TARGET",
+        help=f"cpu (default), {', '.join(HIP_CHIPS)}",
     )
     parser.add_argument(
-        "--cpu", default=defaults.cpu, metavar="LEVEL", help=f"for cpu: {', '.join(CPU_LEVELS)}"
+        "--cpu",
+        default=defaults.cpu,
+        metavar="LEVEL",
+        help=f"for cpu: {', '.join(CPU_LEVELS)} (default: host)",
     )
     parser.add_argument(
-        "--weights", choices=list(DTYPES), help="weight type (default: bf16 on CPUs, f16 on GPUs)"
+        "--weights",
+        choices=list(DTYPES),
+        help="weight type (default: bf16 on CPUs that have it, else f16)",
     )
     parser.add_argument("--kv", choices=list(DTYPES), help="KV cache type (default: as --weights)")
-    parser.add_argument("--page-size", type=int, default=defaults.page_size, help="tokens a page")
+    parser.add_argument(
+        "--page-size", type=int, default=defaults.page_size, help="tokens a page (%(default)s)"
+    )
     for name in ("prefill_batch_sizes", "decode_batch_sizes"):
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=_sizes, default=getattr(defaults, name),
-            metavar="N,N,...", help="rows of the compiled batches, ascending",
+            metavar="N,N,...", help="rows of the compiled batches, ascending (default: 1 to 8)",
         )  # fmt: skip
     parser.add_argument(
         "--max-seq-len", type=int, help="context in tokens (default: the model's own)"
@@ -78,7 +89,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sizes(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list such as 1,4,8") from None
+
+
+def _model_name(source: str) -> str:
+    return Path(source).expanduser().absolute().name.removesuffix(".gguf")
 
 
 if __name__ == "__main__":

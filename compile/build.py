@@ -32,7 +32,14 @@ from sf_local.artifact import (
     file_sha256,
     parameters_sha256,
 )
-from sf_local.errors import CompileError, OutputError, UnsupportedError
+from sf_local.errors import (
+    ArtifactError,
+    CompileError,
+    OutputError,
+    SourceError,
+    UnsupportedError,
+)
+from sf_local.tokenizer import Tokenizer
 
 Progress = Callable[[str, float | None], None]  # what is being done, and which share of it
 MLIR = "model.mlir"
@@ -49,9 +56,9 @@ def _silent(stage: str, share: float | None) -> None:
 class BuildOptions:
     """What to build; raises UnsupportedError for values that cannot be built.
 
+    None means the target's default, for max_seq_len the model's own context in tokens.
     target: "cpu" or an AMD chip such as "gfx942"; cpu: "host", "generic", "x86-64-v3" or
-    "x86-64-v4". weight_dtype, kv_dtype: "f32", "f16" or "bf16", None for the target's default.
-    page_size: tokens a KV page. max_seq_len: context in tokens, None for the model's own.
+    "x86-64-v4". weight_dtype, kv_dtype: "f32", "f16" or "bf16". page_size: tokens a KV page.
     row_major: matrices row by row, as GPUs have them, on a CPU too (to test that code there).
     """
 
@@ -61,7 +68,7 @@ class BuildOptions:
     kv_dtype: str | None = None
     page_size: int = 16
     prefill_batch_sizes: tuple[int, ...] = (1, 4)
-    decode_batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
+    decode_batch_sizes: tuple[int, ...] | None = None
     max_seq_len: int | None = None
     row_major: bool = False
 
@@ -73,11 +80,10 @@ class BuildOptions:
             raise UnsupportedError(f"page_size={self.page_size!r}; use one of {PAGE_SIZES}")
         for name in ("prefill_batch_sizes", "decode_batch_sizes"):
             sizes = getattr(self, name)
-            if (
-                not sizes
-                or list(sizes) != sorted(set(sizes))
-                or not all(1 <= size <= MAX_BATCH_SIZE for size in sizes)
-            ):
+            if sizes is None:
+                continue
+            in_range = all(1 <= size <= MAX_BATCH_SIZE for size in sizes)
+            if not sizes or list(sizes) != sorted(set(sizes)) or not in_range:
                 raise UnsupportedError(
                     f"{name}={sizes!r}; give different sizes from 1 to {MAX_BATCH_SIZE}, ascending"
                 )
@@ -105,6 +111,8 @@ def build(
     check_tensors(opened)
     emitter = _emitter(opened, options, target)
     with _staging(output) as folder:
+        opened.write_tokenizer(folder)
+        _check_tokenizer(folder, opened)
         _write_model(folder, opened, emitter, target, progress)
         if not keep_mlir:
             (folder / MLIR).unlink()
@@ -153,8 +161,12 @@ def _emitter(source: Source, options: BuildOptions, target: Target) -> LlamaEmit
         kv_dtype=options.kv_dtype or weight_dtype,
         page_size=options.page_size,
         prefill_batch_sizes=options.prefill_batch_sizes,
-        decode_batch_sizes=options.decode_batch_sizes,
-        max_seq_len=options.max_seq_len or context - context % options.page_size,
+        decode_batch_sizes=options.decode_batch_sizes or target.decode_batch_sizes(weight_dtype),
+        max_seq_len=(
+            context - context % options.page_size
+            if options.max_seq_len is None
+            else options.max_seq_len
+        ),
     )
     if not options.page_size <= model.max_seq_len <= context:
         raise UnsupportedError(
@@ -184,6 +196,20 @@ def _staging(output: Path) -> Iterator[Path]:
         ) from error
 
 
+def _check_tokenizer(folder: Path, source: Source) -> None:
+    """Raise SourceError for a tokenizer that the runtime would refuse."""
+    try:
+        Tokenizer(folder)
+    except ArtifactError as error:
+        raise SourceError(f"{source.name}: its tokenizer cannot be used: {error}") from error
+    vocab_size = source.config.vocab_size
+    for token in (source.bos_token_id, *source.eos_token_ids):
+        if token is not None and not 0 <= token < vocab_size:
+            raise SourceError(
+                f"{source.name}: bos or eos token {token} is not in the vocabulary of {vocab_size}"
+            )
+
+
 def _write_model(
     folder: Path, source: Source, emitter: LlamaEmitter, target: Target, progress: Progress
 ) -> None:
@@ -195,7 +221,6 @@ def _write_model(
     progress(f"compiling for {target.name}", None)
     (folder / MLIR).write_text(emitter.emit())
     _iree_compile(folder / MLIR, folder / VMFB, target)
-    source.write_tokenizer(folder)
 
 
 def _iree_compile(mlir: Path, vmfb: Path, target: Target) -> None:
@@ -259,7 +284,7 @@ def _model_config(emitter: LlamaEmitter) -> ModelConfig:
         paged_kv_cache=PagedKVCache(
             attention_head_count_kv=config.num_kv_heads,
             block_seq_stride=model.page_size,
-            device_block_count=model.max_seq_len // model.page_size + 1,
+            device_block_count=-(-model.max_seq_len // model.page_size) + 1,
             kv_cache_dtype=DTYPE_NAMES[model.kv_dtype],
             paged_kv_block_size_elements_per_device=[emitter.page_elements],
         ),

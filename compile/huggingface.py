@@ -118,13 +118,21 @@ def _rope_scaling(rope: Numbers) -> RopeScaling | None:
         return RopeScaling("linear", factor)
     low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
     trained = rope.integer("original_max_position_embeddings")
+    if not 0 < low < high:
+        raise corrupt(rope.path, "0 < low_freq_factor < high_freq_factor", f"{low}, {high}")
     return RopeScaling("llama3", factor, low, high, trained)
 
 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
     if not index.exists():
-        return [folder / "model.safetensors"]
+        if not single.exists():
+            raise SourceError(
+                f"{folder}: no model.safetensors, nor an index of shards; download them, or "
+                "convert other weights with transformers' save_pretrained(safe_serialization=True)"
+            )
+        return [single]
     shards = _read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise corrupt(index, "an object weight_map", repr(shards))

@@ -258,7 +258,7 @@ class LlamaEmitter:
     ) -> Batch:
         n = tokens.shape[0]
         assert isinstance(n, int)
-        tile = n if self.layout.packed else 1
+        tile = math.gcd(n, self.layout.m_tile) if self.layout.packed else 1
         return Batch(n, 1, n // tile, tile, tokens, start, seq_lens, page_ids)
 
     # The model

@@ -37,7 +37,7 @@ def open_source(source: str | Path, progress: Progress = lambda message: None) -
     for a model, tokenizer or data type that is not supported; both before any weight is read.
     """
     if source == "demo":
-        return replace(open_gguf(demo_gguf(progress), progress, DEMO_SHA256), name=DEMO_NAME)
+        return replace(open_gguf(demo_gguf(progress), progress), name=DEMO_NAME)
     path = Path(os.path.expanduser(source))
     is_gguf = path.suffix.lower() == ".gguf"
     hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source))
@@ -64,7 +64,7 @@ def demo_gguf(progress: Progress = lambda message: None) -> Path:
     """
     path = cache_dir() / "models" / Path(DEMO_MEMBER).name
     try:
-        if path.is_file() and path.stat().st_size == DEMO_SIZE:
+        if path.is_file() and file_sha256(path) == DEMO_SHA256:
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as folder:

@@ -22,6 +22,7 @@ from sf_local import irpa
 from sf_local.errors import SourceError
 
 DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
+ROPE_BLOCK = 8192  # positions
 BLOCK_ELEMENTS = 16 << 20  # of one block of rows; 64 MiB in f32
 
 Array = NDArray[np.generic]
@@ -106,9 +107,9 @@ def type_name(parameter: Parameter) -> str:
     return "x".join([*map(str, parameter.shape), parameter.dtype])
 
 
-def rope_table(config: LlamaConfig, max_seq_len: int) -> NDArray[np.float32]:
-    """Cosines and sines of every position: [max_seq_len, 2, D/2]."""
-    angles = np.arange(max_seq_len)[:, None] * rope_frequencies(config)
+def rope_table(config: LlamaConfig, start: int, end: int) -> NDArray[np.float32]:
+    """Cosines and sines of positions start to end - 1: [end - start, 2, D/2]."""
+    angles = np.arange(start, end)[:, None] * rope_frequencies(config)
     return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
 
 
@@ -133,7 +134,8 @@ def rope_frequencies(config: LlamaConfig) -> NDArray[np.float64]:
 
 def _parameter_blocks(source: Source, parameter: Parameter, layout: Layout) -> Iterator[Array]:
     if parameter.name == "rope":
-        yield rope_table(source.config, parameter.shape[0])
+        for start in range(0, parameter.shape[0], ROPE_BLOCK):
+            yield rope_table(source.config, start, min(start + ROPE_BLOCK, parameter.shape[0]))
         return
     segments = _segments(source.tensors, parameter, layout)
     if len(parameter.shape) == 1:

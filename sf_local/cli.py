@@ -1,10 +1,13 @@
-"""The `sf-local` command: chat, generate, inspect."""
+"""The `sf-local` command: chat, generate, inspect, bench."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sf_local.artifact import DTYPE_BYTES, Artifact, open_artifact, verify
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
-        commands = {"chat": _chat, "generate": _generate, "inspect": _inspect}
+        commands = {"chat": _chat, "generate": _generate, "inspect": _inspect, "bench": _bench}
         commands[args.command](args)
     except SfLocalError as error:
         print(f"sf-local: {error}", file=sys.stderr)
@@ -26,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     return 0
 
 
@@ -49,6 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="show what an artifact holds")
     inspect.add_argument("artifact")
     inspect.add_argument("--verify", action="store_true", help="hash every file as well")
+    bench = commands.add_parser("bench", help="measure speed and how well the cache shares")
+    bench.add_argument("artifact")
+    bench.add_argument("--device", default="cpu", help="cpu, hip or hip:N (default: cpu)")
+    bench.add_argument("--rounds", type=int, default=3, help="default: 3")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    bench.add_argument("--quick", action="store_true", help="one round with small sizes")
     return parser
 
 
@@ -106,7 +118,7 @@ def _print_stream(handle: Handle) -> str:
     print()
     output = handle.result()
     decode_time = output.latency - output.time_to_first_token
-    rate = (output.completion_tokens - 1) / decode_time if decode_time > 0 else 0.0
+    rate = max(output.completion_tokens - 1, 0) / decode_time if decode_time > 0 else 0.0
     print(
         f"[{output.prompt_tokens} + {output.completion_tokens} tokens, "
         f"{output.time_to_first_token * 1000:.0f} ms to the first, {rate:.0f} tokens/s]",
@@ -122,6 +134,18 @@ def _inspect(args: argparse.Namespace) -> None:
     if args.verify:
         verify(artifact)
         print("every file has the hash it was made with")
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from sf_local.bench import run, table
+
+    def progress(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    report = run(args.artifact, args.device, args.rounds, quick=args.quick, progress=progress)
+    print(table(report))
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def describe(artifact: Artifact) -> list[tuple[str, str]]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, cast
 
 from sf_local.artifact import Artifact, ModelConfig, check_target, open_artifact
 from sf_local.device import Device, parse_device
@@ -68,12 +68,13 @@ class Handle:
     Dropping the handle, or leaving an iteration early, cancels the generation.
     """
 
-    def __init__(self, generation: _Generation, loop: _Loop) -> None:
-        self._generation, self._loop = generation, loop
+    def __init__(self, engine: Engine, generation: _Generation) -> None:
+        self._engine = engine  # which lives as long as its generations
+        self._generation, self._loop = generation, engine._loop
         self._deliveries: SimpleQueue[Delivery] = SimpleQueue()
         self._output: Output | None = None
         generation.deliver = self._deliveries.put
-        loop.submit(generation)
+        self._loop.submit(generation)
 
     def __iter__(self) -> Iterator[str]:
         """Text deltas that concatenate to the result's text."""
@@ -88,6 +89,8 @@ class Handle:
                     self._deliveries.put(item)  # for whoever asks again
                     raise item
                 text, self._output = item
+                if self._output is not None:
+                    self._deliveries.put(("", self._output))  # for another thread that waits
                 yield text, self._output
         finally:
             if self._output is None:
@@ -152,7 +155,7 @@ class Engine:
 
     def submit(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Handle:
         """Start a generation; raises RequestError for a prompt or parameters that cannot work."""
-        return Handle(self._generation(prompt, params or SamplingParams()), self._loop)
+        return Handle(self, self._generation(prompt, params))
 
     def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Output:
         """The whole answer to a prompt, given as text or as token ids."""
@@ -162,7 +165,7 @@ class Engine:
         self, prompt: str | Sequence[int], params: SamplingParams | None = None
     ) -> list[Output]:
         """`params.n` answers to one prompt, whose pages they share; seeds count up."""
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
         seeds = [None if params.seed is None else params.seed + i for i in range(params.n)]
         handles = [self.submit(prompt, replace(params, seed=seed)) for seed in seeds]
         return [handle.result() for handle in handles]
@@ -193,7 +196,7 @@ class Engine:
     async def _adeltas(
         self, prompt: str | Sequence[int], params: SamplingParams | None
     ) -> AsyncIterator[tuple[str, Output | None]]:
-        generation = self._generation(prompt, params or SamplingParams())
+        generation = self._generation(prompt, params)
         loop, items = asyncio.get_running_loop(), asyncio.Queue[Delivery]()
 
         def deliver(item: Delivery) -> None:
@@ -248,7 +251,12 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def _generation(self, prompt: str | Sequence[int], params: SamplingParams) -> _Generation:
+    def _generation(
+        self, prompt: str | Sequence[int], params: SamplingParams | None
+    ) -> _Generation:
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params={params!r} must be SamplingParams")
         ids = self._prompt_ids(prompt)
         max_new_tokens = min(params.max_new_tokens, self.max_tokens - len(ids))
         request = Request(ids, params, max_new_tokens)
@@ -258,7 +266,12 @@ class Engine:
         return generation
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            ids = self._encode(prompt)
+        elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
+            raise RequestError(f"prompt={prompt!r} must be a str, or a list of token ids")
+        else:
+            ids = list(cast(Sequence[int], prompt))
         if not ids:
             raise RequestError("prompt is empty; give at least one token (a BOS, or a space)")
         manifest = self.artifact.manifest
@@ -461,14 +474,16 @@ class _Loop:
             await self._runner.start()
             self._started.set()
             while not self._is_closing:
+                started_at = time.perf_counter()
                 self._do_what_was_asked()
                 self._end_late_ones()
-                started_at = time.perf_counter()
                 step = self._scheduler.next_step()
                 if step:
                     await self._execute(step)
+                    seconds = time.perf_counter() - started_at
                     self._counters["steps"] += 1
-                    self._counters["step_seconds"] += time.perf_counter() - started_at
+                    self._counters["step_seconds"] += seconds
+                    self._counters["call_seconds"] = self._runner.call_seconds
                 else:
                     await self._wait_for_work()
         except BaseException as error:
@@ -494,13 +509,11 @@ class _Loop:
         if not chunks:
             return
         rows = [Row(c.request.tokens(c.start, c.end), c.start, c.request.pages) for c in chunks]
-        started_at = time.perf_counter()
         try:
             logits = await call(rows)
         except Exception as error:
             await self._fail(chunks, error)
             return
-        self._counters["call_seconds"] += time.perf_counter() - started_at
         for chunk, row in zip(chunks, logits, strict=True):
             self._scheduler.computed(chunk)
             if chunk.end == chunk.request.num_tokens:

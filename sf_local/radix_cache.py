@@ -80,17 +80,12 @@ class RadixCache:
         result: list[int] = []
         for index, page in enumerate(pages[: -(-len(tokens) // self.page_size)]):
             chunk = tuple(tokens[index * self.page_size : (index + 1) * self.page_size])
-            child = node.children.get(chunk)
-            if child is None:
-                child = self._add(node, chunk, page)
-            elif child.page != page and len(chunk) == self.page_size:
-                self.pool.retain([child.page])
+            node = node.children.get(chunk) or self._add(node, chunk, page)
+            if node.page != page and len(chunk) == self.page_size:
+                self.pool.retain([node.page])
                 self.pool.release([page])
-                page = child.page
+                page = node.page
             result.append(page)
-            if child is None or len(chunk) < self.page_size:
-                break
-            node = child
         self._touch(node)
         return [*result, *pages[len(result) :]]
 
@@ -125,11 +120,11 @@ class RadixCache:
             assert not node.children or node.parent is None or len(node.tokens) == self.page_size
             assert all(child.parent is node for child in node.children.values())
 
-    def _add(self, node: Node, chunk: Tokens, page: int) -> Node | None:
-        """A new child, in place of a partial one that it extends; None if it would add nothing."""
+    def _add(self, node: Node, chunk: Tokens, page: int) -> Node:
+        """A new child, in place of a partial one that it extends; or the one that has it all."""
         nearest, common = self._nearest(node, chunk)
         if nearest is not None and common == len(chunk):
-            return None
+            return nearest
         if nearest is not None and common == len(nearest.tokens):
             self._remove(nearest)
         child = Node(chunk, page, node)

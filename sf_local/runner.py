@@ -7,6 +7,7 @@ one is memory corruption.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,7 @@ class ModelRunner:
         self._device = device
         self.is_broken = False  # a call failed: `recover` before the next one
         self.has_ever_failed = False  # then the device can no longer be freed
+        self.call_seconds = 0.0  # spent in compiled functions, and waiting for them
         self._program = _load_program(artifact, device)
         self._functions = self._look_up_functions()
         self._arguments: dict[tuple[str, tuple[int, ...]], _Argument] = {}
@@ -139,8 +141,11 @@ class ModelRunner:
     async def _call(self, name: str, inputs: dict[str, NDArray[np.int64]]) -> Logits:
         device = self._device.scoped
         arguments = [self._argument(key, value) for key, value in inputs.items()]
+        started_at = time.perf_counter()
         try:
             results = await self._functions[name](*arguments, self._cache, fiber=self._device.fiber)
+            await device
+            self.call_seconds += time.perf_counter() - started_at
             return await _to_host(results[0], device, on_host=self._device.kind == "cpu")
         except Exception:
             self.is_broken = self.has_ever_failed = True
@@ -212,12 +217,12 @@ class _Argument:
 
 
 async def _to_host(array: Any, device: Any, *, on_host: bool) -> Logits:
-    """A copy of a device array, as f32."""
+    """A copy of a device array that is complete, as f32."""
     if not on_host:
         host = array.for_transfer()
         host.copy_from(array)
         array = host
-    await device
+        await device
     dtype = _NUMPY_DTYPES[array.dtype.name]
     with array.map(read=True) as mapping:
         return np.frombuffer(mapping, dtype).reshape(array.shape).astype(np.float32)

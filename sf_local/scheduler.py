@@ -167,7 +167,7 @@ class Scheduler:
         if twin is None or twin.status is not RequestStatus.RUNNING:
             request.twin = None
             return False
-        return twin.num_published < request.twin_len
+        return not twin.is_decoding and twin.num_published < request.twin_len
 
     def _find_twin(self, request: Request, match: Match) -> bool:
         """Look for a running request that is about to compute a longer prefix than is cached."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 from conftest import TINY_OPTIONS, TinyModel
 
 from compile import BuildOptions, build
-from compile.__main__ import main
+from compile.__main__ import _model_name, main
 from compile.cache import cache_dir
 from sf_local.artifact import file_sha256, open_artifact, verify
 from sf_local.errors import OutputError, SourceError, UnsupportedError
@@ -88,7 +89,7 @@ def test_a_full_disk(tiny: TinyModel, tmp_path: Path, limit: int) -> None:
 import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-from compile.__main__ import main
+from compile.__main__ import _model_name, main
 raise SystemExit(main([{str(tiny.source)!r}, "-o", {str(tmp_path / "out")!r}]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -113,6 +114,7 @@ def test_an_unwritable_folder(tiny: TinyModel, tmp_path: Path) -> None:
         ({"cpu": "pentium"}, "'pentium' is unknown"),
         ({"max_seq_len": 100_000}, "max_seq_len=100000"),
         ({"max_seq_len": 4}, "max_seq_len=4"),
+        ({"max_seq_len": 0}, "max_seq_len=0"),
     ],
 )
 def test_refused_before_work_starts(
@@ -148,6 +150,33 @@ def test_a_missing_tensor_and_a_left_over_one(tiny: TinyModel, tmp_path: Path) -
     write_hf_folder(tmp_path / "source", tiny.config, weights)
     with pytest.raises(SourceError, match=r"missing: blk\.1\.ffn_up.*left over: blk\.7\.ffn_up"):
         build(tmp_path / "source", tmp_path / "out", TINY_OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("tokenizer_config.json", {"eos_token": "<nope>"}, "<nope>"),
+        ("config.json", {"eos_token_id": 1_000_000}, "1000000 is not in the vocabulary"),
+        ("config.json", {"bos_token_id": -1}, "-1 is not in the vocabulary"),
+    ],
+)
+def test_a_tokenizer_the_runtime_would_refuse(
+    tiny: TinyModel, tmp_path: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
+    source = shutil.copytree(tiny.source, tmp_path / "source")
+    data = json.loads((source / name).read_text()) | changes
+    (source / name).write_text(json.dumps(data))
+    with pytest.raises(SourceError, match=message):
+        build(source, tmp_path / "out", TINY_OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("meta-llama/Llama-3.2-1B", "Llama-3.2-1B"), ("a/b-v1.0.gguf", "b-v1.0"), ("demo", "demo")],
+)
+def test_the_default_folder_keeps_the_whole_name(source: str, name: str) -> None:
+    assert _model_name(source) == name
 
 
 def test_command_line(tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

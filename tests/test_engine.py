@@ -136,6 +136,9 @@ def test_a_small_pool_ends_with_length(tiny: TinyModel) -> None:
         ([-1], "-1 is no token id"),
         (["a"], "'a' is no token id"),
         ("\ud800", "surrogate"),
+        (b"abc", "must be a str"),
+        ({1: 2}, "must be a str"),
+        (None, "must be a str"),
     ],
 )
 def test_bad_prompts(engine: Engine, prompt: Any, message: str) -> None:
@@ -182,26 +185,29 @@ def test_leaving_a_stream_cancels_it(engine: Engine) -> None:
     assert_idle(engine)
 
 
-def test_a_failed_step_fails_its_request_alone(
+def test_a_failed_step_fails_its_requests_and_no_others(
     tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Five requests decode in calls of four and one; a call of four fails once."""
     with Engine(tiny.artifact) as engine:
         runner = engine._loop._runner
-        decode, calls = runner.decode, []
+        decode, failures = runner.decode, []
 
         async def failing(rows: Any) -> Any:
-            calls.append(rows)
-            if len(calls) == 3:
+            if len(rows) == 4 and not failures:
+                failures.append(rows)
                 raise RuntimeError("injected")
             return await decode(rows)
 
         monkeypatch.setattr(runner, "decode", failing)
-        first, second = (engine.submit(PROMPT, greedy(10)) for _ in range(2))
-        with pytest.raises(EngineError, match="injected"):
-            first.result()
-        with pytest.raises(EngineError, match="injected"):  # and whoever asks again
-            first.result()
-        assert second.result().token_ids == oracle(tiny, PROMPT, 10)
+        handles = [engine.submit([*PROMPT, i], greedy(30)) for i in range(5)]
+        for i, handle in enumerate(handles):
+            if i < 4:
+                for _ in range(2):  # and whoever asks again
+                    with pytest.raises(EngineError, match="injected"):
+                        handle.result()
+            else:
+                assert handle.result().token_ids == oracle(tiny, [*PROMPT, i], 30)
         assert_idle(engine)
 
 
@@ -274,6 +280,19 @@ def test_garbage_collection_ends_the_thread(tiny: TinyModel) -> None:
     engine = None
     gc.collect()
     assert loop._ended.wait(10)
+
+
+def test_a_stream_keeps_its_engine(tiny: TinyModel) -> None:
+    stream = Engine(tiny.artifact).stream(PROMPT, greedy(20))
+    gc.collect()
+    assert "".join(stream)
+
+
+def test_two_threads_wait_for_one_handle(engine: Engine) -> None:
+    handle = engine.submit(PROMPT, greedy(30))
+    with ThreadPoolExecutor(4) as threads:
+        outputs = list(threads.map(lambda _: handle.result(), range(4)))
+    assert outputs == [outputs[0]] * 4
 
 
 def test_two_engines_side_by_side(engine: Engine, tiny: TinyModel) -> None:

@@ -13,7 +13,8 @@ from running import open_runner
 
 from compile.config import RopeScaling
 from compile.llama import LlamaEmitter, ModelOptions
-from compile.target import ROW_MAJOR, Layout
+from compile.target import ROW_MAJOR, Layout, resolve_target
+from sf_local.artifact import host_cpu_features
 from sf_local.runner import ModelRunner, Row
 
 PAGE = TINY_OPTIONS.page_size
@@ -35,6 +36,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rms_eps": 1e-2,
         "rope_scaling": LLAMA3,
     },
+    "any x86-64": {"cpu": "generic"},
+    "AVX2": {"cpu": "x86-64-v3", "decode_batch_sizes": (1, 4, 9)},
+    "AVX-512": {"cpu": "x86-64-v4"},
     "row-major, 3:1": {"row_major": True},
     "row-major, 1:1, untied": {"row_major": True, "num_kv_heads": 6, "tied_embeddings": False},
 }
@@ -42,7 +46,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request: pytest.FixtureRequest, make_tiny: Callable[..., TinyModel]) -> TinyModel:
-    return make_tiny(**VARIANTS[request.param])
+    options = VARIANTS[request.param]
+    features = resolve_target("cpu", options.get("cpu", "host")).cpu_features
+    if missing := set(features) - host_cpu_features():
+        pytest.skip(f"this CPU lacks {missing}")
+    return make_tiny(**options)
 
 
 def tokens_of(model: TinyModel, count: int, seed: int = 0) -> list[int]:
@@ -119,6 +127,22 @@ def test_rows_of_different_lengths_in_one_call(variant: TinyModel) -> None:
         expected = forward(variant.config, variant.weights, sequence)
         assert_close(prefilled[i], expected[-2])
         assert_close(decoded[i], expected[-1])
+
+
+@pytest.mark.parametrize("cpu", ["host", "generic"])
+def test_decode_batches_of_any_size(make_tiny: Callable[..., TinyModel], cpu: str) -> None:
+    """Batches beyond a tile, and odd ones: every row is right."""
+    sizes = (2, 5, 16, 33)
+    model = make_tiny(cpu=cpu, prefill_batch_sizes=(1,), decode_batch_sizes=sizes)
+    tokens = tokens_of(model, sizes[-1])
+    expected = [forward(model.config, model.weights, [t])[0] for t in tokens]
+
+    async def use(runner: ModelRunner, size: int) -> np.ndarray:
+        return await runner.decode([Row([t], 0, [1 + i]) for i, t in enumerate(tokens[:size])])
+
+    with open_runner(model.artifact) as run:
+        for size in sizes:
+            assert_close(run(lambda r, size=size: use(r, size)), np.stack(expected[:size]))
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])

@@ -1,4 +1,7 @@
-"""PagePool against a simple model: a dict of owners."""
+"""PagePool against a simple model: how many owners each page has, and which pages are kept."""
+
+from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -7,34 +10,68 @@ from hypothesis import strategies as st
 from sf_local.page_pool import PagePool
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.data(), st.integers(2, 20))
-def test_behaves_like_a_dict_of_owners(data: st.DataObject, num_pages: int) -> None:
-    pool, owners = PagePool(num_pages), dict[int, int]()
-    for _ in range(data.draw(st.integers(0, 30), label="steps")):
-        free = num_pages - 1 - len(owners)
-        some_owned = st.lists(st.sampled_from(sorted(owners) or [0]), unique=True, min_size=1)
-        action = data.draw(st.sampled_from(["allocate", "retain", "release"]))
-        if action == "allocate":
-            pages = pool.allocate(data.draw(st.integers(0, free), label="count"))
-            assert not owners.keys() & pages
-            owners |= dict.fromkeys(pages, 1)
-        elif owners and action == "retain":
-            pages = data.draw(some_owned, label="retained")
-            pool.retain(pages)
-            owners |= {page: owners[page] + 1 for page in pages}
-        elif owners:
-            pages = data.draw(some_owned, label="released")
-            pool.release(pages)
-            owners |= {page: owners[page] - 1 for page in pages}
-            owners = {page: count for page, count in owners.items() if count}
-        pool.check_integrity()
-        assert pool.num_free == num_pages - 1 - len(owners)
-        assert 0 not in owners and all(0 < page < num_pages for page in owners)
-    for page, count in owners.items():
-        pool.release([page] * count)
+def check(pool: PagePool, owners: Counter[int], kept: set[int]) -> None:
+    """The pool agrees with the model: page -> owners, and the pages that the cache keeps."""
     pool.check_integrity()
+    used = set(owners.elements())
+    assert all(0 < page < pool.num_pages for page in used | kept)
+    assert (pool.num_used, pool.num_cached) == (len(used), len(kept - used))
+    assert pool.num_free + pool.num_used + pool.num_cached == pool.num_pages - 1
+    assert {page for page in range(pool.num_pages) if pool.is_locked(page)} == used
+
+
+def check_random_operations(data: st.DataObject, num_pages: int) -> None:
+    pool, owners, kept = PagePool(num_pages), Counter[int](), set[int]()
+    for _ in range(data.draw(st.integers(0, 30), label="steps")):
+        used = set(owners.elements())
+        choices = {
+            "allocate": range(pool.num_free + 1),
+            "retain": sorted(used | kept),
+            "release": sorted(owners.elements()),
+            "release too often": sorted(set(range(num_pages)) - used),
+            "keep": sorted(used - kept),
+            "drop": sorted(kept),
+        }
+        action = data.draw(st.sampled_from([name for name in choices if choices[name]]))
+        choice = data.draw(st.sampled_from(choices[action]), label=action)
+        if action == "allocate":
+            pages = pool.allocate(choice)
+            assert len(pages) == choice and not set(pages) & (used | kept)
+            owners.update(pages)
+        elif action == "retain":
+            pool.retain([choice])
+            owners[choice] += 1
+        elif action == "release":
+            pool.release([choice])
+            owners[choice] -= 1
+        elif action == "release too often":
+            with pytest.raises(ValueError, match=f"page {choice} is released twice"):
+                pool.release([choice])
+        elif action == "keep":
+            pool.keep(choice)
+            kept.add(choice)
+        else:
+            pool.drop(choice)
+            kept.remove(choice)
+        check(pool, owners, kept)
+    pool.release(list(owners.elements()))
+    for page in kept:
+        pool.drop(page)
+    check(pool, Counter(), set())
     assert pool.num_free == num_pages - 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data(), st.integers(2, 12))
+def test_behaves_like_the_model(data: st.DataObject, num_pages: int) -> None:
+    check_random_operations(data, num_pages)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, deadline=None)
+@given(st.data(), st.integers(2, 12))
+def test_behaves_like_the_model_many_times(data: st.DataObject, num_pages: int) -> None:
+    check_random_operations(data, num_pages)
 
 
 def test_gives_out_every_page_but_zero() -> None:
@@ -74,13 +111,55 @@ def test_a_page_never_given_out_cannot_be_released(page: int) -> None:
     pool.check_integrity()
 
 
-def test_a_caller_that_does_not_look_at_num_free_fails_at_once() -> None:
+def test_a_kept_page_outlives_its_owners_and_comes_back_to_use() -> None:
+    pool = PagePool(4)
+    [page] = pool.allocate(1)
+    pool.keep(page)
+    pool.release([page])
+    assert (pool.num_free, pool.num_used, pool.num_cached) == (2, 0, 1)
+    with pytest.raises(ValueError, match=f"page {page} "):
+        pool.release([page])
+    pool.retain([page])
+    assert (pool.num_free, pool.num_used, pool.num_cached) == (2, 1, 0)
+    pool.drop(page)
+    assert (pool.num_free, pool.num_used, pool.num_cached) == (2, 1, 0)
+    pool.release([page])
+    assert (pool.num_free, pool.num_used, pool.num_cached) == (3, 0, 0)
+    pool.check_integrity()
+
+
+def test_mistakes_of_the_caller_fail_at_once() -> None:
     pool = PagePool(4)
     for count in (4, -1):
         with pytest.raises(AssertionError):
             pool.allocate(count)
     with pytest.raises(AssertionError, match="page 1 is free"):
         pool.retain([1])
+    with pytest.raises(AssertionError, match="page 1 is free"):
+        pool.keep(1)
+    with pytest.raises(AssertionError, match="page 1 is not kept"):
+        pool.drop(1)
     with pytest.raises(AssertionError, match="at least 2"):
         PagePool(1)
+    [page] = pool.allocate(1)
+    pool.keep(page)
+    with pytest.raises(AssertionError, match="kept already"):
+        pool.keep(page)
     pool.check_integrity()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda pool: pool._free.append(1),
+        lambda pool: pool._free.append(0),
+        lambda pool: pool._free.pop(),
+        lambda pool: pool._owners.__setitem__(1, 1),
+        lambda pool: setattr(pool, "num_cached", 1),
+    ],
+)
+def test_check_integrity_sees_damage(damage: Callable[[PagePool], None]) -> None:
+    pool = PagePool(4)
+    damage(pool)
+    with pytest.raises(AssertionError):
+        pool.check_integrity()

@@ -37,7 +37,15 @@ def test_cpu_levels() -> None:
     assert "avx2" in features["x86-64-v3"] and "avx512f" not in features["x86-64-v3"]
     assert set(features["x86-64-v4"]) - set(features["x86-64-v3"]) >= {"avx512f", "avx512vl"}
     assert resolve_target("cpu", "x86-64-v4").layout("bf16") == Layout(True, 16, 16, 2)
-    assert resolve_target("cpu", "generic").layout("f32") == Layout(True, 8, 8, 1)
+    assert resolve_target("cpu", "x86-64-v3").layout("f16") == Layout(True, 8, 8, 1)
+    assert resolve_target("cpu", "generic").layout("f32") == Layout(True, 8, 4, 1)
+
+
+def test_default_weights() -> None:
+    """bf16 only where the CPU multiplies it; none of the portable levels does."""
+    levels = {"generic": "f32", "x86-64-v3": "f16", "x86-64-v4": "f16"}
+    assert {level: resolve_target("cpu", level).weight_dtype for level in levels} == levels
+    assert resolve_target("gfx942").weight_dtype == "f16"
 
 
 @pytest.mark.parametrize("name", ["gfx1030", "gfx1150", "gfx1151", "gfx803"])

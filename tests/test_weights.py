@@ -70,8 +70,9 @@ def test_row_major_matrices(make_tiny: Callable[..., TinyModel]) -> None:
 def test_rope(scaling: RopeScaling | None) -> None:
     config = replace(TINY, rope_scaling=scaling)
     np.testing.assert_allclose(rope_frequencies(config), reference_frequencies(config), rtol=1e-12)
-    table = rope_table(config, 16)
+    table = rope_table(config, 0, 16)
     assert table.shape == (16, 2, 4) and table.dtype == np.float32
+    np.testing.assert_array_equal(rope_table(config, 9, 11), table[9:11])
     np.testing.assert_allclose(table[9, 1], np.sin(9 * rope_frequencies(config)), atol=1e-7)
 
 
