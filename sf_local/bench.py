@@ -81,9 +81,7 @@ class Bench:
         outputs = [handle.result() for handle in handles]
         return outputs, time.perf_counter() - started_at
 
-    def decode_steps(
-        self, prompts: Sequence[Sequence[int]], temperature: float = 0
-    ) -> dict[str, float]:
+    def decode_steps(self, prompts: list[list[int]], temperature: float = 0) -> dict[str, float]:
         """What `stats()` grew by in some steps, decoding as many of `prompts` as can run."""
         params = _params(self.engine.max_tokens, temperature)
         handles = [self.engine.submit(prompt, params) for prompt in prompts]
@@ -267,7 +265,8 @@ def table(report: dict[str, Any]) -> str:
         low, middle, high = (_short(figure[key]) for key in ("min", "median", "max"))
         rows.append((name, middle, f"{low}..{high}", figure["unit"], figure["wanted"]))
     a, b, c, d = (max(len(row[i]) for row in rows) for i in range(4))
-    return "\n".join(f"{r[0]:{a}}  {r[1]:>{b}}  {r[2]:>{c}}  {r[3]:{d}}  {r[4]}" for r in rows)
+    lines = (f"{r[0]:{a}}  {r[1]:>{b}}  {r[2]:>{c}}  {r[3]:{d}}  {r[4]}" for r in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _summary(figures: Sequence[Figure]) -> dict[str, dict[str, Any]]:

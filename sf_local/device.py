@@ -46,8 +46,8 @@ class Device:
     def abandon(self, *objects: object) -> None:
         """Keep the device and `objects` on it for ever, instead of closing.
 
-        A failed invocation leaves a fence that is never signalled, and freeing the device would
-        wait for it until the process is killed.
+        A failed invocation leaves a fence that is never signalled, and a forked child has no worker
+        thread: freeing the device would wait for them until the process is killed.
         """
         for leaked in (self, *objects):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(leaked))

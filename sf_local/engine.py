@@ -432,7 +432,8 @@ class _Loop:
     def close(self) -> None:
         """Stop after the current step, fail what is under way, free the device."""
         if os.getpid() != self._process_id:
-            return  # the thread is not in this forked child, nor is the device ours to free
+            self._device.abandon(self._runner)  # this forked child has no thread to end
+            return
         if threading.get_ident() == self._thread_id:  # garbage collected on the loop's own thread
             threading.Thread(target=self.close, name="sf_local-close").start()
             return

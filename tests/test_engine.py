@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import subprocess
 import sys
@@ -328,3 +329,201 @@ def test_logits_of_padded_rows_stay_finite(tiny: TinyModel) -> None:
         tokens = [engine.generate(PROMPT, greedy(30)).token_ids for _ in range(3)]
         assert tokens[0] == tokens[1] == tokens[2]
         assert np.array(tokens).shape == (3, 30)
+
+
+def test_a_repeated_prompt_is_cached_to_the_token(tiny: TinyModel) -> None:
+    with Engine(tiny.artifact) as engine:
+        first = engine.generate(PROMPT * 4, greedy(10))
+        again = engine.generate(PROMPT * 4, greedy(10))
+        other = engine.generate([*PROMPT * 3, 1, 2], greedy(10))
+        assert (first.cached_tokens, again.cached_tokens, other.cached_tokens) == (0, 23, 18)
+        assert first.token_ids == again.token_ids == oracle(tiny, PROMPT * 4, 10)
+        assert other.token_ids == oracle(tiny, [*PROMPT * 3, 1, 2], 10)
+        stats = engine.stats()
+        assert stats["pages_cached"] > 0 and stats["hit_rate"] > 0.5
+        engine.flush_cache()
+        assert engine.stats()["pages_free"] == engine.stats()["pages_total"]
+        assert engine.generate(PROMPT * 4, greedy(10)).cached_tokens == 0
+
+
+def test_forks_share_one_computation(tiny: TinyModel) -> None:
+    """Eight at once with a common beginning; the cache sees it once, also while it is computed."""
+    shared = [7, 8, 9] * 20
+    with Engine(tiny.artifact) as engine:
+        handles = [engine.submit([*shared, i], greedy(6)) for i in range(8)]
+        outputs = [handle.result() for handle in handles]
+        assert sorted(o.cached_tokens for o in outputs) == [0] + [60] * 7
+        for i, output in enumerate(outputs):
+            assert output.token_ids == oracle(tiny, [*shared, i], 6)
+
+
+def test_samples_of_one_prompt(tiny: TinyModel) -> None:
+    with Engine(tiny.artifact) as engine:
+        params = SamplingParams(max_new_tokens=12, seed=5, n=4, ignore_eos=True)
+        outputs = engine.samples(PROMPT * 4, params)
+        assert len({tuple(o.token_ids) for o in outputs}) == 4
+        assert [o.token_ids for o in engine.samples(PROMPT * 4, params)] == [
+            o.token_ids for o in outputs
+        ]
+        assert sum(o.cached_tokens for o in outputs) >= 3 * 23
+
+
+def test_preempted_requests_lose_nothing(tiny: TinyModel) -> None:
+    """Sixteen requests of up to 60 tokens in 12 pages: they take turns, and all come out right."""
+    with Engine(tiny.artifact, kv_pages=12) as engine:
+        prompts = [[*PROMPT, i, 3 * i] for i in range(16)]
+        handles = [engine.submit(p, greedy(50)) for p in prompts]
+        for prompt, handle in zip(prompts, handles, strict=True):
+            deltas = "".join(handle)
+            assert handle.result().token_ids == oracle(tiny, prompt, 50)
+            assert handle.result().text == deltas
+        assert engine.stats()["preemptions"] > 0
+        assert_idle(engine)
+
+
+def test_a_timeout_ends_with_the_text_so_far(engine: Engine) -> None:
+    late = engine.generate(PROMPT, greedy(10_000, timeout=0.0))
+    assert (late.finish_reason, late.token_ids) == ("timeout", [])
+    output = engine.generate(PROMPT, greedy(240, timeout=0.02))
+    assert output.finish_reason == "timeout" and len(output.token_ids) < 240
+    assert engine.generate(PROMPT, greedy(3, timeout=100.0)).finish_reason == "length"
+
+
+def test_priority_goes_first(tiny: TinyModel) -> None:
+    """With room for one request at a time, the last one in is the second one out."""
+    with Engine(tiny.artifact, kv_pages=4) as engine:
+        order: list[int] = []
+        handles = [
+            engine.submit([*PROMPT * 2, i], greedy(15, priority=priority))
+            for i, priority in enumerate([0, 0, 0, 5])
+        ]
+
+        def wait(i: int) -> None:
+            handles[i].result()
+            order.append(i)
+
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(wait, range(4)))
+        assert order.index(3) <= 1
+
+
+def test_dropping_a_handle_cancels(engine: Engine) -> None:
+    handle = engine.submit(PROMPT, greedy(240))
+    next(handle.deltas())
+    del handle
+    gc.collect()
+    engine.generate(PROMPT, greedy(1))
+    assert_idle(engine)
+
+
+def test_asyncio(engine: Engine, tiny: TinyModel) -> None:
+    async def main() -> None:
+        outputs = await asyncio.gather(
+            *(engine.agenerate([*PROMPT, i], greedy(8)) for i in range(10))
+        )
+        for i, output in enumerate(outputs):
+            assert output.token_ids == oracle(tiny, [*PROMPT, i], 8)
+        text = "".join([delta async for delta in engine.astream([*PROMPT, 3], greedy(8))])
+        assert text == outputs[3].text
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(engine.agenerate(PROMPT, greedy(240)), 0.01)
+        with pytest.raises(RequestError):
+            await engine.agenerate("")
+
+    asyncio.run(main())
+    engine.generate(PROMPT, greedy(1))
+    assert_idle(engine)
+
+
+def test_drain_finishes_what_is_under_way(tiny: TinyModel) -> None:
+    engine = Engine(tiny.artifact)
+    handles = [engine.submit([*PROMPT, i], greedy(30)) for i in range(6)]
+    engine.shutdown(drain=True)
+    assert [len(handle.result().token_ids) for handle in handles] == [30] * 6
+    with pytest.raises(EngineError, match="closed"):
+        engine.submit(PROMPT)
+
+
+def test_use_after_fork(tiny: TinyModel) -> None:
+    """The child gets an error and exits cleanly; the parent goes on."""
+    program = f"""
+import os, sys
+from sf_local import Engine, SamplingParams
+from sf_local.errors import EngineError
+engine = Engine({str(tiny.artifact)!r})
+params = SamplingParams(max_new_tokens=5, temperature=0, ignore_eos=True)
+before = engine.generate([5, 6], params).token_ids
+child = os.fork()
+if child == 0:
+    try:
+        engine.generate([5, 6], params)
+    except EngineError as error:
+        assert "os.fork()" in str(error)
+        sys.exit(7)
+    sys.exit(1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert engine.generate([5, 6], params).token_ids == before
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("wait", ["handle.result()", "list(handle)"])
+def test_ctrl_c_returns_at_once(tiny: TinyModel, wait: str) -> None:
+    """The generation would take minutes; KeyboardInterrupt ends it and the process."""
+    program = f"""
+import _thread, threading
+from sf_local import Engine, SamplingParams
+engine = Engine({str(tiny.artifact)!r})
+call = engine._loop._runner._call
+async def slow(name, inputs):
+    import time
+    time.sleep(0.5)
+    return await call(name, inputs)
+engine._loop._runner._call = slow
+handle = engine.submit([5, 6], SamplingParams(max_new_tokens=240, ignore_eos=True))
+threading.Timer(0.3, _thread.interrupt_main).start()
+try:
+    {wait}
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=20
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
+
+
+@pytest.mark.parametrize(
+    ("memory", "pages"), [(20_000, 9), ("16KiB", 8), ("0.5MiB", 256), ("100 KiB", 50)]
+)
+def test_kv_memory(tiny: TinyModel, memory: int | str, pages: int) -> None:
+    """A page of the tiny model takes 2 KiB."""
+    with Engine(tiny.artifact, kv_memory=memory) as engine:
+        assert engine.stats()["pages_total"] == pages
+
+
+def test_kv_memory_by_default_holds_the_largest_batch(tiny: TinyModel) -> None:
+    with Engine(tiny.artifact) as engine:
+        assert engine.stats()["pages_total"] == 4 * 256 // 8
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"kv_memory": "lots"},
+        {"kv_memory": "1GB"},
+        {"kv_memory": 100},
+        {"kv_memory": "0%"},
+        {"kv_memory": "900TiB"},
+        {"kv_memory": True},
+        {"kv_pages": 10**12},
+        {"kv_pages": 5, "kv_memory": "1GiB"},
+    ],
+    ids=str,
+)
+def test_bad_kv_sizes(tiny: TinyModel, size: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="kv_"):
+        Engine(tiny.artifact, **size)
