@@ -7,7 +7,9 @@ engine runs on that worker.
 from __future__ import annotations
 
 import ctypes
+import gc
 import re
+import weakref
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,11 @@ class Device:
 
     def run(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Start a coroutine on the worker thread; it must catch its own exceptions."""
-        self.worker.call_threadsafe(lambda: self.worker.loop.create_task(coroutine))
+
+        def start() -> None:
+            self._task = self.worker.loop.create_task(coroutine)
+
+        self.worker.call_threadsafe(start)
 
     def abandon(self, *objects: object) -> None:
         """Keep the device and `objects` on it for ever, instead of closing.
@@ -51,6 +57,14 @@ class Device:
         """
         for leaked in (self, *objects):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(leaked))
+
+    def forget(self, *objects: object) -> None:
+        """`abandon`, in a forked child: there shortfin's own exit handler would wait as well."""
+        self.abandon(*objects)
+        for reference in weakref.getweakrefs(self.system):
+            for owner in gc.get_referrers(reference):
+                if isinstance(owner, set):  # of the WeakSet of systems to shut down at exit
+                    owner.discard(reference)
 
     def close(self) -> None:
         del self.scoped, self.fiber, self.worker

@@ -359,8 +359,7 @@ class _Loop:
         config = artifact.config
         self._pool = PagePool(num_pages)
         self._cache = RadixCache(self._pool, config.page_size)
-        limits = Limits(config.prefill_batch_sizes, config.decode_batch_sizes)
-        self._scheduler = Scheduler(self._pool, self._cache, limits)
+        self._scheduler = Scheduler(self._pool, self._cache, _limits(artifact))
         self._inbox: deque[Callable[[], None]] = deque()  # what other threads want done
         self._generations: dict[Request, _Generation] = {}
         self._deadlines: list[tuple[float, int, Request]] = []  # heap
@@ -432,7 +431,7 @@ class _Loop:
     def close(self) -> None:
         """Stop after the current step, fail what is under way, free the device."""
         if os.getpid() != self._process_id:
-            self._device.abandon(self._runner)  # this forked child has no thread to end
+            self._device.forget(self._runner)
             return
         if threading.get_ident() == self._thread_id:  # garbage collected on the loop's own thread
             threading.Thread(target=self.close, name="sf_local-close").start()
@@ -509,7 +508,7 @@ class _Loop:
         chunks = [c for c in chunks if c.request.status is RequestStatus.RUNNING]
         if not chunks:
             return
-        rows = [Row(c.request.tokens(c.start, c.end), c.start, c.request.pages) for c in chunks]
+        rows = [self._row(chunk) for chunk in chunks]
         try:
             logits = await call(rows)
         except Exception as error:
@@ -519,6 +518,12 @@ class _Loop:
             self._scheduler.computed(chunk)
             if chunk.end == chunk.request.num_tokens:
                 self._sample(chunk.request, row)
+
+    def _row(self, chunk: Chunk) -> Row:
+        """A chunk with the pages that hold it and what comes before: attention reads no more."""
+        request, page_size = chunk.request, self._cache.page_size
+        pages = request.pages[: -(-chunk.end // page_size)]
+        return Row(request.tokens(chunk.start, chunk.end), chunk.start, pages)
 
     def _sample(self, request: Request, logits: Any) -> None:
         generation = self._generations[request]
@@ -589,6 +594,15 @@ class _Loop:
     def _end_idling(self) -> None:
         if self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
+
+
+def _limits(artifact: Artifact) -> Limits:
+    """Our own code starts anywhere; amdsharktank's at pages, or only at the beginning."""
+    config = artifact.config
+    sizes = config.prefill_batch_sizes, config.decode_batch_sizes
+    if not config.has_prefill_position:
+        return Limits(*sizes, prefill_tokens=config.max_seq_len, reuse="nothing")
+    return Limits(*sizes, reuse="tokens" if artifact.manifest else "pages")
 
 
 _COUNTERS = (

@@ -93,7 +93,7 @@ class ModelRunner:
         """Compute rows of tokens; the logits [len(rows), V] after each row's last token."""
         size = _fitting(self.config.prefill_batch_sizes, len(rows))
         if f"prefill_last_bs{size}" in self._functions:
-            return (await self._prefill(f"prefill_last_bs{size}", size, rows))[: len(rows), 0]
+            return (await self._prefill(f"prefill_last_bs{size}", size, rows))[:, 0]
         logits = await self._prefill(f"prefill_bs{size}", size, rows)
         return np.stack([logits[i, len(row.tokens) - 1] for i, row in enumerate(rows)])
 
@@ -121,7 +121,7 @@ class ModelRunner:
             "page_ids": _matrix([row.page_ids for row in rows], (size, width)),
         }
         self._check(rows)
-        return (await self._call(f"decode_bs{size}", inputs))[: len(rows), 0]
+        return (await self._call(f"decode_bs{size}", inputs, len(rows)))[:, 0]
 
     async def _prefill(self, name: str, size: int, rows: Sequence[Row]) -> Logits:
         page = self.config.page_size
@@ -136,9 +136,10 @@ class ModelRunner:
             raise MismatchError(f"{self.artifact.vmfb}: compiled without has_prefill_position")
         inputs["seq_lens"] = _vector([row.end for row in rows], size, fill=1)
         inputs["page_ids"] = _matrix([row.page_ids for row in rows], (size, width))
-        return await self._call(name, inputs)
+        return await self._call(name, inputs, len(rows))
 
-    async def _call(self, name: str, inputs: dict[str, NDArray[np.int64]]) -> Logits:
+    async def _call(self, name: str, inputs: dict[str, NDArray[np.int64]], num_rows: int) -> Logits:
+        """Logits of the first `num_rows` rows; the others are padding."""
         device = self._device.scoped
         arguments = [self._argument(key, value) for key, value in inputs.items()]
         started_at = time.perf_counter()
@@ -146,7 +147,8 @@ class ModelRunner:
             results = await self._functions[name](*arguments, self._cache, fiber=self._device.fiber)
             await device
             self.call_seconds += time.perf_counter() - started_at
-            return await _to_host(results[0], device, on_host=self._device.kind == "cpu")
+            on_host = self._device.kind == "cpu"
+            return await _to_host(results[0], device, num_rows, on_host=on_host)
         except Exception:
             self.is_broken = self.has_ever_failed = True
             raise
@@ -216,8 +218,8 @@ class _Argument:
         return self._array
 
 
-async def _to_host(array: Any, device: Any, *, on_host: bool) -> Logits:
-    """A copy of a device array that is complete, as f32."""
+async def _to_host(array: Any, device: Any, num_rows: int, *, on_host: bool) -> Logits:
+    """A copy of the first rows of a device array that is complete, as f32."""
     if not on_host:
         host = array.for_transfer()
         host.copy_from(array)
@@ -225,7 +227,8 @@ async def _to_host(array: Any, device: Any, *, on_host: bool) -> Logits:
         await device
     dtype = _NUMPY_DTYPES[array.dtype.name]
     with array.map(read=True) as mapping:
-        return np.frombuffer(mapping, dtype).reshape(array.shape).astype(np.float32)
+        logits = np.frombuffer(mapping, dtype).reshape(array.shape)
+        return logits[:num_rows].astype(np.float32)
 
 
 def _matrix(rows: Sequence[Sequence[int]], shape: tuple[int, int]) -> NDArray[np.int64]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from sf_local.page_pool import PagePool
 from sf_local.radix_cache import Match, RadixCache, common_prefix_len
@@ -19,12 +20,16 @@ MAX_EXAMINED = 64  # waiting requests looked at in one step
 
 @dataclass(frozen=True)
 class Limits:
-    """What one step may hold: compiled batch sizes, tokens of prefill, requests with pages."""
+    """What one step may hold: compiled batch sizes, tokens of prefill, requests with pages.
+
+    reuse: whether a prefill can start at any token, at pages only, or nowhere but at the beginning.
+    """
 
     prefill_batch_sizes: Sequence[int]
     decode_batch_sizes: Sequence[int]
     prefill_tokens: int = 256
     max_running: int = 64
+    reuse: Literal["tokens", "pages", "nothing"] = "tokens"
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,9 @@ class Step:
 class Scheduler:
     """First come, first served within a priority; running requests own their pages.
 
-    After `next_step`, report every chunk with `computed`; take requests out with `finish`, at any
-    time. Requests that share an uncomputed prefix wait for the first of them.
+    After `next_step`, do its copies, then report every chunk with `computed`; take requests out
+    with `finish` at any time but between a step and its copies. Requests that share an uncomputed
+    prefix wait for the first of them.
     """
 
     def __init__(self, pool: PagePool, cache: RadixCache, limits: Limits) -> None:
@@ -154,12 +160,19 @@ class Scheduler:
                 break
             if self._waits_for_twin(request):
                 continue
-            match = self.cache.match(request.tokens(0, request.num_tokens - 1))
+            match = self._match(request)
             if self._find_twin(request, match):
                 continue
             if not self._start(request, match, copies):
                 break
         return copies
+
+    def _match(self, request: Request) -> Match:
+        """What the cache has of all tokens but the last, which is always computed."""
+        if self.limits.reuse == "nothing":
+            return Match([])
+        match = self.cache.match(request.tokens(0, request.num_tokens - 1))
+        return match if self.limits.reuse == "tokens" else Match(match.pages)
 
     def _waits_for_twin(self, request: Request) -> bool:
         """Whether the request that computes the same prefix is still at it."""
@@ -173,8 +186,10 @@ class Scheduler:
         """Look for a running request that is about to compute a longer prefix than is cached."""
         have = len(match.pages) * self.cache.page_size + match.num_partial
         tokens = request.tokens(0, request.num_tokens - 1)
+        if self.limits.reuse == "nothing":
+            return False
         for other in self.running:
-            if other.is_decoding:
+            if other.is_decoding or _rank(other) > _rank(request):  # those are served later
                 continue
             shared = common_prefix_len(tokens, other.tokens(0, other.num_tokens))
             if shared >= have + self.cache.page_size and shared > other.num_published:

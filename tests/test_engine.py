@@ -223,10 +223,10 @@ expected = engine.generate([5, 6], params).token_ids
 functions = engine._loop._runner._functions
 good, functions["decode_bs1"] = functions["decode_bs1"], functions["prefill_bs1"]
 shuffled = engine._loop._runner._call
-async def drop_one(name, inputs):
+async def drop_one(name, inputs, num_rows):
     if functions[name] is functions["prefill_bs1"]:
         inputs.popitem()
-    return await shuffled(name, inputs)
+    return await shuffled(name, inputs, num_rows)
 engine._loop._runner._call = drop_one
 try:
     engine.generate([5, 6], params)
@@ -478,10 +478,10 @@ import _thread, threading
 from sf_local import Engine, SamplingParams
 engine = Engine({str(tiny.artifact)!r})
 call = engine._loop._runner._call
-async def slow(name, inputs):
+async def slow(name, inputs, num_rows):
     import time
     time.sleep(0.5)
-    return await call(name, inputs)
+    return await call(name, inputs, num_rows)
 engine._loop._runner._call = slow
 handle = engine.submit([5, 6], SamplingParams(max_new_tokens=240, ignore_eos=True))
 threading.Timer(0.3, _thread.interrupt_main).start()
