@@ -18,7 +18,8 @@ from sf_local.errors import SfLocalError
 
 if TYPE_CHECKING:
     from sf_local.backend import ShortfinLocal
-    from sf_local.engine import Engine, Output
+    from sf_local.engine import Engine
+    from sf_local.generation import Output
     from sf_local.request import SamplingParams
 
 __all__ = ["Engine", "Output", "SamplingParams", "SfLocalError", "ShortfinLocal", "errors"]
@@ -26,7 +27,7 @@ __all__ = ["Engine", "Output", "SamplingParams", "SfLocalError", "ShortfinLocal"
 _HOMES = {
     "ShortfinLocal": "sf_local.backend",
     "Engine": "sf_local.engine",
-    "Output": "sf_local.engine",
+    "Output": "sf_local.generation",
     "SamplingParams": "sf_local.request",
 }
 

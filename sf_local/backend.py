@@ -15,8 +15,9 @@ from sglang.lang.interpreter import StreamExecutor
 from sglang.lang.ir import SglSamplingParams
 
 from sf_local.chat_template import resolve_chat_template
-from sf_local.engine import Engine, Output
+from sf_local.engine import Engine
 from sf_local.errors import ChatTemplateError, RequestError
+from sf_local.generation import Output
 from sf_local.request import SamplingParams
 
 # SglSamplingParams that are not served yet, with the value that asks for nothing.

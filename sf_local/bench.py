@@ -21,8 +21,10 @@ from statistics import median
 from typing import Any
 
 from sf_local.artifact import open_artifact
-from sf_local.engine import Engine, Output, num_kv_pages
+from sf_local.engine import Engine
 from sf_local.errors import RequestError
+from sf_local.generation import Output
+from sf_local.kv_size import num_kv_pages
 from sf_local.request import SamplingParams
 from sf_local.scheduler import Limits
 
@@ -231,7 +233,7 @@ def run(
     if rounds < 1:
         raise RequestError(f"rounds={rounds} must be at least 1")
     sizes, rounds = (QUICK, 1) if quick else (Sizes(), rounds)
-    pages = min(sizes.nodes, num_kv_pages(open_artifact(artifact).config, None, "50%"))
+    pages = min(sizes.nodes, num_kv_pages(open_artifact(artifact).config, "cpu", None, "50%"))
     with Engine(artifact, device, kv_pages=pages) as engine:
         figures = [Figure("memory after load", _resident_megabytes(), "MB")]
         manifest = engine.artifact.manifest

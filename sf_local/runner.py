@@ -89,18 +89,21 @@ class ModelRunner:
     def max_decode_rows(self) -> int:
         return self.config.decode_batch_sizes[-1]
 
-    async def prefill(self, rows: Sequence[Row]) -> Logits:
-        """Compute rows of tokens; the logits [len(rows), V] after each row's last token."""
+    async def prefill(self, rows: Sequence[Row], *, copy: bool = True) -> Logits:
+        """Compute rows of tokens; the logits [len(rows), V] after each row's last token.
+
+        Without `copy` they may lie in device memory: let go of them before the next call.
+        """
         size = _fitting(self.config.prefill_batch_sizes, len(rows))
         if f"prefill_last_bs{size}" in self._functions:
-            return (await self._prefill(f"prefill_last_bs{size}", size, rows))[:, 0]
-        logits = await self._prefill(f"prefill_bs{size}", size, rows)
+            return (await self._prefill(f"prefill_last_bs{size}", size, rows, copy))[:, 0]
+        logits = await self._prefill(f"prefill_bs{size}", size, rows, copy=True)
         return np.stack([logits[i, len(row.tokens) - 1] for i, row in enumerate(rows)])
 
     async def prefill_all(self, rows: Sequence[Row]) -> list[Logits]:
         """Compute rows of tokens; the logits [len(row), V] after every token of each row."""
         size = _fitting(self.config.prefill_batch_sizes, len(rows))
-        logits = await self._prefill(f"prefill_bs{size}", size, rows)
+        logits = await self._prefill(f"prefill_bs{size}", size, rows, copy=True)
         return [logits[i, : len(row.tokens)] for i, row in enumerate(rows)]
 
     async def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -109,8 +112,8 @@ class ModelRunner:
             self._cache.view(destination).copy_from(self._cache.view(source))
         await self._device.scoped
 
-    async def decode(self, rows: Sequence[Row]) -> Logits:
-        """Compute one token a row: logits [len(rows), V]."""
+    async def decode(self, rows: Sequence[Row], *, copy: bool = True) -> Logits:
+        """Compute one token a row: logits [len(rows), V]; `copy` as in `prefill`."""
         assert all(len(row.tokens) == 1 for row in rows)
         size = _fitting(self.config.decode_batch_sizes, len(rows))
         width = max(2, *(len(row.page_ids) for row in rows))
@@ -121,9 +124,9 @@ class ModelRunner:
             "page_ids": _matrix([row.page_ids for row in rows], (size, width)),
         }
         self._check(rows)
-        return (await self._call(f"decode_bs{size}", inputs, len(rows)))[:, 0]
+        return (await self._call(f"decode_bs{size}", inputs, len(rows), copy))[:, 0]
 
-    async def _prefill(self, name: str, size: int, rows: Sequence[Row]) -> Logits:
+    async def _prefill(self, name: str, size: int, rows: Sequence[Row], copy: bool) -> Logits:
         page = self.config.page_size
         self._check(rows)
         num_pages = -(-max(len(row.tokens) for row in rows) // page)
@@ -136,9 +139,11 @@ class ModelRunner:
             raise MismatchError(f"{self.artifact.vmfb}: compiled without has_prefill_position")
         inputs["seq_lens"] = _vector([row.end for row in rows], size, fill=1)
         inputs["page_ids"] = _matrix([row.page_ids for row in rows], (size, width))
-        return await self._call(name, inputs, len(rows))
+        return await self._call(name, inputs, len(rows), copy)
 
-    async def _call(self, name: str, inputs: dict[str, NDArray[np.int64]], num_rows: int) -> Logits:
+    async def _call(
+        self, name: str, inputs: dict[str, NDArray[np.int64]], num_rows: int, copy: bool
+    ) -> Logits:
         """Logits of the first `num_rows` rows; the others are padding."""
         device = self._device.scoped
         arguments = [self._argument(key, value) for key, value in inputs.items()]
@@ -147,8 +152,12 @@ class ModelRunner:
             results = await self._functions[name](*arguments, self._cache, fiber=self._device.fiber)
             await device
             self.call_seconds += time.perf_counter() - started_at
-            on_host = self._device.kind == "cpu"
-            return await _to_host(results[0], device, num_rows, on_host=on_host)
+            logits = results[0]
+            if self._device.kind != "cpu":
+                logits = logits.for_transfer()
+                logits.copy_from(results[0])
+                await device
+            return _read(logits, num_rows, copy)
         except Exception:
             self.is_broken = self.has_ever_failed = True
             raise
@@ -218,17 +227,13 @@ class _Argument:
         return self._array
 
 
-async def _to_host(array: Any, device: Any, num_rows: int, *, on_host: bool) -> Logits:
-    """A copy of the first rows of a device array that is complete, as f32."""
-    if not on_host:
-        host = array.for_transfer()
-        host.copy_from(array)
-        array = host
-        await device
-    dtype = _NUMPY_DTYPES[array.dtype.name]
-    with array.map(read=True) as mapping:
-        logits = np.frombuffer(mapping, dtype).reshape(array.shape)
-        return logits[:num_rows].astype(np.float32)
+def _read(array: Any, num_rows: int, copy: bool) -> Logits:
+    """The first rows of an array in host memory, as f32; without `copy` a view where possible.
+
+    The view keeps the mapping alive, and that the array's memory.
+    """
+    values = np.frombuffer(array.map(read=True), _NUMPY_DTYPES[array.dtype.name])
+    return values.reshape(array.shape)[:num_rows].astype(np.float32, copy=copy)
 
 
 def _matrix(rows: Sequence[Sequence[int]], shape: tuple[int, int]) -> NDArray[np.int64]:

@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 from sf_local.request import SamplingParams
 
+BLOCK = 256
+
 
 class Sampler:
     """Draws the tokens of one request: temperature, then top-k, then top-p, as SGLang does."""
@@ -19,10 +21,25 @@ class Sampler:
         """The next token id, from logits [V]."""
         if self.params.is_greedy:
             return int(logits.argmax())
+        if self.params.top_k < 0 and self.params.top_p == 1:
+            weights = np.exp((logits - logits.max()) * np.float32(1 / self.params.temperature))
+            return _draw(weights, self._random.random())
         tokens, probabilities = candidates(logits, self.params)
-        threshold = self._random.random() * probabilities.sum()
-        drawn = int(np.searchsorted(np.cumsum(probabilities), threshold, side="right"))
-        return int(tokens[min(drawn, len(tokens) - 1)])
+        return int(tokens[_draw(probabilities, self._random.random())])
+
+
+def _draw(weights: NDArray[np.floating], share: float) -> int:
+    """The index at which the running sum of `weights` [n] passes `share` of the total.
+
+    Sums of blocks come first, so that only one block is summed up entry by entry.
+    """
+    sums = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64))
+    threshold = share * sums[-1]
+    block = min(int(np.searchsorted(sums, threshold, side="right")), len(sums) - 1)
+    before = sums[block - 1] if block else 0.0
+    inner = np.cumsum(weights[block * BLOCK : (block + 1) * BLOCK], dtype=np.float64)
+    index = int(np.searchsorted(inner, threshold - before, side="right"))
+    return block * BLOCK + min(index, len(inner) - 1)
 
 
 def candidates(

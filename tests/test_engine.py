@@ -194,11 +194,11 @@ def test_a_failed_step_fails_its_requests_and_no_others(
         runner = engine._loop._runner
         decode, failures = runner.decode, []
 
-        async def failing(rows: Any) -> Any:
+        async def failing(rows: Any, **rest: Any) -> Any:
             if len(rows) == 4 and not failures:
                 failures.append(rows)
                 raise RuntimeError("injected")
-            return await decode(rows)
+            return await decode(rows, **rest)
 
         monkeypatch.setattr(runner, "decode", failing)
         handles = [engine.submit([*PROMPT, i], greedy(30)) for i in range(5)]
@@ -223,10 +223,10 @@ expected = engine.generate([5, 6], params).token_ids
 functions = engine._loop._runner._functions
 good, functions["decode_bs1"] = functions["decode_bs1"], functions["prefill_bs1"]
 shuffled = engine._loop._runner._call
-async def drop_one(name, inputs, num_rows):
+async def drop_one(name, inputs, *rest):
     if functions[name] is functions["prefill_bs1"]:
         inputs.popitem()
-    return await shuffled(name, inputs, num_rows)
+    return await shuffled(name, inputs, *rest)
 engine._loop._runner._call = drop_one
 try:
     engine.generate([5, 6], params)
@@ -478,10 +478,10 @@ import _thread, threading
 from sf_local import Engine, SamplingParams
 engine = Engine({str(tiny.artifact)!r})
 call = engine._loop._runner._call
-async def slow(name, inputs, num_rows):
+async def slow(name, inputs, *rest):
     import time
     time.sleep(0.5)
-    return await call(name, inputs, num_rows)
+    return await call(name, inputs, *rest)
 engine._loop._runner._call = slow
 handle = engine.submit([5, 6], SamplingParams(max_new_tokens=240, ignore_eos=True))
 threading.Timer(0.3, _thread.interrupt_main).start()

@@ -102,3 +102,105 @@ def test_perplexity(smollm2: Path, smollm2_f32: Path) -> None:
     data = json.loads(shared_data("smollm2_perplexity.json").read_text())
     assert perplexity(smollm2_f32, data["ids"]) == pytest.approx(data["ppl"], rel=0.002)
     assert perplexity(smollm2, data["ids"]) == pytest.approx(data["ppl"], rel=0.01)
+
+
+def test_decode_is_equal_to_the_bit_in_any_company(smollm2: Path) -> None:
+    """One row alone, in every compiled batch, and beside a row of ten times its length."""
+    tokens = np.random.default_rng(0).integers(3, 49152, 60).tolist()
+
+    async def use(runner: ModelRunner) -> list[np.ndarray]:
+        sizes = runner.config.decode_batch_sizes
+        pages = [list(range(1 + 4 * i, 5 + 4 * i)) for i in range(sizes[-1])]
+        for ids in pages:
+            await runner.prefill([Row(tokens[:-1], 0, ids)])
+        long_pages = list(range(100, 138))
+        await runner.prefill([Row(tokens * 10, 0, long_pages)])
+        rows = [Row(tokens[-1:], 59, ids) for ids in pages]
+        found = [row for size in sizes for row in await runner.decode(rows[:size])]
+        return [*found, (await runner.decode([rows[0], Row([5], 600, long_pages)]))[0]]
+
+    with open_runner(smollm2, num_pages=140) as run:
+        first, *others = run(use)
+    for other in others:
+        np.testing.assert_array_equal(other, first)
+
+
+def test_text_is_the_same_in_any_company(smollm2: Path, golden: list[dict[str, Any]]) -> None:
+    """Greedy and seeded, alone and with fifteen others of other lengths."""
+    params = [
+        SamplingParams(max_new_tokens=24, temperature=i % 2, seed=i, ignore_eos=True)
+        for i in range(len(golden))
+    ]
+    with Engine(smollm2) as engine:
+        alone = []
+        for case, p in zip(golden, params, strict=True):
+            alone.append(engine.generate(case["prompt"], p).token_ids)
+            engine.flush_cache()
+        handles = [engine.submit(c["prompt"], p) for c, p in zip(golden, params, strict=True)]
+        together = [handle.result().token_ids for handle in handles]
+    same = [a == b for a, b in zip(alone, together, strict=True)]
+    # Shared prefixes and other chunks may round otherwise, which shows only at near-ties.
+    assert sum(same) >= len(same) - 2
+
+
+def test_a_forked_prompt_is_computed_once(smollm2: Path) -> None:
+    """Eight forks of 1,000 tokens: seven find at least 99% of it in the cache."""
+    shared = np.random.default_rng(1).integers(3, 49152, 1000).tolist()
+    with Engine(smollm2) as engine:
+        params = SamplingParams(max_new_tokens=4, temperature=0)
+        handles = [engine.submit([*shared, 10 + i, 20 + i], params) for i in range(8)]
+        cached = sorted(handle.result().cached_tokens for handle in handles)
+    assert cached[0] == 0 and cached[1] >= 990
+
+
+def test_a_batch_computes_its_preamble_once(smollm2: Path) -> None:
+    import sglang as sgl
+
+    @sgl.function
+    def classify(s: Any, item: str) -> None:
+        s += "word " * 300 + item
+        s += sgl.gen("label", max_tokens=2, temperature=0)
+
+    with sgl.ShortfinLocal(vmfb=smollm2) as backend:
+        rows = [{"item": f"{i}:"} for i in range(200)]
+        states = classify.run_batch(rows, backend=backend)
+        assert all(state.error() is None for state in states)
+        stats = backend.engine.stats()
+    computed = stats["prompt_tokens"] - stats["cached_tokens"]
+    assert computed <= 300 + 200 * 6
+
+
+def test_the_second_turn_computes_only_what_is_new(smollm2: Path) -> None:
+    """The first turn's tokens are found again, those it generated included."""
+    import sglang as sgl
+
+    @sgl.function
+    def two_turns(s: Any) -> None:
+        s += sgl.user("Tell me about the sea." * 20)
+        s += sgl.assistant(sgl.gen("first", max_tokens=60, temperature=0))
+        s += sgl.user("And the wind?")
+        s += sgl.assistant(sgl.gen("second", max_tokens=8, temperature=0))
+
+    with sgl.ShortfinLocal(vmfb=smollm2) as backend:
+        state = two_turns.run(backend=backend)
+        first, second = (state.get_meta_info(name) for name in ("first", "second"))
+    known = first["prompt_tokens"] + first["completion_tokens"] - 1
+    assert second["cached_tokens"] >= known - 1
+
+
+def test_a_fork_reuses_what_its_parent_generated(smollm2: Path) -> None:
+    import sglang as sgl
+
+    @sgl.function
+    def forked(s: Any) -> None:
+        s += "Once upon a time" + sgl.gen("story", max_tokens=80, temperature=0, ignore_eos=True)
+        forks = s.fork(3)
+        for i, fork in enumerate(forks.states):
+            fork += f" Ending {i}:" + sgl.gen("end", max_tokens=4, temperature=0)
+        s["ends"] = [fork.get_meta_info("end") for fork in forks.states]
+
+    with sgl.ShortfinLocal(vmfb=smollm2) as backend:
+        state = forked.run(backend=backend)
+        story, ends = state.get_meta_info("story"), state["ends"]
+    known = story["prompt_tokens"] + story["completion_tokens"] - 1
+    assert all(end["cached_tokens"] >= known - 1 for end in ends)

@@ -1,0 +1,61 @@
+"""How large the KV cache gets: kv_pages, kv_memory or the default, checked against free memory."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from sf_local.artifact import ModelConfig
+from sf_local.errors import RequestError
+
+MAX_DEFAULT_BYTES = 1 << 30
+
+
+def num_kv_pages(
+    config: ModelConfig, device: str, pages: int | None, memory: int | str | None
+) -> int:
+    """How many pages to give out; raises RequestError for a size that cannot be had."""
+    if pages is not None and memory is not None:
+        raise RequestError(f"kv_pages={pages} and kv_memory={memory!r}: give one of them")
+    available = _available_memory() if device == "cpu" else None
+    if pages is None and memory is None:
+        contexts = -(-config.max_seq_len // config.page_size) * config.decode_batch_sizes[-1]
+        return max(1, min(contexts, MAX_DEFAULT_BYTES // config.page_bytes))
+    if pages is None:
+        pages = _memory_bytes(memory, available) // config.page_bytes
+        name, low = f"kv_memory={memory!r}", f"one page of {config.page_bytes} bytes"
+    else:
+        name, low = f"kv_pages={pages!r}", "1"
+    if not isinstance(pages, int) or isinstance(pages, bool) or pages < 1:
+        raise RequestError(f"{name} must be at least {low}")
+    if available is not None and pages * config.page_bytes > available:
+        raise RequestError(
+            f"{name}: {pages * config.page_bytes / 2**30:.1f} GiB of KV pages, but "
+            f"{available / 2**30:.1f} GiB are free; use at most {available // config.page_bytes} "
+            "pages"
+        )
+    return pages
+
+
+def _memory_bytes(memory: int | str | None, available: int | None) -> int:
+    """Bytes of 1073741824, "1GiB", "512MiB" or "50%"."""
+    if isinstance(memory, int) and not isinstance(memory, bool):
+        return memory
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]iB|B)", str(memory).strip())
+    if not match:
+        raise RequestError(f'kv_memory={memory!r} must be bytes, "2GiB", "512MiB" or "50%"')
+    number, unit = float(match[1]), match[2]
+    if unit == "%":
+        if available is None:
+            raise RequestError(
+                f"kv_memory={memory!r}: give bytes; shortfin cannot tell what is free"
+            )
+        return int(available * number / 100)
+    return int(number * 1024 ** "BKMGT".index(unit[0]))
+
+
+def _available_memory() -> int:
+    """Bytes that can be allocated without swapping, as the kernel estimates it."""
+    match = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(match[1]) * 1024 if match else sys.maxsize

@@ -1,0 +1,289 @@
+"""Loop: schedule, compute, sample, deliver, on the device's worker thread.
+
+It alone owns scheduler, pages and samplers; other threads only put work on its inbox, so nothing
+here needs a lock.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from sf_local.artifact import Artifact
+from sf_local.device import Device
+from sf_local.errors import DeviceError, EngineError
+from sf_local.generation import Generation
+from sf_local.page_pool import PagePool
+from sf_local.radix_cache import RadixCache
+from sf_local.request import Request, RequestStatus
+from sf_local.runner import Logits, ModelRunner, Row
+from sf_local.scheduler import Chunk, Limits, Scheduler, Step
+
+_COUNTERS = (
+    "prompt_tokens", "cached_tokens", "completion_tokens", "steps", "step_seconds", "call_seconds",
+)  # fmt: skip
+
+
+class Loop:
+    """Schedule, compute, sample, deliver; until closed. Runs on the device's worker thread."""
+
+    def __init__(self, artifact: Artifact, device: str, num_pages: int) -> None:
+        config = artifact.config
+        self._pool = PagePool(num_pages)
+        self._cache = RadixCache(self._pool, config.page_size)
+        self._scheduler = Scheduler(self._pool, self._cache, _limits(artifact))
+        self._inbox: deque[Callable[[], None]] = deque()  # what other threads want done
+        self._generations: dict[Request, Generation] = {}
+        self._deadlines: list[tuple[float, int, Request]] = []  # heap
+        self._counters = dict.fromkeys(_COUNTERS, 0.0)
+        self._idle: Any = None  # the future that the loop waits on when it has no work
+        self._is_closing = self._is_draining = False
+        self._failure: BaseException | None = None
+        self._started, self._ended = threading.Event(), threading.Event()
+        self._close_lock = threading.Lock()
+        self._process_id, self._thread_id = os.getpid(), 0
+        self._device = Device(device)
+        try:
+            self._runner = ModelRunner(artifact, self._device, num_pages)
+        except BaseException:
+            self._device.close()
+            raise
+        self._device.run(self._run())
+        self._started.wait()
+        if self._failure is not None:
+            self.close()
+            raise DeviceError(f"device={device!r} failed at start: {self._failure}")
+
+    # Called from any thread
+
+    def submit(self, generation: Generation) -> None:
+        self._check_usable()
+        self._ask(lambda: self._take(generation))
+        if self._ended.is_set():  # it closed meanwhile, and may not have seen the inbox
+            with self._close_lock:
+                self._fail_all()
+
+    def cancel(self, generation: Generation) -> None:
+        if not self._is_closing and os.getpid() == self._process_id:
+            self._ask(lambda: self._end(generation.request, "abort"))
+
+    def flush_cache(self) -> None:
+        self._check_usable()
+        done = threading.Event()
+
+        def flush() -> None:
+            self._cache.evict(self._pool.num_cached)
+            done.set()
+
+        self._ask(flush)
+        while not done.wait(0.1) and not self._ended.is_set():
+            pass
+
+    def drain(self) -> None:
+        """Take no new generations, and wait until none is left."""
+        self._is_draining = True
+        while self._generations or self._inbox:
+            if self._ended.wait(0.005):
+                break
+
+    def stats(self) -> dict[str, float]:
+        pool, scheduler, counters = self._pool, self._scheduler, dict(self._counters)
+        prompt_tokens = counters["prompt_tokens"]
+        return {
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
+            "pages_free": pool.num_free,
+            "pages_used": pool.num_used,
+            "pages_cached": pool.num_cached,
+            "pages_total": pool.num_pages - 1,
+            **counters,
+            "hit_rate": counters["cached_tokens"] / prompt_tokens if prompt_tokens else 0.0,
+            "preemptions": scheduler.num_preemptions,
+        }
+
+    def close(self) -> None:
+        """Stop after the current step, fail what is under way, free the device."""
+        if os.getpid() != self._process_id:
+            self._device.forget(self._runner)
+            return
+        if threading.get_ident() == self._thread_id:  # garbage collected on the loop's own thread
+            threading.Thread(target=self.close, name="sf_local-close").start()
+            return
+        with self._close_lock:
+            if self._device is None:
+                return
+            self._is_closing = True
+            self._device.worker.call_threadsafe(self._end_idling)
+            self._ended.wait()
+            if self._runner.has_ever_failed:
+                self._device.abandon(self._runner)
+            else:
+                self._runner.close()
+                self._device.close()
+            del self._runner
+            self._device = None  # type: ignore[assignment]
+
+    def _ask(self, action: Callable[[], None]) -> None:
+        """Let the loop do something between two steps."""
+        self._inbox.append(action)
+        if not self._is_closing:
+            self._device.worker.call_threadsafe(self._end_idling)
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._process_id:
+            raise EngineError(
+                "the engine belongs to the parent process and cannot be used after os.fork(); make "
+                "a new one here, or use multiprocessing's spawn method"
+            )
+        if self._is_closing or self._is_draining:
+            cause = f": {self._failure}" if self._failure else ""
+            raise EngineError(f"the engine is closed{cause}; make a new one")
+
+    # On the loop's thread
+
+    async def _run(self) -> None:
+        self._thread_id = threading.get_ident()
+        try:
+            await self._runner.start()
+            self._started.set()
+            while not self._is_closing:
+                started_at = time.perf_counter()
+                self._do_what_was_asked()
+                self._end_late_ones()
+                step = self._scheduler.next_step()
+                if step:
+                    await self._execute(step)
+                    seconds = time.perf_counter() - started_at
+                    self._counters["steps"] += 1
+                    self._counters["step_seconds"] += seconds
+                    self._counters["call_seconds"] = self._runner.call_seconds
+                else:
+                    await self._wait_for_work()
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._is_closing = True
+            self._fail_all()
+            self._ended.set()
+            self._started.set()
+
+    async def _execute(self, step: Step) -> None:
+        if step.copies:
+            await self._runner.copy_pages(step.copies)
+        await self._compute(self._runner.prefill, step.prefill)
+        for group in step.decodes:
+            await self._compute(self._runner.decode, group)
+
+    async def _compute(
+        self, call: Callable[..., Awaitable[Logits]], chunks: Sequence[Chunk]
+    ) -> None:
+        """One call for chunks of several requests; if it fails, they do, and no others."""
+        chunks = [c for c in chunks if c.request.status is RequestStatus.RUNNING]
+        if not chunks:
+            return
+        rows = [self._row(chunk) for chunk in chunks]
+        try:
+            logits = await call(rows, copy=False)
+        except Exception as error:
+            await self._fail(chunks, error)
+            return
+        for chunk, row in zip(chunks, logits, strict=True):
+            self._scheduler.computed(chunk)
+            if chunk.end == chunk.request.num_tokens:
+                self._sample(chunk.request, row)
+
+    def _row(self, chunk: Chunk) -> Row:
+        """A chunk with the pages that hold it and what comes before: attention reads no more."""
+        request, page_size = chunk.request, self._cache.page_size
+        pages = request.pages[: -(-chunk.end // page_size)]
+        return Row(request.tokens(chunk.start, chunk.end), chunk.start, pages)
+
+    def _sample(self, request: Request, logits: Any) -> None:
+        generation = self._generations[request]
+        if not request.output_ids:
+            self._counters["prompt_tokens"] += len(request.prompt_ids)
+            self._counters["cached_tokens"] += request.num_cached or 0
+        if request.max_new_tokens == 0:
+            self._end(request, "length")
+            return
+        try:
+            reason = generation.accept(generation.sampler.sample(logits))
+        except Exception as error:
+            self._end(request, "abort", _step_error(error))
+            return
+        self._counters["completion_tokens"] += 1
+        if reason:
+            self._end(request, reason)
+
+    async def _fail(self, chunks: Sequence[Chunk], error: Exception) -> None:
+        """End the requests of a failed call; a broken device loses its pages, not its requests."""
+        for chunk in chunks:
+            self._end(chunk.request, "abort", _step_error(error))
+        if self._runner.is_broken:
+            await self._runner.recover()
+            self._scheduler.reset()
+
+    def _take(self, generation: Generation) -> None:
+        request = generation.request
+        self._generations[request] = generation
+        if generation.deadline is not None:
+            heapq.heappush(self._deadlines, (generation.deadline, request.sequence, request))
+            if len(self._deadlines) > 2 * len(self._generations) + 64:  # mostly of finished ones
+                self._deadlines = [d for d in self._deadlines if d[2] in self._generations]
+                heapq.heapify(self._deadlines)
+        self._scheduler.add(request)
+
+    def _end(self, request: Request, reason: str, error: BaseException | None = None) -> None:
+        """Finish a request, unless it is finished already."""
+        generation = self._generations.pop(request, None)
+        if generation is None:
+            return
+        self._scheduler.finish(request, reason)
+        if error is None:
+            generation.finish(reason)
+        else:
+            generation.deliver(error)
+
+    def _do_what_was_asked(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
+
+    def _end_late_ones(self) -> None:
+        while self._deadlines and self._deadlines[0][0] <= time.perf_counter():
+            self._end(heapq.heappop(self._deadlines)[2], "timeout")
+
+    def _fail_all(self) -> None:
+        self._do_what_was_asked()
+        cause = f": {self._failure}" if self._failure else ""
+        for request in list(self._generations):
+            self._end(request, "abort", EngineError(f"the engine is closed{cause}; make a new one"))
+
+    async def _wait_for_work(self) -> None:
+        self._idle = self._device.worker.loop.create_future()
+        if not (self._inbox or self._is_closing):
+            await self._idle
+        self._idle = None
+
+    def _end_idling(self) -> None:
+        if self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
+
+
+def _limits(artifact: Artifact) -> Limits:
+    """Our own code starts anywhere; amdsharktank's at pages, or only at the beginning."""
+    config = artifact.config
+    sizes = config.prefill_batch_sizes, config.decode_batch_sizes
+    if not config.has_prefill_position:
+        return Limits(*sizes, prefill_tokens=config.max_seq_len, reuse="nothing")
+    return Limits(*sizes, reuse="tokens" if artifact.manifest else "pages")
+
+
+def _step_error(error: Exception) -> EngineError:
+    failure = EngineError(f"the step failed: {error}")
+    failure.__cause__ = error
+    return failure
