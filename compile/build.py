@@ -56,7 +56,7 @@ def _silent(stage: str, share: float | None) -> None:
 class BuildOptions:
     """What to build; raises UnsupportedError for values that cannot be built.
 
-    None means the target's default, for max_seq_len the model's own context in tokens.
+    None means the target's default; for max_seq_len, in tokens, the model's own context.
     target: "cpu" or an AMD chip such as "gfx942"; cpu: "host", "generic", "x86-64-v3" or
     "x86-64-v4". weight_dtype, kv_dtype: "f32", "f16" or "bf16". page_size: tokens a KV page.
     row_major: matrices row by row, as GPUs have them, on a CPU too (to test that code there).
@@ -68,7 +68,7 @@ class BuildOptions:
     kv_dtype: str | None = None
     page_size: int = 16
     prefill_batch_sizes: tuple[int, ...] = (1, 4)
-    decode_batch_sizes: tuple[int, ...] | None = None
+    decode_batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
     max_seq_len: int | None = None
     row_major: bool = False
 
@@ -80,8 +80,6 @@ class BuildOptions:
             raise UnsupportedError(f"page_size={self.page_size!r}; use one of {PAGE_SIZES}")
         for name in ("prefill_batch_sizes", "decode_batch_sizes"):
             sizes = getattr(self, name)
-            if sizes is None:
-                continue
             in_range = all(1 <= size <= MAX_BATCH_SIZE for size in sizes)
             if not sizes or list(sizes) != sorted(set(sizes)) or not in_range:
                 raise UnsupportedError(
@@ -161,7 +159,7 @@ def _emitter(source: Source, options: BuildOptions, target: Target) -> LlamaEmit
         kv_dtype=options.kv_dtype or weight_dtype,
         page_size=options.page_size,
         prefill_batch_sizes=options.prefill_batch_sizes,
-        decode_batch_sizes=options.decode_batch_sizes or target.decode_batch_sizes(weight_dtype),
+        decode_batch_sizes=options.decode_batch_sizes,
         max_seq_len=(
             context - context % options.page_size
             if options.max_seq_len is None

@@ -328,8 +328,12 @@ class LlamaEmitter:
     def _norm(self, x: Tensor, name: str) -> Tensor:
         """RMS norm of x [T, H/n, m, n], as the left operand [T, H/k, m, k] of a product."""
         t, f, m, n = x.shape
+        # In two steps: in one, a single row would add up in another order than several do.
+        partial = self.b.generic(
+            "tfij->tij", [x], (t, m, n), "f32", lambda v, acc: acc + v * v, init=0.0
+        )
         squares = self.b.generic(
-            "tfij->ti", [x], (t, m), "f32", lambda v, acc: acc + v * v, init=0.0
+            "tij->ti", [partial], (t, m), "f32", lambda v, acc: acc + v, init=0.0
         )
         k = self._depth(n)
         weight = self.b.expand(self._load(name), 0, f, int(n) // k, k)

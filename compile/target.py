@@ -85,10 +85,6 @@ class Target:
             return "bf16"
         return "f16" if "f16c" in self.cpu_features else "f32"
 
-    def decode_batch_sizes(self, weight_dtype: str) -> tuple[int, ...]:
-        """The default. One row of f32 rounds otherwise than several do, so it runs in two."""
-        return (2, 4, 8) if self.device == "cpu" and weight_dtype == "f32" else (1, 2, 4, 8)
-
     def layout(self, weight_dtype: str) -> Layout:
         """Measured with AVX-512: bf16 in 16x16x2 gives 630 GFLOP/s, in 16x16x32 2; f16 in 16x16x1
         decodes 83 tokens/s, in 16x16x2 5. With AVX2, f16 decodes 46 tokens/s in 8x8x1, bf16 5.

@@ -37,11 +37,10 @@ Delivery = tuple[str, Output | None] | BaseException
 class Generation:
     """A request with what turns its tokens into text; lives on the loop's thread."""
 
-    deliver: Callable[[Delivery], None]
-    remember: Callable[[Sequence[int], str], None] | None = None
-
     def __init__(self, request: Request, tokenizer: Tokenizer, eos_ids: frozenset[int]) -> None:
         self.request, params = request, request.params
+        self.deliver: Callable[[Delivery], object] = lambda item: None
+        self.remember: Callable[[Sequence[int], str], None] | None = None
         self.sampler = Sampler(params)
         self._detokenizer = Detokenizer(tokenizer, request.prompt_ids)
         self._stops = StopChecker(params.stop)

@@ -145,6 +145,29 @@ def test_decode_batches_of_any_size(make_tiny: Callable[..., TinyModel], cpu: st
             assert_close(run(lambda r, size=size: use(r, size)), np.stack(expected[:size]))
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_decode_is_equal_to_the_bit_in_any_batch(
+    make_tiny: Callable[..., TinyModel], dtype: str
+) -> None:
+    """Alone, and as any of four rows of other lengths."""
+    model = make_tiny(weight_dtype=dtype, kv_dtype=dtype)
+    lengths = (3, 11, 21, 40)
+    sequences = [tokens_of(model, n, seed=n) for n in lengths]
+    pages = [list(range(1 + 8 * i, 1 + 8 * i + -(-n // PAGE))) for i, n in enumerate(lengths)]
+
+    async def use(runner: ModelRunner) -> tuple[np.ndarray, np.ndarray]:
+        rows = []
+        for tokens, ids in zip(sequences, pages, strict=True):
+            await runner.prefill([Row(tokens[:-1], 0, ids)])
+            rows.append(Row(tokens[-1:], len(tokens) - 1, ids))
+        alone = [await runner.decode([row]) for row in rows]
+        return np.concatenate(alone), await runner.decode(rows)
+
+    with open_runner(model.artifact) as run:
+        alone, together = run(use)
+    np.testing.assert_array_equal(together, alone)
+
+
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_half_precision_stays_near(make_tiny: Callable[..., TinyModel], dtype: str) -> None:
     model = make_tiny(weight_dtype=dtype, kv_dtype=dtype)
