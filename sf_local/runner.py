@@ -30,6 +30,8 @@ from sf_local.errors import (
     VersionError,
 )
 
+VECTOR = 16  # positions that one step of a CPU's attention adds up
+
 Logits = NDArray[np.float32]
 _NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -116,7 +118,7 @@ class ModelRunner:
         """Compute one token a row: logits [len(rows), V]; `copy` as in `prefill`."""
         assert all(len(row.tokens) == 1 for row in rows)
         size = _fitting(self.config.decode_batch_sizes, len(rows))
-        width = max(2, *(len(row.page_ids) for row in rows))
+        width = self._width(max(len(row.page_ids) for row in rows))
         inputs = {
             "tokens": _matrix([row.tokens for row in rows], (size, 1)),
             "seq_lens": _vector([row.end for row in rows], size, fill=1),
@@ -130,8 +132,9 @@ class ModelRunner:
         page = self.config.page_size
         self._check(rows)
         num_pages = -(-max(len(row.tokens) for row in rows) // page)
-        width = max(2, max(row.start for row in rows) // page + num_pages,
-                    *(len(row.page_ids) for row in rows))  # fmt: skip
+        last = max(max(row.start for row in rows) // page + num_pages,
+                   *(len(row.page_ids) for row in rows))  # fmt: skip
+        width = self._width(last)
         inputs = {"tokens": _matrix([row.tokens for row in rows], (size, num_pages * page))}
         if self.config.has_prefill_position:
             inputs["start_positions"] = _vector([row.start for row in rows], size)
@@ -161,6 +164,14 @@ class ModelRunner:
         except Exception:
             self.is_broken = self.has_ever_failed = True
             raise
+
+    def _width(self, num_pages: int) -> int:
+        """Columns of the page table for `num_pages`, at least the 2 that amdsharktank needs.
+
+        Attention sums whole vectors of positions, so a row comes out the same in any company.
+        """
+        unit = -(-VECTOR // self.config.page_size)
+        return max(2, -(-num_pages // unit) * unit)
 
     def _argument(self, name: str, value: NDArray[np.int64]) -> Any:
         """A device array with `value`, reused by later calls of the same shape."""
