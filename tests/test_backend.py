@@ -150,6 +150,39 @@ def test_unset_values_mean_defaults() -> None:
     assert to_params(bare, sf_local.SamplingParams()) == sf_local.SamplingParams()
 
 
+def test_defaults_carry_what_sglang_cannot(tiny: TinyModel) -> None:
+    """A seed for the backend, another inside `using`, and a timeout; SGLang's own values win."""
+
+    def text(**rest: Any) -> str:
+        return str(plain.run(max_tokens=12, ignore_eos=True, backend=seeded, **rest)["out"])
+
+    defaults = sf_local.SamplingParams(seed=1, temperature=0.0)
+    with sgl.ShortfinLocal(vmfb=tiny.artifact, defaults=defaults) as seeded:
+        first = text(temperature=1.0)
+        assert text(temperature=1.0) == first
+        with seeded.using(seed=2):
+            other = text(temperature=1.0)
+        assert other != first and text(temperature=1.0) == first
+        with seeded.using(timeout=0.0):
+            state = plain.run(max_tokens=12, backend=seeded)
+            assert state.get_meta_info("out")["finish_reason"] == {"type": "timeout"}
+        with pytest.raises(TypeError), seeded.using(sead=3):
+            pass
+
+
+def test_hints_warm_the_cache(tiny: TinyModel) -> None:
+    with sgl.ShortfinLocal(vmfb=tiny.artifact) as backend:
+        backend.cache_prefix("a common beginning of it all")
+        backend.cache_prefix("")  # hints never raise
+        backend.cache_prefix("x" * 10_000)
+        state = plain.run(max_tokens=2, backend=backend)
+        assert state.error() is None and state["out"]
+        output = backend.engine.generate(
+            "a common beginning of it all: yes", sf_local.SamplingParams(max_new_tokens=2)
+        )
+        assert output.cached_tokens >= 24
+
+
 def test_speculative_execution(backend: sf_local.ShortfinLocal) -> None:
     @sgl.function(num_api_spec_tokens=32)
     def speculative(s: Any) -> None:

@@ -245,6 +245,26 @@ assert stats["pages_used"] == 0
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_lost_device_says_so_for_ever(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call fails and the device cannot be recovered: everyone hears why, nothing hangs."""
+    with Engine(tiny.artifact) as engine:
+        runner = engine._loop._runner
+
+        async def lost(*_: Any, **rest: Any) -> Any:
+            runner.is_broken = True
+            raise RuntimeError("the GPU fell off the bus")
+
+        monkeypatch.setattr(runner, "decode", lost)
+        monkeypatch.setattr(runner, "recover", lost)
+        handles = [engine.submit([*PROMPT, i], greedy(30)) for i in range(6)]
+        for handle in handles:
+            with pytest.raises(EngineError, match="fell off the bus"):
+                handle.result()
+        with pytest.raises(EngineError, match="fell off the bus"):
+            engine.submit(PROMPT)
+        assert_idle(engine)
+
+
 def test_close_fails_what_is_under_way(tiny: TinyModel) -> None:
     engine = Engine(tiny.artifact)
     handles = [engine.submit(PROMPT, greedy(200)) for _ in range(3)]
