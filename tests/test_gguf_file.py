@@ -1,7 +1,9 @@
 """GGUF files, whole and damaged, with toy weights."""
 
+import contextlib
 import hashlib
 import json
+import mmap
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from toy_sources import (
 )
 
 from compile.config import RopeScaling
+from compile.gguf_file import _tensor
 from compile.sources import open_source
 from compile.weights import check_tensors
 from sf_local.errors import SourceError, UnsupportedError
@@ -55,6 +58,28 @@ def test_types(tmp_path: Path, quant: str) -> None:
         if weight.ndim == 2:  # quantization is by row, so it commutes with the permutation
             weight = gguf.dequantize(gguf.quantize(weight, kind), kind)
         np.testing.assert_array_equal(found, weight)
+
+
+def dequantizable() -> list[gguf.GGMLQuantizationType]:
+    kinds = []
+    for kind, (_, block_bytes) in gguf.GGML_QUANT_SIZES.items():
+        with contextlib.suppress(NotImplementedError):
+            gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+            kinds.append(kind)
+    return kinds
+
+
+@pytest.mark.parametrize("kind", dequantizable(), ids=lambda kind: kind.name)
+def test_every_type_that_gguf_dequantizes(tmp_path: Path, kind: gguf.GGMLQuantizationType) -> None:
+    """Six rows of two blocks of random bytes, read in parts."""
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(0).integers(0, 255, (6, 2 * block_bytes), np.uint8)
+    (tmp_path / "raw").write_bytes(b"head" + raw.tobytes())
+    with (tmp_path / "raw").open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    tensor = _tensor(tmp_path, mapped, "any", (6, 2 * block), int(kind), 4)
+    found = np.concatenate([tensor.read(slice(0, 4)), tensor.read(np.array([4, 5]))])
+    np.testing.assert_array_equal(found, gguf.dequantize(raw, kind))
 
 
 def test_rope(tmp_path: Path) -> None:
