@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,15 +103,11 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
     ) -> ChoicesDecision:
         raise RequestError("choices are not supported yet; generate text and compare it instead")
 
-    @contextmanager
-    def using(self, **overrides: Any) -> Iterator[None]:
-        """Other `defaults` for all that is generated meanwhile: `with backend.using(seed=1):`."""
-        previous = self._defaults
-        self._defaults = replace(previous, **overrides)
-        try:
-            yield
-        finally:
-            self._defaults = previous
+    def using(self, **overrides: Any) -> ShortfinLocal:
+        """This backend with other `defaults`: `ask.run(..., backend=backend.using(seed=1))`."""
+        view = copy.copy(self)
+        view._defaults = replace(self._defaults, **overrides)
+        return view
 
     def cache_prefix(self, prefix_str: str) -> None:
         """A hint from SGLang: what a batch of programs begins with."""
@@ -125,9 +121,9 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
         """Free all KV pages that no request uses."""
         self.engine.flush_cache()
 
-    def shutdown(self) -> None:
-        """End the engine; generations under way fail."""
-        self.engine.shutdown()
+    def shutdown(self, drain: bool = False) -> None:
+        """End the engine; generations under way fail, or are finished first with `drain`."""
+        self.engine.shutdown(drain)
 
     def __enter__(self) -> ShortfinLocal:
         return self

@@ -49,16 +49,18 @@ class Handle:
 
     def deltas(self) -> Iterator[tuple[str, Output | None]]:
         """Text deltas; the last one, which may be empty, comes with the output."""
+        self._loop.check_process()
         try:
             while self._output is None:
                 item = self._deliveries.get()
                 if isinstance(item, BaseException):
                     self._deliveries.put(item)  # for whoever asks again
                     raise item
-                text, self._output = item
-                if self._output is not None:
-                    self._deliveries.put(("", self._output))  # for another thread that waits
-                yield text, self._output
+                text, output = item
+                if output is not None:
+                    self._output = output
+                    self._deliveries.put(("", output))  # for another thread that waits
+                yield text, output
         finally:
             if self._output is None:
                 self.cancel()
@@ -91,7 +93,7 @@ class Engine:
             context times the largest compiled batch, at most 1 GiB.
 
     Any number of generations run at once, from any thread. A generation depends only on its prompt
-    and parameters, not on its company. Raises ArtifactError or DeviceError.
+    (as token ids) and parameters, not on its company. Raises ArtifactError or DeviceError.
     """
 
     def __init__(
@@ -134,7 +136,7 @@ class Engine:
         """`params.n` answers to one prompt, whose pages they share; seeds count up."""
         params = SamplingParams() if params is None else params
         seeds = [None if params.seed is None else params.seed + i for i in range(params.n)]
-        handles = [self.submit(prompt, replace(params, seed=seed)) for seed in seeds]
+        handles = [self.submit(prompt, replace(params, seed=seed, n=1)) for seed in seeds]
         return [handle.result() for handle in handles]
 
     def stream(
@@ -210,7 +212,8 @@ class Engine:
         """
         if drain:
             self._loop.drain()
-        self._finalizer()
+        self._loop.close()
+        self._finalizer.detach()
 
     def __enter__(self) -> Engine:
         return self
@@ -219,9 +222,12 @@ class Engine:
         self.shutdown()
 
     def _generation(self, prompt: str | Sequence[int], params: SamplingParams | None) -> Generation:
+        self._loop.check_usable()
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params={params!r} must be SamplingParams")
+        if params.n != 1:
+            raise RequestError(f"n={params.n}: several answers to one prompt come from `samples`")
         ids = self._prompt_ids(prompt)
         max_new_tokens = min(params.max_new_tokens, self.max_tokens - len(ids))
         request = Request(ids, params, max_new_tokens)

@@ -6,10 +6,13 @@ here needs a lock.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import heapq
 import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -29,6 +32,18 @@ _COUNTERS = (
 )  # fmt: skip
 
 
+_open: weakref.WeakSet[Loop] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for loop in list(_open):
+        loop.close()
+
+
+# Registered after shortfin's own handler, so run before it, which ends the thread `close` waits for.
+atexit.register(_close_all)
+
+
 class Loop:
     """Schedule, compute, sample, deliver; until closed. Runs on the device's worker thread."""
 
@@ -45,7 +60,7 @@ class Loop:
         self._is_closing = self._is_draining = False
         self._failure: BaseException | None = None
         self._started, self._ended = threading.Event(), threading.Event()
-        self._close_lock = threading.Lock()
+        self._close_lock, self._fail_lock = threading.Lock(), threading.Lock()
         self._process_id, self._thread_id = os.getpid(), 0
         self._device = Device(device)
         try:
@@ -53,6 +68,7 @@ class Loop:
         except BaseException:
             self._device.close()
             raise
+        _open.add(self)
         self._device.run(self._run())
         self._started.wait()
         if self._failure is not None:
@@ -62,10 +78,11 @@ class Loop:
     # Called from any thread
 
     def submit(self, generation: Generation) -> None:
-        self._check_usable()
+        self.check_usable()
         self._ask(lambda: self._take(generation))
-        if self._ended.is_set():  # it closed meanwhile, and may not have seen the inbox
-            with self._close_lock:
+        if self._is_closing:  # it may not have seen the inbox any more
+            self._ended.wait()
+            with self._fail_lock:
                 self._fail_all()
 
     def cancel(self, generation: Generation) -> None:
@@ -73,7 +90,7 @@ class Loop:
             self._ask(lambda: self._end(generation.request, "abort"))
 
     def flush_cache(self) -> None:
-        self._check_usable()
+        self.check_usable()
         done = threading.Event()
 
         def flush() -> None:
@@ -87,6 +104,8 @@ class Loop:
     def drain(self) -> None:
         """Take no new generations, and wait until none is left."""
         self._is_draining = True
+        if os.getpid() != self._process_id:
+            return
         while self._generations or self._inbox:
             if self._ended.wait(0.005):
                 break
@@ -132,14 +151,20 @@ class Loop:
         """Let the loop do something between two steps."""
         self._inbox.append(action)
         if not self._is_closing:
-            self._device.worker.call_threadsafe(self._end_idling)
+            with contextlib.suppress(AttributeError):  # it closed meanwhile: nobody to wake
+                self._device.worker.call_threadsafe(self._end_idling)
 
-    def _check_usable(self) -> None:
+    def check_process(self) -> None:
+        """Raise EngineError in a forked child: the thread is not there."""
         if os.getpid() != self._process_id:
             raise EngineError(
                 "the engine belongs to the parent process and cannot be used after os.fork(); make "
                 "a new one here, or use multiprocessing's spawn method"
             )
+
+    def check_usable(self) -> None:
+        """Raise EngineError in a forked child, and once the engine is closed or closing."""
+        self.check_process()
         if self._is_closing or self._is_draining:
             cause = f": {self._failure}" if self._failure else ""
             raise EngineError(f"the engine is closed{cause}; make a new one")
@@ -174,7 +199,12 @@ class Loop:
 
     async def _execute(self, step: Step) -> None:
         if step.copies:
-            await self._runner.copy_pages(step.copies)
+            try:
+                await self._runner.copy_pages(step.copies)
+            except Exception as error:
+                started = {destination for _, destination in step.copies}
+                await self._fail([r for r in self._generations if started & {*r.pages}], error)
+                return
         await self._compute(self._runner.prefill, step.prefill)
         for group in step.decodes:
             await self._compute(self._runner.decode, group)
@@ -190,7 +220,7 @@ class Loop:
         try:
             logits = await call(rows, copy=False)
         except Exception as error:
-            await self._fail(chunks, error)
+            await self._fail([chunk.request for chunk in chunks], error)
             return
         for chunk, row in zip(chunks, logits, strict=True):
             self._scheduler.computed(chunk)
@@ -220,10 +250,10 @@ class Loop:
         if reason:
             self._end(request, reason)
 
-    async def _fail(self, chunks: Sequence[Chunk], error: Exception) -> None:
+    async def _fail(self, requests: Sequence[Request], error: Exception) -> None:
         """End the requests of a failed call; a broken device loses its pages, not its requests."""
-        for chunk in chunks:
-            self._end(chunk.request, "abort", _step_error(error))
+        for request in requests:
+            self._end(request, "abort", _step_error(error))
         if self._runner.is_broken:
             await self._runner.recover()
             self._scheduler.reset()
@@ -251,7 +281,10 @@ class Loop:
 
     def _do_what_was_asked(self) -> None:
         while self._inbox:
-            self._inbox.popleft()()
+            try:  # `drain` must see it until it is done
+                self._inbox[0]()
+            finally:
+                self._inbox.popleft()
 
     def _end_late_ones(self) -> None:
         while self._deadlines and self._deadlines[0][0] <= time.perf_counter():

@@ -73,6 +73,7 @@ class ModelRunner:
     async def recover(self) -> None:
         """Make the model usable after a failed call; all that the cache held is lost."""
         self._arguments.clear()
+        del self._cache  # before the new one: there may be no room for two
         self._device.renew()
         self._allocate_cache()
         await self.start()
@@ -82,14 +83,6 @@ class ModelRunner:
         self._arguments.clear()
         self._functions.clear()
         del self._cache, self._program
-
-    @property
-    def max_prefill_rows(self) -> int:
-        return self.config.prefill_batch_sizes[-1]
-
-    @property
-    def max_decode_rows(self) -> int:
-        return self.config.decode_batch_sizes[-1]
 
     async def prefill(self, rows: Sequence[Row], *, copy: bool = True) -> Logits:
         """Compute rows of tokens; the logits [len(rows), V] after each row's last token.
@@ -110,9 +103,13 @@ class ModelRunner:
 
     async def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages on the device, in order: (source, destination)."""
-        for source, destination in copies:
-            self._cache.view(destination).copy_from(self._cache.view(source))
-        await self._device.scoped
+        try:
+            for source, destination in copies:
+                self._cache.view(destination).copy_from(self._cache.view(source))
+            await self._device.scoped
+        except Exception:
+            self.is_broken = self.has_ever_failed = True
+            raise
 
     async def decode(self, rows: Sequence[Row], *, copy: bool = True) -> Logits:
         """Compute one token a row: logits [len(rows), V]; `copy` as in `prefill`."""

@@ -153,21 +153,21 @@ def test_unset_values_mean_defaults() -> None:
 def test_defaults_carry_what_sglang_cannot(tiny: TinyModel) -> None:
     """A seed for the backend, another inside `using`, and a timeout; SGLang's own values win."""
 
-    def text(**rest: Any) -> str:
-        return str(plain.run(max_tokens=12, ignore_eos=True, backend=seeded, **rest)["out"])
+    def text(backend: Any) -> str:
+        return str(
+            plain.run(max_tokens=12, ignore_eos=True, temperature=1.0, backend=backend)["out"]
+        )
 
     defaults = sf_local.SamplingParams(seed=1, temperature=0.0)
     with sgl.ShortfinLocal(vmfb=tiny.artifact, defaults=defaults) as seeded:
-        first = text(temperature=1.0)
-        assert text(temperature=1.0) == first
-        with seeded.using(seed=2):
-            other = text(temperature=1.0)
-        assert other != first and text(temperature=1.0) == first
-        with seeded.using(timeout=0.0):
-            state = plain.run(max_tokens=12, backend=seeded)
-            assert state.get_meta_info("out")["finish_reason"] == {"type": "timeout"}
-        with pytest.raises(TypeError), seeded.using(sead=3):
-            pass
+        first = text(seeded)
+        assert text(seeded) == first
+        assert text(seeded.using(seed=2)) != first
+        assert text(seeded.using(seed=1)) == text(seeded) == first
+        state = plain.run(max_tokens=12, backend=seeded.using(timeout=0.0))
+        assert state.get_meta_info("out")["finish_reason"] == {"type": "timeout"}
+        with pytest.raises(TypeError):
+            seeded.using(sead=3)
 
 
 def test_hints_warm_the_cache(tiny: TinyModel) -> None:

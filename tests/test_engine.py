@@ -325,6 +325,8 @@ def test_two_engines_side_by_side(engine: Engine, tiny: TinyModel) -> None:
 @pytest.mark.parametrize("ending", ["pass", "del engine", "raise SystemExit(0)", "handle.result()"])
 def test_interpreter_exit_is_clean(tiny: TinyModel, ending: str) -> None:
     program = f"""
+import tempfile
+folder = tempfile.TemporaryDirectory()  # finalizers from before shortfin run after its own
 from sf_local import Engine, SamplingParams
 engine = Engine({str(tiny.artifact)!r})
 handle = engine.submit([5, 6], SamplingParams(max_new_tokens=200, ignore_eos=True))
