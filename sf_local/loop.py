@@ -40,7 +40,7 @@ def _close_all() -> None:
         loop.close()
 
 
-# Registered after shortfin's own handler, so run before it, which ends the thread `close` waits for.
+# Registered after shortfin's own handler, so run before it; that one ends the loop's thread.
 atexit.register(_close_all)
 
 
