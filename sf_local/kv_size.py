@@ -21,7 +21,8 @@ def num_kv_pages(
     available = _available_memory() if device == "cpu" else None
     if pages is None and memory is None:
         contexts = -(-config.max_seq_len // config.page_size) * config.decode_batch_sizes[-1]
-        return max(1, min(contexts, MAX_DEFAULT_BYTES // config.page_bytes))
+        most = MAX_DEFAULT_BYTES if available is None else min(MAX_DEFAULT_BYTES, available)
+        return max(1, min(contexts, most // config.page_bytes))
     if pages is None:
         pages = _memory_bytes(memory, available) // config.page_bytes
         name, low = f"kv_memory={memory!r}", f"one page of {config.page_bytes} bytes"
