@@ -37,7 +37,7 @@ def open_source(source: str | Path, progress: Progress = lambda message: None) -
     for a model, tokenizer or data type that is not supported; both before any weight is read.
     """
     if source == "demo":
-        return replace(open_gguf(demo_gguf(progress), progress), name=DEMO_NAME)
+        return replace(open_gguf(demo_gguf(progress), progress, DEMO_SHA256), name=DEMO_NAME)
     path = Path(os.path.expanduser(source))
     is_gguf = path.suffix.lower() == ".gguf"
     hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source))

@@ -409,7 +409,7 @@ def test_another_target(
     parts: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sf_local.engine.Device", None)  # nothing native may load
+    monkeypatch.setattr("sf_local.loop.Device", None)  # nothing native may load
     monkeypatch.setattr(module, "host_cpu_features", lambda: frozenset({"fma"}))
     artifact = opened(folder, **{"cpu_features": ["fma"], **changes})
     assert artifact.manifest is not None
