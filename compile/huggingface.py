@@ -18,10 +18,10 @@ from compile.source import (
     Source,
     SourceTensor,
     corrupt,
-    file_sha256,
     map_file,
     unsupported,
 )
+from sf_local.artifact import file_sha256
 from sf_local.errors import SourceError
 
 NAMES = {

@@ -1,6 +1,5 @@
 """`Source`, which every format of weights becomes, and what reading any of them takes."""
 
-import hashlib
 import json
 import mmap
 from collections.abc import Callable, Mapping
@@ -105,8 +104,3 @@ def map_file(path: Path) -> mmap.mmap:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError:
             raise corrupt(path, "a model file", "an empty file") from None
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

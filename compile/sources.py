@@ -17,7 +17,8 @@ from pathlib import Path
 from compile.cache import cache_dir
 from compile.gguf_file import open_gguf
 from compile.huggingface import open_folder
-from compile.source import Progress, Source, SourceTensor, corrupt, file_sha256
+from compile.source import Progress, Source, SourceTensor, corrupt
+from sf_local.artifact import file_sha256
 from sf_local.errors import SourceError
 
 __all__ = ["DEMO_SHA256", "Source", "SourceTensor", "demo_gguf", "open_source"]
