@@ -193,8 +193,10 @@ def test_a_failed_step_fails_its_requests_and_no_others(
     with Engine(tiny.artifact) as engine:
         runner = engine._loop._runner
         decode, failures = runner.decode, []
+        submitted = threading.Event()
 
         async def failing(rows: Any, **rest: Any) -> Any:
+            submitted.wait(30)  # nobody ends before everybody runs
             if len(rows) == 4 and not failures:
                 failures.append(rows)
                 raise RuntimeError("injected")
@@ -202,13 +204,16 @@ def test_a_failed_step_fails_its_requests_and_no_others(
 
         monkeypatch.setattr(runner, "decode", failing)
         handles = [engine.submit([*PROMPT, i], greedy(30)) for i in range(5)]
+        submitted.set()
+        failed = 0
         for i, handle in enumerate(handles):
-            if i < 4:
-                for _ in range(2):  # and whoever asks again
-                    with pytest.raises(EngineError, match="injected"):
-                        handle.result()
-            else:
+            try:
                 assert handle.result().token_ids == oracle(tiny, [*PROMPT, i], 30)
+            except EngineError:
+                failed += 1
+                with pytest.raises(EngineError, match="injected"):  # whoever asks again
+                    handle.result()
+        assert failed == 4
         assert_idle(engine)
 
 
