@@ -25,6 +25,7 @@ from sf_local.engine import Engine
 from sf_local.errors import RequestError
 from sf_local.generation import Output
 from sf_local.kv_size import num_kv_pages
+from sf_local.memory import memory_left
 from sf_local.request import SamplingParams
 from sf_local.scheduler import Limits
 
@@ -233,7 +234,8 @@ def run(
     if rounds < 1:
         raise RequestError(f"rounds={rounds} must be at least 1")
     sizes, rounds = (QUICK, 1) if quick else (Sizes(), rounds)
-    pages = min(sizes.nodes, num_kv_pages(open_artifact(artifact).config, "cpu", None, "50%"))
+    config, free = open_artifact(artifact).config, memory_left("cpu", 0, 0)
+    pages = min(sizes.nodes, num_kv_pages(config, "cpu", free, None, "50%"))
     with Engine(artifact, device, kv_pages=pages) as engine:
         figures = [Figure("memory after load", _resident_megabytes(), "MB")]
         manifest = engine.artifact.manifest

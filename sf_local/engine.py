@@ -22,6 +22,7 @@ from sf_local.errors import RequestError
 from sf_local.generation import Delivery, Generation, Output
 from sf_local.kv_size import num_kv_pages
 from sf_local.loop import Loop
+from sf_local.memory import memory_left
 from sf_local.request import Request, SamplingParams
 from sf_local.seams import SeamEncoder
 from sf_local.tokenizer import Tokenizer
@@ -90,7 +91,8 @@ class Engine:
         config, parameters, tokenizer: files that do not lie beside the .vmfb.
         kv_pages: KV pages to allocate.
         kv_memory: the same as bytes, "2GiB", or "50%" of the free memory. By default one full
-            context times the largest compiled batch, at most 1 GiB.
+            context times the largest compiled batch, at most 1 GiB; on a GPU 80% of what the
+            weights leave free.
 
     Any number of generations run at once, from any thread. A generation depends only on its prompt
     (as token ids) and parameters, not on its company. Raises ArtifactError or DeviceError.
@@ -107,14 +109,15 @@ class Engine:
         kv_pages: int | None = None,
         kv_memory: int | str | None = None,
     ) -> None:
-        kind, _ = parse_device(device)
+        kind, index = parse_device(device)
         self.artifact = open_artifact(
             vmfb, config=config, parameters=parameters, tokenizer=tokenizer
         )
         if self.artifact.manifest:
             check_target(self.artifact.manifest, kind)
         self.tokenizer = Tokenizer(self.artifact.tokenizer)
-        num_pages = 1 + num_kv_pages(self.artifact.config, kind, kv_pages, kv_memory)
+        available = memory_left(kind, index, self.artifact.num_weight_bytes)
+        num_pages = 1 + num_kv_pages(self.artifact.config, kind, available, kv_pages, kv_memory)
         self._loop = Loop(self.artifact, device, num_pages)
         self._finalizer = weakref.finalize(self, self._loop.close)
         self._eos_ids = _eos_ids(self.artifact, self.tokenizer)

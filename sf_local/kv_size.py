@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import re
-import sys
-from pathlib import Path
 
 from sf_local.artifact import ModelConfig
 from sf_local.errors import RequestError
 
-MAX_DEFAULT_BYTES = 1 << 30
+MAX_DEFAULT_BYTES = 1 << 30  # on the CPU, and where the driver does not say what is free
+GPU_SHARE = 0.8  # of what the weights leave free; activations need some of the rest
 
 
 def num_kv_pages(
-    config: ModelConfig, device: str, pages: int | None, memory: int | str | None
+    config: ModelConfig,
+    device: str,
+    available: int | None,
+    pages: int | None,
+    memory: int | str | None,
 ) -> int:
-    """How many pages to give out; raises RequestError for a size that cannot be had."""
+    """How many pages to give out; raises RequestError for a size that cannot be had.
+
+    `available` bytes are left on `device` ("cpu" or "hip") once the weights are there; None if
+    unknown.
+    """
     if pages is not None and memory is not None:
         raise RequestError(f"kv_pages={pages} and kv_memory={memory!r}: give one of them")
-    available = _available_memory() if device == "cpu" else None
     if pages is None and memory is None:
-        contexts = -(-config.max_seq_len // config.page_size) * config.decode_batch_sizes[-1]
-        most = MAX_DEFAULT_BYTES if available is None else min(MAX_DEFAULT_BYTES, available)
-        return max(1, min(contexts, most // config.page_bytes))
+        return max(1, _default_pages(config, device, available))
     if pages is None:
         pages = _memory_bytes(memory, available) // config.page_bytes
         name, low = f"kv_memory={memory!r}", f"one page of {config.page_bytes} bytes"
@@ -39,6 +43,14 @@ def num_kv_pages(
     return pages
 
 
+def _default_pages(config: ModelConfig, device: str, available: int | None) -> int:
+    if device != "cpu" and available is not None:
+        return int(available * GPU_SHARE) // config.page_bytes
+    contexts = -(-config.max_seq_len // config.page_size) * config.decode_batch_sizes[-1]
+    most = MAX_DEFAULT_BYTES if available is None else min(MAX_DEFAULT_BYTES, available)
+    return min(contexts, most // config.page_bytes)
+
+
 def _memory_bytes(memory: int | str | None, available: int | None) -> int:
     """Bytes of 1073741824, "1GiB", "512MiB" or "50%"."""
     if isinstance(memory, int) and not isinstance(memory, bool):
@@ -50,13 +62,7 @@ def _memory_bytes(memory: int | str | None, available: int | None) -> int:
     if unit == "%":
         if available is None:
             raise RequestError(
-                f"kv_memory={memory!r}: give bytes; shortfin cannot tell what is free"
+                f"kv_memory={memory!r}: give bytes; the driver does not tell what is free"
             )
         return int(available * number / 100)
     return int(number * 1024 ** "BKMGT".index(unit[0]))
-
-
-def _available_memory() -> int:
-    """Bytes that can be allocated without swapping, as the kernel estimates it."""
-    match = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    return int(match[1]) * 1024 if match else sys.maxsize

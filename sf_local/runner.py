@@ -31,6 +31,7 @@ from sf_local.errors import (
 )
 
 VECTOR = 16  # positions that one step of a CPU's attention adds up
+MAX_PENDING = 16  # copies to wait for at a time; IREE's poller aborts at about 64
 
 Logits = NDArray[np.float32]
 _NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -104,9 +105,10 @@ class ModelRunner:
     async def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages on the device, in order: (source, destination)."""
         try:
-            for source, destination in copies:
-                self._cache.view(destination).copy_from(self._cache.view(source))
-            await self._device.scoped
+            for start in range(0, len(copies), MAX_PENDING):
+                for source, destination in copies[start : start + MAX_PENDING]:
+                    self._cache.view(destination).copy_from(self._cache.view(source))
+                await self._device.scoped
         except Exception:
             self.is_broken = self.has_ever_failed = True
             raise

@@ -195,3 +195,19 @@ def test_calls_may_be_awaited_one_after_the_other(runner: ModelRunner) -> None:
         return bool((first == await runner.prefill([Row([5], 0, [1])])).all())
 
     assert run(runner, both())
+
+
+def test_more_copies_than_a_device_can_wait_for_at_once(runner: ModelRunner) -> None:
+    """One page, copied on from place to place 400 times, still holds its tokens."""
+    tokens = list(range(3, 3 + PAGE_SIZE))
+
+    async def copied() -> tuple[np.ndarray, np.ndarray]:
+        await runner.prefill([Row(tokens, 0, [1])])
+        there = [(1 + i % 30, 2 + i % 30) for i in range(30)]
+        await runner.copy_pages([*there, *[(31, 32), (32, 31)] * 200])
+        last = [Row([9], PAGE_SIZE, [page, 39]) for page in (1, 31)]
+        first, copy = await runner.decode(last)
+        return first, copy
+
+    first, copy = run(runner, copied())
+    assert np.array_equal(first, copy)
