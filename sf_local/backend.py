@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,21 +11,39 @@ from typing import Any
 
 from sglang.lang.backend.base_backend import BaseBackend
 from sglang.lang.chat_template import ChatTemplate
-from sglang.lang.choices import ChoicesDecision, ChoicesSamplingMethod
+from sglang.lang.choices import (
+    ChoicesDecision,
+    ChoicesSamplingMethod,
+    token_length_normalized,
+)
 from sglang.lang.interpreter import StreamExecutor
 from sglang.lang.ir import SglSamplingParams
 
 from sf_local.chat_template import resolve_chat_template
+from sf_local.choices import Score
 from sf_local.engine import Engine
 from sf_local.errors import ChatTemplateError, RequestError
 from sf_local.generation import Output
 from sf_local.request import SamplingParams
+from sf_local.translation import entries, meta_info, to_params
 
-# SglSamplingParams that are not served yet, with the value that asks for nothing.
-_NOT_SERVED = {
-    "min_new_tokens": 0, "n": 1, "min_p": 0.0, "frequency_penalty": 0.0, "presence_penalty": 0.0,
-    "return_logprob": False, "json_schema": None, "dtype": None, "regex": None,
-}  # fmt: skip
+
+class TokenUsage:
+    """Tokens that a backend has read and written; usable from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        self.prompt_tokens = self.completion_tokens = self.cached_tokens = 0
+
+    def add(self, outputs: Sequence[Output | Score]) -> None:
+        with self._lock:
+            for output in outputs:
+                self.prompt_tokens += output.prompt_tokens
+                self.cached_tokens += output.cached_tokens
+                self.completion_tokens += getattr(output, "completion_tokens", 0)
 
 
 class ShortfinLocal(BaseBackend):  # type: ignore[misc]
@@ -37,7 +56,8 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
             the model's own.
         config, parameters, tokenizer: files that do not lie beside the .vmfb.
         kv_pages, kv_memory: the size of the KV cache, as `Engine` takes it.
-        defaults: what SGLang's arguments cannot carry: seed, priority and timeout.
+        defaults: what SGLang's arguments cannot carry: seed, repetition_penalty, logit_bias, ebnf,
+            priority and timeout.
 
     Raises ArtifactError, DeviceError or ChatTemplateError here; what a program asks for and cannot
     get raises RequestError, which SGLang keeps in `state.error()`.
@@ -60,6 +80,7 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self._defaults = defaults or SamplingParams()
+        self.token_usage = TokenUsage()
         self.engine = Engine(
             vmfb,
             device,
@@ -79,29 +100,82 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
         """A folder from which transformers loads the tokenizer."""
         return str(self.engine.artifact.tokenizer)
 
+    @property
+    def endpoint(self) -> ShortfinLocal:
+        """The backend itself; SGLang asks for it as it does with its own Runtime."""
+        return self
+
+    def get_server_info(self) -> dict[str, Any]:
+        """What is loaded, and the engine's counters."""
+        engine = self.engine
+        return {
+            "model_path": self.get_model_name(),
+            "artifact": str(engine.artifact.vmfb.parent),
+            "max_total_num_tokens": engine.max_tokens,
+            **engine.stats(),
+        }
+
     def generate(
         self, s: StreamExecutor, sampling_params: SglSamplingParams
-    ) -> tuple[str, dict[str, Any]]:
-        """The text that continues `s`, and its meta info as SGLang's server gives it."""
-        output = self.engine.generate(_prompt(s), to_params(sampling_params, self._defaults))
-        return output.text, meta_info(output)
+    ) -> tuple[str | list[str], Any]:
+        """The text that continues `s`, and its meta info as SGLang's server gives it.
+
+        With n > 1 both are lists; SGLang continues the program with the first text.
+        """
+        params = to_params(sampling_params, self._defaults)
+        outputs = self.engine.samples(_prompt(s), params)
+        self.token_usage.add(outputs)
+        infos = [meta_info(o, self.engine.tokenizer, sampling_params) for o in outputs]
+        if params.n == 1:
+            return outputs[0].text, infos[0]
+        return [output.text for output in outputs], infos
 
     def generate_stream(
         self, s: StreamExecutor, sampling_params: SglSamplingParams
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Text deltas with meta info; the last one carries the finish reason."""
-        handle = self.engine.submit(_prompt(s), to_params(sampling_params, self._defaults))
-        for delta, output in handle.deltas():
-            yield delta, meta_info(output) if output else {"finish_reason": None}
+        """Text deltas with meta info; the last one carries the finish reason and all else."""
+        params = to_params(sampling_params, self._defaults)
+        if params.n > 1:
+            raise RequestError(f"n={params.n}: a stream is one text; use n=1, or stream=False")
+        for delta, output in self.engine.submit(_prompt(s), params).deltas():
+            if output is None:
+                yield delta, {"finish_reason": None}
+            else:
+                self.token_usage.add([output])
+                yield delta, meta_info(output, self.engine.tokenizer, sampling_params)
 
     def select(
         self,
         s: StreamExecutor,
         choices: list[str],
         temperature: float,
-        choices_method: ChoicesSamplingMethod | None = None,
+        choices_method: ChoicesSamplingMethod = token_length_normalized,
     ) -> ChoicesDecision:
-        raise RequestError("choices are not supported yet; generate text and compare it instead")
+        """The choice that `choices_method` prefers, by its log probabilities after `s`."""
+        if temperature > 1e-5:
+            raise RequestError(
+                f"temperature={temperature}: choices are scored, not sampled; use temperature=0"
+            )
+        unconditional = choices_method.requires_unconditional_logprobs
+        scores = self.engine.score(
+            _prompt(s), choices, unconditional=unconditional, params=self._defaults
+        )
+        self.token_usage.add(scores)
+        tokenizer = self.engine.tokenizer
+        return choices_method(
+            choices=choices,
+            normalized_prompt_logprobs=[score.mean for score in scores],
+            input_token_logprobs=[
+                entries(score.logprobs, score.token_ids, tokenizer) for score in scores
+            ],
+            output_token_logprobs=[[] for _ in scores],
+            unconditional_token_logprobs=[
+                entries(score.unconditional, score.token_ids, tokenizer)
+                for score in scores
+                if score.unconditional is not None
+            ]
+            or None,
+        )
 
     def using(self, **overrides: Any) -> ShortfinLocal:
         """This backend with other `defaults`: `ask.run(..., backend=backend.using(seed=1))`."""
@@ -146,41 +220,6 @@ class _NoTemplate(ChatTemplate):  # type: ignore[misc]
             f"{self.name} has no chat template, so sgl.{role}() has no meaning; give one with "
             'ShortfinLocal(chat_template="chatml"), or write the prompt as plain text'
         )
-
-
-def to_params(sampling: SglSamplingParams, defaults: SamplingParams) -> SamplingParams:
-    """SGLang's parameters, over ours; RequestError for those that are not served yet."""
-    for name, neutral in _NOT_SERVED.items():
-        value = getattr(sampling, name)
-        if value not in (None, neutral):
-            raise RequestError(f"{name}={value!r} is not supported yet; leave it out")
-    return replace(
-        defaults,
-        max_new_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        stop=sampling.stop or (),
-        stop_token_ids=sampling.stop_token_ids or (),
-        ignore_eos=sampling.ignore_eos,
-    )
-
-
-def meta_info(output: Output) -> dict[str, Any]:
-    """Keys and shapes of SGLang's meta_info, and our time to first token."""
-    reason: dict[str, Any] = {"type": output.finish_reason}
-    if output.matched is not None:
-        reason["matched"] = output.matched
-    elif output.finish_reason == "length":
-        reason["length"] = output.completion_tokens
-    return {
-        "finish_reason": reason,
-        "prompt_tokens": output.prompt_tokens,
-        "completion_tokens": output.completion_tokens,
-        "cached_tokens": output.cached_tokens,
-        "e2e_latency": output.latency,
-        "time_to_first_token": output.time_to_first_token,
-    }
 
 
 def _prompt(s: StreamExecutor) -> str:

@@ -11,7 +11,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import pairwise
@@ -31,6 +31,18 @@ from sf_local.scheduler import Limits
 
 ROWS = 8  # requests at once
 SHORT = 16  # tokens of a prompt whose length does not matter
+SCHEMA = """{
+  "type": "object",
+  "properties": {
+    "first_name": {"type": "string", "maxLength": 12},
+    "family_name": {"type": "string", "maxLength": 12},
+    "year_of_birth": {"type": "integer", "minimum": 1900, "maximum": 2020},
+    "is_a_member": {"type": "boolean"},
+    "favourite_colour": {"enum": ["red", "green", "blue"]}
+  },
+  "required": ["first_name", "family_name", "year_of_birth", "is_a_member", "favourite_colour"],
+  "additionalProperties": false
+}"""
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,7 @@ class Sizes:
     requests: int = 200  # that share a preamble
     preamble: int = 300
     turn: int = 32  # in and out, of a chat
+    choose: int = 500  # words before a choice
     long: int = 4000  # prompt beside a stream
     steps: int = 100  # of decoding 8 rows, to see the time outside the compiled functions
     waiting: int = 1000  # requests
@@ -52,8 +65,8 @@ class Sizes:
 
 
 QUICK = Sizes(
-    (16, 64), decode=16, shared=96, fork=4, requests=20, preamble=48, turn=8, long=160, steps=40,
-    waiting=100, nodes=1000,
+    (16, 64), decode=16, shared=96, fork=4, requests=20, preamble=48, turn=8, choose=20, long=160,
+    steps=40, waiting=100, nodes=1000,
 )  # fmt: skip
 
 
@@ -219,7 +232,61 @@ def outside(bench: Bench) -> list[Figure]:
     ]
 
 
-MEASUREMENTS = (prefill, decode, fork, batch, chat, stream, outside)
+def grammar(bench: Bench) -> list[Figure]:
+    """Rows that follow a schema; and one object, with its forced tokens appended or decoded."""
+    params = _params(bench.sizes.decode, temperature=1.0)
+    params = replace(params, json_schema=SCHEMA, ignore_eos=False)
+    prompts = [bench.prompt(SHORT) for _ in range(ROWS)]
+    before = bench.engine.stats()
+    for handle in [bench.engine.submit(prompt, params) for prompt in prompts]:
+        handle.result()
+    after = bench.engine.stats()
+    grown = {name: after[name] - before[name] for name in after}
+    cost = grown["mask_seconds"] + grown["sample_seconds"]
+    params = replace(params, seed=1, max_new_tokens=min(200, bench.engine.max_tokens - SHORT))
+    jumping, plain = (_object(bench, prompts[0], params, jumps) for jumps in (True, False))
+    return [
+        Figure(
+            f"mask and sampling, {ROWS} constrained rows", 1e3 * cost / grown["steps"], "ms", "< 1"
+        ),
+        Figure(
+            "steps of a fixed-key object, jumping / not", jumping[0] / plain[0], "ratio", "<= 0.5"
+        ),
+        Figure("time of a fixed-key object, jumping / not", jumping[1] / plain[1], "ratio"),
+    ]
+
+
+def _object(
+    bench: Bench, prompt: list[int], params: SamplingParams, jumps: bool
+) -> tuple[float, float]:
+    """Steps and seconds of one constrained answer; its prompt is cached."""
+    loop = bench.engine._loop
+    bench.run([prompt], 0)
+    before, started_at = bench.engine.stats()["steps"], time.perf_counter()
+    loop._can_jump = jumps
+    bench.engine.generate(prompt, params)
+    loop._can_jump = True
+    return bench.engine.stats()["steps"] - before, time.perf_counter() - started_at
+
+
+def choose(bench: Bench) -> list[Figure]:
+    """Four choices after a prompt, against a prefill of the prompt with the longest one."""
+    words = ["the ", "cat ", "house ", "runs ", "blue ", "over ", "a ", "and "]
+    prompt = "".join(bench.random.choices(words, k=bench.sizes.choose))
+    choices = ["yes", "no", "maybe, but not now", "it depends on the weather"]
+    [[_], one] = bench.run([bench.engine.encode(prompt + choices[-1])], 0)
+    bench.engine.flush_cache()
+    started_at = time.perf_counter()
+    bench.engine.score(prompt, choices)
+    ratio = (time.perf_counter() - started_at) / one
+    return [
+        Figure(
+            f"choice of 4 after {bench.sizes.choose} words / 1 prefill", ratio, "ratio", "<= 1.5"
+        )
+    ]
+
+
+MEASUREMENTS = (prefill, decode, fork, batch, chat, stream, grammar, choose, outside)
 
 
 def run(

@@ -17,9 +17,11 @@ from queue import SimpleQueue
 from typing import cast
 
 from sf_local.artifact import Artifact, check_target, open_artifact
+from sf_local.choices import Score, score
 from sf_local.device import parse_device
 from sf_local.errors import RequestError
 from sf_local.generation import Delivery, Generation, Output
+from sf_local.grammar import Grammar, GrammarCompiler
 from sf_local.kv_size import num_kv_pages
 from sf_local.loop import Loop
 from sf_local.memory import memory_left
@@ -122,6 +124,9 @@ class Engine:
         self._finalizer = weakref.finalize(self, self._loop.close)
         self._eos_ids = _eos_ids(self.artifact, self.tokenizer)
         self._encode = SeamEncoder(self.tokenizer)
+        manifest = self.artifact.manifest
+        self._vocab_size = manifest.vocab_size if manifest else self.tokenizer.vocab_size
+        self._grammars = GrammarCompiler(self.tokenizer, self._vocab_size, self._eos_ids)
         page_size = self.artifact.config.page_size
         self.max_tokens = min(self.artifact.config.max_seq_len, (num_pages - 1) * page_size)
 
@@ -189,6 +194,17 @@ class Engine:
             if output is None:
                 self._loop.cancel(generation)
 
+    def score(
+        self,
+        prompt: str,
+        continuations: Sequence[str],
+        *,
+        unconditional: bool = False,
+        params: SamplingParams | None = None,
+    ) -> list[Score]:
+        """Log probabilities of texts that could continue a prompt; see `choices.score`."""
+        return score(self, prompt, continuations, unconditional, params or SamplingParams())
+
     def warm(self, prompt: str) -> None:
         """A hint that prompts will begin so: compute it into the cache. Returns at once."""
         with contextlib.suppress(RequestError):
@@ -199,8 +215,9 @@ class Engine:
 
         running, waiting: requests. pages_free, pages_used, pages_cached, pages_total: KV pages.
         prompt_tokens, cached_tokens, completion_tokens; hit_rate: share of prompt tokens that the
-        cache had. preemptions, steps; step_seconds: time spent in steps, call_seconds of it inside
-        the compiled functions.
+        cache had. forced_tokens: of the completion, known from a grammar without decoding.
+        preemptions, steps; step_seconds: time spent in steps, call_seconds of it inside the
+        compiled functions, where mask_seconds of grammars are hidden, and sample_seconds.
         """
         return self._loop.stats()
 
@@ -232,29 +249,58 @@ class Engine:
         if params.n != 1:
             raise RequestError(f"n={params.n}: several answers to one prompt come from `samples`")
         ids = self._prompt_ids(prompt)
+        self._check_params(params, len(ids))
         max_new_tokens = min(params.max_new_tokens, self.max_tokens - len(ids))
         request = Request(ids, params, max_new_tokens)
-        generation = Generation(request, self.tokenizer, self._eos_ids)
+        grammar = self._grammar(params)
+        generation = Generation(request, self.tokenizer, self._eos_ids, grammar)
         if isinstance(prompt, str):
             generation.remember = functools.partial(self._encode.remember, prompt, ids)
         return generation
 
+    def _grammar(self, params: SamplingParams) -> Grammar | None:
+        if params.regex is not None:
+            return self._grammars.regex(params.regex)
+        if params.json_schema is not None:
+            return self._grammars.json_schema(params.json_schema)
+        return None if params.ebnf is None else self._grammars.ebnf(params.ebnf)
+
+    def _check_params(self, params: SamplingParams, prompt_len: int) -> None:
+        """What depends on the model or the prompt; the rest was checked when they were made."""
+        for token in params.logit_bias:
+            if token >= self._vocab_size:
+                raise RequestError(
+                    f"logit_bias: {token} is no token id; the model has 0 to {self._vocab_size - 1}"
+                )
+        if params.top_logprobs_num > self._vocab_size:
+            raise RequestError(
+                f"top_logprobs_num={params.top_logprobs_num}: the model has {self._vocab_size} "
+                "tokens"
+            )
+        if params.return_logprob and params.logprob_start_len >= prompt_len:
+            raise RequestError(
+                f"logprob_start_len={params.logprob_start_len}: the prompt has {prompt_len} "
+                "tokens; give a smaller position, or -1 for none of them"
+            )
+
+    def encode(self, prompt: str) -> list[int]:
+        """The tokens of a prompt; where it continues an answer of ours, those that it came in."""
+        return self._encode(prompt)
+
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
-            ids = self._encode(prompt)
+            ids = self.encode(prompt)
         elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
             raise RequestError(f"prompt={prompt!r} must be a str, or a list of token ids")
         else:
             ids = list(cast(Sequence[int], prompt))
         if not ids:
             raise RequestError("prompt is empty; give at least one token (a BOS, or a space)")
-        manifest = self.artifact.manifest
-        vocab_size = manifest.vocab_size if manifest else self.tokenizer.vocab_size
         for token in ids:
             is_id = isinstance(token, Integral) and not isinstance(token, bool)
-            if not (is_id and 0 <= token < vocab_size):
+            if not (is_id and 0 <= token < self._vocab_size):
                 raise RequestError(
-                    f"prompt: {token!r} is no token id; the model has 0 to {vocab_size - 1}"
+                    f"prompt: {token!r} is no token id; the model has 0 to {self._vocab_size - 1}"
                 )
         if len(ids) >= self.max_tokens:
             raise RequestError(

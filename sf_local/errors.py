@@ -9,6 +9,7 @@ SfLocalError
 │   └── MismatchError       files of the artifact that disagree with each other
 ├── DeviceError             the device is unknown, absent, or failed
 ├── RequestError            a request that cannot be served as asked (also a ValueError)
+│   └── GrammarError        a grammar that cannot be compiled
 ├── ChatTemplateError       the model's chat template cannot be used
 ├── EngineError             the engine is closed or failed
 └── CompileError            weights that cannot be turned into an artifact
@@ -52,6 +53,10 @@ class DeviceError(SfLocalError):
 
 class RequestError(SfLocalError, ValueError):
     """A request that cannot be served as asked."""
+
+
+class GrammarError(RequestError):
+    """A grammar that cannot be compiled."""
 
 
 class ChatTemplateError(SfLocalError):

@@ -6,8 +6,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
+from sf_local.grammar import Grammar
+from sf_local.logprobs import Logprobs, PromptLogprobs
 from sf_local.request import Request, SamplingParams
-from sf_local.sampler import Sampler
+from sf_local.sampler import Sampled, Sampler
 from sf_local.tokenizer import Detokenizer, StopChecker, Tokenizer
 
 
@@ -17,7 +22,7 @@ class Output:
 
     text: without stop strings and special tokens. token_ids: all new tokens, the one that ended it
     included. finish_reason: "stop", "length", "abort" or "timeout"; matched: the stop text or token
-    id. cached_tokens: of the prompt, found in the cache.
+    id. cached_tokens: of the prompt, found in the cache. logprobs: with `return_logprob`.
     """
 
     text: str
@@ -29,22 +34,35 @@ class Output:
     cached_tokens: int
     time_to_first_token: float  # seconds since submit
     latency: float  # seconds since submit
+    logprobs: Logprobs | None = None
 
 
 Delivery = tuple[str, Output | None] | BaseException
 
 
 class Generation:
-    """A request with what turns its tokens into text; lives on the loop's thread."""
+    """A request with what chooses its tokens and turns them into text; lives on the loop's thread.
 
-    def __init__(self, request: Request, tokenizer: Tokenizer, eos_ids: frozenset[int]) -> None:
-        self.request, params = request, request.params
+    grammar: what its text must follow.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        tokenizer: Tokenizer,
+        eos_ids: frozenset[int],
+        grammar: Grammar | None = None,
+    ) -> None:
+        self.request, self.grammar, params = request, grammar, request.params
         self.deliver: Callable[[Delivery], object] = lambda item: None
         self.remember: Callable[[Sequence[int], str], None] | None = None
-        self.sampler = Sampler(params)
+        self.has_sampled = False
         self._detokenizer = Detokenizer(tokenizer, request.prompt_ids)
         self._stops = StopChecker(params.stop)
         self._stop_ids = _stop_ids(params, tokenizer, eos_ids)
+        self.sampler = Sampler(params, request.prompt_ids, self._stop_ids)
+        self._prompt_logprobs = _prompt_logprobs(request)
+        self._output_logprobs: list[Sampled] = []
         self._text: list[str] = []
         self._last_delta = ""
         self._matched: str | int | None = None
@@ -52,12 +70,44 @@ class Generation:
         self._first_token_at = self._started_at
         self.deadline = None if params.timeout is None else self._started_at + params.timeout
 
-    def accept(self, token: int) -> str | None:
-        """Take a sampled token and deliver its text; the reason, if it ends the generation."""
-        request = self.request
+    def accept(self, sampled: Sampled, can_jump: bool) -> str | None:
+        """Take a sampled token; the reason, if it ends the generation.
+
+        With `can_jump` the tokens that the grammar then forces are taken as well.
+        """
+        reason = self._push(sampled)
+        if self.grammar is None or reason == "stop":
+            return reason
+        self.grammar.accept(sampled.token)
+        if self.grammar.is_complete:
+            return "stop"
+        return reason or (self.jump() if can_jump else None)
+
+    def jump(self) -> str | None:
+        """Take the tokens that the grammar forces; the reason, if they end the generation."""
+        if self.grammar is None or self.request.max_new_tokens == 0:
+            return None
+        forced, reason = self.grammar.forced(), None
+        for number, token in enumerate(forced, 1):
+            reason = self._push(Sampled(token, 0.0))
+            if reason == "stop" or (reason and number < len(forced)):
+                return reason
+        return "stop" if self.grammar.is_complete else reason
+
+    def take_logits(self, position: int, logits: NDArray[np.float32]) -> None:
+        """Logits [n, V] after the tokens from `position` on, some of which may be wanted."""
+        if self._prompt_logprobs is not None:
+            self._prompt_logprobs.add(position, logits)
+
+    def _push(self, sampled: Sampled) -> str | None:
+        """Append a token and deliver its text; the reason, if it ends the generation."""
+        request, token = self.request, sampled.token
         if not request.output_ids:
             self._first_token_at = time.perf_counter()
         request.output_ids.append(token)
+        self.sampler.push(token)
+        if request.params.return_logprob:
+            self._output_logprobs.append(sampled)
         if token in self._stop_ids:
             self._matched = self._stop_ids[token]
             return "stop"
@@ -89,10 +139,29 @@ class Generation:
             cached_tokens=request.num_cached or 0,
             time_to_first_token=self._first_token_at - self._started_at,
             latency=now - self._started_at,
+            logprobs=self._logprobs(),
         )
         if self.remember is not None and request.output_ids:
             self.remember(request.output_ids, output.text)
         self.deliver((self._last_delta + tail, output))
+
+    def _logprobs(self) -> Logprobs | None:
+        if not self.request.params.return_logprob:
+            return None
+        logprobs = Logprobs() if self._prompt_logprobs is None else self._prompt_logprobs.result()
+        logprobs.output = [sampled.logprob or 0.0 for sampled in self._output_logprobs]
+        logprobs.output_top = [list(sampled.top) for sampled in self._output_logprobs]
+        return logprobs
+
+
+def _prompt_logprobs(request: Request) -> PromptLogprobs | None:
+    """Collects what is asked for of the prompt, and marks from where its logits are wanted."""
+    params = request.params
+    if not params.return_logprob or params.logprob_start_len < 0:
+        return None
+    if params.logprob_start_len < len(request.prompt_ids) - 1:
+        request.first_logits = params.logprob_start_len
+    return PromptLogprobs(request.prompt_ids, params.logprob_start_len, params.top_logprobs_num)
 
 
 def _stop_ids(

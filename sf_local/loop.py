@@ -17,18 +17,23 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from sf_local.artifact import Artifact
 from sf_local.device import Device
-from sf_local.errors import DeviceError, EngineError
+from sf_local.errors import DeviceError, EngineError, SfLocalError
 from sf_local.generation import Generation
+from sf_local.masks import Masks
 from sf_local.page_pool import PagePool
 from sf_local.radix_cache import RadixCache
 from sf_local.request import Request, RequestStatus
 from sf_local.runner import Logits, ModelRunner, Row
+from sf_local.sampler import Sampled, sample
 from sf_local.scheduler import Chunk, Limits, Scheduler, Step
 
 _COUNTERS = (
-    "prompt_tokens", "cached_tokens", "completion_tokens", "steps", "step_seconds", "call_seconds",
+    "prompt_tokens", "cached_tokens", "completion_tokens", "forced_tokens", "steps",
+    "step_seconds", "call_seconds", "mask_seconds", "sample_seconds",
 )  # fmt: skip
 
 
@@ -51,7 +56,9 @@ class Loop:
         config = artifact.config
         self._pool = PagePool(num_pages)
         self._cache = RadixCache(self._pool, config.page_size)
-        self._scheduler = Scheduler(self._pool, self._cache, _limits(artifact))
+        limits = _limits(artifact)
+        self._scheduler = Scheduler(self._pool, self._cache, limits)
+        self._can_jump = limits.reuse == "tokens"  # compute several tokens from anywhere
         self._inbox: deque[Callable[[], None]] = deque()  # what other threads want done
         self._generations: dict[Request, Generation] = {}
         self._deadlines: list[tuple[float, int, Request]] = []  # heap
@@ -205,27 +212,46 @@ class Loop:
                 started = {destination for _, destination in step.copies}
                 await self._fail([r for r in self._generations if started & {*r.pages}], error)
                 return
-        await self._compute(self._runner.prefill, step.prefill)
+        for group in step.prefills:
+            await self._compute(self._prefill, group)
         for group in step.decodes:
-            await self._compute(self._runner.decode, group)
+            await self._compute(self._decode, group)
+
+    async def _prefill(self, chunks: Sequence[Chunk], rows: list[Row], masks: Masks) -> Logits:
+        """The logits after each chunk; generations that want them all get them as well."""
+        if not any(_wants_logits(chunk) for chunk in chunks):
+            return await self._runner.prefill(rows, copy=False, meanwhile=masks.fill)
+        logits = await self._runner.prefill_all(rows, meanwhile=masks.fill)
+        for chunk, values in zip(chunks, logits, strict=True):
+            if _wants_logits(chunk):
+                self._generations[chunk.request].take_logits(chunk.start, values)
+                if chunk.end >= len(chunk.request.prompt_ids):
+                    chunk.request.first_logits = None
+        return np.stack([values[-1] for values in logits])
+
+    async def _decode(self, _: Sequence[Chunk], rows: list[Row], masks: Masks) -> Logits:
+        return await self._runner.decode(rows, copy=False, meanwhile=masks.fill)
 
     async def _compute(
-        self, call: Callable[..., Awaitable[Logits]], chunks: Sequence[Chunk]
+        self,
+        call: Callable[[Sequence[Chunk], list[Row], Masks], Awaitable[Logits]],
+        chunks: Sequence[Chunk],
     ) -> None:
         """One call for chunks of several requests; if it fails, they do, and no others."""
         chunks = [c for c in chunks if c.request.status is RequestStatus.RUNNING]
         if not chunks:
             return
         rows = [self._row(chunk) for chunk in chunks]
+        last = [c.request if c.end == c.request.num_tokens else None for c in chunks]
+        masks = Masks([None if r is None else self._generations[r].grammar for r in last])
         try:
-            logits = await call(rows, copy=False)
+            logits = await call(chunks, rows, masks)
         except Exception as error:
             await self._fail([chunk.request for chunk in chunks], error)
             return
-        for chunk, row in zip(chunks, logits, strict=True):
+        for chunk in chunks:
             self._scheduler.computed(chunk)
-            if chunk.end == chunk.request.num_tokens:
-                self._sample(chunk.request, row)
+        self._sample(last, logits, masks)
 
     def _row(self, chunk: Chunk) -> Row:
         """A chunk with the pages that hold it and what comes before: attention reads no more."""
@@ -233,22 +259,55 @@ class Loop:
         pages = request.pages[: -(-chunk.end // page_size)]
         return Row(request.tokens(chunk.start, chunk.end), chunk.start, pages)
 
-    def _sample(self, request: Request, logits: Any) -> None:
-        generation = self._generations[request]
-        if not request.output_ids:
-            self._counters["prompt_tokens"] += len(request.prompt_ids)
-            self._counters["cached_tokens"] += request.num_cached or 0
-        if request.max_new_tokens == 0:
-            self._end(request, "length")
+    def _sample(self, requests: Sequence[Request | None], logits: Logits, masks: Masks) -> None:
+        """The next token of those requests whose last token is computed; None for the others."""
+        for i, request in enumerate(requests):
+            if request is not None:
+                self._count_prompt(request)
+                if request.max_new_tokens == 0:
+                    self._end(request, "length")
+                elif i in masks.errors:
+                    self._end(request, "abort", _step_error(masks.errors[i]))
+        rows = [i for i, r in enumerate(requests) if r is not None and r in self._generations]
+        if not rows:
             return
+        generations = [self._generations[r] for i in rows if (r := requests[i]) is not None]
+        every = len(rows) == len(logits)
+        started_at = time.perf_counter()
+        sampled = sample(
+            [g.sampler for g in generations],
+            logits if every else logits[rows],
+            [masks.rows[i] for i in rows],
+        )
+        self._counters["mask_seconds"] += masks.seconds
+        self._counters["sample_seconds"] += time.perf_counter() - started_at
+        for generation, token in zip(generations, sampled, strict=True):
+            self._accept(generation, token)
+
+    def _accept(self, generation: Generation, sampled: Sampled) -> None:
+        request = generation.request
+        before = len(request.output_ids) + 1
         try:
-            reason = generation.accept(generation.sampler.sample(logits))
+            reason = generation.accept(sampled, self._can_jump)
         except Exception as error:
             self._end(request, "abort", _step_error(error))
             return
         self._counters["completion_tokens"] += 1
+        self._count_forced(len(request.output_ids) - before)
         if reason:
             self._end(request, reason)
+
+    def _count_prompt(self, request: Request) -> None:
+        """Count a prompt once, when its answer begins."""
+        generation = self._generations[request]
+        if not generation.has_sampled:
+            generation.has_sampled = True
+            self._counters["prompt_tokens"] += len(request.prompt_ids)
+            self._counters["cached_tokens"] += request.num_cached or 0
+
+    def _count_forced(self, count: int) -> None:
+        self._counters["completion_tokens"] += count
+        self._counters["forced_tokens"] += count
 
     async def _fail(self, requests: Sequence[Request], error: Exception) -> None:
         """End the requests of a failed call; a broken device loses its pages, not its requests."""
@@ -267,6 +326,14 @@ class Loop:
                 self._deadlines = [d for d in self._deadlines if d[2] in self._generations]
                 heapq.heapify(self._deadlines)
         self._scheduler.add(request)
+        try:
+            reason = generation.jump() if self._can_jump else None
+        except Exception as error:
+            self._end(request, "abort", _step_error(error))
+            return
+        self._count_forced(len(request.output_ids))
+        if reason:
+            self._end(request, reason)
 
     def _end(self, request: Request, reason: str, error: BaseException | None = None) -> None:
         """Finish a request, unless it is finished already."""
@@ -316,7 +383,14 @@ def _limits(artifact: Artifact) -> Limits:
     return Limits(*sizes, reuse="tokens" if artifact.manifest else "pages")
 
 
-def _step_error(error: Exception) -> EngineError:
+def _wants_logits(chunk: Chunk) -> bool:
+    """Whether a generation wants all logits of a chunk, not only those after its last token."""
+    return chunk.request.first_logits is not None and chunk.end > chunk.request.first_logits
+
+
+def _step_error(error: Exception) -> SfLocalError:
+    if isinstance(error, SfLocalError):
+        return error
     failure = EngineError(f"the step failed: {error}")
     failure.__cause__ = error
     return failure

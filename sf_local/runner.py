@@ -8,7 +8,7 @@ one is memory corruption.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,13 @@ MAX_PENDING = 16  # copies to wait for at a time; IREE's poller aborts at about 
 
 Logits = NDArray[np.float32]
 _NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+Meanwhile = Callable[[], None]
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -85,21 +92,27 @@ class ModelRunner:
         self._functions.clear()
         del self._cache, self._program
 
-    async def prefill(self, rows: Sequence[Row], *, copy: bool = True) -> Logits:
+    async def prefill(
+        self, rows: Sequence[Row], *, copy: bool = True, meanwhile: Meanwhile = _nothing
+    ) -> Logits:
         """Compute rows of tokens; the logits [len(rows), V] after each row's last token.
 
         Without `copy` they may lie in device memory: let go of them before the next call.
+        `meanwhile` is called while the device runs.
         """
         size = _fitting(self.config.prefill_batch_sizes, len(rows))
         if f"prefill_last_bs{size}" in self._functions:
-            return (await self._prefill(f"prefill_last_bs{size}", size, rows, copy))[:, 0]
-        logits = await self._prefill(f"prefill_bs{size}", size, rows, copy=True)
+            name = f"prefill_last_bs{size}"
+            return (await self._prefill(name, size, rows, copy, meanwhile))[:, 0]
+        logits = await self._prefill(f"prefill_bs{size}", size, rows, True, meanwhile)
         return np.stack([logits[i, len(row.tokens) - 1] for i, row in enumerate(rows)])
 
-    async def prefill_all(self, rows: Sequence[Row]) -> list[Logits]:
+    async def prefill_all(
+        self, rows: Sequence[Row], *, copy: bool = True, meanwhile: Meanwhile = _nothing
+    ) -> list[Logits]:
         """Compute rows of tokens; the logits [len(row), V] after every token of each row."""
         size = _fitting(self.config.prefill_batch_sizes, len(rows))
-        logits = await self._prefill(f"prefill_bs{size}", size, rows, copy=True)
+        logits = await self._prefill(f"prefill_bs{size}", size, rows, copy, meanwhile)
         return [logits[i, : len(row.tokens)] for i, row in enumerate(rows)]
 
     async def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -113,8 +126,10 @@ class ModelRunner:
             self.is_broken = self.has_ever_failed = True
             raise
 
-    async def decode(self, rows: Sequence[Row], *, copy: bool = True) -> Logits:
-        """Compute one token a row: logits [len(rows), V]; `copy` as in `prefill`."""
+    async def decode(
+        self, rows: Sequence[Row], *, copy: bool = True, meanwhile: Meanwhile = _nothing
+    ) -> Logits:
+        """Compute one token a row: logits [len(rows), V]; `copy`, `meanwhile` as in `prefill`."""
         assert all(len(row.tokens) == 1 for row in rows)
         size = _fitting(self.config.decode_batch_sizes, len(rows))
         width = self._width(max(len(row.page_ids) for row in rows))
@@ -125,9 +140,11 @@ class ModelRunner:
             "page_ids": _matrix([row.page_ids for row in rows], (size, width)),
         }
         self._check(rows)
-        return (await self._call(f"decode_bs{size}", inputs, len(rows), copy))[:, 0]
+        return (await self._call(f"decode_bs{size}", inputs, len(rows), copy, meanwhile))[:, 0]
 
-    async def _prefill(self, name: str, size: int, rows: Sequence[Row], copy: bool) -> Logits:
+    async def _prefill(
+        self, name: str, size: int, rows: Sequence[Row], copy: bool, meanwhile: Meanwhile
+    ) -> Logits:
         page = self.config.page_size
         self._check(rows)
         num_pages = -(-max(len(row.tokens) for row in rows) // page)
@@ -141,10 +158,15 @@ class ModelRunner:
             raise MismatchError(f"{self.artifact.vmfb}: compiled without has_prefill_position")
         inputs["seq_lens"] = _vector([row.end for row in rows], size, fill=1)
         inputs["page_ids"] = _matrix([row.page_ids for row in rows], (size, width))
-        return await self._call(name, inputs, len(rows), copy)
+        return await self._call(name, inputs, len(rows), copy, meanwhile)
 
     async def _call(
-        self, name: str, inputs: dict[str, NDArray[np.int64]], num_rows: int, copy: bool
+        self,
+        name: str,
+        inputs: dict[str, NDArray[np.int64]],
+        num_rows: int,
+        copy: bool,
+        meanwhile: Meanwhile,
     ) -> Logits:
         """Logits of the first `num_rows` rows; the others are padding."""
         device = self._device.scoped
@@ -152,6 +174,7 @@ class ModelRunner:
         started_at = time.perf_counter()
         try:
             results = await self._functions[name](*arguments, self._cache, fiber=self._device.fiber)
+            meanwhile()
             await device
             self.call_seconds += time.perf_counter() - started_at
             logits = results[0]

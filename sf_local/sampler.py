@@ -1,67 +1,218 @@
-"""Sampler: one row of logits and SamplingParams to the next token."""
+"""Sampler: logits and SamplingParams to tokens.
+
+What is as wide as the vocabulary is done for all rows at once; what is left of a row after top-k,
+top-p or min-p is small. A row comes out the same in any company.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sf_local.logprobs import likeliest
 from sf_local.request import SamplingParams
 
-BLOCK = 256
+BLOCK = 256  # probabilities are summed up in blocks, so that a draw looks into one of them
+HIDDEN = np.float32(1e30)  # subtracted from a logit that a grammar does not allow
+
+Floats = NDArray[np.float32]
+Mask = NDArray[np.int32]  # [(V + 31) // 32], bit i % 32 of word i // 32 allows token i
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A token; with its log probability and the likeliest tokens', if asked for."""
+
+    token: int
+    logprob: float | None = None
+    top: Sequence[tuple[float, int]] = ()
 
 
 class Sampler:
-    """Draws the tokens of one request: temperature, then top-k, then top-p, as SGLang does."""
+    """What the tokens of one request depend on besides logits: penalties, bias, randomness.
 
-    def __init__(self, params: SamplingParams) -> None:
+    prompt_ids: tokens that the repetition penalty counts as seen. end_ids: tokens that
+    `min_new_tokens` forbids.
+    """
+
+    def __init__(
+        self, params: SamplingParams, prompt_ids: Iterable[int] = (), end_ids: Iterable[int] = ()
+    ) -> None:
         self.params = params
         self._random = np.random.default_rng(params.seed)
+        self._num_tokens = 0
+        self._end_ids = np.fromiter(end_ids, np.intp) if params.min_new_tokens else None
+        bias = params.logit_bias
+        self._bias_ids = np.fromiter(bias, np.intp)
+        self._bias = np.fromiter(bias.values(), np.float32)
+        self._has_penalties = params.has_penalties
+        self._counts: dict[int, int] = {}  # of each token in the answer
+        if params.repetition_penalty != 1:
+            self._counts = dict.fromkeys(prompt_ids, 0)
 
-    def sample(self, logits: NDArray[np.float32]) -> int:
-        """The next token id, from logits [V]."""
-        if self.params.is_greedy:
-            return int(logits.argmax())
-        if self.params.top_k < 0 and self.params.top_p == 1:
-            weights = np.exp((logits - logits.max()) * np.float32(1 / self.params.temperature))
-            return _draw(weights, self._random.random())
-        tokens, probabilities = candidates(logits, self.params)
-        return int(tokens[_draw(probabilities, self._random.random())])
+    @property
+    def changes_logits(self) -> bool:
+        return self._has_penalties or len(self._bias_ids) > 0 or self._is_too_short
+
+    @property
+    def _is_too_short(self) -> bool:
+        return self._num_tokens < self.params.min_new_tokens
+
+    def push(self, token: int) -> None:
+        """Count a token of the answer."""
+        self._num_tokens += 1
+        if self._has_penalties:
+            self._counts[token] = self._counts.get(token, 0) + 1
+
+    def change(self, logits: Floats) -> None:
+        """Apply penalties, bias and the minimal length to logits [V], in this order, in place.
+
+        Frequency and presence penalty as in OpenAI's API, repetition penalty as in CTRL (Keskar et
+        al. 2019): positive logits of tokens seen in prompt or answer are divided by it, others
+        multiplied.
+        """
+        params = self.params
+        if self._has_penalties and self._counts:
+            ids = np.fromiter(self._counts, np.intp, len(self._counts))
+            counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
+            seen = logits[ids] - params.frequency_penalty * counts
+            seen -= params.presence_penalty * (counts > 0)
+            penalty = params.repetition_penalty
+            logits[ids] = np.where(seen > 0, seen / penalty, seen * penalty)
+        if len(self._bias_ids):
+            logits[self._bias_ids] += self._bias
+        if self._is_too_short:
+            logits[self._end_ids] = -np.inf
+
+    def draw(self, weights: Floats, sums: Floats) -> int:
+        """A token by `weights` [V], at most 1; `sums` are those of their blocks."""
+        share = self._random.random()
+        params = self.params
+        if params.top_k < 0 and params.top_p == 1 and params.min_p == 0:
+            return _draw(weights, sums, share)
+        tokens = candidates(weights, sums, params)
+        running = np.cumsum(weights[tokens], dtype=np.float64)
+        return int(tokens[min(_passes(running, share), len(tokens) - 1)])
 
 
-def _draw(weights: NDArray[np.floating], share: float) -> int:
-    """The index at which the running sum of `weights` [n] passes `share` of the total.
+def sample(
+    samplers: Sequence[Sampler], logits: Floats, masks: Sequence[Mask | None]
+) -> list[Sampled]:
+    """The next tokens of requests, from their logits [n, V] and what their grammars allow."""
+    best = logits.argmax(axis=1)
+    special = [
+        i
+        for i, (sampler, mask) in enumerate(zip(samplers, masks, strict=True))
+        if mask is not None or sampler.changes_logits or not sampler.params.is_greedy
+        or sampler.params.return_logprob
+    ]  # fmt: skip
+    sampled = [Sampled(int(token)) for token in best]
+    if not special:
+        return sampled
+    work = _padded(logits, special)
+    for row, i in zip(work, special, strict=True):
+        if (mask := masks[i]) is not None:
+            hide(row, mask)
+        if samplers[i].changes_logits:
+            samplers[i].change(row[: logits.shape[1]])
+    chosen = _sample([samplers[i] for i in special], work)
+    for i, choice in zip(special, chosen, strict=True):
+        sampled[i] = choice
+    return sampled
 
-    Sums of blocks come first, so that only one block is summed up entry by entry.
-    """
-    sums = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64))
-    threshold = share * sums[-1]
-    block = min(int(np.searchsorted(sums, threshold, side="right")), len(sums) - 1)
-    before = sums[block - 1] if block else 0.0
-    inner = np.cumsum(weights[block * BLOCK : (block + 1) * BLOCK], dtype=np.float64)
-    index = int(np.searchsorted(inner, threshold - before, side="right"))
-    return block * BLOCK + min(index, len(inner) - 1)
+
+def _sample(samplers: Sequence[Sampler], logits: Floats) -> list[Sampled]:
+    """`sample` for logits [n, V'] that are changed already; overwrites them."""
+    best = logits.argmax(axis=1)
+    if all(s.params.is_greedy and not s.params.return_logprob for s in samplers):
+        return [Sampled(int(token)) for token in best]
+    tops = [
+        likeliest(row, s.params.top_logprobs_num).tolist() if s.params.return_logprob else []
+        for row, s in zip(logits, samplers, strict=True)
+    ]
+    scales = [1 if s.params.is_greedy else 1 / s.params.temperature for s in samplers]
+    rows = np.arange(len(samplers))
+    logits -= logits[rows, best][:, None]
+    logits *= np.array(scales, np.float32)[:, None]
+    weights = np.exp(logits, out=logits)
+    sums = np.einsum("nbi->nb", weights.reshape(len(samplers), -1, BLOCK))
+    result = []
+    for i, (sampler, top) in enumerate(zip(samplers, tops, strict=True)):
+        is_greedy = sampler.params.is_greedy
+        token = int(best[i]) if is_greedy else sampler.draw(weights[i], sums[i])
+        if not sampler.params.return_logprob:
+            result.append(Sampled(token))
+            continue
+        total = math.fsum(sums[i].tolist())
+        logprobs = [_log(weights[i, t] / total) for t in (token, *top)]
+        result.append(Sampled(token, logprobs[0], list(zip(logprobs[1:], top, strict=True))))
+    return result
 
 
-def candidates(
-    logits: NDArray[np.float32], params: SamplingParams
-) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-    """Tokens that may be drawn, and their unnormalized probabilities."""
-    tokens = np.arange(len(logits))
-    if 0 < params.top_k < len(logits):
-        tokens = np.argpartition(logits, -params.top_k)[-params.top_k :]
-        logits = logits[tokens]
-    probabilities = np.exp((logits - np.float64(logits.max())) / params.temperature)
+def hide(logits: Floats, mask: Mask) -> None:
+    """Make tokens that `mask` does not allow impossible, in logits [V'] with V' padded."""
+    bits = np.unpackbits(mask.view(np.uint8), bitorder="little", count=len(logits))
+    np.subtract(logits, np.multiply(bits ^ 1, HIDDEN), out=logits)
+
+
+def candidates(weights: Floats, sums: Floats, params: SamplingParams) -> NDArray[np.intp]:
+    """Tokens that may be drawn: top-k, of these top-p, of these min-p; as SGLang orders them."""
+    if 0 < params.top_k < len(weights):
+        tokens = likeliest(weights, params.top_k)
+    elif params.top_p < 1:
+        tokens = _most(weights, params.top_p * math.fsum(sums.tolist()))
+    else:
+        tokens = np.flatnonzero(weights)
     if params.top_p < 1:
-        keep = _nucleus(probabilities, params.top_p)
-        tokens, probabilities = tokens[keep], probabilities[keep]
-    return tokens, probabilities
+        total = math.fsum((sums if params.top_k < 0 else weights[tokens]).tolist())
+        tokens = tokens[_nucleus(weights[tokens].astype(np.float64), params.top_p * total)]
+    least = max(params.min_p, np.finfo(np.float32).tiny)  # the largest weight is 1
+    return tokens[weights[tokens] >= least]
 
 
-def _nucleus(probabilities: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
-    """The fewest likeliest entries whose share reaches `top_p` (Holtzman et al. 2020)."""
-    total = probabilities.sum()
-    # All entries below this bound together hold less than 1 - top_p: no need to sort them.
-    likely = np.flatnonzero(probabilities * len(probabilities) >= (1 - top_p) * total)
-    order = likely[np.argsort(-probabilities[likely], kind="stable")]
-    before = np.cumsum(probabilities[order]) - probabilities[order]
-    return order[: max(int(np.searchsorted(before, top_p * total)), 1)]
+def _most(weights: Floats, total: float) -> NDArray[np.intp]:
+    """All entries above some bound that together reach `total`: few are left to sort."""
+    for bound in (1e-2, 1e-4, 1e-6):
+        tokens = np.flatnonzero(weights >= bound)
+        if weights[tokens].sum(dtype=np.float64) >= total:
+            return tokens
+    return np.flatnonzero(weights)
+
+
+def _nucleus(weights: NDArray[np.float64], total: float) -> NDArray[np.intp]:
+    """The fewest largest entries that together reach `total` (Holtzman et al. 2020)."""
+    order = np.argsort(-weights, kind="stable")
+    before = np.cumsum(weights[order]) - weights[order]
+    return order[: max(int(np.searchsorted(before, total)), 1)]
+
+
+def _draw(weights: Floats, sums: Floats, share: float) -> int:
+    """The index at which the running sum of `weights` passes `share` of the total."""
+    running = np.cumsum(sums, dtype=np.float64)
+    block = min(_passes(running, share), len(sums) - 1)
+    before = running[block - 1] if block else 0.0
+    inner = before + np.cumsum(weights[block * BLOCK : (block + 1) * BLOCK], dtype=np.float64)
+    return block * BLOCK + min(_passes(inner, share, running[-1]), BLOCK - 1)
+
+
+def _passes(running: NDArray[np.float64], share: float, total: float | None = None) -> int:
+    """The first index at which a running sum is above `share` of the total."""
+    bound = share * (running[-1] if total is None else total)
+    return int(np.searchsorted(running, bound, side="right"))
+
+
+def _padded(logits: Floats, rows: Sequence[int]) -> Floats:
+    """A copy of some rows, with a whole number of blocks; what is added is impossible."""
+    width = logits.shape[1]
+    result = np.empty((len(rows), -(-width // BLOCK) * BLOCK), np.float32)
+    result[:, :width] = logits[rows]
+    result[:, width:] = -np.inf
+    return result
+
+
+def _log(share: float) -> float:
+    return math.log(share) if share > 0 else -math.inf

@@ -1,7 +1,8 @@
 """Scheduler: which requests compute which tokens next, and whose pages make room for whom.
 
-Pure Python; knows nothing of devices. Requests that have one token left to compute decode, the
-others prefill in chunks; both happen in every step, so neither waits for the other.
+Pure Python; knows nothing of devices. Requests that have one token left to compute decode, those
+whose grammar jumped ahead prefill these few tokens, the others prefill their prompts in chunks; all
+happens in every step, so none waits for the others.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Step:
-    """Page copies (source, destination), in order; then one prefill call; then decode calls."""
+    """Page copies (source, destination), in order; then prefill calls; then decode calls."""
 
     copies: list[tuple[int, int]] = field(default_factory=list)
-    prefill: list[Chunk] = field(default_factory=list)
+    prefills: list[list[Chunk]] = field(default_factory=list)
     decodes: list[list[Chunk]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.prefill or self.decodes)
+        return bool(self.prefills or self.decodes)
 
 
 class Scheduler:
@@ -79,7 +80,7 @@ class Scheduler:
         size = self.limits.decode_batch_sizes[-1]
         groups = [decoding[i : i + size] for i in range(0, len(decoding), size)]
         decodes = [[_chunk(r, r.num_tokens) for r in group] for group in groups]
-        return Step(copies, self._prefill_chunks(), decodes)
+        return Step(copies, self._prefills(), decodes)
 
     def computed(self, chunk: Chunk) -> None:
         """A chunk's keys and values are in its pages; a prompt's become visible to others."""
@@ -124,9 +125,9 @@ class Scheduler:
     # Pages
 
     def _reserve_for_decodes(self) -> None:
-        """A page for each decoding request that needs one, at the cost of later ones."""
+        """Pages for the new tokens of running requests, at the cost of later ones."""
         for request in list(self.running):
-            if request.status is RequestStatus.RUNNING and request.is_decoding:
+            if request.status is RequestStatus.RUNNING:
                 self._grow(request)
 
     def _grow(self, request: Request) -> None:
@@ -168,10 +169,10 @@ class Scheduler:
         return copies
 
     def _match(self, request: Request) -> Match:
-        """What the cache has of all tokens but the last, which is always computed."""
+        """What the cache has of all tokens but those whose logits are wanted."""
         if self.limits.reuse == "nothing":
             return Match([])
-        match = self.cache.match(request.tokens(0, request.num_tokens - 1))
+        match = self.cache.match(request.tokens(0, request.num_reusable))
         return match if self.limits.reuse == "tokens" else Match(match.pages)
 
     def _waits_for_twin(self, request: Request) -> bool:
@@ -185,7 +186,7 @@ class Scheduler:
     def _find_twin(self, request: Request, match: Match) -> bool:
         """Look for a running request that is about to compute a longer prefix than is cached."""
         have = len(match.pages) * self.cache.page_size + match.num_partial
-        tokens = request.tokens(0, request.num_tokens - 1)
+        tokens = request.tokens(0, request.num_reusable)
         if self.limits.reuse == "nothing":
             return False
         for other in self.running:
@@ -212,29 +213,48 @@ class Scheduler:
             copies.append((match.partial_page, request.pages[len(match.pages)]))
             request.num_computed += match.num_partial
         if request.num_cached is None:
-            request.num_cached = request.num_computed
+            request.num_cached = min(request.num_computed, len(request.prompt_ids))
         self.waiting.remove(request)
         request.status, request.twin = RequestStatus.RUNNING, None
         request.num_published = request.num_computed
         insort(self.running, request, key=_rank)
         return True
 
-    def _prefill_chunks(self) -> list[Chunk]:
-        """Chunks for one call, first in rank first, while the padded call keeps to the budget."""
+    def _prefills(self) -> list[list[Chunk]]:
+        """Calls for those whose grammar jumped ahead, then one for prompts; each to the budget."""
+        jumping = [r for r in self.running if r.is_jumping]
+        prompts = [r for r in self.running if not (r.is_jumping or r.is_decoding)]
+        calls, num_slots = [], 0
+        while jumping and num_slots < self.limits.prefill_tokens:
+            chunks, slots = self._prefill_call(jumping)
+            calls.append(chunks)
+            jumping, num_slots = jumping[len(chunks) :], num_slots + slots
+        if prompts:
+            calls.append(self._prefill_call(prompts)[0])
+        return calls
+
+    def _prefill_call(self, requests: Sequence[Request]) -> tuple[list[Chunk], int]:
+        """Chunks of the first requests, while the padded call keeps to the budget, and its size."""
         page, sizes = self.cache.page_size, self.limits.prefill_batch_sizes
         chunks: list[Chunk] = []
-        longest = 0
-        for request in self.running:
-            if request.is_decoding or len(chunks) == sizes[-1]:
-                continue
-            count = min(request.num_tokens - request.num_computed, self.limits.prefill_tokens)
+        longest = num_slots = 0
+        for request in requests[: sizes[-1]]:
+            count = _next_len(request, self.limits.prefill_tokens)
             padded = -(-max(count, longest) // page) * page
-            rows = next(size for size in sizes if size > len(chunks))
-            if chunks and rows * padded > self.limits.prefill_tokens:
+            slots = next(size for size in sizes if size > len(chunks)) * padded
+            if chunks and slots > self.limits.prefill_tokens:
                 break
             chunks.append(_chunk(request, request.num_computed + count))
-            longest = max(longest, count)
-        return chunks
+            longest, num_slots = max(longest, count), slots
+        return chunks, num_slots
+
+
+def _next_len(request: Request, most: int) -> int:
+    """Tokens of the next chunk; those whose logits are wanted begin one of their own."""
+    end = request.num_tokens
+    if request.first_logits is not None and request.num_computed < request.first_logits:
+        end = request.first_logits
+    return min(end - request.num_computed, most)
 
 
 def _chunk(request: Request, end: int) -> Chunk:

@@ -103,6 +103,10 @@ class Tokenizer:
             return (self._tokenizer.id_to_token(token_id) or "").encode()
         return self.token_bytes(token_id)
 
+    def written_text(self, token_id: int) -> str:
+        """`written_bytes` as text; U+FFFD for bytes that are no whole character."""
+        return self.written_bytes(token_id).decode(errors="replace")
+
     def token_id(self, text: str) -> int | None:
         """The id of the added or special token whose text is exactly `text`."""
         return self._added_ids.get(text)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +14,7 @@ import pytest
 import sglang as sgl
 from conftest import TinyModel
 from sglang.lang.backend.base_backend import BaseBackend
+from sglang.lang.choices import ChoicesSamplingMethod
 from sglang.lang.ir import SglSamplingParams
 
 import sf_local
@@ -40,10 +44,23 @@ def plain(s: Any, **rest: Any) -> None:
     s += sgl.gen("out", **rest)
 
 
+def failure(program: Any, backend: sf_local.ShortfinLocal, **arguments: Any) -> Exception:
+    """What SGLang keeps when a program fails; nothing may be left of it in the engine."""
+    with pytest.warns(UserWarning, match="stream_executor"):
+        error = program.run(backend=backend, **arguments).error()
+    assert isinstance(error, Exception)
+    backend.flush_cache()
+    stats = backend.engine.stats()
+    assert (stats["running"], stats["waiting"], stats["pages_used"]) == (0, 0, 0)
+    return error
+
+
 def test_it_is_a_class(backend: sf_local.ShortfinLocal) -> None:
     assert isinstance(backend, BaseBackend) and isinstance(sgl.ShortfinLocal, type)
     assert sgl.ShortfinLocal is sf_local.ShortfinLocal
-    assert not hasattr(backend, "endpoint")  # sglang would swap the backend for it
+    assert backend.endpoint is backend  # SGLang swaps a backend for its endpoint
+    view = backend.using(seed=1)
+    assert view.endpoint is view
 
 
 def test_chat_renders_the_models_own_template(backend: sf_local.ShortfinLocal) -> None:
@@ -112,35 +129,283 @@ def test_forks_and_batches(backend: sf_local.ShortfinLocal) -> None:
     ("arguments", "message"),
     [
         ({"temperature": -1}, "temperature=-1"),
+        ({"temperature": float("nan")}, "temperature=nan"),
         ({"top_p": 0}, "top_p=0"),
         ({"top_k": 0}, "top_k=0"),
-        ({"regex": "a+"}, "regex='a\\+' is not supported yet"),
-        ({"dtype": int}, "dtype"),
-        ({"json_schema": "{}"}, "json_schema"),
-        ({"n": 2}, "n=2"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"min_p": 0.5}, "min_p"),
-        ({"min_tokens": 5}, "min_new_tokens"),
-        ({"return_logprob": True}, "return_logprob"),
+        ({"min_p": 2}, "min_p=2"),
+        ({"frequency_penalty": 3}, "frequency_penalty=3"),
+        ({"presence_penalty": -3}, "presence_penalty=-3"),
+        ({"n": 0}, "n=0"),
+        ({"min_tokens": 5}, "min_new_tokens=5 must be an integer from 0 to 4"),
+        ({"stop": [3]}, r"stop=\[3\]"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids=-1"),
+        ({"return_logprob": True, "logprob_start_len": 3}, "logprob_start_len=3"),
+        ({"return_logprob": True, "top_logprobs_num": 301}, "top_logprobs_num=301"),
+        ({"dtype": list}, "dtype=<class 'list'> must be int, float, str or bool"),
+        ({"dtype": "date"}, "dtype='date' must be int, float, str or bool"),
+        ({"dtype": int, "regex": "a"}, "dtype and regex"),
+        ({"dtype": int, "json_schema": "{}"}, "dtype and json_schema"),
+        ({"regex": "a", "json_schema": "{}"}, "regex and json_schema"),
+        ({"regex": "(?=a)b"}, "regex='"),
+        ({"json_schema": "{"}, "json_schema='{'"),
+        ({"choices": ["a", ""]}, r"choices\[1\]='' adds no token"),
+        ({"choices": ["a", 3]}, "must be a list of str"),
+        ({"choices": ["a", "b" * 500]}, "leave no room"),
+        ({"choices": ["a", "b"], "temperature": 0.5}, "temperature=0.5: choices are scored"),
+        ({"choices": ["a", "b"], "temperature": float("nan")}, "temperature=nan"),
     ],
 )
 def test_what_cannot_be_honoured_is_an_error(
     backend: sf_local.ShortfinLocal, arguments: dict[str, Any], message: str
 ) -> None:
-    """SGLang keeps the exception; nothing is generated."""
-    with pytest.warns(UserWarning, match="stream_executor"):
-        state = plain.run(max_tokens=4, **arguments)
-        error = state.error()
-    assert isinstance(error, RequestError)
+    @sgl.function
+    def program(s: Any) -> None:
+        s += "abc" + sgl.gen("out", **{"max_tokens": 4} | arguments)
+
+    error = failure(program, backend)
     with pytest.raises(RequestError, match=message):
         raise error
 
 
-def test_choices_are_an_error(backend: sf_local.ShortfinLocal) -> None:
-    with pytest.warns(UserWarning, match="stream_executor"):
-        state = plain.run(choices=["a", "b"])
-        assert isinstance(state.error(), RequestError)
+def test_choices_need_text_before_them(backend: sf_local.ShortfinLocal) -> None:
+    @sgl.function
+    def program(s: Any) -> None:
+        s += sgl.select("out", ["a", "b"])
+
+    error = failure(program, backend)
+    assert isinstance(error, RequestError) and "'a' has no text before it" in str(error)
+
+
+def test_no_choices(backend: sf_local.ShortfinLocal) -> None:
+    @sgl.function
+    def program(s: Any) -> None:
+        s += "abc" + sgl.select("out", [])
+
+    assert isinstance(failure(program, backend), RequestError)
+
+
+def test_images_are_an_error(backend: sf_local.ShortfinLocal) -> None:
+    @sgl.function
+    def look(s: Any, **rest: Any) -> None:
+        s += sgl.user(sgl.image(b"not even a picture") + "what is it?")
+        s += sgl.assistant(sgl.gen("out", **rest))
+
+    for arguments in {"max_tokens": 4}, {"choices": ["a", "b"]}:
+        error = failure(look, backend, **arguments)
+        assert isinstance(error, RequestError) and "images are not supported" in str(error)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        sgl.token_length_normalized,
+        sgl.greedy_token_selection,
+        sgl.unconditional_likelihood_normalized,
+    ],
+)
+def test_select_by_each_method(
+    backend: sf_local.ShortfinLocal, method: ChoicesSamplingMethod
+) -> None:
+    """The decision and SGLang's meta info are those of the method, given the engine's scores."""
+    choices = ["red", "green", "re"]
+
+    @sgl.function
+    def program(s: Any) -> None:
+        s += "colour: " + sgl.select("out", choices, choices_method=method) + "!"
+
+    state = program.run()
+    assert state.error() is None
+    assert state.text() == f"colour: {state['out']}!"
+    scores = backend.engine.score("colour: ", choices, unconditional=True)
+    given = [list(zip(s.logprobs, s.token_ids, strict=True)) for s in scores]
+    alone = [list(zip(s.unconditional or (), s.token_ids, strict=True)) for s in scores]
+    expected = method(
+        choices=choices,
+        normalized_prompt_logprobs=[score.mean for score in scores],
+        input_token_logprobs=given,
+        output_token_logprobs=[[], [], []],
+        unconditional_token_logprobs=alone,
+    )
+    meta = state.get_meta_info("out")
+    assert state["out"] == expected.decision
+    assert meta.keys() == expected.meta_info.keys()
+    assert meta["normalized_prompt_logprobs"] == pytest.approx(
+        expected.meta_info["normalized_prompt_logprobs"], abs=1e-4
+    )
+    assert [text for _, _, text in meta["input_token_logprobs"][0]] == ["r", "e", "d"]
+
+
+def test_several_answers(backend: sf_local.ShortfinLocal) -> None:
+    """The variable is a list, and the program goes on with the first."""
+
+    @sgl.function
+    def program(s: Any) -> None:
+        s += "abc" + sgl.gen("out", max_tokens=6, n=2, ignore_eos=True)
+        s += sgl.gen("next", max_tokens=2, ignore_eos=True)
+
+    state = program.run(backend=backend.using(seed=1))
+    first, second = state["out"]
+    assert first != second
+    assert state.text() == "abc" + first + state["next"]
+    infos = state.get_meta_info("out")
+    assert [info["completion_tokens"] for info in infos] == [6, 6]
+    alone = plain.run(max_tokens=6, ignore_eos=True, backend=backend.using(seed=2))
+    assert alone["out"] == second
+
+
+def test_several_answers_cannot_stream(backend: sf_local.ShortfinLocal) -> None:
+    error = failure(plain, backend, max_tokens=4, n=2, stream=True)
+    assert isinstance(error, RequestError) and "n=2: a stream is one text" in str(error)
+
+
+def test_logprobs_in_sglangs_shapes(backend: sf_local.ShortfinLocal) -> None:
+    def meta(**rest: Any) -> dict[str, Any]:
+        state = plain.run(
+            max_tokens=2, temperature=0, ignore_eos=True, return_logprob=True,
+            logprob_start_len=0, top_logprobs_num=2, **rest,
+        )  # fmt: skip
+        return dict(state.get_meta_info("out"))
+
+    bare, texts = meta(), meta(return_text_in_logprobs=True)
+    a, b, c = backend.engine.encode("abc")
+    assert bare["input_token_logprobs"][0] == (None, a, None)
+    assert texts["input_token_logprobs"][0] == (None, a, "a")
+    assert [entry[1:] for entry in texts["input_token_logprobs"]] == [(a, "a"), (b, "b"), (c, "c")]
+    assert all(value < 0 for value, _, _ in bare["input_token_logprobs"][1:])
+    assert bare["input_top_logprobs"][0] is None
+    tops = bare["input_top_logprobs"][1:] + bare["output_top_logprobs"]
+    assert [len(top) for top in tops] == [2] * 4
+    assert all(better[0] >= worse[0] for better, worse in tops)
+    assert [top[0] for top in bare["output_top_logprobs"]] == bare["output_token_logprobs"]
+    answer = "".join(text for _, _, text in texts["output_token_logprobs"])
+    assert answer == plain.run(max_tokens=2, temperature=0, ignore_eos=True)["out"]
+
+
+def test_logprobs_of_a_stream_come_last(backend: sf_local.ShortfinLocal) -> None:
+    arguments = {"max_tokens": 5, "temperature": 0, "ignore_eos": True, "return_logprob": True}
+    whole = plain.run(**arguments).get_meta_info("out")
+    state = plain.run(**arguments, stream=True)
+    assert "".join(state.text_iter("out"))
+    assert state.get_meta_info("out")["output_token_logprobs"] == whole["output_token_logprobs"]
+
+
+@pytest.mark.parametrize("dtype", [int, float, str, bool, "int", "float", "str", "bool"])
+def test_dtype(backend: sf_local.ShortfinLocal, dtype: type | str) -> None:
+    """A random model may write numbers and strings for ever; it is pushed towards their ends."""
+    ends = backend.engine.encode('" \n')
+    ending = backend.using(logit_bias=dict.fromkeys(ends, 9.0))
+    state = plain.run(dtype=dtype, max_tokens=200, temperature=0, backend=ending)
+    assert state.error() is None
+    name = dtype.__name__ if isinstance(dtype, type) else dtype
+    assert type(ast.literal_eval(state["out"])).__name__ == name
+    assert state.get_meta_info("out")["finish_reason"]["type"] == "stop"
+
+
+def test_trace(backend: sf_local.ShortfinLocal) -> None:
+    """A traced program has the text of the model's template, and computes nothing."""
+    state = chat.run(question="why?")
+    text, answer = state.text(), state["answer"]
+    before = backend.engine.stats()["prompt_tokens"]
+    tracer = chat.trace(question="why?", backend=backend)
+    nodes = tracer.flatten_nodes()
+    assert "".join(getattr(node, "value", answer) for node in nodes) == text
+    assert list(tracer.variables) == ["answer"]
+    assert backend.engine.stats()["prompt_tokens"] == before
+
+
+def test_bind(backend: sf_local.ShortfinLocal) -> None:
+    assert chat.bind(question="why?").run()["answer"] == chat.run(question="why?")["answer"]
+
+
+def test_cache(tiny: TinyModel) -> None:
+    """What a program begins with, whatever its arguments, is computed before it runs."""
+    beginning = "what every run of this program begins with, and that is not so very short "
+
+    @sgl.function
+    def program(s: Any, end: str) -> None:
+        s += beginning
+        s += end
+        s += sgl.gen("out", max_tokens=2)
+
+    with sgl.ShortfinLocal(vmfb=tiny.artifact) as backend:
+        program.cache(backend)
+        state = program.run(end="so", backend=backend)
+        assert state.get_meta_info("out")["cached_tokens"] >= len(beginning) // 8 * 8
+
+
+def test_join_gathers_variables(backend: sf_local.ShortfinLocal) -> None:
+    @sgl.function
+    def program(s: Any) -> None:
+        s += "root "
+        forks = s.fork(3)
+        forks += lambda i: f"{i}:" + sgl.gen("x", max_tokens=4, temperature=0, ignore_eos=True)
+        forks.join()
+        s += "end"
+
+    state = program.run()
+    assert state.error() is None and state.text() == "root end"
+    params = sf_local.SamplingParams(max_new_tokens=4, temperature=0, ignore_eos=True)
+    alone = [backend.engine.generate(f"root {i}:", params).text for i in range(3)]
+    assert state["x"] == alone
+
+
+def test_join_appends_texts(backend: sf_local.ShortfinLocal) -> None:
+    @sgl.function
+    def program(s: Any) -> None:
+        s += "root "
+        forks = s.fork(3)
+        forks += lambda i: f"<{i}>"
+        forks.join("concate_and_append")
+        s += sgl.gen("out", max_tokens=4)
+
+    state = program.run()
+    assert state.error() is None
+    assert state.text() == "root <0><1><2>" + state["out"]
+
+
+def test_separate_reasoning(backend: sf_local.ShortfinLocal) -> None:
+    @sgl.function
+    def program(s: Any) -> None:
+        s += sgl.user("why?")
+        answer = sgl.gen("answer", regex="<think>[ab]{3}</think>[cd]{2}", max_tokens=40)
+        s += sgl.assistant(sgl.separate_reasoning(answer, model_type="deepseek-r1"))
+
+    state = program.run()
+    assert state.error() is None
+    assert set(state["answer_reasoning_content"]) <= set("ab")
+    assert len(state["answer"]) == 2 and set(state["answer"]) <= set("cd")
+    assert "think" not in state.text()
+
+
+def test_server_info(backend: sf_local.ShortfinLocal, tiny: TinyModel) -> None:
+    info = sgl.get_server_info(backend)
+    assert info["model_path"] == backend.get_model_name()
+    assert info["artifact"] == str(tiny.artifact)
+    assert info["max_total_num_tokens"] == backend.engine.max_tokens
+    assert info["pages_used"] == 0 and info["pages_total"] > 0
+    assert sgl.get_server_info() == info  # of the default backend
+
+
+def test_flush_cache(backend: sf_local.ShortfinLocal) -> None:
+    plain.run(max_tokens=16, ignore_eos=True).sync()
+    assert backend.engine.stats()["pages_cached"] > 0
+    sgl.flush_cache()
+    assert backend.engine.stats()["pages_cached"] == 0
+
+
+def test_token_usage(backend: sf_local.ShortfinLocal) -> None:
+    """Of generations, samples and choices, whichever view of the backend they ran on."""
+    usage = backend.token_usage
+    backend.flush_cache()
+    usage.reset()
+    plain.run(max_tokens=5, ignore_eos=True, backend=backend.using(seed=1)).sync()
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (3, 5, 0)
+    plain.run(max_tokens=5, ignore_eos=True, n=3).sync()
+    assert (usage.prompt_tokens, usage.completion_tokens) == (12, 20)
+    plain.run(choices=["d", "ef"]).sync()
+    assert (usage.prompt_tokens, usage.completion_tokens) == (12 + 4 + 5, 20)
+    usage.reset()
+    assert usage.prompt_tokens == usage.completion_tokens == usage.cached_tokens == 0
 
 
 def test_unset_values_mean_defaults() -> None:
@@ -183,20 +448,26 @@ def test_hints_warm_the_cache(tiny: TinyModel) -> None:
         assert output.cached_tokens >= 24
 
 
-def test_speculative_execution(backend: sf_local.ShortfinLocal) -> None:
-    @sgl.function(num_api_spec_tokens=32)
-    def speculative(s: Any) -> None:
-        s += "abc" + sgl.gen("a", max_tokens=4, temperature=0, stop="#")
-        s += sgl.gen("b", max_tokens=4, temperature=0, stop="#")
+def test_speculation_asks_once(backend: sf_local.ShortfinLocal) -> None:
+    """`num_api_spec_tokens`: what the model writes past a stop is kept for the next `gen`."""
 
-    state = speculative.run()
-    assert state.error() is None and state["a"]
+    def write(s: Any) -> None:
+        s += "abc" + sgl.gen("a", max_tokens=4, temperature=0, stop=stop, ignore_eos=True)
+        s += stop + sgl.gen("b", max_tokens=4, temperature=0, stop="#", ignore_eos=True)
+
+    free = plain.run(max_tokens=32, temperature=0, ignore_eos=True)["out"]
+    stop = free[3]
+    backend.token_usage.reset()
+    state = sgl.function(write, num_api_spec_tokens=32).run()
+    assert state.error() is None
+    assert state["a"] == free[: free.index(stop)]
+    assert state.text() == "abc" + free[: len(state.text()) - 3]
+    assert backend.token_usage.prompt_tokens == 3
+    assert sgl.function(write).run().error() is None
+    assert backend.token_usage.prompt_tokens > 6
 
 
 def test_a_base_model_has_no_roles(tiny: TinyModel, tmp_path: Any) -> None:
-    import json
-    import shutil
-
     folder = shutil.copytree(tiny.artifact, tmp_path / "base")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     del config["chat_template"]
@@ -223,6 +494,12 @@ def test_model_name_is_where_the_tokenizer_lies(backend: sf_local.ShortfinLocal)
 
     tokenizer = AutoTokenizer.from_pretrained(backend.get_model_name())
     assert tokenizer.encode("abc") == backend.engine.tokenizer.encode("abc")
+
+
+def test_it_is_there_without_importing_sglang_first() -> None:
+    program = "import sf_local; mine = sf_local.ShortfinLocal; import sglang; "
+    program += "assert sglang.ShortfinLocal is mine"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("order", ["sf_local, sglang", "sglang, sf_local"])

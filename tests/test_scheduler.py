@@ -82,7 +82,7 @@ class FakeRunner:
         for source, destination in step.copies:
             self.contents[destination] = list(self.contents[source])
         self.check()
-        for chunks in [step.prefill, *step.decodes]:
+        for chunks in [*step.prefills, *step.decodes]:
             self.call([c for c in chunks if c.request.status is RequestStatus.RUNNING])
             self.check()
         return step
@@ -139,12 +139,14 @@ class FakeRunner:
     def check_step(self, step: Step) -> None:
         scheduler, limits = self.scheduler, self.limits
         assert bool(step) == bool(scheduler.waiting or scheduler.running)  # no deadlock
-        for chunk in [*step.prefill, *(c for group in step.decodes for c in group)]:
+        for chunk in [c for group in [*step.prefills, *step.decodes] for c in group]:
             request = chunk.request
             assert request in scheduler.running
             assert request.num_computed == chunk.start < chunk.end <= request.num_tokens
             assert len(request.pages) * self.page_size == self.num_slots(request.num_tokens)
-        self.check_prefill(step.prefill)
+        for group in step.prefills:
+            self.check_prefill(group)
+        assert bool(step.prefills) == any(not r.is_decoding for r in self.scheduler.running)
         decoding = [chunk.request for group in step.decodes for chunk in group]
         assert decoding == [r for r in scheduler.running if r.is_decoding]
         assert all(len(group) <= limits.decode_batch_sizes[-1] for group in step.decodes)
@@ -161,7 +163,6 @@ class FakeRunner:
         assert max(lengths, default=0) <= budget
         assert len(chunks) <= 1 or rows * self.num_slots(max(lengths)) <= budget
         assert not any(chunk.request.is_decoding for chunk in chunks)
-        assert bool(chunks) == any(not r.is_decoding for r in self.scheduler.running)
 
     def check(self) -> None:
         self.pool.check_integrity()
@@ -412,7 +413,7 @@ def test_a_long_prompt_does_not_stop_who_decodes() -> None:
     runner.scheduler.add(long)
     for num_output in range(2, 32):
         step = runner.step()
-        assert [chunk.request for chunk in step.prefill] == [long]
+        assert [chunk.request for chunk in step.prefills[0]] == [long]
         assert len(decoding.output_ids) == num_output
     assert long.num_computed == 30 * LIMITS.prefill_tokens
 
@@ -422,8 +423,8 @@ def test_prompts_share_a_call_within_the_budget() -> None:
     requests = [make_request([i] * length, 2) for i, length in enumerate([6, 7, 3, 3, 4, 2])]
     for request in requests:
         runner.scheduler.add(request)
-    assert [c.request for c in runner.step().prefill] == requests[:2]  # 2 rows of 8 slots
-    assert [c.request for c in runner.step().prefill] == requests[2:]  # 4 rows of 4
+    assert [c.request for c in runner.step().prefills[0]] == requests[:2]  # 2 rows of 8 slots
+    assert [c.request for c in runner.step().prefills[0]] == requests[2:]  # 4 rows of 4
 
 
 def test_more_than_the_largest_batch_are_all_served_in_each_step() -> None:
@@ -460,7 +461,7 @@ def test_a_chunk_computed_after_the_end_changes_nothing() -> None:
     runner = FakeRunner(20, 4)
     request = make_request(range(9), 5)
     runner.scheduler.add(request)
-    [chunk] = runner.scheduler.next_step().prefill
+    [[chunk]] = runner.scheduler.next_step().prefills
     runner.finish(request, "abort")
     runner.scheduler.computed(chunk)
     assert (request.num_computed, request.pages, len(runner.cache)) == (0, [], 0)
@@ -488,7 +489,7 @@ def test_finish_frees_running_requests_and_drops_waiting_ones() -> None:
     assert runner.scheduler.waiting == [requests[2]]
     runner.finish(requests[0], "abort")
     assert (runner.pool.num_used, runner.pool.num_cached) == (0, 1)
-    assert [chunk.request for chunk in runner.step().prefill] == [requests[2]]
+    assert [chunk.request for chunk in runner.step().prefills[0]] == [requests[2]]
 
 
 def test_after_a_reset_everything_is_computed_again() -> None:

@@ -1,0 +1,92 @@
+"""Scores of texts that could continue a prompt, for `sgl.select` and `Engine.score`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from sf_local.errors import EngineError, RequestError
+from sf_local.generation import Output
+from sf_local.radix_cache import common_prefix_len
+from sf_local.request import SamplingParams
+
+if TYPE_CHECKING:
+    from sf_local.engine import Engine, Handle
+
+
+@dataclass(frozen=True)
+class Score:
+    """Tokens of a continuation with their natural log probabilities, given all before them.
+
+    The tokens are those of prompt and continuation together that the prompt alone does not have:
+    where both merge at the seam, the merged token counts. unconditional: without the prompt; the
+    first is None, for nothing is before it.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    unconditional: list[float | None] | None
+    prompt_tokens: int
+    cached_tokens: int
+
+    @property
+    def mean(self) -> float:
+        return sum(self.logprobs) / len(self.logprobs)
+
+
+def score(
+    engine: Engine,
+    prompt: str,
+    continuations: Sequence[str],
+    unconditional: bool,
+    params: SamplingParams,
+) -> list[Score]:
+    """Score all continuations at once; the prompt is computed once, if it is not cached.
+
+    params: only priority and timeout count. Raises RequestError for a continuation that adds no
+    token, EngineError if the timeout passes.
+    """
+    if isinstance(continuations, str) or not all(isinstance(c, str) for c in continuations):
+        raise RequestError(f"choices={continuations!r:.200} must be a list of str")
+    prompt_ids = engine.encode(prompt)
+    tokens = [engine.encode(prompt + c) for c in continuations]
+    starts = [common_prefix_len(prompt_ids, ids) for ids in tokens]
+    for index, (ids, start) in enumerate(zip(tokens, starts, strict=True)):
+        if not 0 < start < len(ids):
+            problem = "has no text before it" if not start else "adds no token to the prompt"
+            raise RequestError(f"choices[{index}]={continuations[index]!r:.200} {problem}")
+    params = SamplingParams(
+        max_new_tokens=0, return_logprob=True, priority=params.priority, timeout=params.timeout
+    )
+    given = [
+        engine.submit(ids, replace(params, logprob_start_len=start - 1))
+        for ids, start in zip(tokens, starts, strict=True)
+    ]
+    alone: list[Handle | None] = [None] * len(given)
+    if unconditional:
+        params = replace(params, logprob_start_len=0)
+        pairs = zip(tokens, starts, strict=True)
+        alone = [engine.submit(ids[start:], params) for ids, start in pairs]
+    return [
+        _score(_finished(a), None if b is None else _finished(b))
+        for a, b in zip(given, alone, strict=True)
+    ]
+
+
+def _score(given: Output, alone: Output | None) -> Score:
+    assert given.logprobs is not None
+    return Score(
+        token_ids=list(given.logprobs.prompt_ids[1:]),
+        logprobs=[value for value in given.logprobs.prompt if value is not None],
+        unconditional=alone.logprobs.prompt if alone and alone.logprobs else None,
+        prompt_tokens=given.prompt_tokens,
+        cached_tokens=given.cached_tokens,
+    )
+
+
+def _finished(handle: Handle) -> Output:
+    output = handle.result()
+    if output.finish_reason != "length":
+        raise EngineError(f"scoring ended early: {output.finish_reason}")
+    return output
