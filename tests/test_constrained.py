@@ -46,6 +46,7 @@ def run(engine: Engine, grammars: list[dict[str, Any]], check: Callable[[Any, st
         except GrammarError as error:
             assert name in str(error)
             seen["refused"] += 1
+            print(error)
     for value, handle in handles:
         output = handle.result()
         seen["finished" if output.finish_reason == "stop" else "cut"] += 1
