@@ -51,9 +51,9 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     regex: str | None = None
-    json_schema: str | Mapping[str, Any] | type | None = None
+    json_schema: str | Mapping[str, Any] | type | None = field(default=None, hash=False)
     ebnf: str | None = None
     return_logprob: bool = False
     logprob_start_len: int = -1

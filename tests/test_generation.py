@@ -191,7 +191,7 @@ def test_bad_grammars_raise_in_the_caller(
 
 
 def test_one_grammar_at_most() -> None:
-    with pytest.raises(RequestError, match="regex and ebnf"):
+    with pytest.raises(RequestError, match="regex and ebnf: give one"):
         SamplingParams(regex="a", ebnf="start: /a/")
 
 
