@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,10 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", help="system message (default: the model's own)")
     generate = commands.add_parser("generate", help="continue a prompt")
     generate.add_argument("--prompt", help="default: standard input")
+    generate.add_argument("--stop", action="append", default=[], help="may be repeated")
+    generate.add_argument("--regex", help="that the whole answer matches")
+    generate.add_argument("--json-schema", help="JSON text that the answer is valid under")
+    generate.add_argument("--ebnf", help="grammar of the answer, in Lark's syntax or GBNF")
     for command in (chat, generate):
         command.add_argument("artifact", help="folder made by sf-compile, or a .vmfb file")
         command.add_argument("--device", default="cpu", help="cpu, hip or hip:N (default: cpu)")
@@ -51,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
         command.add_argument("--top-p", type=float, default=1.0)
         command.add_argument("--top-k", type=int, default=-1)
+        command.add_argument("--min-p", type=float, default=0.0)
+        command.add_argument("--repetition-penalty", type=float, default=1.0)
         command.add_argument("--seed", type=int)
     inspect = commands.add_parser("inspect", help="show what an artifact holds")
     inspect.add_argument("artifact")
@@ -65,16 +72,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _params(args: argparse.Namespace, stop: Sequence[str] = ()) -> SamplingParams:
+    """Options that are called like a field of SamplingParams."""
     from sf_local.request import SamplingParams
 
-    return SamplingParams(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        seed=args.seed,
-        stop=stop,
-    )
+    names = {field.name for field in fields(SamplingParams)} - {"stop"}
+    values = {name: value for name, value in vars(args).items() if name in names}
+    return SamplingParams(**values, stop=stop)
 
 
 def _engine(args: argparse.Namespace) -> Engine:
@@ -84,7 +87,7 @@ def _engine(args: argparse.Namespace) -> Engine:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    params = _params(args)
+    params = _params(args, args.stop)
     prompt = sys.stdin.read() if args.prompt is None else args.prompt
     with _engine(args) as engine:
         _print_stream(engine.submit(prompt, params))

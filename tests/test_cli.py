@@ -19,6 +19,22 @@ def test_generate(tiny: TinyModel, capsys: pytest.CaptureFixture[str]) -> None:
     assert out and "tokens/s" in err
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--regex", "ab{2}c"], "abbc\n"),
+        (["--json-schema", '{"const": [1, "x"]}'], '[1, "x"]\n'),
+        (["--ebnf", 'root ::= "yes"'], "yes\n"),
+        (["--regex", "one two", "--stop", "x", "--stop", " t"], "one\n"),
+    ],
+)
+def test_generate_follows_a_grammar(
+    tiny: TinyModel, capsys: pytest.CaptureFixture[str], options: list[str], expected: str
+) -> None:
+    assert main(["generate", str(tiny.artifact), "--prompt", "abc", *options]) == 0
+    assert capsys.readouterr().out == expected
+
+
 def test_generate_reads_standard_input(
     tiny: TinyModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,6 +186,15 @@ def test_leaving_a_stream_cancels_it(engine: Engine) -> None:
     assert_idle(engine)
 
 
+@pytest.mark.parametrize("stop", ["a" * 10_000, "\n" * 9_999 + "b", "never"])
+def test_a_hundred_long_stops(engine: Engine, stop: str) -> None:
+    stops = [f"{stop}{i}" for i in range(100)]
+    free = engine.generate(PROMPT, SamplingParams(max_new_tokens=60, seed=1, ignore_eos=True))
+    params = SamplingParams(max_new_tokens=60, seed=1, ignore_eos=True, stop=stops)
+    handle = engine.submit(PROMPT, params)
+    assert "".join(handle) == handle.result().text == free.text
+
+
 def test_a_failed_step_fails_its_requests_and_no_others(
     tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
