@@ -6,7 +6,7 @@ Its model is a hash of all tokens so far, so generating one at a time makes a si
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -66,6 +66,7 @@ class FakeRunner:
         self.contents = [[GARBAGE] * page_size for _ in range(num_pages)]
         self.finished: list[Request] = []
         self.num_computed = Counter[Request]()
+        self.logits = defaultdict[Request, set[int]](set)  # positions
         self.num_steps = 0
 
     def serve(self, *requests: Request) -> None:
@@ -95,6 +96,7 @@ class FakeRunner:
             assert self.holds(chunk.request.tokens(0, chunk.end), chunk.request.pages)
         for chunk in chunks:
             self.num_computed[chunk.request] += chunk.end - chunk.start
+            self.take_logits(chunk)
             self.scheduler.computed(chunk)
             if chunk.end == chunk.request.num_tokens:
                 self.sample(chunk.request)
@@ -107,11 +109,27 @@ class FakeRunner:
             if index < len(chunk.request.pages):
                 self.contents[chunk.request.pages[index]][slot] = slots[position]
 
+    def take_logits(self, chunk: Chunk) -> None:
+        """Of what is wanted nothing may be missing once the prompt is computed."""
+        request, wanted = chunk.request, chunk.request.first_logits
+        if wanted is not None:
+            assert chunk.end <= wanted or chunk.start >= wanted  # all of a chunk, or nothing
+            self.logits[request] |= set(range(chunk.start, chunk.end))
+            if chunk.end >= len(request.prompt_ids):
+                assert self.logits[request] >= set(range(wanted, len(request.prompt_ids)))
+                request.first_logits = None
+
     def sample(self, request: Request) -> None:
-        if request.max_new_tokens:
-            request.output_ids.append(sample(request.tokens(0, request.num_tokens)))
-        if reason := is_finished(request):
-            self.finish(request, reason)
+        """A token, and sometimes some that follow from it."""
+        for _ in range(1 + self.num_forced()):
+            if request.max_new_tokens:
+                request.output_ids.append(sample(request.tokens(0, request.num_tokens)))
+            if reason := is_finished(request):
+                self.finish(request, reason)
+                break
+
+    def num_forced(self) -> int:
+        return 0
 
     def finish(self, request: Request, reason: str) -> None:
         assert request not in self.finished
@@ -215,7 +233,10 @@ class UnluckyRunner(FakeRunner):
     """Some calls fail, and between two calls requests are cancelled and all pages are lost."""
 
     chance = random.Random(0)
-    failing = losing = cancelling = 0.0
+    failing = losing = cancelling = jumping = 0.0
+
+    def num_forced(self) -> int:
+        return self.chance.randint(1, 9) if self.happens(self.jumping) else 0
 
     def call(self, chunks: Sequence[Chunk]) -> None:
         if chunks and self.happens(self.failing):
@@ -240,14 +261,15 @@ def random_requests(chance: random.Random, count: int) -> list[Request]:
     for _ in range(count):
         beginning = chance.choice(popular)[: chance.randint(0, longest_beginning)]
         prompt = beginning + chance.choices(range(2), k=chance.randint(not beginning, 4))
-        requests.append(
-            make_request(
-                prompt,
-                chance.randint(0, longest_answer),
-                chance.choice([0, 0, 0, 1, 2]),
-                ignore_eos=chance.random() < 0.5,
-            )
+        request = make_request(
+            prompt,
+            chance.randint(0, longest_answer),
+            chance.choice([0, 0, 0, 1, 2]),
+            ignore_eos=chance.random() < 0.5,
         )
+        if chance.random() < 0.2:
+            request.first_logits = chance.randrange(len(prompt))
+        requests.append(request)
     return requests
 
 
@@ -266,6 +288,7 @@ def check_random_schedule(chance: random.Random, num_requests: int, page_size: i
     runner.failing = chance.choice([0, 0, 0.03])
     runner.losing = chance.choice([0, 0, 0.03])
     runner.cancelling = chance.choice([0, 0, 0.01])
+    runner.jumping = chance.choice([0, 0.1, 0.5])
     coming, arriving = list(requests), chance.choice([0.05, 0.3, 0.9])
     num_tokens = sum(len(r.prompt_ids) + r.max_new_tokens for r in requests)
     while coming or runner.scheduler.waiting or runner.scheduler.running:
