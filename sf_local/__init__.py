@@ -46,6 +46,5 @@ def __getattr__(name: str) -> Any:
 
 @wrapt.when_imported("sglang")
 def _attach(sglang: Any) -> None:
-    from sf_local.backend import ShortfinLocal
-
-    sglang.ShortfinLocal = ShortfinLocal
+    if "sf_local.backend" not in sys.modules:  # else it imports sglang, and attaches at its end
+        importlib.import_module("sf_local.backend")

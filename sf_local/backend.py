@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import sglang
 from sglang.lang.backend.base_backend import BaseBackend
 from sglang.lang.chat_template import ChatTemplate
 from sglang.lang.choices import (
@@ -152,7 +153,7 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
         choices_method: ChoicesSamplingMethod = token_length_normalized,
     ) -> ChoicesDecision:
         """The choice that `choices_method` prefers, by its log probabilities after `s`."""
-        if temperature > 1e-5:
+        if not temperature <= 1e-5:  # or NaN
             raise RequestError(
                 f"temperature={temperature}: choices are scored, not sampled; use temperature=0"
             )
@@ -226,3 +227,6 @@ def _prompt(s: StreamExecutor) -> str:
     if s.images_:
         raise RequestError("images are not supported yet; remove sgl.image() from the program")
     return str(s.text_)
+
+
+sglang.ShortfinLocal = ShortfinLocal

@@ -47,8 +47,9 @@ def score(
     params: only priority and timeout count. Raises RequestError for a continuation that adds no
     token, EngineError if the timeout passes.
     """
-    if isinstance(continuations, str) or not all(isinstance(c, str) for c in continuations):
-        raise RequestError(f"choices={continuations!r:.200} must be a list of str")
+    is_list = bool(continuations) and not isinstance(continuations, str)
+    if not is_list or not all(isinstance(c, str) for c in continuations):
+        raise RequestError(f"choices={continuations!r:.200} must be a list of str, not empty")
     prompt_ids = engine.encode(prompt)
     tokens = [engine.encode(prompt + c) for c in continuations]
     starts = [common_prefix_len(prompt_ids, ids) for ids in tokens]

@@ -18,6 +18,10 @@ _SAME_NAME = (
     "max_new_tokens", "min_new_tokens", "n", "temperature", "top_p", "top_k", "min_p",
     "frequency_penalty", "presence_penalty", "ignore_eos",
 )  # fmt: skip
+_OTHER_NAME = (
+    "stop", "stop_token_ids", "dtype", "regex", "json_schema", "return_logprob",
+    "logprob_start_len", "top_logprobs_num", "return_text_in_logprobs",
+)  # fmt: skip
 _NUMBER_STOPS = (" ", "\n")  # SGLang's regexes let numbers end in white space
 _DTYPES: dict[object, tuple[str, Sequence[str]]] = {
     "int": (REGEX_INT, _NUMBER_STOPS),
@@ -29,11 +33,17 @@ _DTYPES: dict[object, tuple[str, Sequence[str]]] = {
 
 def to_params(sampling: SglSamplingParams, defaults: SamplingParams) -> SamplingParams:
     """SGLang's parameters over ours; those it has no name for come from `defaults`."""
+    _check_known(sampling)
     values = {name: _given(sampling, name) for name in _SAME_NAME}
     values = {name: value for name, value in values.items() if value is not None}
     stop = _stops(sampling.stop)
     grammar = {"regex": sampling.regex, "json_schema": sampling.json_schema}
     if sampling.dtype is not None:
+        for name, value in grammar.items():
+            if value is not None:
+                raise RequestError(
+                    f"dtype and {name}: give one of them; a text follows one grammar"
+                )
         grammar["regex"], extra = _dtype(sampling.dtype)
         stop = [*stop, *extra]
     if any(value is not None for value in grammar.values()):
@@ -91,6 +101,14 @@ def _logprob_info(
         info["input_top_logprobs"] = tops(logprobs.prompt_top)
         info["output_top_logprobs"] = tops(logprobs.output_top)
     return info
+
+
+def _check_known(sampling: SglSamplingParams) -> None:
+    """Raise for what a newer SGLang can ask for and this does not know."""
+    for name, value in vars(sampling).items():
+        is_known = name in _SAME_NAME or name in _OTHER_NAME
+        if not is_known and value and value != getattr(SglSamplingParams(), name, None):
+            raise RequestError(f"{name}={value!r:.200} is not supported; remove it")
 
 
 def _given(sampling: SglSamplingParams, name: str, default: Any = None) -> Any:

@@ -415,6 +415,15 @@ def test_unset_values_mean_defaults() -> None:
     assert to_params(bare, sf_local.SamplingParams()) == sf_local.SamplingParams()
 
 
+def test_what_a_newer_sglang_asks_for_is_refused() -> None:
+    newer = SglSamplingParams()
+    newer.stop_regex = ""  # type: ignore[attr-defined]
+    assert to_params(newer, sf_local.SamplingParams()) == sf_local.SamplingParams()
+    newer.stop_regex = "a+"  # type: ignore[attr-defined]
+    with pytest.raises(RequestError, match=r"stop_regex='a\+' is not supported"):
+        to_params(newer, sf_local.SamplingParams())
+
+
 def test_defaults_carry_what_sglang_cannot(tiny: TinyModel) -> None:
     """A seed for the backend, another inside `using`, and a timeout; SGLang's own values win."""
 

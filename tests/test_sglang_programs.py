@@ -47,6 +47,7 @@ def run(backend: sf_local.ShortfinLocal, program: str, seed: int, **arguments: A
     [
         "test_mt_bench",
         "test_decode_json_regex",
+        "test_decode_json",
         "test_parallel_decoding",
         "test_stream",
         "test_regex",
@@ -63,10 +64,6 @@ def test_it_passes(backend: sf_local.ShortfinLocal, program: str) -> None:
 def test_it_passes_whatever_the_answer(backend: sf_local.ShortfinLocal, program: str) -> None:
     """135M parameters do not know the answers; upstream leaves them unchecked for such models."""
     run(backend, program, seed=1, check_answer=False)
-
-
-def test_decode_json(backend: sf_local.ShortfinLocal) -> None:
-    run(backend, "test_decode_json", seed=1)
 
 
 def test_gen_min_new_tokens(
