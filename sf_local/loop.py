@@ -221,7 +221,7 @@ class Loop:
         """The logits after each chunk; generations that want them all get them as well."""
         if not any(_wants_logits(chunk) for chunk in chunks):
             return await self._runner.prefill(rows, copy=False, meanwhile=masks.fill)
-        logits = await self._runner.prefill_all(rows, meanwhile=masks.fill)
+        logits = await self._runner.prefill_all(rows, copy=False, meanwhile=masks.fill)
         for chunk, values in zip(chunks, logits, strict=True):
             if _wants_logits(chunk):
                 self._generations[chunk.request].take_logits(chunk.start, values)
@@ -274,11 +274,16 @@ class Loop:
         generations = [self._generations[r] for i in rows if (r := requests[i]) is not None]
         every = len(rows) == len(logits)
         started_at = time.perf_counter()
-        sampled = sample(
-            [g.sampler for g in generations],
-            logits if every else logits[rows],
-            [masks.rows[i] for i in rows],
-        )
+        try:
+            sampled = sample(
+                [g.sampler for g in generations],
+                logits if every else logits[rows],
+                [masks.rows[i] for i in rows],
+            )
+        except Exception as error:
+            for generation in generations:
+                self._end(generation.request, "abort", _step_error(error))
+            return
         self._counters["mask_seconds"] += masks.seconds
         self._counters["sample_seconds"] += time.perf_counter() - started_at
         for generation, token in zip(generations, sampled, strict=True):
