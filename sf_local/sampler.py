@@ -17,6 +17,7 @@ from sf_local.logprobs import likeliest
 from sf_local.request import SamplingParams
 
 BLOCK = 256  # probabilities are summed up in blocks, so that a draw looks into one of them
+FEW = 2048  # allowed tokens, up to which they are taken out instead of hiding the others
 HIDDEN = np.float32(1e30)  # subtracted from a logit that a grammar does not allow
 
 Floats = NDArray[np.float32]
@@ -59,6 +60,11 @@ class Sampler:
         return self._has_penalties or len(self._bias_ids) > 0 or self._is_too_short
 
     @property
+    def takes_the_best(self) -> bool:
+        """Whether the likeliest token is all that is asked for."""
+        return self.params.is_greedy and not self.params.return_logprob and not self.changes_logits
+
+    @property
     def _is_too_short(self) -> bool:
         return self._num_tokens < self.params.min_new_tokens
 
@@ -68,8 +74,8 @@ class Sampler:
         if self._has_penalties:
             self._counts[token] = self._counts.get(token, 0) + 1
 
-    def change(self, logits: Floats) -> None:
-        """Apply penalties, bias and the minimal length to logits [V], in this order, in place.
+    def change(self, logits: Floats, allowed: NDArray[np.bool_] | None = None) -> None:
+        """Apply penalties, bias, minimal length and grammar to logits [V], in this order, in place.
 
         Frequency and presence penalty as in OpenAI's API, repetition penalty as in CTRL (Keskar et
         al. 2019): positive logits of tokens seen in prompt or answer are divided by it, others
@@ -87,6 +93,8 @@ class Sampler:
             logits[self._bias_ids] += self._bias
         if self._is_too_short:
             logits[self._end_ids] = -np.inf
+        if allowed is not None:
+            logits -= np.multiply(~allowed, HIDDEN)
 
     def draw(self, weights: Floats, sums: Floats) -> int:
         """A token by `weights` [V], at most 1; `sums` are those of their blocks."""
@@ -103,26 +111,33 @@ def sample(
     samplers: Sequence[Sampler], logits: Floats, masks: Sequence[Mask | None]
 ) -> list[Sampled]:
     """The next tokens of requests, from their logits [n, V] and what their grammars allow."""
-    best = logits.argmax(axis=1)
-    special = [
-        i
-        for i, (sampler, mask) in enumerate(zip(samplers, masks, strict=True))
-        if mask is not None or sampler.changes_logits or not sampler.params.is_greedy
-        or sampler.params.return_logprob
-    ]  # fmt: skip
-    sampled = [Sampled(int(token)) for token in best]
-    if not special:
-        return sampled
-    work = _padded(logits, special)
-    for row, i in zip(work, special, strict=True):
-        if (mask := masks[i]) is not None:
-            hide(row, mask)
-        if samplers[i].changes_logits:
-            samplers[i].change(row[: logits.shape[1]])
-    chosen = _sample([samplers[i] for i in special], work)
-    for i, choice in zip(special, chosen, strict=True):
-        sampled[i] = choice
-    return sampled
+    allowed = [None if mask is None else _bits(mask, logits.shape[1]) for mask in masks]
+    greedy, dense = [], []
+    sampled: dict[int, Sampled] = {}
+    for i, (sampler, bits) in enumerate(zip(samplers, allowed, strict=True)):
+        if bits is None and sampler.takes_the_best:
+            greedy.append(i)
+        elif bits is None or sampler.changes_logits or np.count_nonzero(bits) > FEW:
+            dense.append(i)
+        else:
+            sampled[i] = _sample_few(sampler, logits[i], np.flatnonzero(bits))
+    if greedy:
+        best = logits.argmax(axis=1)
+        sampled |= {i: Sampled(int(best[i])) for i in greedy}
+    if dense:
+        work = _padded(logits, dense)
+        for row, i in zip(work[:, : logits.shape[1]], dense, strict=True):
+            samplers[i].change(row, allowed[i])
+        chosen = _sample([samplers[i] for i in dense], work)
+        sampled |= zip(dense, chosen, strict=True)
+    return [sampled[i] for i in range(len(samplers))]
+
+
+def _sample_few(sampler: Sampler, logits: Floats, tokens: NDArray[np.intp]) -> Sampled:
+    """`sample` of one row [V] for `tokens` alone."""
+    [found] = _sample([sampler], _padded(logits[None, tokens], [0]))
+    top = [(value, int(tokens[i])) for value, i in found.top]
+    return Sampled(int(tokens[found.token]), found.logprob, top)
 
 
 def _sample(samplers: Sequence[Sampler], logits: Floats) -> list[Sampled]:
@@ -148,15 +163,15 @@ def _sample(samplers: Sequence[Sampler], logits: Floats) -> list[Sampled]:
             result.append(Sampled(token))
             continue
         total = math.fsum(sums[i].tolist())
-        logprobs = [_log(weights[i, t] / total) for t in (token, *top)]
-        result.append(Sampled(token, logprobs[0], list(zip(logprobs[1:], top, strict=True))))
+        logprobs = [(_log(weights[i, t] / total), t) for t in (token, *top)]
+        possible = [(value, t) for value, t in logprobs[1:] if value > -math.inf]
+        result.append(Sampled(token, logprobs[0][0], possible))
     return result
 
 
-def hide(logits: Floats, mask: Mask) -> None:
-    """Make tokens that `mask` does not allow impossible, in logits [V'] with V' padded."""
-    bits = np.unpackbits(mask.view(np.uint8), bitorder="little", count=len(logits))
-    np.subtract(logits, np.multiply(bits ^ 1, HIDDEN), out=logits)
+def _bits(mask: Mask, width: int) -> NDArray[np.bool_]:
+    """Whether each of `width` tokens is allowed."""
+    return np.unpackbits(mask.view(np.uint8), bitorder="little", count=width).view(np.bool_)
 
 
 def candidates(weights: Floats, sums: Floats, params: SamplingParams) -> NDArray[np.intp]:
