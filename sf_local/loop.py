@@ -28,7 +28,7 @@ from sf_local.page_pool import PagePool
 from sf_local.radix_cache import RadixCache
 from sf_local.request import Request, RequestStatus
 from sf_local.runner import Logits, ModelRunner, Row
-from sf_local.sampler import Sampled, sample
+from sf_local.sampler import BatchSampler, Sampled
 from sf_local.scheduler import Chunk, Limits, Scheduler, Step
 
 _COUNTERS = (
@@ -60,6 +60,7 @@ class Loop:
         self._scheduler = Scheduler(self._pool, self._cache, limits)
         self._can_jump = limits.reuse == "tokens"  # compute several tokens from anywhere
         self._inbox: deque[Callable[[], None]] = deque()  # what other threads want done
+        self._sampler = BatchSampler()
         self._generations: dict[Request, Generation] = {}
         self._deadlines: list[tuple[float, int, Request]] = []  # heap
         self._counters = dict.fromkeys(_COUNTERS, 0.0)
@@ -275,7 +276,7 @@ class Loop:
         every = len(rows) == len(logits)
         started_at = time.perf_counter()
         try:
-            sampled = sample(
+            sampled = self._sampler.sample(
                 [g.sampler for g in generations],
                 logits if every else logits[rows],
                 [masks.rows[i] for i in rows],

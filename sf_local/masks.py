@@ -25,7 +25,9 @@ class Masks:
 
     def fill(self) -> None:
         """Compute all masks; to be called once."""
-        started_at = time.thread_time()
+        if not any(self._grammars):
+            return
+        started_at = time.perf_counter()
         for i, grammar in enumerate(self._grammars):
             if grammar is not None:
                 self.rows[i] = mask = np.empty(grammar.num_words, np.int32)
@@ -33,4 +35,4 @@ class Masks:
                     grammar.fill_mask(mask)
                 except Exception as error:
                     self.errors[i] = error
-        self.seconds = time.thread_time() - started_at
+        self.seconds = time.perf_counter() - started_at

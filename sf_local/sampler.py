@@ -96,52 +96,66 @@ class Sampler:
         if allowed is not None:
             logits -= np.multiply(~allowed, HIDDEN)
 
-    def draw(self, weights: Floats, sums: Floats) -> int:
-        """A token by `weights` [V], at most 1; `sums` are those of their blocks."""
-        share = self._random.random()
-        params = self.params
-        if params.top_k < 0 and params.top_p == 1 and params.min_p == 0:
-            return _draw(weights, sums, share)
-        tokens = candidates(weights, sums, params)
-        running = np.cumsum(weights[tokens], dtype=np.float64)
-        return int(tokens[min(_passes(running, share), len(tokens) - 1)])
+    def draw(self) -> float:
+        """The next random number, in [0, 1)."""
+        return self._random.random()
 
 
-def sample(
-    samplers: Sequence[Sampler], logits: Floats, masks: Sequence[Mask | None]
-) -> list[Sampled]:
-    """The next tokens of requests, from their logits [n, V] and what their grammars allow."""
-    allowed = [None if mask is None else _bits(mask, logits.shape[1]) for mask in masks]
-    greedy, dense = [], []
-    sampled: dict[int, Sampled] = {}
-    for i, (sampler, bits) in enumerate(zip(samplers, allowed, strict=True)):
-        if bits is None and sampler.takes_the_best:
-            greedy.append(i)
-        elif bits is None or sampler.changes_logits or np.count_nonzero(bits) > FEW:
-            dense.append(i)
-        else:
-            sampled[i] = _sample_few(sampler, logits[i], np.flatnonzero(bits))
-    if greedy:
-        best = logits.argmax(axis=1)
-        sampled |= {i: Sampled(int(best[i])) for i in greedy}
-    if dense:
-        work = _padded(logits, dense)
-        for row, i in zip(work[:, : logits.shape[1]], dense, strict=True):
-            samplers[i].change(row, allowed[i])
-        chosen = _sample([samplers[i] for i in dense], work)
-        sampled |= zip(dense, chosen, strict=True)
-    return [sampled[i] for i in range(len(samplers))]
+class BatchSampler:
+    """Samples whole batches, in memory that is kept from one to the next; for one thread."""
+
+    def __init__(self) -> None:
+        self._work = np.empty((0, 0), np.float32)
+
+    def sample(
+        self, samplers: Sequence[Sampler], logits: Floats, masks: Sequence[Mask | None]
+    ) -> list[Sampled]:
+        """The next tokens of requests, from their logits [n, V] and what their grammars allow."""
+        allowed = [None if mask is None else _bits(mask, logits.shape[1]) for mask in masks]
+        greedy, dense = [], []
+        sampled: dict[int, Sampled] = {}
+        for i, (sampler, bits) in enumerate(zip(samplers, allowed, strict=True)):
+            if bits is None and sampler.takes_the_best:
+                greedy.append(i)
+            elif bits is None or sampler.changes_logits or np.count_nonzero(bits) > FEW:
+                dense.append(i)
+            else:
+                sampled[i] = _sample_few(sampler, logits[i], np.flatnonzero(bits))
+        if greedy:
+            best = logits.argmax(axis=1)
+            sampled |= {i: Sampled(int(best[i])) for i in greedy}
+        if dense:
+            work = self._copy(logits, dense)
+            for row, i in zip(work[:, : logits.shape[1]], dense, strict=True):
+                samplers[i].change(row, allowed[i])
+            chosen = _sample([samplers[i] for i in dense], work)
+            sampled |= zip(dense, chosen, strict=True)
+        return [sampled[i] for i in range(len(samplers))]
+
+    def _copy(self, logits: Floats, rows: Sequence[int]) -> Floats:
+        """Some rows, with a whole number of blocks; what is added is impossible."""
+        width = logits.shape[1]
+        padded = -(-width // BLOCK) * BLOCK
+        if self._work.shape[0] < len(rows) or self._work.shape[1] != padded:
+            self._work = np.empty((len(rows), padded), np.float32)
+        work = self._work[: len(rows)]
+        for to, row in zip(work, rows, strict=True):
+            to[:width] = logits[row]
+        work[:, width:] = -np.inf
+        return work
 
 
 def _sample_few(sampler: Sampler, logits: Floats, tokens: NDArray[np.intp]) -> Sampled:
-    """`sample` of one row [V] for `tokens` alone."""
-    [found] = _sample([sampler], _padded(logits[None, tokens], [0]))
+    """The choice for one row [V] among `tokens`."""
+    padded = np.full((1, -(-len(tokens) // BLOCK) * BLOCK), -np.inf, np.float32)
+    padded[0, : len(tokens)] = logits[tokens]
+    [found] = _sample([sampler], padded)
     top = [(value, int(tokens[i])) for value, i in found.top]
     return Sampled(int(tokens[found.token]), found.logprob, top)
 
 
 def _sample(samplers: Sequence[Sampler], logits: Floats) -> list[Sampled]:
-    """`sample` for logits [n, V'] that are changed already; overwrites them."""
+    """Choices for logits [n, V'] that are changed already; overwrites them."""
     best = logits.argmax(axis=1)
     if all(s.params.is_greedy and not s.params.return_logprob for s in samplers):
         return [Sampled(int(token)) for token in best]
@@ -155,10 +169,10 @@ def _sample(samplers: Sequence[Sampler], logits: Floats) -> list[Sampled]:
     logits *= np.array(scales, np.float32)[:, None]
     weights = np.exp(logits, out=logits)
     sums = np.einsum("nbi->nb", weights.reshape(len(samplers), -1, BLOCK))
+    tokens = _choose(samplers, best, weights, sums)
     result = []
     for i, (sampler, top) in enumerate(zip(samplers, tops, strict=True)):
-        is_greedy = sampler.params.is_greedy
-        token = int(best[i]) if is_greedy else sampler.draw(weights[i], sums[i])
+        token = int(tokens[i])
         if not sampler.params.return_logprob:
             result.append(Sampled(token))
             continue
@@ -167,6 +181,45 @@ def _sample(samplers: Sequence[Sampler], logits: Floats) -> list[Sampled]:
         possible = [(value, t) for value, t in logprobs[1:] if value > -math.inf]
         result.append(Sampled(token, logprobs[0][0], possible))
     return result
+
+
+def _choose(
+    samplers: Sequence[Sampler], best: NDArray[np.intp], weights: Floats, sums: Floats
+) -> NDArray[np.intp]:
+    """Tokens by `weights` [n, V'], at most 1; `sums` [n, blocks] are those of their blocks."""
+    tokens, whole = best.copy(), []
+    for i, sampler in enumerate(samplers):
+        params = sampler.params
+        if params.is_greedy:
+            continue
+        if params.top_k < 0 and params.top_p == 1 and params.min_p == 0:
+            whole.append(i)
+            continue
+        kept = candidates(weights[i], sums[i], params)
+        running = np.cumsum(weights[i, kept], dtype=np.float64)
+        index = np.searchsorted(running, sampler.draw() * running[-1], side="right")
+        tokens[i] = kept[min(int(index), len(kept) - 1)]
+    if whole:
+        shares = np.array([samplers[i].draw() for i in whole])
+        drawn = _draw(weights, sums, np.array(whole), shares)
+        # Rounding may, once in ten million draws, end on a token that is impossible.
+        tokens[whole] = np.where(weights[whole, drawn] > 0, drawn, best[whole])
+    return tokens
+
+
+def _draw(
+    weights: Floats, sums: Floats, rows: NDArray[np.intp], shares: NDArray[np.float64]
+) -> NDArray[np.intp]:
+    """Where the running sums of `weights` in these rows pass their shares of the total."""
+    each = np.arange(len(rows))
+    running = np.cumsum(sums[rows], axis=1, dtype=np.float64)
+    bounds = (shares * running[:, -1])[:, None]
+    blocks = np.minimum((running <= bounds).sum(axis=1), running.shape[1] - 1)
+    before = running[each, blocks] - sums[rows, blocks]
+    inner = weights.reshape(len(weights), -1, BLOCK)[rows, blocks]  # [n, BLOCK]
+    passed = before[:, None] + np.cumsum(inner, axis=1, dtype=np.float64) <= bounds
+    drawn: NDArray[np.intp] = blocks * BLOCK + np.minimum(passed.sum(axis=1), BLOCK - 1)
+    return drawn
 
 
 def _bits(mask: Mask, width: int) -> NDArray[np.bool_]:
@@ -203,30 +256,6 @@ def _nucleus(weights: NDArray[np.float64], total: float) -> NDArray[np.intp]:
     order = np.argsort(-weights, kind="stable")
     before = np.cumsum(weights[order]) - weights[order]
     return order[: max(int(np.searchsorted(before, total)), 1)]
-
-
-def _draw(weights: Floats, sums: Floats, share: float) -> int:
-    """The index at which the running sum of `weights` passes `share` of the total."""
-    running = np.cumsum(sums, dtype=np.float64)
-    block = min(_passes(running, share), len(sums) - 1)
-    before = running[block - 1] if block else 0.0
-    inner = before + np.cumsum(weights[block * BLOCK : (block + 1) * BLOCK], dtype=np.float64)
-    return block * BLOCK + min(_passes(inner, share, running[-1]), BLOCK - 1)
-
-
-def _passes(running: NDArray[np.float64], share: float, total: float | None = None) -> int:
-    """The first index at which a running sum is above `share` of the total."""
-    bound = share * (running[-1] if total is None else total)
-    return int(np.searchsorted(running, bound, side="right"))
-
-
-def _padded(logits: Floats, rows: Sequence[int]) -> Floats:
-    """A copy of some rows, with a whole number of blocks; what is added is impossible."""
-    width = logits.shape[1]
-    result = np.empty((len(rows), -(-width // BLOCK) * BLOCK), np.float32)
-    result[:, :width] = logits[rows]
-    result[:, width:] = -np.inf
-    return result
 
 
 def _log(share: float) -> float:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from sf_local.request import SamplingParams
-from sf_local.sampler import BLOCK, Mask, Sampler, candidates, sample
+from sf_local.sampler import BLOCK, BatchSampler, Mask, Sampler, candidates
 
+sample = BatchSampler().sample
 LOGITS = np.random.default_rng(3).permutation(np.linspace(-2, 2, 20, dtype=np.float32))
 
 
