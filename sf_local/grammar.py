@@ -11,10 +11,10 @@ import json
 import math
 import re
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import unquote
 
 import numpy as np
@@ -24,22 +24,28 @@ from sf_local.errors import EngineError, GrammarError
 from sf_local.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
 
-MAX_TEXT = {"regex": 256 << 10, "json_schema": 256 << 10, "ebnf": 64 << 10}  # characters
+# What may reach llguidance, so that compiling ends within about two seconds, a step within about
+# 100 ms, and its recursion within 4 MiB of stack. What it limits itself is in LIMITS.
+MAX_TEXT = {"regex": 64 << 10, "json_schema": 128 << 10, "ebnf": 32 << 10}  # characters
 MAX_FORCED = 10_000  # characters that a counted repeat may demand
-MAX_PROPERTIES = 1_000  # of one object; compile time grows with the square
-MAX_MULTIPLE = 100_000  # numbers that a multipleOf distinguishes
-MAX_SCHEMA_LEVELS = 512  # about 5 KiB of native stack each
-MAX_RULE_LEVELS = 1_024  # about 4 KiB of native stack each
-LIMITS = {
-    "max_items_in_row": 10_000,
-    "step_max_items": 20_000,
-    # Lexer states are shared by all generations of one grammar and kept: a bound on its memory
-    # (about 1 KiB each) and on how long one step can take.
-    "max_lexer_states": 50_000,
+MAX_OPTIONAL = 1_000  # parts of regexes that may be empty
+MAX_PATTERNS = 6  # regexes that one text must match; time grows exponentially
+MAX_PATTERN_PROPERTIES = 64  # of a schema; all pairs are compared
+MAX_PROPERTIES = 1_000  # of one object; time grows with the square
+MAX_MULTIPLE = 100_000  # remainders that a multipleOf distinguishes
+MAX_SCHEMA_LEVELS = 512  # about 5 KiB of stack each
+MAX_RULE_LEVELS = 1_024  # about 4 KiB of stack each
+MAX_BOUND = 2**63 - 1024  # of a number; the largest float that fits in 64 bits
+LIMITS: dict[str, Any] = {
     "verbose_errors": False,
+    "max_items_in_row": 5_000,
+    # Lexer states are shared by all generations of one grammar and kept: this bounds its memory
+    # (about 1 KiB each) and how long one step can take.
+    "max_lexer_states": 50_000,
 }
+EBNF_LIMITS = {**LIMITS, "initial_lexer_fuel": 50_000}  # its regexes are not read here
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 CACHE_BYTES = 64 << 20
@@ -66,7 +72,7 @@ class GrammarCompiler:
     def regex(self, text: str) -> Grammar:
         r"""Texts that Python's `re.fullmatch(text, ...)` matches.
 
-        `\\d`, `\\w` and `\\s` stand for ASCII characters, negated ones for all others that Python
+        `\d`, `\w` and `\s` stand for ASCII characters, negated ones for all others that Python
         counts in. Greedy and lazy are the same here. Leading `^` and trailing `$` are ignored.
 
         Raises:
@@ -91,8 +97,8 @@ class GrammarCompiler:
     def ebnf(self, text: str) -> Grammar:
         """Texts of a grammar, in llguidance's Lark dialect or llama.cpp's GBNF (`root ::= ...`).
 
-        Schemas in `%json {...}` are treated as those of `json_schema`. References to special tokens
-        and the attributes stop, max_tokens and temperature are refused.
+        Schemas in `%json {...}` are treated as those of `json_schema`, and exclude `%ignore`.
+        Special tokens and the attributes stop, max_tokens and temperature are refused.
 
         Raises:
             GrammarError: not a grammar, or too complex.
@@ -105,7 +111,8 @@ class GrammarCompiler:
         matcher = self._cache.get(key)
         if matcher is None:
             try:
-                matcher = self._vocabulary.matcher(translate(text))
+                limits = EBNF_LIMITS if kind == "ebnf" else LIMITS
+                matcher = self._vocabulary.matcher(translate(text), limits)
             except _Refused as error:
                 raise GrammarError(f"{kind}={_shown(text)} {error}") from None
             except RecursionError:
@@ -131,8 +138,9 @@ class Grammar:
         self._vocab_size = vocabulary.vocab_size
         self.num_words = (vocabulary.vocab_size + 31) // 32
         self._forget = forget
-        native = np.zeros((vocabulary.native_size + 31) // 32, np.int32)
-        self._native = native if vocabulary.native_size != self._vocab_size else None
+        self._native: NDArray[np.int32] | None = None  # a mask with the tokens the model lacks
+        if vocabulary.native_size != vocabulary.vocab_size:
+            self._native = np.zeros((vocabulary.native_size + 31) // 32, np.int32)
         matcher.consume_tokens([])  # notices that nothing may follow at all
 
     @property
@@ -210,14 +218,13 @@ class _Vocabulary:
         self._llguidance: LLTokenizer | None = None
         self._lock = threading.Lock()
 
-    def matcher(self, grammar: str) -> LLMatcher:
-        """The initial state of `grammar`, a Lark text or a list of grammars as JSON."""
-        from llguidance import LLMatcher
+    def matcher(self, grammar: str, limits: dict[str, Any]) -> LLMatcher:
+        """The initial state of `grammar`, a list of llguidance's grammars as JSON."""
+        from llguidance import LLMatcher, LLParserLimits
 
+        native_limits = LLParserLimits(**limits)
         try:
-            matcher = LLMatcher(self._build(), grammar, log_level=0, limits=_limits())
-        except ValueError as error:
-            raise _Refused(f"cannot be compiled: {_cleaned(str(error))}") from None
+            matcher = LLMatcher(self._build(), grammar, log_level=0, limits=native_limits)
         except BaseException as error:  # a Rust panic is not an Exception
             if type(error).__name__ != "PanicException":
                 raise
@@ -246,7 +253,7 @@ class _Vocabulary:
     def _try(self, matcher: LLMatcher) -> None:
         """Compute the first masks: much of the work, and most failures, come only then."""
         if matcher.is_error():
-            raise _Refused(f"cannot be compiled: {_cleaned(matcher.get_error())}")
+            _refuse(matcher.get_error())
         trial = matcher.deep_copy()
         mask = np.zeros((self.native_size + 31) // 32, np.int32)
         for _ in range(2):
@@ -336,12 +343,6 @@ def _estimated_bytes(key: tuple[str, str]) -> int:
     return MATCHER_BYTES + BYTES_PER_CHARACTER * len(key[1])
 
 
-def _limits() -> LLParserLimits:
-    from llguidance import LLParserLimits
-
-    return LLParserLimits(**LIMITS)  # type: ignore[arg-type]
-
-
 def _check_text(kind: str, text: object) -> None:
     if not isinstance(text, str):
         raise GrammarError(f"{kind} must be a str, not {type(text).__name__}.")
@@ -364,9 +365,9 @@ def _shown(text: str, limit: int = 60) -> str:
 
 
 def _cleaned(message: str) -> str:
-    """llguidance's message, without the marks of its own verbosity."""
-    message = message.replace("<non-verbose/>", "").strip().rstrip(".")
-    return message if len(message) <= 400 else message[:400] + "..."
+    """llguidance's message, shortened, without the marks of its own verbosity."""
+    message = re.split("<non-verbose/>|<backtrace>", message)[0].strip().rstrip(".")
+    return message if len(message) <= 400 else f"{message[:200]} ... {message[-200:]}"
 
 
 def _lark_grammar(text: str) -> str:
@@ -374,12 +375,30 @@ def _lark_grammar(text: str) -> str:
     return json.dumps({"grammars": [{"lark_grammar": text}]})
 
 
+def _refuse(message: str) -> NoReturn:
+    """Raise what llguidance said; in our words where its own speak of other things."""
+    if "recursion limit exceeded" in message:
+        raise RecursionError
+    if "oneOf constraints are not supported" in message:
+        raise _Refused(
+            "has a oneOf whose alternatives may overlap, which is not supported. Use anyOf, or "
+            "give each one a required property with a constant of its own."
+        )
+    raise _Refused(f"cannot be compiled: {_cleaned(message)}.")
+
+
 # --- Regexes
 
 _parser: Any = importlib.import_module("re._parser")  # the only way to Python's regex trees
+# Where Unicode versions could differ, the written regex allows less than Python's: ASCII for \d, \w
+# and \s, and for their opposites all but at least what Python counts in. None of these uses \d, \w
+# or \s, for which llguidance substitutes ASCII inside schemas.
 _ASCII_SETS = {"DIGIT": "0-9", "WORD": "0-9A-Za-z_", "SPACE": r"\x09-\x0D\x20"}
-# At least what Python's own Unicode sets hold, whose version may be older than llguidance's.
-_UNICODE_SETS = {"DIGIT": r"\d", "WORD": r"\w\p{N}", "SPACE": r"\s\x1C-\x1F"}
+_UNICODE_SETS = {
+    "DIGIT": r"\p{Nd}",
+    "WORD": r"\p{L}\p{N}_",
+    "SPACE": r"\x09-\x0D\x1C-\x20\x85\xA0\u1680\u2000-\u200A\u2028\u2029\u202F\u205F\u3000",
+}
 _NOT_REGULAR = {
     "ASSERT": "look-ahead or look-behind",
     "ASSERT_NOT": "negative look-ahead or look-behind",
@@ -392,112 +411,125 @@ _NOT_REGULAR = {
 
 
 def _regex_grammar(text: str) -> str:
-    try:
-        tree = _parser.parse(text)
-    except re.error as error:
-        raise _Refused(f"is not a regex: {error}.") from None
-    except OverflowError as error:
-        raise _Refused(f"is not a regex: {error}. Lower its counts.") from None
-    flags = tree.state.flags
-    if flags & re.ASCII and flags & re.IGNORECASE:
-        raise _Refused("combines the flags a and i, which is not supported. Remove one.")
-    pattern = _write_sequence(tree, bool(flags & re.ASCII), bool(flags & re.DOTALL), True, True)
-    if flags & re.IGNORECASE:
-        pattern = f"(?i:{pattern})"
+    pattern = _RegexWriter().write(text)
     return _lark_grammar(f"start: /{pattern}/" if pattern else 'start: ""')
 
 
-def _write_sequence(tree: Any, ascii: bool, dotall: bool, first: bool, last: bool) -> str:
-    """`tree` in llguidance's syntax; `first`, `last`: the text begins or ends with it."""
-    items = list(tree)
-    solid = [i for i, (op, _) in enumerate(items) if str(op) != "AT"]
-    start, end = (solid[0], solid[-1]) if solid else (len(items), -1)
-    return "".join(
-        _write_item(str(op), value, ascii, dotall, first and i <= start, last and i >= end)
-        for i, (op, value) in enumerate(items)
-    )
+class _RegexWriter:
+    """Writes Python's regexes in llguidance's syntax, which reads many of them otherwise.
+
+    One for all regexes of a grammar: what they may cost is limited together.
+    """
+
+    def __init__(self) -> None:
+        self._num_optional = 0
+        self._is_search = self._is_ascii = False
+
+    def write(self, text: str, is_search: bool = False) -> str:
+        """A regex for texts that `text` matches as a whole, or with `is_search` in some part."""
+        try:
+            tree = _parser.parse(text)
+        except re.error as error:
+            raise _Refused(f"is not a regex: {error}.") from None
+        except OverflowError as error:
+            raise _Refused(f"is not a regex: {error}. Lower its counts.") from None
+        flags = tree.state.flags
+        self._is_search, self._is_ascii = is_search, bool(flags & re.ASCII)
+        if self._is_ascii and flags & re.IGNORECASE:
+            raise _Refused("combines the flags a and i, which is not supported. Remove one.")
+        pattern = self._sequence(tree, bool(flags & re.DOTALL), True, True)
+        return f"(?i:{pattern})" if flags & re.IGNORECASE else pattern
+
+    def _sequence(self, tree: Any, dotall: bool, first: bool, last: bool) -> str:
+        """`first`, `last`: nothing of the regex comes before or after `tree`."""
+        solid = [i for i, (op, _) in enumerate(tree) if str(op) != "AT"]
+        start, end = (solid[0], solid[-1]) if solid else (len(tree), -1)
+        # A sequence of n parts that may be empty takes time and space with the square of n.
+        self._num_optional += sum(tree[i : i + 1].getwidth()[0] == 0 for i in solid)
+        if self._num_optional > MAX_OPTIONAL:
+            raise _Refused(f"has more than {MAX_OPTIONAL:,} optional parts. Simplify it.")
+        return "".join(
+            self._item(str(op), value, dotall, first and i <= start, last and i >= end)
+            for i, (op, value) in enumerate(tree)
+        )
+
+    def _item(self, op: str, value: Any, dotall: bool, first: bool, last: bool) -> str:
+        if op == "LITERAL":
+            return _escaped(value)
+        if op == "NOT_LITERAL":
+            return f"[^{_escaped(value)}]"
+        if op == "ANY":
+            return "(?s:.)" if dotall else r"[^\x0A]"
+        if op == "IN":
+            return self._class(value)
+        if op == "AT":
+            return self._anchor(str(value), first, last)
+        if op == "BRANCH":
+            branches = [self._sequence(tree, dotall, first, last) for tree in value[1]]
+            return f"(?:{'|'.join(branches)})"
+        if op == "SUBPATTERN":
+            return self._group(value, dotall, first, last)
+        if op in ("MAX_REPEAT", "MIN_REPEAT"):
+            return self._repeat(value, dotall)
+        raise _Refused(f"contains {_NOT_REGULAR.get(op, op)}, which is not supported. Rewrite it.")
+
+    def _anchor(self, name: str, first: bool, last: bool) -> str:
+        if name in ("AT_BEGINNING", "AT_BEGINNING_STRING"):
+            is_edge, written = first, "^"
+        elif name in ("AT_END", "AT_END_STRING"):
+            is_edge, written = last, "$"
+        else:
+            raise _Refused(
+                "contains a word boundary (\\b, \\B), which is not supported. Remove it."
+            )
+        if not is_edge:
+            raise _Refused(f"has {written} in the middle, which is not supported. Remove it.")
+        return written if self._is_search else ""
+
+    def _group(self, value: Any, dotall: bool, first: bool, last: bool) -> str:
+        _, add, remove, tree = value
+        if (add | remove) & (re.ASCII | re.UNICODE):
+            raise _Refused("changes the flags a or u for a part, which is not supported.")
+        if self._is_ascii and add & re.IGNORECASE:
+            raise _Refused("combines the flags a and i, which is not supported. Remove one.")
+        dotall = bool((dotall or add & re.DOTALL) and not remove & re.DOTALL)
+        flag = "i" if add & re.IGNORECASE else "-i" if remove & re.IGNORECASE else ""
+        return f"(?{flag}:{self._sequence(tree, dotall, first, last)})"
+
+    def _repeat(self, value: Any, dotall: bool) -> str:
+        low, high, tree = value
+        if low * tree.getwidth()[0] > MAX_FORCED:
+            raise _Refused(f"demands more than {MAX_FORCED:,} characters. Lower its counts.")
+        inner = self._sequence(tree, dotall, False, False)
+        most = "" if high == _parser.MAXREPEAT else int(high)
+        return f"(?:{inner}){{{int(low)},{most}}}"
+
+    def _class(self, items: Any) -> str:
+        is_negated = str(items[0][0]) == "NEGATE"
+        parts = [self._class_item(str(op), value, is_negated) for op, value in items[is_negated:]]
+        return f"[{'^' * is_negated}{''.join(parts)}]"
+
+    def _class_item(self, op: str, value: Any, is_negated: bool) -> str:
+        if op == "LITERAL":
+            return _escaped(value)
+        if op == "RANGE":
+            low = 0xE000 if 0xD800 <= value[0] < 0xE000 else value[0]
+            high = 0xD7FF if 0xD800 <= value[1] < 0xE000 else value[1]
+            return f"{_escaped(low)}-{_escaped(high)}"
+        name = str(value).removeprefix("CATEGORY_")
+        is_opposite = name.startswith("NOT_")
+        is_small = self._is_ascii or is_opposite == is_negated
+        chars = (_ASCII_SETS if is_small else _UNICODE_SETS)[name.removeprefix("NOT_")]
+        return f"[^{chars}]" if is_opposite else chars
 
 
-def _write_item(op: str, value: Any, ascii: bool, dotall: bool, first: bool, last: bool) -> str:
-    if op == "LITERAL":
-        return _write_char(value)
-    if op == "NOT_LITERAL":
-        return f"[^{_write_char(value)}]"
-    if op == "ANY":
-        return "(?s:.)" if dotall else r"[^\x0A]"
-    if op == "IN":
-        return _write_class(value, ascii)
-    if op == "AT":
-        return _write_anchor(str(value), first, last)
-    if op == "BRANCH":
-        branches = [_write_sequence(tree, ascii, dotall, first, last) for tree in value[1]]
-        return f"(?:{'|'.join(branches)})"
-    if op == "SUBPATTERN":
-        return _write_group(value[1:], ascii, dotall, first, last)
-    if op in ("MAX_REPEAT", "MIN_REPEAT"):
-        return _write_repeat(value, ascii, dotall)
-    raise _Refused(f"contains {_NOT_REGULAR.get(op, op)}, which is not supported. Rewrite it.")
-
-
-def _write_char(code: int) -> str:
+def _escaped(code: int) -> str:
     char = chr(code)
     if char.isascii() and char.isalnum():
         return char
     if 0xD800 <= code < 0xE000:
         raise _Refused(f"asks for the surrogate \\u{code:x}, which no text can contain. Remove it.")
     return f"\\x{{{code:X}}}"
-
-
-def _write_anchor(name: str, first: bool, last: bool) -> str:
-    at_start = name in ("AT_BEGINNING", "AT_BEGINNING_STRING")
-    at_end = name in ("AT_END", "AT_END_STRING")
-    if (at_start and first) or (at_end and last):
-        return ""
-    if at_start or at_end:
-        raise _Refused("has an anchor (^ or $) inside; it must match the whole text anyway.")
-    raise _Refused("contains a word boundary (\\b or \\B), which is not supported. Spell it out.")
-
-
-def _write_group(value: Any, ascii: bool, dotall: bool, first: bool, last: bool) -> str:
-    add, remove, tree = value
-    if (add | remove) & re.ASCII or add & re.UNICODE:
-        raise _Refused("changes the flags a or u for a part, which is not supported.")
-    if ascii and add & re.IGNORECASE:
-        raise _Refused("combines the flags a and i, which is not supported. Remove one.")
-    dotall = bool((dotall or add & re.DOTALL) and not remove & re.DOTALL)
-    flag = "i" if add & re.IGNORECASE else "-i" if remove & re.IGNORECASE else ""
-    return f"(?{flag}:{_write_sequence(tree, ascii, dotall, first, last)})"
-
-
-def _write_repeat(value: Any, ascii: bool, dotall: bool) -> str:
-    low, high, tree = value
-    if low * tree.getwidth()[0] > MAX_FORCED:
-        raise _Refused(f"demands more than {MAX_FORCED:,} characters. Lower its counts.")
-    inner = _write_sequence(tree, ascii, dotall, False, False)
-    return f"(?:{inner}){{{int(low)},{'' if high == _parser.MAXREPEAT else int(high)}}}"
-
-
-def _write_class(items: Any, ascii: bool) -> str:
-    is_negated = str(items[0][0]) == "NEGATE"
-    parts = [
-        _write_class_item(str(op), value, ascii, is_negated) for op, value in items[is_negated:]
-    ]
-    return f"[{'^' * is_negated}{''.join(parts)}]"
-
-
-def _write_class_item(op: str, value: Any, ascii: bool, is_negated: bool) -> str:
-    if op == "LITERAL":
-        return _write_char(value)
-    if op == "RANGE":
-        low = 0xE000 if 0xD800 <= value[0] < 0xE000 else value[0]
-        high = 0xD7FF if 0xD800 <= value[1] < 0xE000 else value[1]
-        return f"{_write_char(low)}-{_write_char(high)}"
-    name = str(value).removeprefix("CATEGORY_")
-    is_inverted = name.startswith("NOT_")
-    # Where Unicode versions could differ, allow less: the small set, or all but the large one.
-    is_small = ascii or is_inverted == is_negated
-    chars = (_ASCII_SETS if is_small else _UNICODE_SETS)[name.removeprefix("NOT_")]
-    return f"[^{chars}]" if is_inverted else chars
 
 
 # --- JSON schemas
@@ -524,12 +556,8 @@ _REFUSED_KEYWORDS = {
 _FORMATS = frozenset(
     ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 )
-_BOUNDS = {
-    "minimum": math.inf,
-    "exclusiveMinimum": math.inf,
-    "maximum": -math.inf,
-    "exclusiveMaximum": -math.inf,
-}
+_BOUNDS = {"minimum": 1, "exclusiveMinimum": 1, "maximum": -1, "exclusiveMaximum": -1}
+_LISTS = frozenset(("allOf", "anyOf", "oneOf", "prefixItems", "items"))
 
 
 def _schema_text(schema: object) -> str:
@@ -555,14 +583,30 @@ def _schema_text(schema: object) -> str:
 
 def _schema_grammar(text: str) -> str:
     try:
-        schema = json.loads(text)
+        schema = json.loads(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         raise _Refused(
             f"is not JSON: {error.msg} at line {error.lineno}, column {error.colno}."
         ) from None
     except ValueError as error:  # a number of more than 4,300 digits
         raise _Refused(f"is not JSON: {error}.") from None
-    return json.dumps({"grammars": [{"json_schema": _checked_schema(schema)}]})
+    return _json({"grammars": [{"json_schema": _checked_schema(schema)}]})
+
+
+def _refuse_constant(name: str) -> None:
+    raise _Refused(f"is not JSON: it holds {name}.")
+
+
+def _json(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _Refused(
+            f"holds the lone surrogate \\u{ord(text[error.start]):x}, which no text can contain. "
+            "Remove it."
+        ) from None
+    return text
 
 
 def _checked_schema(schema: Any) -> dict[str, Any]:
@@ -576,16 +620,22 @@ def _checked_schema(schema: Any) -> dict[str, Any]:
 class _SchemaCheck:
     """Refuses what llguidance ignores, gets wrong or crashes on, by name and path.
 
-    Rewrites what has an equal that llguidance supports: numbers beyond its precision and oneOf
-    whose alternatives exclude each other.
+    Rewrites what has an equal that llguidance reads: regexes, numbers beyond its precision, and
+    oneOf whose alternatives exclude each other.
     """
 
     def __init__(self, root: Any) -> None:
         self._root = root
+        draft = str(root.get("$schema")) if isinstance(root, dict) else ""
+        self._id_keyword = "id" if "draft-04" in draft else "$id"  # changes what $ref refers to
         self._num_levels = 0
+        self._num_pattern_properties = 0
         self._multiple: Fraction | None = None  # least common multiple of all multipleOf
+        self._regexes = _RegexWriter()
         self._pending: list[tuple[Any, str]] = [(root, "#")]
         self._seen = {id(root)}
+        self._checked: set[int] = set()
+        self._num_patterns: dict[int, int] = {}  # by id of schema
 
     def run(self) -> None:
         """Check everything that the root refers to."""
@@ -594,9 +644,14 @@ class _SchemaCheck:
             # llguidance follows references depth first on the native stack, each one once.
             if self._num_levels > MAX_SCHEMA_LEVELS:
                 raise _Refused(
-                    f"has too many nested schemas behind each other ($ref counted; more than "
-                    f"{MAX_SCHEMA_LEVELS}). Split it."
+                    "has too many schemas nested or referring to each other (more than "
+                    f"{MAX_SCHEMA_LEVELS} levels). Split it."
                 )
+        if self._most_patterns(self._root) > MAX_PATTERNS:
+            raise _Refused(
+                f"may combine more than {MAX_PATTERNS} patterns for one text, by allOf or $ref. "
+                "Join them."
+            )
 
     def _check_tree(self, schema: Any, path: str) -> int:
         """Check `schema` and what lies in it; returns how deep it is nested."""
@@ -608,8 +663,10 @@ class _SchemaCheck:
                 continue
             if not isinstance(schema, dict):
                 raise _Refused(f"has {_shown(repr(schema))} at {path}; a schema is an object.")
-            self._check_schema(schema, path)
-            todo += [(child, where, level + 1) for child, where in _subschemas(schema, path)]
+            if id(schema) not in self._checked:  # a reference may lead inside of another tree
+                self._checked.add(id(schema))
+                self._check_schema(schema, path)
+            todo += [(child, f"{path}/{at}", level + 1) for _, at, child in _subschemas(schema)]
         return depth
 
     def _check_schema(self, schema: dict[str, Any], path: str) -> None:
@@ -617,8 +674,10 @@ class _SchemaCheck:
             if keyword in _REFUSED_KEYWORDS:
                 advice = _REFUSED_KEYWORDS[keyword]
                 raise _Refused(f"has {keyword} at {path}, which is not supported; {advice}.")
-        if "$id" in schema and schema is not self._root:
-            raise _Refused(f"has $id at {path}, inside the schema, which is not supported.")
+        if schema is not self._root and self._id_keyword in schema:
+            raise _Refused(
+                f"has {self._id_keyword} at {path}, which is not supported below the top."
+            )
         if "additionalItems" in schema and "prefixItems" in schema:
             raise _Refused(f"has prefixItems and additionalItems at {path}; use items instead.")
         if isinstance(schema.get("format"), str) and schema["format"] not in _FORMATS:
@@ -627,55 +686,75 @@ class _SchemaCheck:
                 f"{', '.join(sorted(_FORMATS))}. Use a pattern, or remove it."
             )
         self._check_object(schema, path)
+        self._rewrite_patterns(schema, path)
         self._check_numbers(schema, path)
         if "$ref" in schema:
             self._follow(schema["$ref"], path)
-        if "oneOf" in schema and "anyOf" not in schema and self._is_tagged(schema["oneOf"]):
+        if "oneOf" in schema and "anyOf" not in schema and self._is_tagged(schema["oneOf"], path):
             renamed = [("anyOf" if k == "oneOf" else k, v) for k, v in schema.items()]
             schema.clear()
             schema.update(renamed)
 
     def _check_object(self, schema: dict[str, Any], path: str) -> None:
         properties, required = schema.get("properties"), schema.get("required")
-        if isinstance(properties, dict) and len(properties) > MAX_PROPERTIES:
+        required = {str(name) for name in required} if isinstance(required, list) else set()
+        names = required.union(properties if isinstance(properties, dict) else ())
+        if len(names) > MAX_PROPERTIES:
             raise _Refused(
-                f"has {len(properties):,} properties at {path}; at most {MAX_PROPERTIES:,} are "
+                f"has {len(names):,} properties at {path}; at most {MAX_PROPERTIES:,} are "
                 "supported. Use additionalProperties."
             )
         # llguidance may repeat a key that is not named, and would count it twice.
         least = schema.get("minProperties")
-        num_named = len(set(map(str, required))) if isinstance(required, list) else 0
-        if isinstance(least, int) and least > max(num_named, 1):
+        if isinstance(least, int) and least > max(len(required), 1):
             raise _Refused(
                 f"has minProperties={least} at {path}, which is supported up to the number of "
                 "required properties. Name them."
             )
 
+    def _rewrite_patterns(self, schema: dict[str, Any], path: str) -> None:
+        if isinstance(schema.get("pattern"), str):
+            schema["pattern"] = self._rewritten(schema["pattern"], f"{path}/pattern")
+        properties = schema.get("patternProperties")
+        if isinstance(properties, dict):
+            self._num_pattern_properties += len(properties)
+            if self._num_pattern_properties > MAX_PATTERN_PROPERTIES:
+                raise _Refused(f"has more than {MAX_PATTERN_PROPERTIES} patternProperties.")
+            path += "/patternProperties"
+            schema["patternProperties"] = {
+                self._rewritten(pattern, path): child for pattern, child in properties.items()
+            }
+
+    def _rewritten(self, pattern: str, path: str) -> str:
+        try:
+            return self._regexes.write(pattern, is_search=True)
+        except _Refused as error:
+            raise _Refused(f"has {_shown(pattern)} at {path}, which {error}") from None
+
     def _check_numbers(self, schema: dict[str, Any], path: str) -> None:
         for number in _numbers([schema.get("const"), schema.get("enum")]):
-            if _float(number, path) != number:
-                raise _Refused(f"has the constant {number} at {path}, beyond 53 bits of precision.")
+            if abs(number) > 2**53:
+                raise _Refused(f"has the constant {_shown(str(number))} at {path}, above 2**53.")
         for keyword, inward in _BOUNDS.items():
             bound = schema.get(keyword)
-            if isinstance(bound, int) and (near := _float(bound, path)) != bound:
-                is_inside = (near > bound) == (inward > 0)
-                schema[keyword] = int(near if is_inside else math.nextafter(near, inward))
+            if isinstance(bound, (int, float)) and not isinstance(bound, bool):
+                schema[keyword] = _representable(bound, inward, f"{path}/{keyword}")
         multiple = schema.get("multipleOf")
-        if isinstance(multiple, (int, float)) and multiple > 0:
+        if isinstance(multiple, (int, float)) and 0 < multiple < math.inf:
             self._add_multiple(Fraction(str(multiple)), path)
 
     def _add_multiple(self, new: Fraction, path: str) -> None:
         old = self._multiple or new
-        common = Fraction(
+        self._multiple = Fraction(
             math.lcm(old.numerator, new.numerator), math.gcd(old.denominator, new.denominator)
         )
-        self._multiple, digits = common, common
+        digits = self._multiple
         while digits.denominator != 1:
             digits *= 10
         if digits > MAX_MULTIPLE:
             raise _Refused(
-                f"has a multipleOf at {path} that is too large, alone or with the others: their "
-                f"least common multiple may have the digits up to {MAX_MULTIPLE:,}."
+                f"has a multipleOf at {path} that is too fine, alone or with the others: the "
+                f"digits of their least common multiple may go up to {MAX_MULTIPLE:,}."
             )
 
     def _follow(self, reference: object, path: str) -> None:
@@ -691,7 +770,7 @@ class _SchemaCheck:
                 f"has $ref {_shown(str(reference))} at {path}; only #/... of the same schema is "
                 "supported. Copy the schema into $defs."
             )
-        for part in filter(None, unquote(reference).split("/")[1:]):
+        for part in unquote(reference).split("/")[1:]:
             key = part.replace("~1", "/").replace("~0", "~")
             try:
                 target = target[int(key)] if isinstance(target, list) else target[key]
@@ -701,46 +780,63 @@ class _SchemaCheck:
                 ) from None
         return target
 
-    def _is_tagged(self, options: Any) -> bool:
+    def _most_patterns(self, schema: Any) -> int:
+        """At most how many regexes llguidance intersects for one text, as it merges `schema`."""
+        if not isinstance(schema, dict):
+            return 0
+        if id(schema) not in self._num_patterns:
+            self._num_patterns[id(schema)] = 0  # what a loop adds; llguidance refuses those
+            most = {"": ("pattern" in schema) + ("format" in schema)}
+            merged = (
+                self._most_patterns(self._resolve(schema["$ref"], "#")) if "$ref" in schema else 0
+            )
+            for keyword, _, child in _subschemas(schema):
+                num = self._most_patterns(child)
+                if keyword == "allOf":
+                    merged += num
+                else:
+                    most[keyword] = max(most.get(keyword, 0), num)
+            merged += sum(most.pop(k, 0) for k in ("anyOf", "oneOf", "patternProperties"))
+            self._num_patterns[id(schema)] = merged + max(most.values())
+        return self._num_patterns[id(schema)]
+
+    def _is_tagged(self, options: Any, path: str) -> bool:
         """Whether all options are objects that differ in the constants of one required property."""
         if not isinstance(options, list):
             return False
-        tags = [self._tags(option) for option in options]
+        tags = [self._tags(option, path) for option in options]
         names = set.intersection(*map(set, tags)) if tags else set()
         return any(
             sum(len(tag[name]) for tag in tags) == len(set().union(*(tag[name] for tag in tags)))
             for name in names
         )
 
-    def _tags(self, option: Any) -> dict[str, set[str]]:
-        """Required properties of an object that have constants, and those as JSON."""
+    def _tags(self, option: Any, path: str) -> dict[str, set[str]]:
+        """The strings that an object's required properties may be, for those that list them."""
         if isinstance(option, dict) and set(option) == {"$ref"}:
-            option = self._resolve(option["$ref"], "oneOf")
+            option = self._resolve(option["$ref"], path)
         if not isinstance(option, dict) or option.get("type") != "object":
             return {}
         properties, required = option.get("properties"), option.get("required")
         if not isinstance(properties, dict) or not isinstance(required, list):
             return {}
-        tags = {name: _constants(properties.get(name)) for name in required if name in properties}
-        return {name: constants for name, constants in tags.items() if constants}
+        tags = {name: _strings(properties[name]) for name in required if name in properties}
+        return {name: strings for name, strings in tags.items() if strings}
 
 
-def _subschemas(schema: dict[str, Any], path: str) -> Iterator[tuple[Any, str]]:
-    """The schemas directly inside `schema`, with their paths; $defs only when referred to."""
+def _subschemas(schema: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """The schemas directly inside `schema`: keyword, path, schema. Not $defs, but by reference."""
     for keyword, value in schema.items():
-        where = f"{path}/{keyword}"
         if keyword in ("properties", "patternProperties") and isinstance(value, dict):
-            yield from ((child, f"{where}/{name}") for name, child in value.items())
-        elif keyword in ("allOf", "anyOf", "oneOf", "prefixItems", "items") and isinstance(
-            value, list
-        ):
-            yield from ((child, f"{where}/{i}") for i, child in enumerate(value))
+            yield from ((keyword, f"{keyword}/{name}", child) for name, child in value.items())
+        elif keyword in _LISTS and isinstance(value, list):
+            yield from ((keyword, f"{keyword}/{i}", child) for i, child in enumerate(value))
         elif keyword in ("items", "additionalItems", "additionalProperties"):
-            yield value, where
+            yield keyword, keyword, value
 
 
-def _constants(schema: Any) -> set[str]:
-    """The strings that `schema` allows, if it lists them."""
+def _strings(schema: Any) -> set[str]:
+    """The strings that `schema` allows, if it lists them and nothing else."""
     if not isinstance(schema, dict):
         return set()
     values = [schema["const"]] if "const" in schema else schema.get("enum")
@@ -749,43 +845,54 @@ def _constants(schema: Any) -> set[str]:
     return set(values)
 
 
-def _numbers(value: Any) -> Iterator[int]:
-    """All integers in a JSON value."""
-    if isinstance(value, int) and not isinstance(value, bool):
+def _numbers(value: Any) -> Iterator[float]:
+    """All numbers in a JSON value."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
         yield value
     elif isinstance(value, (list, dict)):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _numbers(part)
 
 
-def _float(number: int, path: str) -> float:
-    try:
-        return float(number)
-    except OverflowError:
-        raise _Refused(f"has a number of more than 308 digits at {path}.") from None
+def _representable(bound: float, inward: int, path: str) -> float:
+    """The nearest bound that llguidance represents and that allows no more than `bound`."""
+    if bound * inward > MAX_BOUND:
+        raise _Refused(f"has {_shown(str(bound))} at {path}, beyond 64 bits.")
+    if abs(bound) > MAX_BOUND:
+        return -inward * MAX_BOUND
+    near = float(bound)
+    if near == bound:
+        return bound
+    is_inside = (near > bound) == (inward > 0)
+    return int(near if is_inside else math.nextafter(near, inward * math.inf))
 
 
 # --- Lark and GBNF
 
 _GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
-_LARK = re.compile(  # those lexemes of llguidance's that others could hide in
+_LARK = re.compile(  # as llguidance splits a text; what is not here cannot hide anything
     r"""(?P<comment>(?:\#|//)[^\n]*)
     |(?P<string>"(?:\\(?:["\\/bfnrt]|u[a-fA-F0-9]{4}|x[a-fA-F0-9]{2})|[^"\\\x00-\x1F\x7F])*"i?)
     |(?P<regex>/(?:\\.|[^/\\])+/[imslux]*)
     |(?P<special><[^<>\s]+>)
     |%(?P<json>json|regex|llguidance)
+    |%(?P<directive>ignore|lark)
     |(?P<attribute>\b(?:stop|max_tokens|temperature)\b)(?=\s*=)
+    |(?P<name>[!?_]*[A-Za-z][\w-]*)
     |(?P<open>[(\[{])
     |(?P<close>[)\]}])
-    |(?P<colon>:)""",
+    |(?P<colon>:)
+    |(?P<optional>[*?])
+    |(?P<and>&)""",
     re.VERBOSE,
 )
+_OPTIONAL = re.compile(r"\\.|(?P<optional>[*?]|\{0?,)", re.DOTALL)
 
 
 def _ebnf_grammar(text: str) -> str:
     if _GBNF_RULE.search(text):
         text = _gbnf_to_lark(text)
-    return _lark_grammar("".join(_checked_lark(text)))
+    return _lark_grammar("".join(_LarkCheck(text).pieces()))
 
 
 def _gbnf_to_lark(text: str) -> str:
@@ -799,50 +906,105 @@ def _gbnf_to_lark(text: str) -> str:
         raise _Refused(f"is not GBNF: {error}.") from None
 
 
-def _checked_lark(text: str) -> Iterator[str]:
-    """`text` in pieces, with our options in its schemas."""
-    depth = deepest = num_levels = done = 0
-    while (found := _LARK.search(text, done)) is not None:
-        yield text[done : found.end()]
-        done = found.end()
+class _LarkCheck:
+    """Refuses what of a Lark text is not only about text, or would crash llguidance."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._depth = self._deepest = self._num_levels = self._num_ands = 0
+        self._names: list[str] = []  # in the current definition
+        self._num_optional = Counter[str]()  # in each definition
+        self._parts: dict[str, list[str]] = {"": self._names}  # names in each definition
+        self._definition = ""
+        self._directives: set[str] = set()
+
+    def pieces(self) -> Iterator[str]:
+        """The text, with our options in its schemas."""
+        done = 0
+        while (found := _LARK.search(self._text, done)) is not None:
+            yield self._text[done : found.end()]
+            done = found.end()
+            self._directives.add(found["json"] or found["directive"])
+            if found["json"]:
+                piece, done = self._json(found["json"], done)
+                yield piece
+            else:
+                self._count(found)
+        yield self._text[done:]
+        self._check_counts()
+
+    def _count(self, found: re.Match[str]) -> None:
         kind = found.lastgroup
         if kind in ("special", "attribute"):
-            what = "the special token" if kind == "special" else "the attribute"
             raise _Refused(
-                f"has {what} {_shown(found[0])} at {_place(text, found.start())}, which is not "
-                "supported. Remove it."
+                f"has the {'special token' if kind == 'special' else kind} {_shown(found[0])} at "
+                f"{_place(self._text, found.start())}, which is not supported. Remove it."
             )
-        if kind == "json":
-            piece, done = _checked_json(found["json"], text, done)
-            yield piece
-        elif kind == "open":
-            depth += 1
-            deepest = max(deepest, depth)
+        if kind == "open":
+            self._depth += 1
+            self._deepest = max(self._deepest, self._depth)
         elif kind == "close":
-            depth -= 1
+            self._depth -= 1
+        elif kind == "and":
+            self._num_ands += 1
+        elif kind == "optional":
+            self._num_optional[self._definition] += 1
+        elif kind == "regex":
+            optional = [part for part in _OPTIONAL.finditer(found[0]) if part["optional"]]
+            self._num_optional[self._definition] += len(optional)
+        elif kind == "name":
+            self._names.append(found[0])
         elif kind == "colon":
-            num_levels, deepest = num_levels + 1 + deepest, 0
-    # llguidance follows rules depth first on the native stack, each one once.
-    if num_levels + deepest > MAX_RULE_LEVELS:
-        raise _Refused(f"has too many rules and brackets (limit: {MAX_RULE_LEVELS:,}). Split it.")
-    yield text[done:]
+            self._begin_definition()
 
+    def _begin_definition(self) -> None:
+        self._num_levels += 1 + self._deepest
+        self._deepest = 0
+        self._definition = self._names.pop() if self._names else ""
+        self._names = self._parts.setdefault(self._definition, [])
 
-def _checked_json(directive: str, text: str, start: int) -> tuple[str, int]:
-    """The JSON after `%directive` as llguidance gets it, and where it ends in `text`."""
-    start += len(text[start:]) - len(text[start:].lstrip())
-    try:
-        value, end = json.JSONDecoder().raw_decode(text, start)
-    except json.JSONDecodeError as error:
-        where = _place(text, error.pos)
-        raise _Refused(f"has no JSON after %{directive}: {error.msg} at {where}.") from None
-    if directive == "llguidance" and value != {}:
-        raise _Refused(
-            f"has options in %llguidance at {_place(text, start)}; only {{}} is supported."
-        )
-    if directive == "json":
-        value = _checked_schema(value)
-    return f" {json.dumps(value)}", end
+    def _check_counts(self) -> None:
+        if "ignore" in self._directives and self._directives & {"json", "lark"}:
+            raise _Refused(  # llguidance loses track where either may come next
+                "has %ignore beside %json or %lark, which is not supported. Write out where spaces "
+                "may be."
+            )
+        # llguidance follows rules depth first on the native stack, each one once.
+        if self._num_levels + self._deepest > MAX_RULE_LEVELS:
+            raise _Refused(f"has too many rules and brackets (over {MAX_RULE_LEVELS:,}). Split it.")
+        if self._num_ands >= MAX_PATTERNS:
+            raise _Refused(f"has more than {MAX_PATTERNS - 1} intersections (&). Simplify it.")
+        # Terminals are put into those that name them; each takes time with the square.
+        sizes: dict[str, int] = {}
+        if sum(self._size(name, sizes) ** 2 for name in self._parts) > MAX_OPTIONAL**2:
+            raise _Refused(f"has more than {MAX_OPTIONAL:,} optional parts. Simplify it.")
+
+    def _size(self, name: str, sizes: dict[str, int]) -> int:
+        """How many optional parts the terminal `name` has, with those in it; 0 for a rule's names.
+
+        A terminal that names itself is llguidance's to refuse.
+        """
+        if name not in sizes:
+            sizes[name] = 0
+            parts = [part for part in self._parts.get(name, []) if part.strip("_")[:1].isupper()]
+            is_terminal = name.strip("_")[:1].isupper()
+            inner = sum(self._size(part, sizes) for part in parts) if is_terminal else 0
+            sizes[name] = self._num_optional[name] + inner
+        return sizes[name]
+
+    def _json(self, directive: str, start: int) -> tuple[str, int]:
+        """The JSON after `%directive` as llguidance gets it, and where it ends."""
+        text = self._text
+        start += len(text[start:]) - len(text[start:].lstrip())
+        try:
+            value, end = json.JSONDecoder().raw_decode(text, start)
+        except json.JSONDecodeError as error:
+            where = _place(text, error.pos)
+            raise _Refused(f"has no JSON after %{directive}: {error.msg} at {where}.") from None
+        if directive == "llguidance" and value != {}:
+            where = _place(text, start)
+            raise _Refused(f"has options in %llguidance at {where}; only {{}} is supported.")
+        return f" {_json(_checked_schema(value) if directive == 'json' else value)}", end
 
 
 def _place(text: str, index: int) -> str:
