@@ -27,6 +27,7 @@ def run(name: str, *arguments: str) -> str:
         ("streaming.py", r"(?i)\bsea\b"),
         ("fork.py", r"Tip 1: \s*\w[\s\S]*Tip 2: \s*\w[\s\S]*In summary,"),
         ("batch.py", r"France: .*Paris"),
+        ("constrained.py", r"Europe (True|False) name='.*' country='.*' continent='\w+'\n Asia"),
         ("offline_batch.py", r"The largest ocean is.*Pacific"),
     ],
 )
@@ -38,5 +39,6 @@ def test_example(smollm2: Path, name: str, expected: str) -> None:
 
 def test_there_is_no_other_example() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
-        "common.py", "multi_turn.py", "streaming.py", "fork.py", "batch.py", "offline_batch.py",
+        "common.py", "multi_turn.py", "streaming.py", "fork.py", "batch.py", "constrained.py",
+        "offline_batch.py",
     }  # fmt: skip

@@ -21,6 +21,7 @@ from tokenizers import normalizers
 from sf_local import grammar as module
 from sf_local.errors import EngineError, GrammarError
 from sf_local.grammar import Grammar, GrammarCompiler
+from sf_local.grammar_schema import REFUSED_KEYWORDS
 from sf_local.tokenizer import Tokenizer
 
 EOS = 2
@@ -432,7 +433,7 @@ def test_refused(compiler: GrammarCompiler, kind: str, text: Any, words: list[st
     assert compiler._cache.num_bytes == num_bytes
 
 
-@pytest.mark.parametrize("keyword", sorted(module._REFUSED_KEYWORDS))
+@pytest.mark.parametrize("keyword", sorted(REFUSED_KEYWORDS))
 def test_refused_keywords_are_named(compiler: GrammarCompiler, keyword: str) -> None:
     with pytest.raises(GrammarError, match=re.escape(f"has {keyword} at #/items")):
         compiler.json_schema({"items": {keyword: {}}})
@@ -450,7 +451,7 @@ def test_every_keyword_of_the_drafts_is_known() -> None:
     }
     for draft in (jsonschema.Draft4Validator, jsonschema.Draft7Validator,
                   jsonschema.Draft201909Validator, jsonschema.Draft202012Validator):  # fmt: skip
-        assert set(draft.VALIDATORS) - applied <= set(module._REFUSED_KEYWORDS)
+        assert set(draft.VALIDATORS) - applied <= set(REFUSED_KEYWORDS)
 
 
 # --- Hostile texts: each ends soon, with an error or a grammar that works, and none takes the
@@ -793,3 +794,47 @@ def test_real_tokenizer(real: Tokenizer) -> None:
     assert grammar.is_complete
     assert real.decode(ids) == text
     assert not real.special_ids.intersection(ids)
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "fits"),
+    [
+        ({"properties": {"a": {}}, "type": "object"}, '{"b": 1}', False),
+        ({"properties": {"a": {}}, "type": "object"}, '{"a": 1, "b": 1}', False),
+        ({"properties": {"a": {}}, "additionalProperties": True}, '{"b": 1}', True),
+        ({"type": "object"}, '{"b": 1}', True),
+        ({"type": "object", "properties": {"a": {}}, "required": ["b"]}, '{"b": 1}', True),
+        ({"anyOf": [{"type": "object", "properties": {"a": {}}}]}, '{"b": 1}', False),
+        (
+            {"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {"const": 1}}}]},
+            '{"a": 1, "b": 1}',
+            True,
+        ),
+        (
+            {"type": "object", "properties": {"a": {}}, "anyOf": [{"properties": {"b": {}}}]},
+            '{"a": 1, "b": 1}',
+            True,
+        ),
+        (
+            {
+                "$defs": {"x": {"type": "object", "properties": {"a": {"$ref": "#/$defs/x"}}}},
+                "$ref": "#/$defs/x",
+            },
+            '{"a": {"b": 1}}',
+            False,
+        ),
+    ],
+)
+def test_listed_properties_are_all_there_are(
+    tokenizer: Tokenizer,
+    compiler: GrammarCompiler,
+    schema: dict[str, Any],
+    text: str,
+    fits: bool,
+) -> None:
+    grammar = compiler.json_schema(schema)
+    if fits:
+        spell(tokenizer, grammar, text)
+    else:
+        with pytest.raises(StopIteration):  # no token for it
+            spell(tokenizer, grammar, text)
