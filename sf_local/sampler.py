@@ -65,6 +65,11 @@ class Sampler:
         return self.params.is_greedy and not self.params.return_logprob and not self.changes_logits
 
     @property
+    def is_uncut(self) -> bool:
+        """Whether no token is ruled out by its rank."""
+        return self.params.top_k < 0 and self.params.top_p == 1 and self.params.min_p == 0
+
+    @property
     def _is_too_short(self) -> bool:
         return self._num_tokens < self.params.min_new_tokens
 
@@ -110,27 +115,50 @@ class BatchSampler:
     def sample(
         self, samplers: Sequence[Sampler], logits: Floats, masks: Sequence[Mask | None]
     ) -> list[Sampled]:
-        """The next tokens of requests, from their logits [n, V] and what their grammars allow."""
+        """The next tokens of requests, from their logits [n, V] and what their grammars allow.
+
+        Where a grammar allows much, a token is drawn without it first, and again with it if that
+        one is not allowed: of the same distribution, and seldom needed.
+        """
         allowed = [None if mask is None else _bits(mask, logits.shape[1]) for mask in masks]
-        greedy, dense = [], []
         sampled: dict[int, Sampled] = {}
+        hopeful = []
         for i, (sampler, bits) in enumerate(zip(samplers, allowed, strict=True)):
-            if bits is None and sampler.takes_the_best:
-                greedy.append(i)
-            elif bits is None or sampler.changes_logits or np.count_nonzero(bits) > FEW:
-                dense.append(i)
-            else:
+            if bits is None or sampler.changes_logits:
+                continue
+            if np.count_nonzero(bits) <= FEW:
                 sampled[i] = _sample_few(sampler, logits[i], np.flatnonzero(bits))
-        if greedy:
-            best = logits.argmax(axis=1)
-            sampled |= {i: Sampled(int(best[i])) for i in greedy}
-        if dense:
-            work = self._copy(logits, dense)
-            for row, i in zip(work[:, : logits.shape[1]], dense, strict=True):
-                samplers[i].change(row, allowed[i])
-            chosen = _sample([samplers[i] for i in dense], work)
-            sampled |= zip(dense, chosen, strict=True)
+            elif (
+                sampler.params.is_greedy or sampler.is_uncut
+            ) and not sampler.params.return_logprob:
+                hopeful.append(i)
+        rest = [i for i in range(len(samplers)) if i not in sampled]
+        first = [None if i in hopeful else bits for i, bits in enumerate(allowed)]
+        sampled |= self._sample(samplers, logits, first, rest)
+        again = [i for i in hopeful if not allowed[i][sampled[i].token]]  # type: ignore[index]
+        sampled |= self._sample(samplers, logits, allowed, again)
         return [sampled[i] for i in range(len(samplers))]
+
+    def _sample(
+        self,
+        samplers: Sequence[Sampler],
+        logits: Floats,
+        allowed: Sequence[NDArray[np.bool_] | None],
+        rows: Sequence[int],
+    ) -> dict[int, Sampled]:
+        """`sample` for some rows, by number."""
+        best = [i for i in rows if allowed[i] is None and samplers[i].takes_the_best]
+        others = [i for i in rows if i not in best]
+        sampled: dict[int, Sampled] = {}
+        if best:
+            tokens = logits.argmax(axis=1)
+            sampled |= {i: Sampled(int(tokens[i])) for i in best}
+        if others:
+            work = self._copy(logits, others)
+            for row, i in zip(work[:, : logits.shape[1]], others, strict=True):
+                samplers[i].change(row, allowed[i])
+            sampled |= zip(others, _sample([samplers[i] for i in others], work), strict=True)
+        return sampled
 
     def _copy(self, logits: Floats, rows: Sequence[int]) -> Floats:
         """Some rows, with a whole number of blocks; what is added is impossible."""
@@ -192,7 +220,7 @@ def _choose(
         params = sampler.params
         if params.is_greedy:
             continue
-        if params.top_k < 0 and params.top_p == 1 and params.min_p == 0:
+        if sampler.is_uncut:
             whole.append(i)
             continue
         kept = candidates(weights[i], sums[i], params)

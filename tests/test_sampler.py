@@ -202,8 +202,12 @@ def test_rows_do_not_depend_on_their_company() -> None:
                 sampler.push(sampled.token)
 
 
+@pytest.mark.parametrize("few", [0, 100])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_masked_tokens_are_never_chosen(temperature: float) -> None:
+def test_masked_tokens_are_never_chosen(
+    temperature: float, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sf_local.sampler.FEW", few)
     tokens = sorted(np.argsort(WIDE[0])[:40].tolist())  # the least likely ones
     sampler = Sampler(SamplingParams(temperature=temperature, seed=1))
     mask = allowed(tokens, WIDE.shape[1])
@@ -212,7 +216,10 @@ def test_masked_tokens_are_never_chosen(temperature: float) -> None:
     assert (len(drawn) == 1) == (temperature == 0)
 
 
-def test_a_masked_draw_follows_the_distribution() -> None:
+@pytest.mark.parametrize("few", [0, 100])
+def test_a_masked_draw_follows_the_distribution(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few allowed tokens are taken out; with many, those not allowed are drawn again."""
+    monkeypatch.setattr("sf_local.sampler.FEW", few)
     tokens = [2, 3, 5, 7, 11, 13]
     sampler, draws = Sampler(SamplingParams(seed=3)), 20_000
     mask = allowed(tokens, len(LOGITS))
