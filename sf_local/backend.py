@@ -25,7 +25,7 @@ from sf_local.choices import Score
 from sf_local.engine import Engine
 from sf_local.errors import ChatTemplateError, RequestError
 from sf_local.generation import Output
-from sf_local.request import SamplingParams
+from sf_local.request import SamplingParams, shown
 from sf_local.translation import entries, meta_info, to_params
 
 
@@ -58,7 +58,7 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
         config, parameters, tokenizer: files that do not lie beside the .vmfb.
         kv_pages, kv_memory: the size of the KV cache, as `Engine` takes it.
         defaults: what SGLang's arguments cannot carry: seed, repetition_penalty, logit_bias, ebnf,
-            priority and timeout.
+            priority and timeout; and stops, to which SGLang's are added.
 
     Raises ArtifactError, DeviceError or ChatTemplateError here; what a program asks for and cannot
     get raises RequestError, which SGLang keeps in `state.error()`.
@@ -80,7 +80,9 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
         defaults: SamplingParams | None = None,
     ) -> None:
         super().__init__()
-        self._defaults = defaults or SamplingParams()
+        self._defaults = SamplingParams() if defaults is None else defaults
+        if not isinstance(self._defaults, SamplingParams):
+            raise RequestError(f"defaults={shown(defaults)} must be SamplingParams")
         self.token_usage = TokenUsage()
         self.engine = Engine(
             vmfb,
@@ -153,9 +155,14 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
         choices_method: ChoicesSamplingMethod = token_length_normalized,
     ) -> ChoicesDecision:
         """The choice that `choices_method` prefers, by its log probabilities after `s`."""
-        if not temperature <= 1e-5:  # or NaN
+        if not (isinstance(temperature, (int, float)) and 0 <= temperature <= 1e-5):
             raise RequestError(
-                f"temperature={temperature}: choices are scored, not sampled; use temperature=0"
+                f"temperature={shown(temperature)}: choices are scored, not sampled; use 0"
+            )
+        if not isinstance(choices_method, ChoicesSamplingMethod):
+            raise RequestError(
+                f"choices_method={shown(choices_method)} must be one of sgl's, such as "
+                "sgl.token_length_normalized, or a ChoicesSamplingMethod of your own"
             )
         unconditional = choices_method.requires_unconditional_logprobs
         scores = self.engine.score(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sf_local.errors import EngineError, RequestError
 from sf_local.generation import Output
 from sf_local.radix_cache import common_prefix_len
-from sf_local.request import SamplingParams
+from sf_local.request import SamplingParams, shown
 
 if TYPE_CHECKING:
     from sf_local.engine import Engine, Handle
@@ -47,16 +47,16 @@ def score(
     params: only priority and timeout count. Raises RequestError for a continuation that adds no
     token, EngineError if the timeout passes.
     """
-    is_list = bool(continuations) and not isinstance(continuations, str)
-    if not is_list or not all(isinstance(c, str) for c in continuations):
-        raise RequestError(f"choices={continuations!r:.200} must be a list of str, not empty")
+    is_list = isinstance(continuations, Sequence) and not isinstance(continuations, str)
+    if not (is_list and continuations and all(isinstance(c, str) for c in continuations)):
+        raise RequestError(f"choices={shown(continuations)} must be a list of str, not empty")
     prompt_ids = engine.encode(prompt)
-    tokens = [engine.encode(prompt + c) for c in continuations]
+    tokens = [engine.encode(prompt, c) for c in continuations]
     starts = [common_prefix_len(prompt_ids, ids) for ids in tokens]
     for index, (ids, start) in enumerate(zip(tokens, starts, strict=True)):
         if not 0 < start < len(ids):
             problem = "has no text before it" if not start else "adds no token to the prompt"
-            raise RequestError(f"choices[{index}]={continuations[index]!r:.200} {problem}")
+            raise RequestError(f"choices[{index}]={shown(continuations[index])} {problem}")
     params = SamplingParams(
         max_new_tokens=0, return_logprob=True, priority=params.priority, timeout=params.timeout
     )

@@ -25,7 +25,7 @@ from sf_local.grammar import Grammar, GrammarCompiler
 from sf_local.kv_size import num_kv_pages
 from sf_local.loop import Loop
 from sf_local.memory import memory_left
-from sf_local.request import Request, SamplingParams
+from sf_local.request import Request, SamplingParams, shown
 from sf_local.seams import SeamEncoder
 from sf_local.tokenizer import Tokenizer
 
@@ -143,7 +143,8 @@ class Engine:
     ) -> list[Output]:
         """`params.n` answers to one prompt, whose pages they share; seeds count up."""
         params = SamplingParams() if params is None else params
-        seeds = [None if params.seed is None else params.seed + i for i in range(params.n)]
+        first = params.seed
+        seeds = [None if first is None else (first + i) % 2**64 for i in range(params.n)]
         handles = [self.submit(prompt, replace(params, seed=seed, n=1)) for seed in seeds]
         return [handle.result() for handle in handles]
 
@@ -245,7 +246,7 @@ class Engine:
         self._loop.check_usable()
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
-            raise RequestError(f"params={params!r} must be SamplingParams")
+            raise RequestError(f"params={shown(params)} must be SamplingParams")
         if params.n != 1:
             raise RequestError(f"n={params.n}: several answers to one prompt come from `samples`")
         ids = self._prompt_ids(prompt)
@@ -267,11 +268,13 @@ class Engine:
 
     def _check_params(self, params: SamplingParams, prompt_len: int) -> None:
         """What depends on the model or the prompt; the rest was checked when they were made."""
-        for token in params.logit_bias:
-            if token >= self._vocab_size:
-                raise RequestError(
-                    f"logit_bias: {token} is no token id; the model has 0 to {self._vocab_size - 1}"
-                )
+        for name in ("logit_bias", "stop_token_ids"):
+            for token in getattr(params, name):
+                if token >= self._vocab_size:
+                    raise RequestError(
+                        f"{name}: {shown(token)} is no token id; the model has 0 to "
+                        f"{self._vocab_size - 1}"
+                    )
         if params.top_logprobs_num > self._vocab_size:
             raise RequestError(
                 f"top_logprobs_num={params.top_logprobs_num}: the model has {self._vocab_size} "
@@ -283,15 +286,18 @@ class Engine:
                 "tokens; give a smaller position, or -1 for none of them"
             )
 
-    def encode(self, prompt: str) -> list[int]:
-        """The tokens of a prompt; where it continues an answer of ours, those that it came in."""
-        return self._encode(prompt)
+    def encode(self, prompt: str, continuation: str = "") -> list[int]:
+        """Tokens of a prompt, and of what may continue it.
+
+        Where the prompt continues an answer of ours, the tokens are those that this came in.
+        """
+        return self._encode(prompt + continuation, len(prompt))
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
             ids = self.encode(prompt)
         elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
-            raise RequestError(f"prompt={prompt!r} must be a str, or a list of token ids")
+            raise RequestError(f"prompt={shown(prompt)} must be a str, or a list of token ids")
         else:
             ids = list(cast(Sequence[int], prompt))
         if not ids:
@@ -300,7 +306,8 @@ class Engine:
             is_id = isinstance(token, Integral) and not isinstance(token, bool)
             if not (is_id and 0 <= token < self._vocab_size):
                 raise RequestError(
-                    f"prompt: {token!r} is no token id; the model has 0 to {self._vocab_size - 1}"
+                    f"prompt: {shown(token)} is no token id; the model has 0 to "
+                    f"{self._vocab_size - 1}"
                 )
         if len(ids) >= self.max_tokens:
             raise RequestError(

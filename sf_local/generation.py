@@ -60,7 +60,8 @@ class Generation:
         self._detokenizer = Detokenizer(tokenizer, request.prompt_ids)
         self._stops = StopChecker(params.stop)
         self._stop_ids = _stop_ids(params, tokenizer, eos_ids)
-        self.sampler = Sampler(params, request.prompt_ids, self._stop_ids)
+        end_ids = self._stop_ids.keys() | (eos_ids if grammar is not None else ())
+        self.sampler = Sampler(params, request.prompt_ids, end_ids)
         self._prompt_logprobs = _prompt_logprobs(request)
         self._output_logprobs: list[Sampled] = []
         self._text: list[str] = []
@@ -81,13 +82,13 @@ class Generation:
         self.grammar.accept(sampled.token)
         if self.grammar.is_complete:
             return "stop"
-        return reason or (self.jump() if can_jump else None)
+        return reason or self.jump(can_jump)
 
-    def jump(self) -> str | None:
-        """Take the tokens that the grammar forces; the reason, if they end the generation."""
+    def jump(self, can_jump: bool) -> str | None:
+        """Take the tokens that the grammar forces; the reason, if the generation ends here."""
         if self.grammar is None or self.request.max_new_tokens == 0:
             return None
-        forced, reason = self.grammar.forced(), None
+        forced, reason = self.grammar.forced() if can_jump else [], None
         for number, token in enumerate(forced, 1):
             reason = self._push(Sampled(token, 0.0))
             if reason == "stop" or (reason and number < len(forced)):
@@ -108,7 +109,7 @@ class Generation:
         self.sampler.push(token)
         if request.params.return_logprob:
             self._output_logprobs.append(sampled)
-        if token in self._stop_ids:
+        if token in self._stop_ids and len(request.output_ids) > request.params.min_new_tokens:
             self._matched = self._stop_ids[token]
             return "stop"
         text, is_stopped = self._stops.push(self._detokenizer.push(token))

@@ -49,7 +49,7 @@ class PromptLogprobs:
 
     def result(self) -> Logprobs:
         return Logprobs(
-            self.prompt_ids[self.start :],
+            self.prompt_ids[self.start : self.start + len(self._entries)],
             [entry for entry, _ in self._entries],
             [top for _, top in self._entries],
         )

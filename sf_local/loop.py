@@ -28,7 +28,7 @@ from sf_local.page_pool import PagePool
 from sf_local.radix_cache import RadixCache
 from sf_local.request import Request, RequestStatus
 from sf_local.runner import Logits, ModelRunner, Row
-from sf_local.sampler import BatchSampler, Sampled
+from sf_local.sampler import BatchSampler, Mask, Sampled
 from sf_local.scheduler import Chunk, Limits, Scheduler, Step
 
 _COUNTERS = (
@@ -262,33 +262,46 @@ class Loop:
 
     def _sample(self, requests: Sequence[Request | None], logits: Logits, masks: Masks) -> None:
         """The next token of those requests whose last token is computed; None for the others."""
+        rows, generations = [], []
         for i, request in enumerate(requests):
-            if request is not None:
-                self._count_prompt(request)
-                if request.max_new_tokens == 0:
-                    self._end(request, "length")
-                elif i in masks.errors:
-                    self._end(request, "abort", _step_error(masks.errors[i]))
-        rows = [i for i, r in enumerate(requests) if r is not None and r in self._generations]
+            if request is None:
+                continue
+            generation = self._generations[request]
+            self._count_prompt(generation)
+            if request.max_new_tokens == 0:
+                self._end(request, "length")
+            elif i in masks.errors:
+                self._end(request, "abort", _step_error(masks.errors[i]))
+            elif not self._jump(generation):
+                rows.append(i)
+                generations.append(generation)
         if not rows:
             return
-        generations = [self._generations[r] for i in rows if (r := requests[i]) is not None]
         every = len(rows) == len(logits)
         started_at = time.perf_counter()
-        try:
-            sampled = self._sampler.sample(
-                [g.sampler for g in generations],
-                logits if every else logits[rows],
-                [masks.rows[i] for i in rows],
-            )
-        except Exception as error:
-            for generation in generations:
-                self._end(generation.request, "abort", _step_error(error))
-            return
+        sampled = self._choose(
+            generations, logits if every else logits[rows], [masks.rows[i] for i in rows]
+        )
         self._counters["mask_seconds"] += masks.seconds
         self._counters["sample_seconds"] += time.perf_counter() - started_at
-        for generation, token in zip(generations, sampled, strict=True):
-            self._accept(generation, token)
+        for generation, choice in zip(generations, sampled, strict=True):
+            if isinstance(choice, Sampled):
+                self._accept(generation, choice)
+            else:
+                self._end(generation.request, "abort", _step_error(choice))
+
+    def _choose(
+        self, generations: Sequence[Generation], logits: Logits, masks: Sequence[Mask | None]
+    ) -> Sequence[Sampled | Exception]:
+        """Sample a batch; if that fails, each row alone, so that one cannot harm the others."""
+        samplers = [generation.sampler for generation in generations]
+        try:
+            return self._sampler.sample(samplers, logits, masks)
+        except Exception as error:
+            if len(samplers) == 1:
+                return [error]
+        rows = range(len(generations))
+        return [self._choose([generations[i]], logits[i : i + 1], [masks[i]])[0] for i in rows]
 
     def _accept(self, generation: Generation, sampled: Sampled) -> None:
         request = generation.request
@@ -303,9 +316,24 @@ class Loop:
         if reason:
             self._end(request, reason)
 
-    def _count_prompt(self, request: Request) -> None:
+    def _jump(self, generation: Generation) -> bool:
+        """Begin with the tokens that a grammar forces; whether there are any, or it ends here."""
+        request = generation.request
+        if generation.grammar is None or request.output_ids:
+            return False
+        try:
+            reason = generation.jump(self._can_jump)
+        except Exception as error:
+            self._end(request, "abort", _step_error(error))
+            return True
+        self._count_forced(len(request.output_ids))
+        if reason:
+            self._end(request, reason)
+        return bool(request.output_ids or reason)
+
+    def _count_prompt(self, generation: Generation) -> None:
         """Count a prompt once, when its answer begins."""
-        generation = self._generations[request]
+        request = generation.request
         if not generation.has_sampled:
             generation.has_sampled = True
             self._counters["prompt_tokens"] += len(request.prompt_ids)
@@ -332,14 +360,8 @@ class Loop:
                 self._deadlines = [d for d in self._deadlines if d[2] in self._generations]
                 heapq.heapify(self._deadlines)
         self._scheduler.add(request)
-        try:
-            reason = generation.jump() if self._can_jump else None
-        except Exception as error:
-            self._end(request, "abort", _step_error(error))
-            return
-        self._count_forced(len(request.output_ids))
-        if reason:
-            self._end(request, reason)
+        if request.first_logits is None:  # else its prompt must be computed in any case
+            self._jump(generation)
 
     def _end(self, request: Request, reason: str, error: BaseException | None = None) -> None:
         """Finish a request, unless it is finished already."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sf_local.errors import GrammarError
 from sf_local.grammar import Grammar
 from sf_local.sampler import Mask
 
@@ -33,6 +34,8 @@ class Masks:
                 self.rows[i] = mask = np.empty(grammar.num_words, np.int32)
                 try:
                     grammar.fill_mask(mask)
+                    if not mask.any():
+                        raise GrammarError("the grammar came to a point where nothing may follow")
                 except Exception as error:
                     self.errors[i] = error
         self.seconds = time.perf_counter() - started_at

@@ -13,6 +13,7 @@ from typing import Any
 from sf_local.errors import RequestError
 
 MAX_STOPS = 256
+MAX_SAMPLES = 1024
 MAX_TOP_LOGPROBS = 1000
 MAX_BIASES = 10_000
 GRAMMARS = "regex", "json_schema", "ebnf"
@@ -83,8 +84,8 @@ class SamplingParams:
         if self.top_k == 0:
             raise RequestError("top_k=0 leaves no token; use -1 for all tokens, or at least 1")
         if self.seed is not None:
-            _check_int("seed", self.seed, 0)
-        _check_int("n", self.n, 1)
+            _check_int("seed", self.seed, 0, 2**64 - 1)
+        _check_int("n", self.n, 1, MAX_SAMPLES)
         _check_int("priority", self.priority, -(1 << 31))
         if self.timeout is not None:
             _check_float("timeout", self.timeout, 0.0, sys.float_info.max)
@@ -162,12 +163,21 @@ class Request:
         return head + self.output_ids[max(start - prompt_len, 0) : max(end - prompt_len, 0)]
 
 
+def shown(value: object) -> str:
+    """A value in an error message, which may be anything."""
+    try:
+        text = repr(value)
+    except Exception:  # such as an int of more than 4,300 digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _stop_strings(stop: object) -> tuple[str, ...]:
     if stop is None:
         return ()
     stops = [stop] if isinstance(stop, str) else list(stop) if isinstance(stop, Sequence) else None
     if stops is None or not all(isinstance(s, str) for s in stops) or len(stops) > MAX_STOPS:
-        raise RequestError(f"stop={stop!r} must be a str or at most {MAX_STOPS} of them")
+        raise RequestError(f"stop={shown(stop)} must be a str or at most {MAX_STOPS} of them")
     return tuple(dict.fromkeys(s for s in stops if s))
 
 
@@ -175,7 +185,7 @@ def _token_ids(ids: object) -> tuple[int, ...]:
     if ids is None:
         return ()
     if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes)):
-        raise RequestError(f"stop_token_ids={ids!r} must be a list of token ids")
+        raise RequestError(f"stop_token_ids={shown(ids)} must be a list of token ids")
     for token_id in ids:
         _check_int("stop_token_ids", token_id, 0)
     return tuple(ids)
@@ -186,7 +196,7 @@ def _logit_bias(bias: object) -> dict[int, float]:
         return {}
     if not isinstance(bias, Mapping) or len(bias) > MAX_BIASES:
         raise RequestError(
-            f"logit_bias={bias!r:.200} must be a dict of at most {MAX_BIASES} token ids to numbers"
+            f"logit_bias={shown(bias)} must be a dict of at most {MAX_BIASES} token ids to numbers"
         )
     for token, value in bias.items():
         _check_int("logit_bias", token, 0)
@@ -196,14 +206,14 @@ def _logit_bias(bias: object) -> dict[int, float]:
 
 def _check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise RequestError(f"{name}={value!r} must be True or False")
+        raise RequestError(f"{name}={shown(value)} must be True or False")
 
 
 def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
     fits = isinstance(value, int) and not isinstance(value, bool)
     if not fits or value < low or (high is not None and value > high):  # type: ignore[operator]
         bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise RequestError(f"{name}={value!r} must be an integer {bounds}")
+        raise RequestError(f"{name}={shown(value)} must be an integer {bounds}")
 
 
 def _check_float(
@@ -213,4 +223,4 @@ def _check_float(
     if not (fits and low <= value <= min(high, sys.float_info.max)) or (open_low and value == low):  # type: ignore[operator]
         bounds = f"{'above' if open_low else 'at least'} {low}"
         bounds += f" and at most {high}" if math.isfinite(high) else " and finite"
-        raise RequestError(f"{name}={value!r} must be a number {bounds}")
+        raise RequestError(f"{name}={shown(value)} must be a number {bounds}")

@@ -18,6 +18,7 @@ from sf_local.request import SamplingParams
 
 BLOCK = 256  # probabilities are summed up in blocks, so that a draw looks into one of them
 FEW = 2048  # allowed tokens, up to which they are taken out instead of hiding the others
+FLAT = 1e6  # a temperature at which all tokens are equally likely
 HIDDEN = np.float32(1e30)  # subtracted from a logit that a grammar does not allow
 
 Floats = NDArray[np.float32]
@@ -96,8 +97,10 @@ class Sampler:
             logits[ids] = np.where(seen > 0, seen / penalty, seen * penalty)
         if len(self._bias_ids):
             logits[self._bias_ids] += self._bias
-        if self._is_too_short:
-            logits[self._end_ids] = -np.inf
+        if self._is_too_short and self._end_ids is not None:
+            ends = self._end_ids[self._end_ids < len(logits)]
+            if allowed is None or np.count_nonzero(allowed) > np.count_nonzero(allowed[ends]):
+                logits[ends] = -np.inf
         if allowed is not None:
             logits -= np.multiply(~allowed, HIDDEN)
 
@@ -191,23 +194,24 @@ def _sample(samplers: Sequence[Sampler], logits: Floats) -> list[Sampled]:
         likeliest(row, s.params.top_logprobs_num).tolist() if s.params.return_logprob else []
         for row, s in zip(logits, samplers, strict=True)
     ]
-    scales = [1 if s.params.is_greedy else 1 / s.params.temperature for s in samplers]
+    scales = [1 if s.params.is_greedy else 1 / min(s.params.temperature, FLAT) for s in samplers]
     rows = np.arange(len(samplers))
     logits -= logits[rows, best][:, None]
     logits *= np.array(scales, np.float32)[:, None]
+    top_logits = [row[top] for row, top in zip(logits, tops, strict=True)]
     weights = np.exp(logits, out=logits)
     sums = np.einsum("nbi->nb", weights.reshape(len(samplers), -1, BLOCK))
     tokens = _choose(samplers, best, weights, sums)
     result = []
-    for i, (sampler, top) in enumerate(zip(samplers, tops, strict=True)):
+    for i, sampler in enumerate(samplers):
         token = int(tokens[i])
         if not sampler.params.return_logprob:
             result.append(Sampled(token))
             continue
-        total = math.fsum(sums[i].tolist())
-        logprobs = [(_log(weights[i, t] / total), t) for t in (token, *top)]
-        possible = [(value, t) for value, t in logprobs[1:] if value > -math.inf]
-        result.append(Sampled(token, logprobs[0][0], possible))
+        total = math.log(math.fsum(sums[i].tolist()))
+        pairs = zip(top_logits[i].tolist(), tops[i], strict=True)
+        top = [(value - total, t) for value, t in pairs if value > -HIDDEN * scales[i] / 2]
+        result.append(Sampled(token, _log(weights[i, token]) - total, top))
     return result
 
 
@@ -257,14 +261,15 @@ def _bits(mask: Mask, width: int) -> NDArray[np.bool_]:
 
 def candidates(weights: Floats, sums: Floats, params: SamplingParams) -> NDArray[np.intp]:
     """Tokens that may be drawn: top-k, of these top-p, of these min-p; as SGLang orders them."""
-    if 0 < params.top_k < len(weights):
+    is_limited = 0 < params.top_k < len(weights)
+    if is_limited:
         tokens = likeliest(weights, params.top_k)
     elif params.top_p < 1:
         tokens = _most(weights, params.top_p * math.fsum(sums.tolist()))
     else:
         tokens = np.flatnonzero(weights)
     if params.top_p < 1:
-        total = math.fsum((sums if params.top_k < 0 else weights[tokens]).tolist())
+        total = math.fsum((weights[tokens] if is_limited else sums).tolist())
         tokens = tokens[_nucleus(weights[tokens].astype(np.float64), params.top_p * total)]
     least = max(params.min_p, float(np.finfo(np.float32).tiny))  # the largest weight is 1
     return tokens[weights[tokens] >= least]

@@ -32,10 +32,13 @@ class SeamEncoder:
         self._num_characters = 0
         self._lock = threading.Lock()
 
-    def __call__(self, text: str) -> list[int]:
-        """The tokens of `text`; raises RequestError where Tokenizer.encode does."""
+    def __call__(self, text: str, end: int | None = None) -> list[int]:
+        """The tokens of `text`; raises RequestError where Tokenizer.encode does.
+
+        What is remembered counts in the first `end` characters only.
+        """
         ids = self._tokenizer.encode(text)
-        known = self._longest_known(text)
+        known = self._longest_known(text[:end])
         return ids if known is None else self._join(known, ids)
 
     def remember(self, prompt: str, prompt_ids: list[int], ids: Sequence[int], text: str) -> None:

@@ -11,16 +11,16 @@ from sglang.lang.ir import REGEX_BOOL, REGEX_FLOAT, REGEX_INT, REGEX_STR, SglSam
 from sf_local.errors import RequestError
 from sf_local.generation import Output
 from sf_local.logprobs import Logprobs, Top
-from sf_local.request import GRAMMARS, SamplingParams
+from sf_local.request import GRAMMARS, SamplingParams, shown
 from sf_local.tokenizer import Tokenizer
 
 _SAME_NAME = (
     "max_new_tokens", "min_new_tokens", "n", "temperature", "top_p", "top_k", "min_p",
-    "frequency_penalty", "presence_penalty", "ignore_eos",
+    "frequency_penalty", "presence_penalty", "ignore_eos", "return_logprob",
+    "logprob_start_len", "top_logprobs_num",
 )  # fmt: skip
 _OTHER_NAME = (
-    "stop", "stop_token_ids", "dtype", "regex", "json_schema", "return_logprob",
-    "logprob_start_len", "top_logprobs_num", "return_text_in_logprobs",
+    "stop", "stop_token_ids", "dtype", "regex", "json_schema", "return_text_in_logprobs",
 )  # fmt: skip
 _NUMBER_STOPS = (" ", "\n")  # SGLang's regexes let numbers end in white space
 _DTYPES: dict[object, tuple[str, Sequence[str]]] = {
@@ -48,11 +48,12 @@ def to_params(sampling: SglSamplingParams, defaults: SamplingParams) -> Sampling
         stop = [*stop, *extra]
     if any(value is not None for value in grammar.values()):
         values |= dict.fromkeys(GRAMMARS) | grammar  # instead of the default's
-    if sampling.return_logprob is not None:
-        values["return_logprob"] = sampling.return_logprob
-        values["logprob_start_len"] = _given(sampling, "logprob_start_len", -1)
-        values["top_logprobs_num"] = _given(sampling, "top_logprobs_num", 0)
-    return replace(defaults, stop=stop, stop_token_ids=sampling.stop_token_ids or (), **values)
+    with_text = _given(sampling, "return_text_in_logprobs", False)
+    if not isinstance(with_text, bool):
+        raise RequestError(f"return_text_in_logprobs={shown(with_text)} must be True or False")
+    values["stop"] = _joined(defaults.stop, stop)
+    values["stop_token_ids"] = _joined(defaults.stop_token_ids, sampling.stop_token_ids)
+    return replace(defaults, **values)
 
 
 def meta_info(output: Output, tokenizer: Tokenizer, sampling: SglSamplingParams) -> dict[str, Any]:
@@ -108,13 +109,19 @@ def _check_known(sampling: SglSamplingParams) -> None:
     for name, value in vars(sampling).items():
         is_known = name in _SAME_NAME or name in _OTHER_NAME
         if not is_known and value and value != getattr(SglSamplingParams(), name, None):
-            raise RequestError(f"{name}={value!r:.200} is not supported; remove it")
+            raise RequestError(f"{name}={shown(value)} is not supported; remove it")
 
 
 def _given(sampling: SglSamplingParams, name: str, default: Any = None) -> Any:
     """A parameter; SGLang's own defaults for some of them are the tuple (None,)."""
     value = getattr(sampling, name, None)
     return default if value is None or value == (None,) else value
+
+
+def _joined(default: Sequence[Any], given: Any) -> Any:
+    """Both; or what is given, if it is nonsense that SamplingParams will name."""
+    given = () if given is None else given
+    return [*default, *given] if isinstance(given, (list, tuple)) else given
 
 
 def _stops(stop: Any) -> Sequence[str]:
@@ -125,6 +132,6 @@ def _dtype(dtype: object) -> tuple[str, Sequence[str]]:
     name = dtype.__name__ if isinstance(dtype, type) else dtype
     if not isinstance(name, str) or name not in _DTYPES:
         raise RequestError(
-            f"dtype={dtype!r} must be int, float, str or bool, or one of these names"
+            f"dtype={shown(dtype)} must be int, float, str or bool, or one of these names"
         )
     return _DTYPES[name]

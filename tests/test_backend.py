@@ -547,3 +547,38 @@ print(sorted(heavy & {name.split(".")[0] for name in sys.modules}))
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
     )
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"choices": {"a": 1}}, "choices={'a': 1} must be a list"),
+        ({"choices": ["a"], "temperature": -5}, "temperature=-5"),
+        ({"choices": ["a"], "temperature": "x"}, "temperature='x'"),
+        ({"choices": ["a"], "choices_method": 5}, "choices_method=5"),
+        ({"logprob_start_len": "x"}, "logprob_start_len='x'"),
+        ({"top_logprobs_num": -5}, "top_logprobs_num=-5"),
+        ({"return_text_in_logprobs": "q"}, "return_text_in_logprobs='q'"),
+        ({"stop_token_ids": 5}, "stop_token_ids=5"),
+    ],
+)
+def test_nonsense_is_named(
+    backend: sf_local.ShortfinLocal, arguments: dict[str, Any], message: str
+) -> None:
+    @sgl.function
+    def program(s: Any) -> None:
+        s += "abc" + sgl.gen("out", **arguments)
+
+    with pytest.warns(UserWarning, match="stream_executor"):
+        error = program.run().error()
+    assert isinstance(error, RequestError) and message in str(error)
+
+
+def test_defaults_are_checked_and_their_stops_added(
+    tiny: TinyModel, backend: sf_local.ShortfinLocal
+) -> None:
+    with pytest.raises(RequestError, match=r"defaults=\{'seed': 1\} must be SamplingParams"):
+        sgl.ShortfinLocal(vmfb=tiny.artifact, defaults={"seed": 1})
+    defaults = sf_local.SamplingParams(stop=["a"], stop_token_ids=[5])
+    params = to_params(SglSamplingParams(stop="b", stop_token_ids=[6]), defaults)
+    assert (params.stop, params.stop_token_ids) == (("a", "b"), (5, 6))

@@ -143,3 +143,12 @@ def test_a_choice_that_merges_with_the_prompt_is_scored_as_the_tokenizer_writes_
     assert merged.token_ids == true[-1:] == plain[0].token_ids
     assert merged.logprobs == pytest.approx(plain[0].logprobs, abs=0.05)
     assert len(whole.token_ids) == 1
+
+
+def test_scores_do_not_depend_on_earlier_answers(engine: Engine) -> None:
+    """An answer may have come in other tokens than the tokenizer splits it into."""
+    before = engine.score(PROMPT, CHOICES)
+    ids = engine.encode(PROMPT)
+    tokens = [3 + byte for byte in b"xyz"]
+    engine._encode.remember(PROMPT, ids, tokens, CHOICES[0])
+    assert [s.token_ids for s in engine.score(PROMPT, CHOICES)] == [s.token_ids for s in before]

@@ -12,7 +12,7 @@ import pytest
 from conftest import TinyModel
 
 from sf_local import Engine, SamplingParams
-from sf_local.errors import GrammarError, RequestError
+from sf_local.errors import EngineError, GrammarError, RequestError
 
 PROMPT = [5, 100, 33, 7, 250, 12]
 SCHEMA = {
@@ -202,3 +202,60 @@ def test_an_end_token_comes_only_at_the_end(engine: Engine) -> None:
         output = engine.generate(PROMPT, replace(RECORD, seed=4, ignore_eos=ignore_eos))
         check(output.text)
         assert output.finish_reason == "stop"
+
+
+def test_a_mistake_harms_nobody_else(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a token that does not exist, nor a sampler that fails."""
+    other = engine.submit(PROMPT, SamplingParams(max_new_tokens=200, seed=1, ignore_eos=True))
+    with pytest.raises(RequestError, match="stop_token_ids: 60000 is no token id"):
+        engine.generate(PROMPT, SamplingParams(stop_token_ids=[60000], min_new_tokens=1))
+    bad = engine._generation(PROMPT, SamplingParams(frequency_penalty=1.0))
+
+    def fail(*_: Any) -> None:
+        raise ValueError("injected")
+
+    bad.sampler.change = fail  # type: ignore[method-assign]
+    from sf_local.engine import Handle
+
+    with pytest.raises(EngineError, match="injected"):
+        Handle(engine, bad).result()
+    assert other.result().completion_tokens == 200
+
+
+@pytest.mark.parametrize("regex", ["abc def", "", "abc[xy]"])
+def test_logprobs_of_a_prompt_before_forced_tokens(engine: Engine, regex: str) -> None:
+    engine.flush_cache()
+    params = SamplingParams(regex=regex, return_logprob=True, logprob_start_len=0)
+    output = engine.generate(PROMPT, params)
+    assert re.fullmatch(regex, output.text) and output.logprobs is not None
+    assert len(output.logprobs.prompt) == len(output.logprobs.prompt_ids) == len(PROMPT)
+    assert all(value is not None for value in output.logprobs.prompt[1:])
+
+
+def test_a_timeout_cuts_the_logprobs_of_a_prompt(engine: Engine) -> None:
+    params = SamplingParams(return_logprob=True, logprob_start_len=0, timeout=0.0)
+    output = engine.generate(PROMPT, params)
+    assert output.finish_reason == "timeout" and output.logprobs is not None
+    assert len(output.logprobs.prompt) == len(output.logprobs.prompt_ids)
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e300])
+def test_any_temperature_keeps_to_the_grammar(engine: Engine, temperature: float) -> None:
+    for rest in {"frequency_penalty": 1.0}, {"top_k": 10}, {}:
+        params = SamplingParams(
+            temperature=temperature, regex="[ab]+c", max_new_tokens=40, seed=1, **rest
+        )
+        assert re.fullmatch("[ab]*c?", engine.generate(PROMPT, params).text)
+
+
+def test_min_new_tokens_and_the_end_of_a_grammar(engine: Engine) -> None:
+    """The end waits, also where it is no stop; where the grammar allows nothing else, it wins."""
+    params = SamplingParams(
+        regex="[a-z]*", ignore_eos=True, min_new_tokens=6, logit_bias={2: 100.0}, seed=1
+    )
+    output = engine.generate(PROMPT, params)
+    assert (len(output.text), output.finish_reason) == (6, "stop")
+    ends = engine.encode("ab")
+    params = SamplingParams(regex="[ab]{6}", stop_token_ids=ends, min_new_tokens=3, seed=1)
+    output = engine.generate(PROMPT, params)
+    assert (output.completion_tokens, output.finish_reason) == (4, "stop")

@@ -285,3 +285,16 @@ def test_logprobs_of_a_greedy_token_ignore_the_temperature() -> None:
     [sampled] = sample([Sampler(params)], LOGITS[None], [None])
     total = math.log(np.exp(LOGITS.astype(np.float64)).sum())
     assert sampled.logprob == pytest.approx(float(LOGITS.max()) - total, abs=1e-6)
+
+
+def test_top_k_beyond_the_vocabulary_is_none() -> None:
+    for top_k in (len(WIDE[0]), 1 << 30):
+        params = SamplingParams(top_k=top_k, top_p=0.5)
+        assert distribution(WIDE[0], params) == distribution(WIDE[0], replace(params, top_k=-1))
+
+
+def test_as_many_top_logprobs_as_asked_for_at_any_temperature() -> None:
+    params = SamplingParams(temperature=0.001, return_logprob=True, top_logprobs_num=8)
+    [sampled] = sample([Sampler(params)], LOGITS[None] * 9, [None])
+    assert len(sampled.top) == 8
+    assert sampled.top[7][0] < -300
