@@ -34,8 +34,8 @@ SHORT = 16  # tokens of a prompt whose length does not matter
 SCHEMA = """{
   "type": "object",
   "properties": {
-    "first_name": {"type": "string", "maxLength": 12},
-    "family_name": {"type": "string", "maxLength": 12},
+    "first_name": {"type": "string", "maxLength": 40},
+    "family_name": {"type": "string", "maxLength": 40},
     "year_of_birth": {"type": "integer", "minimum": 1900, "maximum": 2020},
     "is_a_member": {"type": "boolean"},
     "favourite_colour": {"enum": ["red", "green", "blue"]}
@@ -103,7 +103,7 @@ class Bench:
         handles = [self.engine.submit(prompt, params) for prompt in prompts]
         running = min(len(prompts), Limits.max_running)
         before = self._wait(lambda now: now["running"] == running)
-        last_step = before["steps"] + self.sizes.steps * ROWS // running
+        last_step = before["steps"] + max(self.sizes.steps * ROWS // running, self.sizes.steps // 4)
         after = self._wait(lambda now: now["steps"] >= last_step or now["running"] == 0)
         for handle in handles:
             handle.cancel()
