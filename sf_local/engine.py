@@ -218,7 +218,7 @@ class Engine:
         prompt_tokens, cached_tokens, completion_tokens; hit_rate: share of prompt tokens that the
         cache had. forced_tokens: of the completion, known from a grammar without decoding.
         preemptions, steps; step_seconds: time spent in steps, call_seconds of it inside the
-        compiled functions, where mask_seconds of grammars are hidden, and sample_seconds.
+        compiled functions, where mask_seconds of CPU time for grammars are hidden; sample_seconds.
         """
         return self._loop.stats()
 

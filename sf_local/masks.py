@@ -28,7 +28,7 @@ class Masks:
         """Compute all masks; to be called once."""
         if not any(self._grammars):
             return
-        started_at = time.perf_counter()
+        started_at = time.thread_time()  # it runs beside the device
         for i, grammar in enumerate(self._grammars):
             if grammar is not None:
                 self.rows[i] = mask = np.empty(grammar.num_words, np.int32)
@@ -38,4 +38,4 @@ class Masks:
                         raise GrammarError("the grammar came to a point where nothing may follow")
                 except Exception as error:
                     self.errors[i] = error
-        self.seconds = time.perf_counter() - started_at
+        self.seconds = time.thread_time() - started_at

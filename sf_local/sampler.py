@@ -197,7 +197,8 @@ def _sample(samplers: Sequence[Sampler], logits: Floats) -> list[Sampled]:
     scales = [1 if s.params.is_greedy else 1 / min(s.params.temperature, FLAT) for s in samplers]
     rows = np.arange(len(samplers))
     logits -= logits[rows, best][:, None]
-    logits *= np.array(scales, np.float32)[:, None]
+    if any(scale != 1 for scale in scales):
+        logits *= np.array(scales, np.float32)[:, None]
     top_logits = [row[top] for row, top in zip(logits, tops, strict=True)]
     weights = np.exp(logits, out=logits)
     sums = np.einsum("nbi->nb", weights.reshape(len(samplers), -1, BLOCK))
