@@ -84,11 +84,10 @@ class Bench:
 
     engine: Engine
     sizes: Sizes
-    vocab_size: int
     random: random.Random
 
     def prompt(self, length: int) -> list[int]:
-        return self.random.choices(range(self.vocab_size), k=length)
+        return self.random.choices(range(self.engine.vocab_size), k=length)
 
     def run(self, prompts: Sequence[Sequence[int]], count: int) -> tuple[list[Output], float]:
         """The answers to prompts submitted at once, `count` tokens each, and the seconds taken."""
@@ -218,7 +217,7 @@ def outside(bench: Bench) -> list[Figure]:
     bench.run(few[:1], 0)  # so that all decode from the first step
     usual, sampled = bench.decode_steps(few), bench.decode_steps(few, temperature=0.8)
     waiting = bench.decode_steps(few[:1] * (Limits.max_running + sizes.waiting))
-    tokens = range(min(sizes.nodes, bench.vocab_size))
+    tokens = range(min(sizes.nodes, bench.engine.vocab_size))
     bench.run([[token] for token in tokens], 0)  # a node and a page each
     nodes = int(bench.engine.stats()["pages_cached"])
     bench.run(few[:1], 0)
@@ -303,13 +302,11 @@ def run(
     if rounds < 1:
         raise RequestError(f"rounds={rounds} must be at least 1")
     sizes, rounds = (QUICK, 1) if quick else (Sizes(), rounds)
-    config, free = open_artifact(artifact).config, memory_left("cpu", 0, 0)
-    pages = min(sizes.nodes, num_kv_pages(config, "cpu", free, None, "50%"))
+    opened, free = open_artifact(artifact), memory_left("cpu", 0, 0)
+    pages = min(sizes.nodes, num_kv_pages(opened.config, "cpu", free, None, "50%"))
     with Engine(artifact, device, kv_pages=pages) as engine:
         figures = [Figure("memory after load", _resident_megabytes(), "MB")]
-        manifest = engine.artifact.manifest
-        vocab_size = manifest.vocab_size if manifest else engine.tokenizer.vocab_size
-        bench = Bench(engine, sizes, vocab_size, random.Random(0))
+        bench = Bench(engine, sizes, random.Random(0))
         bench.run([bench.prompt(SHORT) for _ in range(ROWS)], SHORT)  # reads the weights
         for number in range(rounds):
             for measurement in MEASUREMENTS:
@@ -319,7 +316,7 @@ def run(
         figures.append(Figure("memory at the end", _resident_megabytes(), "MB"))
     return {
         "artifact": str(artifact),
-        "model": manifest.source["name"] if manifest else None,
+        "model": opened.manifest.source["name"] if opened.manifest else None,
         "device": device,
         "cpu": re.findall(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[0],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import functools
 import weakref
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
@@ -125,8 +125,8 @@ class Engine:
         self._eos_ids = _eos_ids(self.artifact, self.tokenizer)
         self._encode = SeamEncoder(self.tokenizer)
         manifest = self.artifact.manifest
-        self._vocab_size = manifest.vocab_size if manifest else self.tokenizer.vocab_size
-        self._grammars = GrammarCompiler(self.tokenizer, self._vocab_size, self._eos_ids)
+        self.vocab_size = manifest.vocab_size if manifest else self.tokenizer.vocab_size
+        self._grammars = GrammarCompiler(self.tokenizer, self.vocab_size, self._eos_ids)
         page_size = self.artifact.config.page_size
         self.max_tokens = min(self.artifact.config.max_seq_len, (num_pages - 1) * page_size)
 
@@ -268,16 +268,11 @@ class Engine:
 
     def _check_params(self, params: SamplingParams, prompt_len: int) -> None:
         """What depends on the model or the prompt; the rest was checked when they were made."""
-        for name in ("logit_bias", "stop_token_ids"):
-            for token in getattr(params, name):
-                if token >= self._vocab_size:
-                    raise RequestError(
-                        f"{name}: {shown(token)} is no token id; the model has 0 to "
-                        f"{self._vocab_size - 1}"
-                    )
-        if params.top_logprobs_num > self._vocab_size:
+        self._check_tokens("logit_bias", params.logit_bias)
+        self._check_tokens("stop_token_ids", params.stop_token_ids)
+        if params.top_logprobs_num > self.vocab_size:
             raise RequestError(
-                f"top_logprobs_num={params.top_logprobs_num}: the model has {self._vocab_size} "
+                f"top_logprobs_num={params.top_logprobs_num}: the model has {self.vocab_size} "
                 "tokens"
             )
         if params.return_logprob and params.logprob_start_len >= prompt_len:
@@ -285,6 +280,15 @@ class Engine:
                 f"logprob_start_len={params.logprob_start_len}: the prompt has {prompt_len} "
                 "tokens; give a smaller position, or -1 for none of them"
             )
+
+    def _check_tokens(self, name: str, tokens: Iterable[int]) -> None:
+        for token in tokens:
+            is_id = isinstance(token, Integral) and not isinstance(token, bool)
+            if not (is_id and 0 <= token < self.vocab_size):
+                raise RequestError(
+                    f"{name}: {shown(token)} is no token id; the model has 0 to "
+                    f"{self.vocab_size - 1}"
+                )
 
     def encode(self, prompt: str, continuation: str = "") -> list[int]:
         """Tokens of a prompt, and of what may continue it.
@@ -302,13 +306,7 @@ class Engine:
             ids = list(cast(Sequence[int], prompt))
         if not ids:
             raise RequestError("prompt is empty; give at least one token (a BOS, or a space)")
-        for token in ids:
-            is_id = isinstance(token, Integral) and not isinstance(token, bool)
-            if not (is_id and 0 <= token < self._vocab_size):
-                raise RequestError(
-                    f"prompt: {shown(token)} is no token id; the model has 0 to "
-                    f"{self._vocab_size - 1}"
-                )
+        self._check_tokens("prompt", ids)
         if len(ids) >= self.max_tokens:
             raise RequestError(
                 f"prompt: {len(ids)} tokens leave no room for an answer in a context of "

@@ -101,8 +101,7 @@ class ModelRunner:
         `meanwhile` is called while the device runs.
         """
         size = _fitting(self.config.prefill_batch_sizes, len(rows))
-        if f"prefill_last_bs{size}" in self._functions:
-            name = f"prefill_last_bs{size}"
+        if (name := f"prefill_last_bs{size}") in self._functions:
             return (await self._prefill(name, size, rows, copy, meanwhile))[:, 0]
         logits = await self._prefill(f"prefill_bs{size}", size, rows, True, meanwhile)
         return np.stack([logits[i, len(row.tokens) - 1] for i, row in enumerate(rows)])

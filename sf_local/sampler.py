@@ -47,7 +47,7 @@ class Sampler:
         self.params = params
         self._random = np.random.default_rng(params.seed)
         self._num_tokens = 0
-        self._end_ids = np.fromiter(end_ids, np.intp) if params.min_new_tokens else None
+        self._end_ids = np.fromiter(end_ids, np.intp)
         bias = params.logit_bias
         self._bias_ids = np.fromiter(bias, np.intp)
         self._bias = np.fromiter(bias.values(), np.float32)
@@ -68,7 +68,8 @@ class Sampler:
     @property
     def is_uncut(self) -> bool:
         """Whether no token is ruled out by its rank."""
-        return self.params.top_k < 0 and self.params.top_p == 1 and self.params.min_p == 0
+        params = self.params
+        return params.is_greedy or (params.top_k < 0 and params.top_p == 1 and params.min_p == 0)
 
     @property
     def _is_too_short(self) -> bool:
@@ -97,7 +98,7 @@ class Sampler:
             logits[ids] = np.where(seen > 0, seen / penalty, seen * penalty)
         if len(self._bias_ids):
             logits[self._bias_ids] += self._bias
-        if self._is_too_short and self._end_ids is not None:
+        if self._is_too_short:
             ends = self._end_ids[self._end_ids < len(logits)]
             if allowed is None or np.count_nonzero(allowed) > np.count_nonzero(allowed[ends]):
                 logits[ends] = -np.inf
@@ -125,20 +126,18 @@ class BatchSampler:
         """
         allowed = [None if mask is None else _bits(mask, logits.shape[1]) for mask in masks]
         sampled: dict[int, Sampled] = {}
-        hopeful = []
+        hopeful: dict[int, NDArray[np.bool_]] = {}
         for i, (sampler, bits) in enumerate(zip(samplers, allowed, strict=True)):
             if bits is None or sampler.changes_logits:
                 continue
             if np.count_nonzero(bits) <= FEW:
                 sampled[i] = _sample_few(sampler, logits[i], np.flatnonzero(bits))
-            elif (
-                sampler.params.is_greedy or sampler.is_uncut
-            ) and not sampler.params.return_logprob:
-                hopeful.append(i)
+            elif sampler.is_uncut and not sampler.params.return_logprob:
+                hopeful[i] = bits
         rest = [i for i in range(len(samplers)) if i not in sampled]
         first = [None if i in hopeful else bits for i, bits in enumerate(allowed)]
         sampled |= self._sample(samplers, logits, first, rest)
-        again = [i for i in hopeful if not allowed[i][sampled[i].token]]  # type: ignore[index]
+        again = [i for i, bits in hopeful.items() if not bits[sampled[i].token]]
         sampled |= self._sample(samplers, logits, allowed, again)
         return [sampled[i] for i in range(len(samplers))]
 
