@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from compile.cache import cache_dir
+from compile.cpu_llama import CpuLlamaEmitter
 from compile.llama import LlamaEmitter, ModelOptions
 from compile.sources import DEMO_SHA256, Source, open_source
-from compile.target import ROW_MAJOR, Target, resolve_target
-from compile.weights import DTYPES, check_tensors, type_name, write_weights
+from compile.target import Target, resolve_target
+from compile.weights import WHOLE, DTYPES, check_tensors, num_bytes, type_name, write_weights
 from sf_local import artifact, irpa
 from sf_local.artifact import (
     COMPILER_VERSION,
@@ -41,6 +42,7 @@ from sf_local.errors import (
 )
 from sf_local.tokenizer import Tokenizer
 
+Emitter = LlamaEmitter | CpuLlamaEmitter
 Progress = Callable[[str, float | None], None]  # what is being done, and which share of it
 MLIR = "model.mlir"
 DTYPE_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -151,7 +153,7 @@ def _check_output(output: Path, force: bool) -> None:
         raise OutputError(f"{output} is no artifact, so --force does not replace it; remove it")
 
 
-def _emitter(source: Source, options: BuildOptions, target: Target) -> LlamaEmitter:
+def _emitter(source: Source, options: BuildOptions, target: Target) -> Emitter:
     weight_dtype = options.weight_dtype or target.weight_dtype
     context = source.config.max_seq_len
     model = ModelOptions(
@@ -171,8 +173,9 @@ def _emitter(source: Source, options: BuildOptions, target: Target) -> LlamaEmit
             f"max_seq_len={model.max_seq_len}: at least a page of {options.page_size} tokens, and "
             f"at most the {context} that {source.name} was trained for"
         )
-    layout = ROW_MAJOR if options.row_major else target.layout(weight_dtype)
-    return LlamaEmitter(source.config, model, layout)
+    if target.vectors is None or options.row_major:
+        return LlamaEmitter(source.config, model)
+    return CpuLlamaEmitter(source.config, model, target.vectors)
 
 
 @contextmanager
@@ -209,11 +212,11 @@ def _check_tokenizer(folder: Path, source: Source) -> None:
 
 
 def _write_model(
-    folder: Path, source: Source, emitter: LlamaEmitter, target: Target, progress: Progress
+    folder: Path, source: Source, emitter: Emitter, target: Target, progress: Progress
 ) -> None:
     """weights.irpa, model.mlir, model.vmfb and the tokenizer's files."""
     write_weights(
-        folder / WEIGHTS, source, list(emitter.parameters.values()), emitter.layout,
+        folder / WEIGHTS, source, list(emitter.parameters.values()),
         lambda done, total: progress("converting weights", done / total),
     )  # fmt: skip
     progress(f"compiling for {target.name}", None)
@@ -238,7 +241,7 @@ def _iree_compile(mlir: Path, vmfb: Path, target: Target) -> None:
 
 
 def _write_descriptions(
-    folder: Path, source: Source, emitter: LlamaEmitter, options: BuildOptions, target: Target
+    folder: Path, source: Source, emitter: Emitter, options: BuildOptions, target: Target
 ) -> None:
     """config.json, then artifact.json, which holds the hashes of all other files."""
     config = _model_config(emitter)
@@ -263,14 +266,16 @@ def _write_descriptions(
         functions=emitter.function_names,
         config=dataclasses.asdict(config),
         parameters_sha256=parameters_sha256(
-            {p.name: type_name(p) for p in emitter.parameters.values()}
+            {p.name: type_name(p) for p in emitter.parameters.values()} | {
+                WHOLE: irpa.whole_type(irpa.num_bytes_together(map(num_bytes, emitter.parameters.values())))
+            }
         ),
         files=files,
     )
     (folder / MANIFEST).write_text(_json(dataclasses.asdict(manifest)))
 
 
-def _model_config(emitter: LlamaEmitter) -> ModelConfig:
+def _model_config(emitter: Emitter) -> ModelConfig:
     config, model = emitter.config, emitter.options
     return ModelConfig(
         max_seq_len=model.max_seq_len,

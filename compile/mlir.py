@@ -29,7 +29,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Scalar:
-    """An SSA scalar inside a `generic` body; arithmetic on it emits `arith` operations."""
+    """An SSA scalar or vector; arithmetic on it emits `arith` operations, element by element."""
 
     builder: Builder
     name: str
@@ -37,7 +37,7 @@ class Scalar:
 
     @property
     def _is_float(self) -> bool:
-        return self.dtype[0] in "fb"
+        return element_type(self.dtype)[0] in "fb"
 
     def _binary(self, op: str, other: Scalar | float) -> Scalar:
         rhs = other if isinstance(other, Scalar) else self.builder.scalar(other, self.dtype)
@@ -73,11 +73,13 @@ class Scalar:
 
     def less(self, other: Scalar) -> Scalar:
         """Signed integer `self < other`, as i1."""
-        return self.builder.op(f"arith.cmpi slt, {self.name}, {other.name} : {self.dtype}", "i1")
+        kind = self.dtype.rpartition("x")[0] + "xi1>" if self.dtype.startswith("vector") else "i1"
+        return self.builder.op(f"arith.cmpi slt, {self.name}, {other.name} : {self.dtype}", kind)
 
     def select(self, yes: Scalar, no: Scalar) -> Scalar:
+        types = f"{self.dtype}, {yes.dtype}" if self.dtype.startswith("vector") else yes.dtype
         return self.builder.op(
-            f"arith.select {self.name}, {yes.name}, {no.name} : {yes.dtype}", yes.dtype
+            f"arith.select {self.name}, {yes.name}, {no.name} : {types}", yes.dtype
         )
 
     def math(self, name: str) -> Scalar:
@@ -85,13 +87,15 @@ class Scalar:
         return self.builder.op(f"math.{name} {self.name} : {self.dtype}", self.dtype)
 
     def to(self, dtype: str) -> Scalar:
-        """Convert between floats, between integers, or between integers and `index`."""
+        """Convert between floats, between integers, integers to floats, or from and to `index`."""
         if dtype == self.dtype:
             return self
         if "index" in (dtype, self.dtype):
             op = "index_cast"
+        elif not self._is_float and element_type(dtype)[0] in "fb":
+            op = "sitofp"
         else:
-            widen = _BITS[dtype] > _BITS[self.dtype]
+            widen = _BITS[element_type(dtype)] > _BITS[element_type(self.dtype)]
             op = (
                 ("extf" if widen else "truncf")
                 if self._is_float
@@ -100,7 +104,12 @@ class Scalar:
         return self.builder.op(f"arith.{op} {self.name} : {self.dtype} to {dtype}", dtype)
 
 
-_BITS = {"i1": 1, "i32": 32, "i64": 64, "f16": 16, "bf16": 16, "f32": 32}
+_BITS = {"i1": 1, "i8": 8, "i16": 16, "i32": 32, "i64": 64, "f16": 16, "bf16": 16, "f32": 32}
+
+
+def element_type(dtype: str) -> str:
+    """ "f32" for "vector<16xf32>", and for "f32"."""
+    return dtype.rpartition("x")[2].rstrip(">") if dtype.startswith("vector") else dtype
 
 
 def tensor_type(shape: Sequence[Dim], dtype: str) -> str:
@@ -143,7 +152,9 @@ class Builder:
         return Scalar(self, name, dtype)
 
     def scalar(self, value: float, dtype: str) -> Scalar:
-        literal = f"{float(value):e}" if dtype[0] in "fb" else str(int(value))
+        is_float = element_type(dtype)[0] in "fb"
+        literal = f"{float(value):e}" if is_float else str(int(value))
+        literal = f"dense<{literal}>" if dtype.startswith("vector") else literal
         return self.op(f"arith.constant {literal} : {dtype}", dtype)
 
     def index(self, dim: Dim) -> Scalar:

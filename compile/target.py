@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
+from compile.matmul import Vectors
 from sf_local.artifact import host_cpu_features
 from sf_local.errors import UnsupportedError
 
@@ -85,18 +86,15 @@ class Target:
             return "bf16"
         return "f16" if "f16c" in self.cpu_features else "f32"
 
-    def layout(self, weight_dtype: str) -> Layout:
-        """Measured with AVX-512: bf16 in 16x16x2 gives 630 GFLOP/s, in 16x16x32 2; f16 in 16x16x1
-        decodes 83 tokens/s, in 16x16x2 5. With AVX2, f16 decodes 46 tokens/s in 8x8x1, bf16 5.
-
-        A tile must fit the vector registers: IREE's microkernels are wrong beyond (16x31, 8x14
-        and, without AVX, 4x16 gave garbage).
-        """
+    @property
+    def vectors(self) -> Vectors | None:
+        """What CPU kernels are written for; None for a GPU."""
         if self.device == "hip":
-            return ROW_MAJOR
+            return None
         features = self.cpu_features
-        m, n = (16, 16) if "avx512f" in features else (8, 8) if "avx2" in features else (8, 4)
-        return Layout(True, m, n, 2 if weight_dtype == "bf16" else 1)
+        if "avx512f" in features:
+            return Vectors(16, 8, has_dot="avx512_bf16" in features)
+        return Vectors(8, 4) if "avx2" in features else Vectors(4, 4)
 
     @property
     def flags(self) -> tuple[str, ...]:

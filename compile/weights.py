@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from compile.config import LlamaConfig
 from compile.llama import Parameter
 from compile.sources import Source, SourceTensor
-from compile.target import Layout
 from sf_local import irpa
 from sf_local.errors import SourceError
 
 DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 ROPE_BLOCK = 8192  # positions
+WHOLE = "model"  # the name of the archive's storage as one parameter
 BLOCK_ELEMENTS = 16 << 20  # of one block of rows; 64 MiB in f32
 
 Array = NDArray[np.generic]
@@ -30,9 +30,10 @@ Array = NDArray[np.generic]
 
 @dataclass(frozen=True)
 class Segment:
-    """`num_rows` rows of a matrix: a source tensor, then zeros."""
+    """`num_rows` rows of a matrix: those of a source tensor from `start` on, then zeros."""
 
     tensor: SourceTensor
+    start: int
     num_rows: int
 
 
@@ -83,24 +84,26 @@ def write_weights(
     path: Path,
     source: Source,
     parameters: Sequence[Parameter],
-    layout: Layout,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Write all parameters to `path`; `progress(done, total)` counts bytes."""
-    entries = [(p.name, type_name(p), _num_bytes(p)) for p in parameters]
+    """Write all parameters to `path`, and the name WHOLE for all of them together.
+
+    `progress(done, total)` counts bytes.
+    """
+    entries = [(p.name, type_name(p), num_bytes(p)) for p in parameters]
     total = sum(num_bytes for _, _, num_bytes in entries)
 
     def blocks() -> Iterator[memoryview]:
         done = 0
         for parameter in parameters:
-            for block in _parameter_blocks(source, parameter, layout):
+            for block in _parameter_blocks(source, parameter):
                 data = np.ascontiguousarray(block).view(np.uint8).reshape(-1).data
                 done += len(data)
                 yield data
                 progress(done, total)
 
     with path.open("wb") as file:
-        irpa.write_archive(file, entries, blocks())
+        irpa.write_archive(file, entries, blocks(), WHOLE)
 
 
 def type_name(parameter: Parameter) -> str:
@@ -132,47 +135,47 @@ def rope_frequencies(config: LlamaConfig) -> NDArray[np.float64]:
     return stretched
 
 
-def _parameter_blocks(source: Source, parameter: Parameter, layout: Layout) -> Iterator[Array]:
+def _parameter_blocks(source: Source, parameter: Parameter) -> Iterator[Array]:
     if parameter.name == "rope":
         for start in range(0, parameter.shape[0], ROPE_BLOCK):
             yield rope_table(source.config, start, min(start + ROPE_BLOCK, parameter.shape[0]))
         return
-    segments = _segments(source.tensors, parameter, layout)
+    segments = _segments(source.tensors, parameter)
     if len(parameter.shape) == 1:
         vector = segments[0].tensor.read(slice(None)).astype(np.float32)
         yield np.pad(vector, (0, parameter.shape[0] - len(vector)))
         return
-    yield from _matrix_blocks(segments, parameter, layout)
+    yield from _matrix_blocks(segments, parameter)
 
 
-def _segments(
-    tensors: Mapping[str, SourceTensor], parameter: Parameter, layout: Layout
-) -> list[Segment]:
-    """The source tensors that make up a parameter, one after the other."""
-    fused = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_gate_up": ("ffn_gate", "ffn_up")}
-    for name, parts in fused.items():
-        if name in parameter.name:
-            members = [tensors[parameter.name.replace(name, part)] for part in parts]
-            pad = layout.pad if name == "ffn_gate_up" else int
-            return [Segment(t, pad(t.shape[0])) for t in members]
+def _segments(tensors: Mapping[str, SourceTensor], parameter: Parameter) -> list[Segment]:
+    """The rows of source tensors that make up a parameter, one after the other.
+
+    In blocks of a packed matrix, half of the features are gates and half are ups.
+    """
+    if "attn_qkv" in parameter.name:
+        parts = [tensors[parameter.name.replace("attn_qkv", f"attn_{x}")] for x in "qkv"]
+        return [Segment(t, 0, t.shape[0]) for t in parts]
+    if "ffn_gate_up" in parameter.name:
+        gate, up = (tensors[parameter.name.replace("gate_up", x)] for x in ("gate", "up"))
+        step = parameter.shape[2] // 2 if parameter.is_packed else gate.shape[0]
+        starts = range(0, gate.shape[0], step)
+        return [Segment(t, start, step) for start in starts for t in (gate, up)]
     tensor = tensors[parameter.name]
-    return [Segment(tensor, tensor.shape[0])]
+    return [Segment(tensor, 0, tensor.shape[0])]
 
 
-def _matrix_blocks(
-    segments: Sequence[Segment], parameter: Parameter, layout: Layout
-) -> Iterator[Array]:
-    """Blocks of whole row tiles, packed as `layout` says."""
+def _matrix_blocks(segments: Sequence[Segment], parameter: Parameter) -> Iterator[Array]:
+    """Rows as they are stored, some at a time; packed, whole blocks of them."""
     dtype = DTYPES[parameter.dtype]
-    packed = len(parameter.shape) == 4
-    rows, cols = layout.matrix_size(parameter.shape)
-    unit = layout.n_tile
+    rows, cols = parameter.matrix_size
+    unit = parameter.shape[2] if parameter.is_packed else 1
     step = max(BLOCK_ELEMENTS // cols // unit, 1) * unit
     for start in range(0, rows, step):
         count = min(step, rows - start)
         block = np.zeros((count, cols), dtype)
         _read_rows(segments, start, block)
-        if packed:
+        if parameter.is_packed:
             n, k = parameter.shape[2:]
             block = block.reshape(count // n, n, cols // k, k).transpose(0, 2, 1, 3)
         yield block
@@ -183,14 +186,16 @@ def _read_rows(segments: Sequence[Segment], start: int, out: Array) -> None:
     base = 0
     for segment in segments:
         first = max(start, base)
-        last = min(start + len(out), base + segment.tensor.shape[0])
+        num_rows = min(segment.num_rows, segment.tensor.shape[0] - segment.start)
+        last = min(start + len(out), base + num_rows)
         if first < last:
-            rows = segment.tensor.read(slice(first - base, last - base))
+            skip = segment.start - base
+            rows = segment.tensor.read(slice(first + skip, last + skip))
             out[first - start : last - start, : rows.shape[1]] = rows.astype(out.dtype)
         base += segment.num_rows
 
 
-def _num_bytes(parameter: Parameter) -> int:
+def num_bytes(parameter: Parameter) -> int:
     return math.prod(parameter.shape) * int(np.dtype(DTYPES[parameter.dtype]).itemsize)
 
 

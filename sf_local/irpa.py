@@ -34,27 +34,47 @@ class Entry:
 
 
 def write_archive(
-    file: BinaryIO, entries: Sequence[tuple[str, str, int]], data: Iterable[bytes | memoryview]
+    file: BinaryIO,
+    entries: Sequence[tuple[str, str, int]],
+    data: Iterable[bytes | memoryview],
+    whole: str | None = None,
 ) -> None:
-    """Write (name, type, num_bytes) entries, then their bytes in the same order, in any chunks."""
-    names = b"".join(name.encode() + kind.encode() for name, kind, _ in entries)
-    metadata_start = _aligned(_HEADER.size, 16) + _ENTRY_STRIDE * len(entries)
-    storage_start = _aligned(metadata_start + len(names), _PAGE)
-    table, metadata, offset = bytearray(), 0, 0
+    """Write (name, type, num_bytes) entries, then their bytes in the same order, in any chunks.
+
+    `whole` names one more entry: all of their bytes, each padded to a multiple of 64.
+    """
+    places, end = [], 0
     for name, kind, num_bytes in entries:
-        sizes = len(name.encode()), len(kind.encode())
-        entry = _ENTRY.pack(_ENTRY.size, _DATA, 0, metadata, sizes[0], metadata + sizes[0],
-                            sizes[1], _ALIGNMENT, offset, num_bytes)  # fmt: skip
+        places.append((name.encode(), kind.encode(), end, num_bytes))
+        end = _aligned(end + num_bytes, _ALIGNMENT)
+    if whole is not None:
+        places.append((whole.encode(), whole_type(end).encode(), 0, end))
+    names = b"".join(name + kind for name, kind, _, _ in places)
+    metadata_start = _aligned(_HEADER.size, 16) + _ENTRY_STRIDE * len(places)
+    storage_start = _aligned(metadata_start + len(names), _PAGE)
+    table, metadata = bytearray(), 0
+    for name, kind, offset, num_bytes in places:
+        entry = _ENTRY.pack(_ENTRY.size, _DATA, 0, metadata, len(name), metadata + len(name),
+                            len(kind), _ALIGNMENT, offset, num_bytes)  # fmt: skip
         table += entry.ljust(_ENTRY_STRIDE, b"\0")
-        metadata += sum(sizes)
-        offset = _aligned(offset + num_bytes, _ALIGNMENT)
-    header = _HEADER.pack(_MAGIC, 0, 0, _HEADER.size, 0, 0, len(entries),
+        metadata += len(name) + len(kind)
+    header = _HEADER.pack(_MAGIC, 0, 0, _HEADER.size, 0, 0, len(places),
                           _aligned(_HEADER.size, 16), len(table), metadata_start, len(names),
-                          storage_start, offset)  # fmt: skip
+                          storage_start, end)  # fmt: skip
     file.write(header.ljust(_aligned(_HEADER.size, 16), b"\0"))
     file.write(bytes(table))
     file.write(names.ljust(storage_start - metadata_start, b"\0"))
     _write_storage(file, [num_bytes for _, _, num_bytes in entries], data)
+
+
+def whole_type(num_bytes: int) -> str:
+    """The type of all parameters together."""
+    return f"{num_bytes}xi8"
+
+
+def num_bytes_together(sizes: Iterable[int]) -> int:
+    """Of parameters of these sizes, one after the other."""
+    return sum(_aligned(size, _ALIGNMENT) for size in sizes)
 
 
 def _write_storage(

@@ -1,0 +1,242 @@
+"""KernelBuilder: one CPU executable written with loops, vectors and plain memory.
+
+Where `mlir.py` writes tensors and leaves the loops to IREE, this writes the loops: what a workgroup
+loads, multiplies and stores. Workgroups share the work of a phase by counting tasks off, and wait
+for one another at its end, so a whole model is one dispatch. It knows nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from compile.mlir import Builder, Scalar
+
+LINE = 16  # i32 of a cache line: counters of two phases never share one
+Index = Scalar | int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One-dimensional memory of elements `dtype`; the kernel computes all indices."""
+
+    k: KernelBuilder
+    name: str
+    dtype: str
+
+    @property
+    def type(self) -> str:
+        return f"memref<?x{self.dtype}>"
+
+    def load(self, index: Index) -> Scalar:
+        return self.k.op(
+            f"memref.load {self.name}[{self.k.at(index)}] : {self.type}", self.dtype
+        )
+
+    def store(self, value: Scalar, index: Index) -> None:
+        assert value.dtype == self.dtype, f"{value.dtype} into memory of {self.dtype}"
+        self.k.emit(f"memref.store {value.name}, {self.name}[{self.k.at(index)}] : {self.type}")
+
+    def load_vector(self, index: Index, lanes: int) -> Scalar:
+        kind = vector_type(lanes, self.dtype)
+        return self.k.op(
+            f"vector.load {self.name}[{self.k.at(index)}] : {self.type}, {kind}", kind
+        )
+
+    def store_vector(self, value: Scalar, index: Index, count: Scalar | None = None) -> None:
+        """Store a vector; with `count`, its first elements only."""
+        at = self.k.at(index)
+        if count is None:
+            self.k.emit(f"vector.store {value.name}, {self.name}[{at}] : {self.type}, {value.dtype}")
+            return
+        mask = self.k.op(f"vector.create_mask {count.name} : {mask_type(value.dtype)}", "i1")
+        self.k.emit(
+            f"vector.maskedstore {self.name}[{at}], {mask.name}, {value.name} : "
+            f"{self.type}, {mask_type(value.dtype)}, {value.dtype}"
+        )
+
+    def add_atomically(self, value: int, index: Index) -> Scalar:
+        """The old value; nothing before or after it is seen the other way round."""
+        amount = self.k.scalar(value, self.dtype)
+        return self.k.op(
+            f"memref.atomic_rmw addi {amount.name}, {self.name}[{self.k.at(index)}] : "
+            f"({self.dtype}, {self.type}) -> {self.dtype}",
+            self.dtype,
+        )
+
+
+class KernelBuilder(Builder):
+    """Writes the body of one kernel. `bind` its arguments, then `phase` after `phase`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bindings: list[str] = []
+        self.num_constants = 0
+
+    # Interface
+
+    def layout(self) -> str:
+        """#hal.pipeline.layout of all that was bound."""
+        bindings = ", ".join(
+            f"#hal.pipeline.binding<storage_buffer{flags}>" for flags in self._bindings
+        )
+        return (
+            f"#hal.pipeline.layout<constants = {self.num_constants}, bindings = [{bindings}]>"
+        )
+
+    def binding(self, *, read_only: bool = False) -> int:
+        """The next argument, or result, of the dispatch."""
+        self._bindings.append(", ReadOnly" if read_only else "")
+        return len(self._bindings) - 1
+
+    def view(self, binding: int, dtype: str) -> Memory:
+        """A binding as memory of `dtype`."""
+        size = self.scalar(1 << 48, "index")
+        zero = self.scalar(0, "index")
+        return Memory(
+            self,
+            self.op(
+                f"hal.interface.binding.subspan layout(#kernel_layout) binding({binding}) "
+                f"alignment(64) offset({zero.name}) : memref<?x{dtype}>{{{size.name}}}",
+                "",
+            ).name,
+            dtype,
+        )
+
+    def constant(self) -> Scalar:
+        """The next i32 argument, as an index."""
+        self.num_constants += 1
+        value = self.op(
+            f"hal.interface.constant.load layout(#kernel_layout) ordinal("
+            f"{self.num_constants - 1}) : i32",
+            "i32",
+        )
+        return value.to("index")
+
+    def workgroup(self) -> Scalar:
+        return self.op("hal.interface.workgroup.id[0] : index", "index")
+
+    # Values
+
+    def at(self, index: Index) -> str:
+        return index.name if isinstance(index, Scalar) else self.scalar(index, "index").name
+
+    def broadcast(self, value: Scalar, lanes: int) -> Scalar:
+        kind = vector_type(lanes, value.dtype)
+        return self.op(f"vector.broadcast {value.name} : {value.dtype} to {kind}", kind)
+
+    def bitcast(self, value: Scalar, kind: str) -> Scalar:
+        op = "vector.bitcast" if kind.startswith("vector") else "arith.bitcast"
+        return self.op(f"{op} {value.name} : {value.dtype} to {kind}", kind)
+
+    def intrinsic(self, name: str, arguments: Sequence[Scalar], kind: str) -> Scalar:
+        names = ", ".join(a.name for a in arguments)
+        types = ", ".join(a.dtype for a in arguments)
+        return self.op(f'llvm.call_intrinsic "llvm.{name}"({names}) : ({types}) -> {kind}', kind)
+
+    def fma(self, a: Scalar, b: Scalar, c: Scalar) -> Scalar:
+        """a * b + c"""
+        return self.op(f"math.fma {a.name}, {b.name}, {c.name} : {c.dtype}", c.dtype)
+
+    def sum(self, value: Scalar) -> Scalar:
+        return self._reduction("add", value)
+
+    def maximum(self, value: Scalar) -> Scalar:
+        return self._reduction("maximumf", value)
+
+    def _reduction(self, kind: str, value: Scalar) -> Scalar:
+        return self.op(f"vector.reduction <{kind}>, {value.name} : {value.dtype} into f32", "f32")
+
+    def element(self, value: Scalar, lane: int) -> Scalar:
+        kind = value.dtype.rpartition("x")[2].rstrip(">")
+        return self.op(f"vector.extract {value.name}[{lane}] : {kind} from {value.dtype}", kind)
+
+    def lanes_from(self, value: Scalar, lanes: int) -> Scalar:
+        """value, value + 1, ...: vector<lanes x i32> of an i32."""
+        kind = vector_type(lanes, "i32")
+        steps = self.op(f"arith.constant dense<{list(range(lanes))}> : {kind}", kind)
+        return self.broadcast(value, lanes) + steps
+
+    # Control flow
+
+    @contextmanager
+    def loop(self, low: Index, high: Index, step: int = 1) -> Iterator[Scalar]:
+        variable = self.fresh()
+        with self.block(
+            f"scf.for {variable} = {self.at(low)} to {self.at(high)} step {self.at(step)} {{"
+        ):
+            yield Scalar(self, variable, "index")
+
+    def fold(
+        self,
+        low: Index,
+        high: Index,
+        state: Sequence[Scalar],
+        body: Callable[..., Sequence[Scalar]],
+        step: int = 1,
+    ) -> list[Scalar]:
+        """The state after `body(index, *state)` for each index."""
+        name, variable = self.fresh(), self.fresh()
+        inner = [Scalar(self, self.fresh(), s.dtype) for s in state]
+        types = ", ".join(s.dtype for s in state)
+        carried = ", ".join(f"{i.name} = {s.name}" for i, s in zip(inner, state, strict=True))
+        with self.block(
+            f"{name}:{len(inner)} = scf.for {variable} = {self.at(low)} to {self.at(high)} step "
+            f"{self.at(step)} iter_args({carried}) -> ({types}) {{"
+        ):
+            result = body(Scalar(self, variable, "index"), *inner)
+            self.emit(f"scf.yield {', '.join(r.name for r in result)} : {types}")
+        return [Scalar(self, f"{name}#{i}", s.dtype) for i, s in enumerate(state)]
+
+    @contextmanager
+    def when(self, condition: Scalar) -> Iterator[None]:
+        with self.block(f"scf.if {condition.name} {{"):
+            yield
+
+    @contextmanager
+    def phase(self, counters: Memory, number: Scalar, num_tasks: Scalar) -> Iterator[Scalar]:
+        """Do tasks 0 .. num_tasks - 1, each by one workgroup, and wait until all are done.
+
+        A workgroup waits only for tasks that others have begun, so it does not matter how many run
+        at once. Counters [phases, 2 lines] start at zero: tasks taken, tasks done.
+        """
+        taken, done = number * (2 * LINE), number * (2 * LINE) + LINE
+        total = num_tasks.to("i32")
+        with self.block("scf.while : () -> () {"):
+            task = counters.add_atomically(1, taken)
+            is_task = task.less(total)
+            with self.when(is_task):
+                yield task.to("index")
+                counters.add_atomically(1, done)
+            self.emit(f"scf.condition({is_task.name})")
+        self.lines[-1] = self.lines[-1].replace("}", "} do { scf.yield }")
+        self._wait(counters, done, total)
+
+    def _wait(self, counters: Memory, index: Scalar, total: Scalar) -> None:
+        base = self.op(
+            f"memref.extract_aligned_pointer_as_index {counters.name} : {counters.type} -> index",
+            "index",
+        )
+        address = (base + index * 4).to("i64")
+        pointer = self.op(f"llvm.inttoptr {address.name} : i64 to !llvm.ptr", "!llvm.ptr")
+        with self.block("scf.while : () -> () {"):
+            value = self.op(
+                f"llvm.load {pointer.name} atomic acquire {{alignment = 4 : i64}} : "
+                f"!llvm.ptr -> i32",
+                "i32",
+            )
+            self.emit(f"scf.condition({value.less(total).name})")
+        self.lines[-1] = self.lines[-1].replace("}", "} do {")
+        self.emit('  llvm.call_intrinsic "llvm.x86.sse2.pause"() : () -> ()')
+        self.emit("  scf.yield")
+        self.emit("}")
+
+
+def vector_type(lanes: int, dtype: str) -> str:
+    return f"vector<{lanes}x{dtype}>"
+
+
+def mask_type(kind: str) -> str:
+    """The type of a mask for a vector type."""
+    return kind.rpartition("x")[0] + "xi1>"
