@@ -10,7 +10,7 @@ from pathlib import Path
 from compile.build import BuildOptions, build
 from compile.progress import progress_display
 from compile.target import CPU_LEVELS, HIP_CHIPS
-from compile.weights import DTYPES
+from compile.weights import DTYPES, QUANTIZED
 from sf_local.errors import SfLocalError
 
 
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--weights",
-        choices=list(DTYPES),
+        choices=[*DTYPES, *QUANTIZED],
         help="weight type (default: bf16 on CPUs that have it, else f16)",
     )
     parser.add_argument("--kv", choices=list(DTYPES), help="KV cache type (default: as --weights)")

@@ -18,7 +18,7 @@ from compile.cpu_llama import CpuLlamaEmitter
 from compile.llama import LlamaEmitter, ModelOptions
 from compile.sources import DEMO_SHA256, Source, open_source
 from compile.target import Target, resolve_target
-from compile.weights import WHOLE, DTYPES, check_tensors, num_bytes, type_name, write_weights
+from compile.weights import DTYPES, QUANTIZED, WHOLE, check_tensors, num_bytes, type_name, write_weights
 from sf_local import artifact, irpa
 from sf_local.artifact import (
     COMPILER_VERSION,
@@ -70,14 +70,14 @@ class BuildOptions:
     kv_dtype: str | None = None
     page_size: int = 16
     prefill_batch_sizes: tuple[int, ...] = (1, 4)
-    decode_batch_sizes: tuple[int, ...] = (1, 2, 4, 8)
+    decode_batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
     max_seq_len: int | None = None
     row_major: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("weight_dtype", "kv_dtype"):
-            if (value := getattr(self, name)) not in (None, *DTYPES):
-                raise UnsupportedError(f"{name}={value!r}; use one of {', '.join(DTYPES)}")
+        for name, allowed in (("weight_dtype", (*DTYPES, *QUANTIZED)), ("kv_dtype", DTYPES)):
+            if (value := getattr(self, name)) not in (None, *allowed):
+                raise UnsupportedError(f"{name}={value!r}; use one of {', '.join(allowed)}")
         if self.page_size not in PAGE_SIZES:
             raise UnsupportedError(f"page_size={self.page_size!r}; use one of {PAGE_SIZES}")
         for name in ("prefill_batch_sizes", "decode_batch_sizes"):
@@ -158,7 +158,7 @@ def _emitter(source: Source, options: BuildOptions, target: Target) -> Emitter:
     context = source.config.max_seq_len
     model = ModelOptions(
         weight_dtype=weight_dtype,
-        kv_dtype=options.kv_dtype or weight_dtype,
+        kv_dtype=options.kv_dtype or _kv_dtype(weight_dtype, target),
         page_size=options.page_size,
         prefill_batch_sizes=options.prefill_batch_sizes,
         decode_batch_sizes=options.decode_batch_sizes,
@@ -176,6 +176,11 @@ def _emitter(source: Source, options: BuildOptions, target: Target) -> Emitter:
     if target.vectors is None or options.row_major:
         return LlamaEmitter(source.config, model)
     return CpuLlamaEmitter(source.config, model, target.vectors)
+
+
+def _kv_dtype(weight_dtype: str, target: Target) -> str:
+    """The default: as the weights, or what unquantized weights would be."""
+    return target.weight_dtype if weight_dtype in QUANTIZED else weight_dtype
 
 
 @contextmanager

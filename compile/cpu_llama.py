@@ -17,8 +17,19 @@ from dataclasses import dataclass
 from compile import abi
 from compile.config import LlamaConfig
 from compile.kernel import LINE, KernelBuilder, Memory, vector_type
-from compile.llama import MASKED, ModelOptions, Parameter
-from compile.matmul import ITEM_BYTES, Streams, Vectors, operand, product
+from compile.llama import MASKED, ModelOptions
+from compile.parameter import Parameter
+from compile.quantize import GROUP
+from compile.matmul import (
+    ITEM_BYTES,
+    Activations,
+    Format,
+    Streams,
+    Vectors,
+    Views,
+    operand,
+    product,
+)
 from compile.mlir import Builder, Dim, Scalar, Tensor, tensor_type
 
 WORKGROUPS = 64  # at least one a thread; those that find all done return at once
@@ -27,7 +38,7 @@ QUERY_ROWS = 4  # rows of one sequence that attend together
 CONTEXT_CHUNK = 256  # positions between two corrections of a softmax
 SPLIT = 512  # positions of a task in decode, so that several threads share a long context
 SUMMARY = 256  # tokens of a summarized block of logits
-PHASES = 9  # a layer
+PHASES = 10  # a layer
 
 _HEADER = 16  # i32 before the tables: numbers of rows, row groups, outputs, splits
 _ROWS, _GROUPS, _OUTPUTS, _SPLITS = range(4)
@@ -58,16 +69,18 @@ class CpuLlamaEmitter:
 
     def __init__(self, config: LlamaConfig, options: ModelOptions, vectors: Vectors) -> None:
         self.config, self.options, self.vectors = config, options, vectors
-        block = vectors.block
-        self.hidden = -(-config.hidden_size // block) * block
-        self.inner = -(-config.intermediate_size // vectors.lanes) * vectors.lanes
+        self.layers = Format(options.weight_dtype, vectors)
+        # Four bits would cost the embedding, which is also the head, more than they save.
+        self.ends = Format("int8", vectors) if options.weight_dtype == "int4" else self.layers
+        group = GROUP if self.layers.is_quantized else 1
+        self.hidden = _padded(config.hidden_size, math.lcm(vectors.block, group))
+        self.inner = _padded(config.intermediate_size, math.lcm(vectors.lanes, group))
         self.heads_width = config.num_heads * config.head_dim
         self.qkv_width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self.page_elements = (
             config.num_layers * 2 * config.num_kv_heads * options.page_size * config.head_dim
         )
         self.num_summaries = -(-config.vocab_size // SUMMARY)
-        self.weights = operand(options.weight_dtype, vectors, vectors.lanes)
         self.parameters: dict[str, Parameter] = {}
         self._declare_parameters()
 
@@ -102,9 +115,9 @@ class CpuLlamaEmitter:
     def _declare_parameters(self) -> None:
         c = self.config
         self._vector("rope", self.options.max_seq_len, 2, c.head_dim // 2)
-        self._matrix("token_embd.weight", c.vocab_size, self.hidden)
+        self._matrix("token_embd.weight", c.vocab_size, self.hidden, self.ends)
         if not c.tied_embeddings:
-            self._matrix("output.weight", c.vocab_size, self.hidden)
+            self._matrix("output.weight", c.vocab_size, self.hidden, self.ends)
         self._vector("output_norm.weight", self.hidden)
         for i in range(c.num_layers):
             self._vector(f"blk.{i}.attn_norm.weight", self.hidden)
@@ -114,10 +127,8 @@ class CpuLlamaEmitter:
             self._matrix(f"blk.{i}.ffn_gate_up.weight", 2 * self.inner, self.hidden)
             self._matrix(f"blk.{i}.ffn_down.weight", self.hidden, self.inner)
 
-    def _matrix(self, name: str, rows: int, cols: int) -> None:
-        block, unit = self.vectors.block, self.weights.unit
-        shape = (-(-rows // block), -(-cols // unit), block, unit)
-        self.parameters[name] = Parameter(name, shape, self.options.weight_dtype)
+    def _matrix(self, name: str, rows: int, cols: int, format_: Format | None = None) -> None:
+        self.parameters[name] = (format_ or self.layers).parameter(name, rows, cols)
 
     def _vector(self, name: str, *shape: int) -> None:
         self.parameters[name] = Parameter(name, shape, "f32")
@@ -128,7 +139,7 @@ class CpuLlamaEmitter:
         offset, offsets = 0, {}
         for p in self.parameters.values():
             offsets[p.name] = offset
-            offset += -(-math.prod(p.shape) * ITEM_BYTES[p.dtype] // 64) * 64
+            offset += _padded(math.prod(p.shape) * (1 if p.is_quantized else ITEM_BYTES[p.dtype]), 64)
         return offsets | {"": offset}
 
     @property
@@ -173,7 +184,6 @@ class _Forward:
         )  # fmt: skip
         if self.options.kv_dtype != self.kv.dtype:
             self.kv = operand(self.options.kv_dtype, Vectors(lanes, 1))
-        self.x = model.weights  # how activations meet the weights
         self.act_width = max(model.hidden, model.heads_width)
         self.num_queries = QUERY_ROWS * c.num_heads // c.num_kv_heads
         self.k = KernelBuilder()
@@ -256,8 +266,9 @@ class _Forward:
                 ((_HEADER,), "i32"),
                 ((7, rows), "i32"),
                 ((rows, m.hidden), "f32"),
-                ((rows, self.act_width), self.x.other),
-                ((rows, m.inner), self.x.other),
+                ((rows, Activations.bytes_of_row(m.layers, self.act_width)), "i8"),
+                ((rows, Activations.bytes_of_row(m.layers, m.inner)), "i8"),
+                ((rows if m.layers.is_quantized else 1, m.inner), "f32"),
                 ((rows, self._block_padded(m.qkv_width)), "f32"),
                 ((rows, m.heads_width), self.kv.other),
                 ((rows, splits, c.num_heads, c.head_dim), "f32"),
@@ -278,9 +289,10 @@ class _Forward:
     # Inside
 
     def _bind(self) -> None:
-        k, op = self.k, self.x
-        weights = k.binding(read_only=True)
-        self.floats, self.units = k.view(weights, "f32"), k.view(weights, op.unit_dtype)
+        k, m = self.k, self.model
+        types = {"f32", *m.layers.view_types, *m.ends.view_types}
+        self.weights = Views(k, k.binding(read_only=True)).open(*sorted(types))
+        self.floats = self.weights["f32"]
         self.tokens, self.start, self.seq_lens, self.page_ids = (
             k.view(k.binding(read_only=True), "i64") for _ in range(4)
         )
@@ -294,8 +306,9 @@ class _Forward:
         self.maxima, self.sums = (k.view(k.binding(), "f32") for _ in range(2))
         self.header, self.table = (k.view(k.binding(), "i32") for _ in range(2))
         self.residual = k.view(k.binding(), "f32")
-        self.act, self.act_units = self._multiplicand(op)
-        self.hid, self.hid_units = self._multiplicand(op)
+        self.act = Activations(k, k.binding(), m.layers, self.act_width)
+        self.hid = Activations(k, k.binding(), m.layers, m.inner)
+        self.plain_hid = k.view(k.binding(), "f32")
         self.qkv = k.view(k.binding(), "f32")
         self.q, self.q_units = self._multiplicand(self.kv)
         self.partial = k.view(k.binding(), "f32")
@@ -338,8 +351,8 @@ class _Forward:
             self._norm(self._table(5, i), self._at("output_norm.weight"), i)
         name = "token_embd.weight" if c.tied_embeddings else "output.weight"
         self._matmul(
-            end + 1, self._at(name), (c.vocab_size, m.hidden), self.act_units, self.act_width,
-            outputs, self._store_logits,
+            end + 1, self._at(name), (c.vocab_size, m.hidden), self.act, outputs,
+            self._store_logits, m.ends,
         )  # fmt: skip
         if not self.kind.all_logits:
             groups = -(-m.num_summaries // 16)
@@ -365,8 +378,8 @@ class _Forward:
             self._norm(row, at("attn_norm"), row)
         qkv_width = self._block_padded(m.qkv_width)
         self._matmul(
-            number + 1, at("attn_qkv"), (m.qkv_width, m.hidden), self.act_units, self.act_width,
-            rows, lambda sums, row, count, block: self._store_rows(
+            number + 1, at("attn_qkv"), (m.qkv_width, m.hidden), self.act, rows,
+            lambda sums, row, count, block: self._store_rows(
                 self.qkv, qkv_width, sums, row, count, block),
         )  # fmt: skip
         with k.phase(self.counters, number + 2, rows * c.num_kv_heads) as task:
@@ -375,8 +388,8 @@ class _Forward:
         with k.phase(self.counters, number + 4, rows) as row:
             self._combine(row)
         self._matmul(
-            number + 5, at("attn_output"), (m.hidden, m.heads_width), self.act_units,
-            self.act_width, rows, self._add_rows,
+            number + 5, at("attn_output"), (m.hidden, m.heads_width), self.act, rows,
+            self._add_rows,
         )  # fmt: skip
         with k.phase(self.counters, number + 6, rows) as row:
             self._norm(row, at("ffn_norm"), row)
@@ -448,24 +461,11 @@ class _Forward:
 
     def _embed(self, row: Scalar) -> None:
         """The residual [M, H] of a row: its token's row of the embedding."""
-        k, m, op = self.k, self.model, self.x
-        token, block = self._table(2, row), self.vectors.block
-        num_units = m.hidden // op.unit
-        start = self._at("token_embd.weight") // op.unit_bytes
-        start = start + token // block * (num_units * block) + token % block
-        with k.loop(0, num_units) as i:
-            unit = self.units.load(start + i * block)
-            to = row * m.hidden + i * op.unit
-            for j, value in enumerate(self._floats_of(unit)):
-                self.residual.store(value, to + j)
-
-    def _floats_of(self, unit: Scalar) -> list[Scalar]:
-        if self.x.unit == 1:
-            return [unit.to("f32")]
-        k = self.k
-        low = k.op(f"arith.shli {unit.name}, {k.scalar(16, 'i32').name} : i32", "i32")
-        high = k.op(f"arith.andi {unit.name}, {k.scalar(-65536, 'i32').name} : i32", "i32")
-        return [k.bitcast(low, "f32"), k.bitcast(high, "f32")]
+        k, m = self.k, self.model
+        token, start = self._table(2, row), self._at("token_embd.weight")
+        with k.loop(0, m.hidden) as i:
+            value = m.ends.element(k, self.weights, start, m.hidden, token, i)
+            self.residual.store(value, row * m.hidden + i)
 
     def _norm(self, row: Scalar, weight: Scalar, to: Scalar) -> None:
         """RMS norm of a row of the residual, as activations [M, A]."""
@@ -480,10 +480,12 @@ class _Forward:
         [squares] = k.fold(0, m.hidden, [k.scalar(0.0, kind)], square, lanes)
         mean = k.sum(squares) / self.config.hidden_size + self.config.rms_eps
         inverse = k.broadcast(k.scalar(1.0, "f32") / mean.math("sqrt"), lanes)
-        with k.loop(0, m.hidden, lanes) as i:
-            x = self.residual.load_vector(start + i, lanes) * inverse
-            x = x * self.floats.load_vector(weight + i, lanes)
-            self._store_as(self.act, x, to * self.act_width + i)
+        with k.loop(0, m.hidden, self.act.step) as i:
+            values = []
+            for j in range(0, self.act.step, lanes):
+                x = self.residual.load_vector(start + i + j, lanes) * inverse
+                values.append(x * self.floats.load_vector(weight + i + j, lanes))
+            self.act.store(values, to, i)
 
     def _store_as(self, memory: Memory, value: Scalar, at: Scalar) -> None:
         """Store f32 as the memory's type."""
@@ -493,30 +495,31 @@ class _Forward:
     # Matrix products
 
     def _matmul(
-        self, number: Scalar, weight: Scalar, size: tuple[int, int], x: Memory, x_width: int,
+        self, number: Scalar, weight: Scalar, size: tuple[int, int], x: Activations,
         num_rows: Scalar, use: Callable[[list[Scalar], Scalar, int, Scalar], None],
+        format_: Format | None = None,
     ) -> None:  # fmt: skip
-        """Rows of x [M, x_width] times a matrix [N, K]: `use(sums, row, number of rows, block)`."""
-        k, op, v = self.k, self.x, self.vectors
-        num_blocks, num_units = -(-size[0] // v.block), -(-size[1] // op.unit)
+        """Rows of x [M, K] times a matrix [N, K]: `use(sums, row, number of rows, block)`."""
+        k, format_ = self.k, format_ or self.model.layers
+        num_blocks = -(-size[0] // self.vectors.block)
         chunks = (num_rows + (ROW_CHUNK - 1)) // ROW_CHUNK
-        zero = k.scalar(0.0, vector_type(v.lanes, "f32"))
         with k.phase(self.counters, number, chunks * num_blocks) as task:
             block = task % num_blocks
             low = task // num_blocks * ROW_CHUNK
-            start = weight // op.unit_bytes + block * (num_units * v.block)
-            streams = Streams(self.units, op, [start, start + v.lanes], v.block, v.lanes)
+            start = weight + block * format_.block_bytes(size[1])
 
             def tile(row: Scalar, count: int) -> None:
-                rows = [(row + r) * (x_width // op.unit) for r in range(count)]
-                sums = product(k, streams, x, rows, num_units, [zero] * (2 * count))
+                rows = [row + r for r in range(count)]
+                sums = format_.product(k, self.weights, start, size[1], x, rows)
                 use(sums, row, count, block)
 
-            self._by_rows(low, (low + ROW_CHUNK).minimum(num_rows), tile)
+            high = (low + ROW_CHUNK).minimum(num_rows)
+            self._by_rows(low, high, format_.max_rows, tile)
 
-    def _by_rows(self, low: Scalar, high: Scalar, tile: Callable[[Scalar, int], None]) -> None:
-        """All rows, as many at once as vector registers hold, then fewer."""
-        count = self.vectors.max_rows
+    def _by_rows(
+        self, low: Scalar, high: Scalar, count: int, tile: Callable[[Scalar, int], None]
+    ) -> None:
+        """All rows, `count` at once, then fewer."""
         while count:
             num_tiles = (high - low) // count
             with self.k.loop(0, num_tiles) as i:
@@ -540,21 +543,32 @@ class _Forward:
 
     def _gate_up_down(self, at: Callable[[str], Scalar], number: Scalar) -> None:
         """residual += down(silu(gate(x)) * up(x)); a block is a vector of gates, then one of ups."""
-        m, lanes = self.model, self.vectors.lanes
+        k, m, lanes = self.k, self.model, self.vectors.lanes
 
         def silu(sums: list[Scalar], row: Scalar, count: int, block: Scalar) -> None:
             for r in range(count):
                 gate, up = sums[2 * r : 2 * r + 2]
                 value = gate / ((gate * -1.0).math("exp") + 1.0) * up
-                self._store_as(self.hid, value, (row + r) * m.inner + block * lanes)
+                if m.layers.is_quantized:
+                    self.plain_hid.store_vector(value, (row + r) * m.inner + block * lanes)
+                else:
+                    self.hid.store([value], row + r, block * lanes)
 
         self._matmul(
-            number, at("ffn_gate_up"), (2 * m.inner, m.hidden), self.act_units, self.act_width,
-            self.num_rows, silu,
-        )  # fmt: skip
+            number, at("ffn_gate_up"), (2 * m.inner, m.hidden), self.act, self.num_rows, silu
+        )
+        if m.layers.is_quantized:
+            with k.phase(self.counters, number + 2, self.num_rows) as row, k.loop(
+                0, m.inner, GROUP
+            ) as i:
+                start = row * m.inner + i
+                values = [
+                    self.plain_hid.load_vector(start + j, lanes) for j in range(0, GROUP, lanes)
+                ]
+                self.hid.store(values, row, i)
         self._matmul(
-            number + 1, at("ffn_down"), (m.hidden, m.inner), self.hid_units, m.inner,
-            self.num_rows, self._add_rows,
+            number + 1, at("ffn_down"), (m.hidden, m.inner), self.hid, self.num_rows,
+            self._add_rows,
         )  # fmt: skip
 
     # Attention
@@ -807,16 +821,21 @@ class _Forward:
             [total] = k.fold(0, splits, [zero], lambda s, total: [
                 total + share(s) * self.partial_totals.load(partial(s) * 2 + 1)])  # fmt: skip
             inverse = k.scalar(1.0, "f32") / total
-            with k.loop(0, d, lanes) as i:
+            step = GROUP if m.layers.is_quantized else lanes
+            with k.loop(0, d, step) as i:
+                starts = [i + j for j in range(0, step, lanes)]
 
-                def add(split: Scalar, value: Scalar, i: Scalar = i) -> list[Scalar]:
-                    x = self.partial.load_vector(partial(split) * d + i, lanes)
-                    return [k.fma(x, k.broadcast(share(split), lanes), value)]
+                def add(split: Scalar, *values: Scalar, starts=starts) -> list[Scalar]:
+                    weight = k.broadcast(share(split), lanes)
+                    return [
+                        k.fma(self.partial.load_vector(partial(split) * d + at, lanes), weight, v)
+                        for at, v in zip(starts, values, strict=True)
+                    ]
 
                 none = k.scalar(0.0, vector_type(lanes, "f32"))
-                [value] = k.fold(0, splits, [none], add)
-                value = value * k.broadcast(inverse, lanes)
-                self._store_as(self.act, value, row * self.act_width + head * d + i)
+                values = k.fold(0, splits, [none] * len(starts), add)
+                wide = k.broadcast(inverse, lanes)
+                self.act.store([value * wide for value in values], row, head * d + i)
 
     # Logits
 
@@ -869,6 +888,10 @@ class _Forward:
         count = (k.scalar(vocab, "index") - first).minimum(k.scalar(SUMMARY, "index"))
         [token, _] = k.fold(0, count, [zero, lowest], better(self.logits, row * vocab + first))
         self.best.store((first + token).to("i64"), row)
+
+
+def _padded(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
 
 
 def _sized(x: Tensor) -> str:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from compile.config import LlamaConfig, RopeScaling
 from compile.gguf_tokenizer import convert_tokenizer, special_id
+from compile.quantize import Groups, from_gguf
 from compile.source import (
     Numbers,
     Progress,
@@ -154,17 +155,26 @@ def _tensor(
             return np.asarray(gguf.dequantize(raw, kind))[rows]
         return np.asarray(gguf.dequantize(np.ascontiguousarray(raw[rows]), kind))
 
-    return SourceTensor(shape, read)
+    def groups(rows: Rows) -> Groups | None:
+        return from_gguf(raw[rows], kind.name) if len(shape) == 2 else None
+
+    return SourceTensor(shape, read, groups)
 
 
 def _unpermuted(tensor: SourceTensor, heads: int) -> SourceTensor:
     """GGUF has a head's rows as (j, half), for RoPE on neighbours; we want (half, j)."""
 
-    def read(rows: Rows) -> NDArray[Any]:
-        order = np.arange(tensor.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
-        return tensor.read(order[rows])
+    groups = tensor.groups
 
-    return SourceTensor(tensor.shape, read)
+    def order(rows: Rows) -> NDArray[Any]:
+        every = np.arange(tensor.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+        return np.asarray(every[rows])
+
+    return SourceTensor(
+        tensor.shape,
+        lambda rows: tensor.read(order(rows)),
+        groups and (lambda rows: groups(order(rows))),
+    )
 
 
 def _config(

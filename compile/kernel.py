@@ -130,6 +130,11 @@ class KernelBuilder(Builder):
         op = "vector.bitcast" if kind.startswith("vector") else "arith.bitcast"
         return self.op(f"{op} {value.name} : {value.dtype} to {kind}", kind)
 
+    def bits(self, op: str, a: Scalar, b: Scalar | int) -> Scalar:
+        """andi, shli or shrui."""
+        b = b if isinstance(b, Scalar) else self.scalar(b, a.dtype)
+        return self.op(f"arith.{op} {a.name}, {b.name} : {a.dtype}", a.dtype)
+
     def intrinsic(self, name: str, arguments: Sequence[Scalar], kind: str) -> Scalar:
         names = ", ".join(a.name for a in arguments)
         types = ", ".join(a.dtype for a in arguments)

@@ -17,34 +17,11 @@ from dataclasses import dataclass
 
 from compile.config import LlamaConfig
 from compile.mlir import Builder, Dim, Scalar, Tensor, tensor_type
+from compile.parameter import Parameter
 from compile.target import ROW_MAJOR, Layout
 
 MAX_ARGUMENT_SIZE = 1 << 22
 MASKED = -1e30  # finite: a row without any valid position must not become NaN
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One tensor of the archive, in the layout the compiled code reads.
-
-    A matrix [N, K] is stored row by row, or packed: blocks of n rows, in each the k-th columns of
-    all rows together, [N/n, K/k, n, k], padded with zeros.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def is_packed(self) -> bool:
-        return len(self.shape) == 4
-
-    @property
-    def matrix_size(self) -> tuple[int, int]:
-        """Rows and columns, padding included."""
-        if not self.is_packed:
-            return self.shape[0], self.shape[1]
-        return self.shape[0] * self.shape[2], self.shape[1] * self.shape[3]
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,34 @@
-"""Matrix products on CPU vectors: the inner loops, and the layout of the weights they read.
+"""Matrix products on CPU vectors: the inner loops, and the layout of what they read.
 
-A matrix [N, K] is stored in blocks of NB = 2 * lanes output features; a block is a stream that one
-task reads from its beginning to its end. Each output adds up its products in the order of K, however
-many rows are computed at once, so a row comes out the same in any company.
+A matrix [N, K] is stored in blocks of 2 * lanes output features; a block is a stream that one task
+reads from its beginning to its end. Each output adds up its products in the order of K, however many
+rows are computed at once, so a row comes out the same in any company.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from compile.kernel import KernelBuilder, Memory, vector_type
 from compile.mlir import Scalar
+from compile.parameter import Parameter
+from compile.quantize import GROUP, ZERO
 
 TILES = 2  # vectors of output features in a block
-DOT_LANES = {4: "128", 8: "256", 16: "512"}
-ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+REGISTER_BITS = {4: "128", 8: "256", 16: "512"}  # by f32 lanes
+ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "int8": 1, "int4": 1}
 
 
 @dataclass(frozen=True)
 class Vectors:
-    """What a CPU has: f32 lanes of a vector, rows of one product, and bf16 dot products."""
+    """What a CPU has: f32 lanes of a vector, rows of one product, dot products of bf16 and int8."""
 
     lanes: int
     max_rows: int
     has_dot: bool = False
+    has_int8_dot: bool = False
 
     @property
     def block(self) -> int:
@@ -34,7 +38,7 @@ class Vectors:
 
 @dataclass(frozen=True)
 class Operand:
-    """Elements of `dtype` that products read `unit` at a time: pairs of bf16 for dot products."""
+    """Elements of a float `dtype` that products read `unit` at a time: pairs for dot products."""
 
     dtype: str
     unit: int
@@ -56,7 +60,7 @@ class Operand:
 
 def operand(dtype: str, vectors: Vectors, *lanes: int) -> Operand:
     """How vectors of these lanes are multiplied: as bf16 pairs where the CPU can."""
-    is_dot = dtype == "bf16" and vectors.has_dot and all(n in DOT_LANES for n in lanes)
+    is_dot = dtype == "bf16" and vectors.has_dot and all(n in REGISTER_BITS for n in lanes)
     return Operand(dtype, 2 if is_dot else 1)
 
 
@@ -87,10 +91,8 @@ def product(
 
     def step(i: Scalar, *sums: Scalar) -> list[Scalar]:
         at = i * weights.stride
-        loaded = [
-            _multiplicand(k, weights.memory.load_vector(start + at, lanes), op, lanes)
-            for start in weights.starts
-        ]
+        loaded = [weights.memory.load_vector(start + at, lanes) for start in weights.starts]
+        loaded = [_multiplicand(k, vector, op, lanes) for vector in loaded]
         result = []
         for r, row in enumerate(rows):
             value = k.broadcast(x.load(row + i), lanes)
@@ -114,6 +116,297 @@ def _multiply_add(
     k: KernelBuilder, a: Scalar, b: Scalar, total: Scalar, op: Operand, lanes: int
 ) -> Scalar:
     if op.unit == 2:
-        name = f"x86.avx512bf16.dpbf16ps.{DOT_LANES[lanes]}"
+        name = f"x86.avx512bf16.dpbf16ps.{REGISTER_BITS[lanes]}"
         return k.intrinsic(name, [total, a, b], total.dtype)
     return k.fma(a, b, total)
+
+
+class Views:
+    """One binding as memory of whatever type is asked for."""
+
+    def __init__(self, k: KernelBuilder, binding: int) -> None:
+        self._k, self._binding = k, binding
+        self._views: dict[str, Memory] = {}
+
+    def __getitem__(self, dtype: str) -> Memory:
+        return self._views[dtype]
+
+    def open(self, *dtypes: str) -> Views:
+        """To be called where all uses can see them: at the beginning of the kernel."""
+        self._views |= {dtype: self._k.view(self._binding, dtype) for dtype in dtypes}
+        return self
+
+
+@dataclass(frozen=True)
+class Format:
+    """How matrices are stored and multiplied: "f32", "f16", "bf16", "int8" or "int4"."""
+
+    dtype: str
+    vectors: Vectors
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.dtype in ("int8", "int4")
+
+    @cached_property
+    def operand(self) -> Operand:
+        assert not self.is_quantized
+        return operand(self.dtype, self.vectors, self.vectors.lanes)
+
+    @property
+    def unit(self) -> int:
+        """Columns that lie side by side."""
+        if self.is_quantized:
+            return 4 if self.vectors.has_int8_dot else 1
+        return self.operand.unit
+
+    @property
+    def view_types(self) -> tuple[str, ...]:
+        """Of the weights."""
+        return ("i8", "i32", "f16", "f32") if self.is_quantized else (self.operand.unit_dtype,)
+
+    @property
+    def max_rows(self) -> int:
+        """Of one product; groups take registers for their own sums."""
+        return self.vectors.max_rows // 2 if self.is_quantized else self.vectors.max_rows
+
+    @property
+    def group_bytes(self) -> int:
+        """Of 32 columns of a block: codes, scales, minima."""
+        block = self.vectors.block
+        return GROUP * block + 2 * block if self.dtype == "int8" else GROUP * block // 2 + 4 * block
+
+    def parameter(self, name: str, rows: int, cols: int) -> Parameter:
+        block = self.vectors.block
+        if self.is_quantized:
+            shape = (-(-rows // block), -(-cols // GROUP), self.group_bytes)
+            return Parameter(name, shape, self.dtype, block, self.unit)
+        shape4 = (-(-rows // block), -(-cols // self.unit), block, self.unit)
+        return Parameter(name, shape4, self.dtype, block, self.unit)
+
+    def block_bytes(self, cols: int) -> int:
+        """Of one block of a matrix."""
+        if self.is_quantized:
+            return -(-cols // GROUP) * self.group_bytes
+        return -(-cols // self.unit) * self.vectors.block * self.operand.unit_bytes
+
+    def product(
+        self, k: KernelBuilder, weights: Views, start: Scalar, cols: int, x: Activations,
+        rows: Sequence[Scalar],
+    ) -> list[Scalar]:  # fmt: skip
+        """Rows of x [M, K] times the block at byte `start`: two f32 vectors a row."""
+        lanes = self.vectors.lanes
+        sums = [k.scalar(0.0, vector_type(lanes, "f32"))] * (TILES * len(rows))
+        if self.is_quantized:
+            return self._product_of_groups(k, weights, start, cols, x, rows, sums)
+        op = self.operand
+        first = start // op.unit_bytes
+        streams = Streams(
+            weights[op.unit_dtype], op, [first, first + lanes], self.vectors.block, lanes
+        )
+        starts = [row * (x.row_bytes // x.unit_bytes) for row in rows]
+        return product(k, streams, x.units, starts, -(-cols // op.unit), sums)
+
+    def _product_of_groups(
+        self, k: KernelBuilder, weights: Views, start: Scalar, cols: int, x: Activations,
+        rows: Sequence[Scalar], sums: Sequence[Scalar],
+    ) -> list[Scalar]:  # fmt: skip
+        """Whole numbers within a group, then times both scales."""
+        lanes = self.vectors.lanes
+        kind = vector_type(lanes, "f32")
+
+        def group(g: Scalar, *sums: Scalar) -> list[Scalar]:
+            at = start + g * self.group_bytes
+            dots = self._dots(k, weights, at, x, [x.group_at(row, g) for row in rows])
+            numbers = (at + (self.group_bytes - self._number_bytes)) // 2
+            half = [numbers + t * lanes for t in range(self._number_bytes // 2 // lanes)]
+            scales = [weights["f16"].load_vector(a, lanes).to(kind) for a in half]
+            result = []
+            for r, row in enumerate(rows):
+                scale = x.scale(row, g)
+                wide = k.broadcast(scale, lanes)
+                total = k.broadcast(x.total(row, g).to("f32") * scale, lanes)
+                for t in range(TILES):
+                    value = k.fma(dots[r * TILES + t], scales[t] * wide, sums[r * TILES + t])
+                    if self.dtype == "int4":
+                        value = k.fma(scales[TILES + t], total, value)
+                    else:
+                        value = k.fma(scales[t], total * float(-ZERO), value)
+                    result.append(value)
+            return result
+
+        return k.fold(0, -(-cols // GROUP), sums, group)
+
+    @property
+    def _number_bytes(self) -> int:
+        return (2 if self.dtype == "int8" else 4) * self.vectors.block
+
+    def _dots(
+        self, k: KernelBuilder, weights: Views, at: Scalar, x: Activations, rows: Sequence[Scalar]
+    ) -> list[Scalar]:
+        """Sums of codes times activations' codes in a group: two f32 vectors a row."""
+        lanes = self.vectors.lanes
+        kind, whole = vector_type(lanes, "f32"), vector_type(lanes, "i32")
+        if self.unit == 1:
+            return self._slow_dots(k, weights, at, x, rows)
+        name = f"x86.avx512.vpdpbusd.{REGISTER_BITS[lanes]}"
+        dots = [k.scalar(0, whole)] * (TILES * len(rows))
+        for i in range(GROUP // 4):
+            codes = self._quads(k, weights["i32"], at // 4 + i * self._step // 4)
+            codes = [k.bitcast(code, vector_type(4 * lanes, "i8")) for code in codes]
+            for r, row in enumerate(rows):
+                value = k.broadcast(x.codes["i32"].load(row // 4 + i), lanes)
+                value = k.bitcast(value, vector_type(4 * lanes, "i8"))
+                for t in range(TILES):
+                    d = r * TILES + t
+                    dots[d] = k.intrinsic(name, [dots[d], codes[t], value], whole)
+        return [dot.to(kind) for dot in dots]
+
+    @property
+    def _step(self) -> int:
+        """Bytes of the codes of one unit of columns."""
+        size = self.unit * self.vectors.block
+        return size if self.dtype == "int8" else size // 2
+
+    def _quads(self, k: KernelBuilder, memory: Memory, at: Scalar) -> list[Scalar]:
+        """Four codes a lane, of the block's both vectors of features."""
+        lanes = self.vectors.lanes
+        if self.dtype == "int8":
+            return [memory.load_vector(at + t * lanes, lanes) for t in range(TILES)]
+        both = memory.load_vector(at, lanes)
+        low = k.scalar(0x0F0F0F0F, both.dtype)
+        return [k.bits("andi", both, low), k.bits("andi", k.bits("shrui", both, 4), low)]
+
+    def _slow_dots(
+        self, k: KernelBuilder, weights: Views, at: Scalar, x: Activations, rows: Sequence[Scalar]
+    ) -> list[Scalar]:
+        """In f32, whose 24 bits hold the sums exactly."""
+        lanes = self.vectors.lanes
+        kind, whole = vector_type(lanes, "f32"), vector_type(lanes, "i32")
+
+        def step(i: Scalar, *sums: Scalar) -> list[Scalar]:
+            codes = []
+            for t in range(TILES if self.dtype == "int8" else 1):
+                loaded = weights["i8"].load_vector(at + i * self._step + t * lanes, lanes)
+                codes.append(k.op(
+                    f"arith.extui {loaded.name} : {loaded.dtype} to {whole}", whole))  # fmt: skip
+            if self.dtype == "int4":
+                codes = [k.bits("andi", codes[0], 15), k.bits("shrui", codes[0], 4)]
+            values = [code.to(kind) for code in codes]
+            wide = [k.broadcast(x.codes["i8"].load(row + i).to("f32"), lanes) for row in rows]
+            return [
+                k.fma(wide[d // TILES], values[d % TILES], total) for d, total in enumerate(sums)
+            ]
+
+        return k.fold(0, GROUP, [k.scalar(0.0, kind)] * (TILES * len(rows)), step)
+
+    def element(
+        self, k: KernelBuilder, weights: Views, start: Scalar, cols: int, row: Scalar, col: Scalar
+    ) -> Scalar:
+        """One weight, as f32; `start` is the matrix's first byte."""
+        block = self.vectors.block
+        begin, n = start + row // block * self.block_bytes(cols), row % block
+        if not self.is_quantized:
+            op = self.operand
+            memory = weights[op.unit_dtype]
+            unit = memory.load(begin // op.unit_bytes + col // op.unit * block + n)
+            if op.unit == 1:
+                return unit.to("f32")
+            # The first of a pair is in the lower half.
+            shift = (k.scalar(1, "index") - col % 2).to("i32") * 16
+            high = k.bits("andi", k.bits("shli", unit, shift), -65536)
+            return k.bitcast(high, "f32")
+        assert self.dtype == "int8"
+        at = begin + col // GROUP * self.group_bytes
+        code = weights["i8"].load(
+            at + col % GROUP // self.unit * self._step + n * self.unit + col % self.unit
+        )
+        code = k.op(f"arith.extui {code.name} : i8 to i32", "i32") + -ZERO
+        scale = weights["f16"].load((at + GROUP * block) // 2 + n)
+        return code.to("f32") * scale.to("f32")
+
+
+class Activations:
+    """Rows [M, K] that matrices are multiplied with, in the form their format wants.
+
+    Floats, or codes i8 in groups of 32 with a scale f32 and the sum of codes i32 each, after
+    llama.cpp's Q8_1: a row is K codes, then its scales, then its sums.
+    """
+
+    def __init__(self, k: KernelBuilder, binding: int, format_: Format, width: int) -> None:
+        self._k, self.format = k, format_
+        self.row_bytes = self.bytes_of_row(format_, width)
+        self._width = width
+        if format_.is_quantized:
+            self.codes = Views(k, binding).open("i8", "i32", "f32")
+            return
+        op = format_.operand
+        views = Views(k, binding).open(op.other, "i32")
+        self.elements, self.units = views[op.other], views["i32" if op.unit == 2 else op.other]
+        self.unit_bytes = 4
+
+    @staticmethod
+    def bytes_of_row(format_: Format, width: int) -> int:
+        if format_.is_quantized:
+            return width + width // GROUP * 8
+        return width * ITEM_BYTES[format_.operand.other]
+
+    @property
+    def step(self) -> int:
+        """Features that are stored together."""
+        return GROUP if self.format.is_quantized else self.format.vectors.lanes
+
+    def store(self, values: Sequence[Scalar], row: Scalar, feature: Scalar) -> None:
+        """`step` features of a row, or fewer where they are not quantized: vectors of f32."""
+        if self.format.is_quantized:
+            self._store_group(values, row, feature // GROUP)
+            return
+        item = ITEM_BYTES[self.elements.dtype]
+        at = row * (self.row_bytes // item) + feature
+        for value in values:
+            lanes = lanes_of(value)
+            self.elements.store_vector(value.to(vector_type(lanes, self.elements.dtype)), at)
+            at = at + lanes
+
+    def _store_group(self, values: Sequence[Scalar], row: Scalar, group: Scalar) -> None:
+        k, lanes = self._k, lanes_of(values[0])
+        assert lanes * len(values) == GROUP
+        largest = values[0].math("absf")
+        for value in values[1:]:
+            largest = largest.maximum(value.math("absf"))
+        scale = k.maximum(largest) / 127.0
+        # 0 / 0 would not be 0: a group of zeros is divided by 1.
+        is_zero = k.op(
+            f"arith.cmpf oeq, {scale.name}, {k.scalar(0.0, 'f32').name} : f32", "i1"
+        )
+        inverse = k.broadcast(
+            k.scalar(1.0, "f32") / is_zero.select(k.scalar(1.0, "f32"), scale), lanes
+        )
+        whole, total = vector_type(lanes, "i32"), None
+        for i, value in enumerate(values):
+            code = (value * inverse).math("roundeven").to_int(whole)
+            total = code if total is None else total + code
+            at = row * self.row_bytes + group * GROUP + i * lanes
+            self.codes["i8"].store_vector(code.to(vector_type(lanes, "i8")), at)
+        assert total is not None
+        self.codes["f32"].store(scale, self._number(row, group, 0))
+        sum_ = k.op(f"vector.reduction <add>, {total.name} : {whole} into i32", "i32")
+        self.codes["i32"].store(sum_, self._number(row, group, 1))
+
+    def group_at(self, row: Scalar, group: Scalar) -> Scalar:
+        """Where the codes of a group begin, in bytes."""
+        return row * self.row_bytes + group * GROUP
+
+    def scale(self, row: Scalar, group: Scalar) -> Scalar:
+        return self.codes["f32"].load(self._number(row, group, 0))
+
+    def total(self, row: Scalar, group: Scalar) -> Scalar:
+        return self.codes["i32"].load(self._number(row, group, 1))
+
+    def _number(self, row: Scalar, group: Scalar, which: int) -> Scalar:
+        start = (self._width + which * (self._width // GROUP * 4)) // 4
+        return row * (self.row_bytes // 4) + group + start
+
+
+def lanes_of(value: Scalar) -> int:
+    return int(value.dtype.removeprefix("vector<").partition("x")[0])

@@ -86,6 +86,10 @@ class Scalar:
         """A unary function of the `math` dialect: exp, sqrt, ..."""
         return self.builder.op(f"math.{name} {self.name} : {self.dtype}", self.dtype)
 
+    def to_int(self, dtype: str) -> Scalar:
+        """A float without its fraction."""
+        return self.builder.op(f"arith.fptosi {self.name} : {self.dtype} to {dtype}", dtype)
+
     def to(self, dtype: str) -> Scalar:
         """Convert between floats, between integers, integers to floats, or from and to `index`."""
         if dtype == self.dtype:

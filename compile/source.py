@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compile.config import LlamaConfig
+from compile.quantize import Groups
 from sf_local.errors import SourceError, UnsupportedError
 
 Rows = slice | NDArray[np.integer[Any]]
@@ -23,10 +24,13 @@ class SourceTensor:
 
     `read(rows)` gives the rows at a slice or an index array, as float32, float16 or bfloat16
     (ml_dtypes); nothing else is brought into memory. GGUF weights are dequantized to float32.
+    `groups(rows)`: the same rows as they are quantized in the file; None where they are not, or
+    otherwise than `Groups` can hold.
     """
 
     shape: tuple[int, ...]
     read: Callable[[Rows], NDArray[Any]]
+    groups: Callable[[Rows], Groups | None] | None = None
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class Target:
             return None
         features = self.cpu_features
         if "avx512f" in features:
-            return Vectors(16, 8, has_dot="avx512_bf16" in features)
+            return Vectors(16, 8, "avx512_bf16" in features, "avx512_vnni" in features)
         return Vectors(8, 4) if "avx2" in features else Vectors(4, 4)
 
     @property

@@ -15,12 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compile.config import LlamaConfig
-from compile.llama import Parameter
+from compile.parameter import Parameter
+from compile.quantize import GROUP, ZERO, Groups, packed, quantized, with_bits
 from compile.sources import Source, SourceTensor
 from sf_local import irpa
 from sf_local.errors import SourceError
 
 DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
+QUANTIZED = ("int8", "int4")
 ROPE_BLOCK = 8192  # positions
 WHOLE = "model"  # the name of the archive's storage as one parameter
 BLOCK_ELEMENTS = 16 << 20  # of one block of rows; 64 MiB in f32
@@ -158,7 +160,7 @@ def _segments(tensors: Mapping[str, SourceTensor], parameter: Parameter) -> list
         return [Segment(t, 0, t.shape[0]) for t in parts]
     if "ffn_gate_up" in parameter.name:
         gate, up = (tensors[parameter.name.replace("gate_up", x)] for x in ("gate", "up"))
-        step = parameter.shape[2] // 2 if parameter.is_packed else gate.shape[0]
+        step = parameter.block // 2 or gate.shape[0]
         starts = range(0, gate.shape[0], step)
         return [Segment(t, start, step) for start in starts for t in (gate, up)]
     tensor = tensors[parameter.name]
@@ -166,37 +168,68 @@ def _segments(tensors: Mapping[str, SourceTensor], parameter: Parameter) -> list
 
 
 def _matrix_blocks(segments: Sequence[Segment], parameter: Parameter) -> Iterator[Array]:
-    """Rows as they are stored, some at a time; packed, whole blocks of them."""
-    dtype = DTYPES[parameter.dtype]
+    """Rows as they are stored, some at a time; where there are blocks, whole ones."""
     rows, cols = parameter.matrix_size
-    unit = parameter.shape[2] if parameter.is_packed else 1
-    step = max(BLOCK_ELEMENTS // cols // unit, 1) * unit
+    block = parameter.block or 1
+    step = max(BLOCK_ELEMENTS // cols // block, 1) * block
     for start in range(0, rows, step):
         count = min(step, rows - start)
-        block = np.zeros((count, cols), dtype)
-        _read_rows(segments, start, block)
-        if parameter.is_packed:
-            n, k = parameter.shape[2:]
-            block = block.reshape(count // n, n, cols // k, k).transpose(0, 2, 1, 3)
-        yield block
+        if parameter.is_quantized:
+            groups = _read_groups(segments, start, (count, cols), int(parameter.dtype[3:]))
+            yield packed(groups, parameter.block, parameter.unit)
+            continue
+        values = np.zeros((count, cols), DTYPES[parameter.dtype])
+        _read_rows(segments, start, values)
+        if parameter.block:
+            unit = parameter.unit
+            values = values.reshape(count // block, block, cols // unit, unit).swapaxes(1, 2)
+        yield values
+
+
+def _read_groups(
+    segments: Sequence[Segment], start: int, shape: tuple[int, int], bits: int
+) -> Groups:
+    """Quantized rows from `start` on; what no tensor covers is zero."""
+    rows, num_groups = shape[0], shape[1] // GROUP
+    codes = np.full(shape, ZERO if bits == 8 else 0, np.uint8)
+    numbers = [np.zeros((rows, num_groups), np.float16) for _ in range(1 if bits == 8 else 2)]
+    for tensor, source, to in _overlaps(segments, start, rows):
+        groups = tensor.groups(source) if tensor.groups else None
+        if groups is None:
+            values = tensor.read(source).astype(np.float32)
+            groups = quantized(np.pad(values, ((0, 0), (0, -values.shape[1] % GROUP))), bits)
+        groups = with_bits(groups, bits)
+        width = groups.codes.shape[1]
+        codes[to, :width] = groups.codes
+        for kept, found in zip(numbers, (groups.scales, groups.minima), strict=False):
+            kept[to, : width // GROUP] = found
+    return Groups(codes, *numbers)
 
 
 def _read_rows(segments: Sequence[Segment], start: int, out: Array) -> None:
     """Fill `out` with rows from `start` on; what no tensor covers stays zero."""
+    for tensor, source, to in _overlaps(segments, start, len(out)):
+        rows = tensor.read(source)
+        out[to, : rows.shape[1]] = rows.astype(out.dtype)
+
+
+def _overlaps(
+    segments: Sequence[Segment], start: int, count: int
+) -> Iterator[tuple[SourceTensor, slice, slice]]:
+    """Which rows of which tensors make up `count` rows from `start` on, and where they go."""
     base = 0
     for segment in segments:
-        first = max(start, base)
         num_rows = min(segment.num_rows, segment.tensor.shape[0] - segment.start)
-        last = min(start + len(out), base + num_rows)
+        first, last = max(start, base), min(start + count, base + num_rows)
         if first < last:
             skip = segment.start - base
-            rows = segment.tensor.read(slice(first + skip, last + skip))
-            out[first - start : last - start, : rows.shape[1]] = rows.astype(out.dtype)
+            yield segment.tensor, slice(first + skip, last + skip), slice(first - start, last - start)
         base += segment.num_rows
 
 
 def num_bytes(parameter: Parameter) -> int:
-    return math.prod(parameter.shape) * int(np.dtype(DTYPES[parameter.dtype]).itemsize)
+    item = 1 if parameter.is_quantized else np.dtype(DTYPES[parameter.dtype]).itemsize
+    return math.prod(parameter.shape) * int(item)
 
 
 def _shorten(names: Sequence[str]) -> str:

@@ -1,0 +1,34 @@
+"""Parameter: one tensor of the archive, as compiled code reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from compile.quantize import GROUP
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One tensor of the archive, in the layout the compiled code reads.
+
+    A matrix [N, K] is stored row by row, or in blocks of rows, padded with zeros: floats
+    [N/block, K/unit, block, unit], quantized weights as `quantize.packed` says.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    block: int = 0  # rows; 0 if row by row
+    unit: int = 1
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.dtype.startswith("int")
+
+    @property
+    def matrix_size(self) -> tuple[int, int]:
+        """Rows and columns, padding included."""
+        if not self.block:
+            return self.shape[0], self.shape[1]
+        unit = GROUP if self.is_quantized else self.unit
+        return self.shape[0] * self.block, self.shape[1] * unit
