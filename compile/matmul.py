@@ -17,6 +17,8 @@ from compile.parameter import Parameter
 from compile.quantize import GROUP, ZERO
 
 TILES = 2  # vectors of output features in a block
+PARTS = 2  # of a quantized activation: high, low
+LARGEST = 127 * 128 + 63  # of its values
 REGISTER_BITS = {4: "128", 8: "256", 16: "512"}  # by f32 lanes
 ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "int8": 1, "int4": 1}
 
@@ -217,7 +219,7 @@ class Format:
 
         def group(g: Scalar, *sums: Scalar) -> list[Scalar]:
             at = start + g * self.group_bytes
-            dots = self._dots(k, weights, at, x, [x.group_at(row, g) for row in rows])
+            dots = self._dots(k, weights, at, x, rows, g)
             numbers = (at + (self.group_bytes - self._number_bytes)) // 2
             half = [numbers + t * lanes for t in range(self._number_bytes // 2 // lanes)]
             scales = [weights["f16"].load_vector(a, lanes).to(kind) for a in half]
@@ -230,8 +232,6 @@ class Format:
                     value = k.fma(dots[r * TILES + t], scales[t] * wide, sums[r * TILES + t])
                     if self.dtype == "int4":
                         value = k.fma(scales[TILES + t], total, value)
-                    else:
-                        value = k.fma(scales[t], total * float(-ZERO), value)
                     result.append(value)
             return result
 
@@ -242,25 +242,44 @@ class Format:
         return (2 if self.dtype == "int8" else 4) * self.vectors.block
 
     def _dots(
-        self, k: KernelBuilder, weights: Views, at: Scalar, x: Activations, rows: Sequence[Scalar]
-    ) -> list[Scalar]:
-        """Sums of codes times activations' codes in a group: two f32 vectors a row."""
+        self, k: KernelBuilder, weights: Views, at: Scalar, x: Activations, rows: Sequence[Scalar],
+        group: Scalar,
+    ) -> list[Scalar]:  # fmt: skip
+        """Sums of codes, those of 8 bits less ZERO, times activations: two f32 vectors a row."""
         lanes = self.vectors.lanes
         kind, whole = vector_type(lanes, "f32"), vector_type(lanes, "i32")
-        if self.unit == 1:
-            return self._slow_dots(k, weights, at, x, rows)
+        multiply = self._dots_of_quads if self.unit == 4 else self._dots_of_bytes
+        parts = [
+            multiply(k, weights, at, x, [x.codes_at(row, group, part) for row in rows])
+            for part in range(PARTS)
+        ]
+        dots = [k.bits("shli", high, 7) + low for high, low in zip(*parts, strict=True)]
+        if self.dtype == "int8":
+            for r, row in enumerate(rows):
+                offset = k.broadcast(x.total(row, group) * -ZERO, lanes)
+                dots[r * TILES : (r + 1) * TILES] = [
+                    dot + offset for dot in dots[r * TILES : (r + 1) * TILES]
+                ]
+        assert all(dot.dtype == whole for dot in dots)
+        return [dot.to(kind) for dot in dots]
+
+    def _dots_of_quads(
+        self, k: KernelBuilder, weights: Views, at: Scalar, x: Activations, rows: Sequence[Scalar]
+    ) -> list[Scalar]:
+        """With the CPU's dot products of four bytes."""
+        lanes = self.vectors.lanes
+        whole, quads = vector_type(lanes, "i32"), vector_type(4 * lanes, "i8")
         name = f"x86.avx512.vpdpbusd.{REGISTER_BITS[lanes]}"
         dots = [k.scalar(0, whole)] * (TILES * len(rows))
         for i in range(GROUP // 4):
             codes = self._quads(k, weights["i32"], at // 4 + i * self._step // 4)
-            codes = [k.bitcast(code, vector_type(4 * lanes, "i8")) for code in codes]
+            codes = [k.bitcast(code, quads) for code in codes]
             for r, row in enumerate(rows):
-                value = k.broadcast(x.codes["i32"].load(row // 4 + i), lanes)
-                value = k.bitcast(value, vector_type(4 * lanes, "i8"))
+                value = k.bitcast(k.broadcast(x.codes["i32"].load(row // 4 + i), lanes), quads)
                 for t in range(TILES):
                     d = r * TILES + t
                     dots[d] = k.intrinsic(name, [dots[d], codes[t], value], whole)
-        return [dot.to(kind) for dot in dots]
+        return dots
 
     @property
     def _step(self) -> int:
@@ -277,10 +296,10 @@ class Format:
         low = k.scalar(0x0F0F0F0F, both.dtype)
         return [k.bits("andi", both, low), k.bits("andi", k.bits("shrui", both, 4), low)]
 
-    def _slow_dots(
+    def _dots_of_bytes(
         self, k: KernelBuilder, weights: Views, at: Scalar, x: Activations, rows: Sequence[Scalar]
     ) -> list[Scalar]:
-        """In f32, whose 24 bits hold the sums exactly."""
+        """One byte after the other, with f32's multiplier: its 24 bits hold the sums exactly."""
         lanes = self.vectors.lanes
         kind, whole = vector_type(lanes, "f32"), vector_type(lanes, "i32")
 
@@ -288,8 +307,7 @@ class Format:
             codes = []
             for t in range(TILES if self.dtype == "int8" else 1):
                 loaded = weights["i8"].load_vector(at + i * self._step + t * lanes, lanes)
-                codes.append(k.op(
-                    f"arith.extui {loaded.name} : {loaded.dtype} to {whole}", whole))  # fmt: skip
+                codes.append(loaded.to_unsigned(whole))
             if self.dtype == "int4":
                 codes = [k.bits("andi", codes[0], 15), k.bits("shrui", codes[0], 4)]
             values = [code.to(kind) for code in codes]
@@ -298,7 +316,8 @@ class Format:
                 k.fma(wide[d // TILES], values[d % TILES], total) for d, total in enumerate(sums)
             ]
 
-        return k.fold(0, GROUP, [k.scalar(0.0, kind)] * (TILES * len(rows)), step)
+        sums = k.fold(0, GROUP, [k.scalar(0.0, kind)] * (TILES * len(rows)), step)
+        return [total.to_int(whole) for total in sums]
 
     def element(
         self, k: KernelBuilder, weights: Views, start: Scalar, cols: int, row: Scalar, col: Scalar
@@ -321,16 +340,16 @@ class Format:
         code = weights["i8"].load(
             at + col % GROUP // self.unit * self._step + n * self.unit + col % self.unit
         )
-        code = k.op(f"arith.extui {code.name} : i8 to i32", "i32") + -ZERO
         scale = weights["f16"].load((at + GROUP * block) // 2 + n)
-        return code.to("f32") * scale.to("f32")
+        return (code.to_unsigned("i32") + -ZERO).to("f32") * scale.to("f32")
 
 
 class Activations:
     """Rows [M, K] that matrices are multiplied with, in the form their format wants.
 
-    Floats, or codes i8 in groups of 32 with a scale f32 and the sum of codes i32 each, after
-    llama.cpp's Q8_1: a row is K codes, then its scales, then its sums.
+    Floats, or whole numbers in groups of 32 with a scale f32 and their sum i32, like llama.cpp's
+    Q8_1 but of 15 bits: 7 bits would cost more accuracy than 4-bit weights. A number is 128 * high
+    + low, both i8; a row is PARTS times K bytes, then its scales, then its sums.
     """
 
     def __init__(self, k: KernelBuilder, binding: int, format_: Format, width: int) -> None:
@@ -348,7 +367,7 @@ class Activations:
     @staticmethod
     def bytes_of_row(format_: Format, width: int) -> int:
         if format_.is_quantized:
-            return width + width // GROUP * 8
+            return PARTS * width + width // GROUP * 8
         return width * ITEM_BYTES[format_.operand.other]
 
     @property
@@ -374,28 +393,27 @@ class Activations:
         largest = values[0].math("absf")
         for value in values[1:]:
             largest = largest.maximum(value.math("absf"))
-        scale = k.maximum(largest) / 127.0
+        scale = k.maximum(largest) / float(LARGEST)
         # 0 / 0 would not be 0: a group of zeros is divided by 1.
-        is_zero = k.op(
-            f"arith.cmpf oeq, {scale.name}, {k.scalar(0.0, 'f32').name} : f32", "i1"
-        )
-        inverse = k.broadcast(
-            k.scalar(1.0, "f32") / is_zero.select(k.scalar(1.0, "f32"), scale), lanes
-        )
-        whole, total = vector_type(lanes, "i32"), None
+        one = k.scalar(1.0, "f32")
+        is_zero = k.op(f"arith.cmpf oeq, {scale.name}, {k.scalar(0.0, 'f32').name} : f32", "i1")
+        inverse = k.broadcast(one / is_zero.select(one, scale), lanes)
+        whole = vector_type(lanes, "i32")
+        total = k.scalar(0, whole)
         for i, value in enumerate(values):
-            code = (value * inverse).math("roundeven").to_int(whole)
-            total = code if total is None else total + code
-            at = row * self.row_bytes + group * GROUP + i * lanes
-            self.codes["i8"].store_vector(code.to(vector_type(lanes, "i8")), at)
-        assert total is not None
+            number = (value * inverse).math("roundeven").to_int(whole)
+            total = total + number
+            high = k.bits("shrsi", number + 64, 7)
+            for part, code in enumerate((high, number - k.bits("shli", high, 7))):
+                at = self.codes_at(row, group, part) + i * lanes
+                self.codes["i8"].store_vector(code.to(vector_type(lanes, "i8")), at)
         self.codes["f32"].store(scale, self._number(row, group, 0))
         sum_ = k.op(f"vector.reduction <add>, {total.name} : {whole} into i32", "i32")
         self.codes["i32"].store(sum_, self._number(row, group, 1))
 
-    def group_at(self, row: Scalar, group: Scalar) -> Scalar:
-        """Where the codes of a group begin, in bytes."""
-        return row * self.row_bytes + group * GROUP
+    def codes_at(self, row: Scalar, group: Scalar, part: int) -> Scalar:
+        """Where the high or the low parts of a group begin, in bytes."""
+        return row * self.row_bytes + group * GROUP + part * self._width
 
     def scale(self, row: Scalar, group: Scalar) -> Scalar:
         return self.codes["f32"].load(self._number(row, group, 0))
@@ -404,8 +422,8 @@ class Activations:
         return self.codes["i32"].load(self._number(row, group, 1))
 
     def _number(self, row: Scalar, group: Scalar, which: int) -> Scalar:
-        start = (self._width + which * (self._width // GROUP * 4)) // 4
-        return row * (self.row_bytes // 4) + group + start
+        start = PARTS * self._width + which * (self._width // GROUP * 4)
+        return row * (self.row_bytes // 4) + group + start // 4
 
 
 def lanes_of(value: Scalar) -> int:

@@ -90,6 +90,10 @@ class Scalar:
         """A float without its fraction."""
         return self.builder.op(f"arith.fptosi {self.name} : {self.dtype} to {dtype}", dtype)
 
+    def to_unsigned(self, dtype: str) -> Scalar:
+        """A wider integer, with zeros in front."""
+        return self.builder.op(f"arith.extui {self.name} : {self.dtype} to {dtype}", dtype)
+
     def to(self, dtype: str) -> Scalar:
         """Convert between floats, between integers, integers to floats, or from and to `index`."""
         if dtype == self.dtype:
