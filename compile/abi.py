@@ -86,6 +86,4 @@ def return_results(b: Builder, results: Sequence[Tensor], cache: Tensor) -> None
             f"{views[-1]} = hal.tensor.export {ready}#{i} : {result.type}"
             f"{f'{{{dynamic}}}' if dynamic else ''} -> !hal.buffer_view"
         )
-    b.emit(
-        f"util.return {', '.join(views)} : {', '.join(['!hal.buffer_view'] * len(views))}"
-    )
+    b.emit(f"util.return {', '.join(views)} : {', '.join(['!hal.buffer_view'] * len(views))}")

@@ -18,7 +18,15 @@ from compile.cpu_llama import CpuLlamaEmitter
 from compile.llama import LlamaEmitter, ModelOptions
 from compile.sources import DEMO_SHA256, Source, open_source
 from compile.target import Target, resolve_target
-from compile.weights import DTYPES, QUANTIZED, WHOLE, check_tensors, num_bytes, type_name, write_weights
+from compile.weights import (
+    DTYPES,
+    QUANTIZED,
+    WHOLE,
+    check_tensors,
+    num_bytes,
+    type_name,
+    write_weights,
+)
 from sf_local import artifact, irpa
 from sf_local.artifact import (
     COMPILER_VERSION,
@@ -271,8 +279,11 @@ def _write_descriptions(
         functions=emitter.function_names,
         config=dataclasses.asdict(config),
         parameters_sha256=parameters_sha256(
-            {p.name: type_name(p) for p in emitter.parameters.values()} | {
-                WHOLE: irpa.whole_type(irpa.num_bytes_together(map(num_bytes, emitter.parameters.values())))
+            {p.name: type_name(p) for p in emitter.parameters.values()}
+            | {
+                WHOLE: irpa.whole_type(
+                    irpa.num_bytes_together(map(num_bytes, emitter.parameters.values()))
+                )
             }
         ),
         files=files,

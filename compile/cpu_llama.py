@@ -33,6 +33,8 @@ from compile.matmul import (
 from compile.mlir import Builder, Dim, Scalar, Tensor, tensor_type
 
 WORKGROUPS = 64  # at least one a thread; those that find all done return at once
+TASK_BYTES = 1 << 17  # of weights: one long stream is read faster than several short ones
+MIN_TASKS = 16  # of a matrix, or some threads would wait for others
 ROW_CHUNK = 128  # rows of a matrix product's task
 QUERY_ROWS = 4  # rows of one sequence that attend together
 CONTEXT_CHUNK = 256  # positions between two corrections of a softmax
@@ -139,7 +141,9 @@ class CpuLlamaEmitter:
         offset, offsets = 0, {}
         for p in self.parameters.values():
             offsets[p.name] = offset
-            offset += _padded(math.prod(p.shape) * (1 if p.is_quantized else ITEM_BYTES[p.dtype]), 64)
+            offset += _padded(
+                math.prod(p.shape) * (1 if p.is_quantized else ITEM_BYTES[p.dtype]), 64
+            )
         return offsets | {"": offset}
 
     @property
@@ -207,9 +211,12 @@ class _Forward:
                 b.emit(f"%count = arith.constant {WORKGROUPS} : index")
                 b.emit("%one = arith.constant 1 : index")
                 b.emit("hal.return %count, %one, %one : index, index, index")
-            with b.block("builtin.module {"), b.block(
-                f"func.func @{name}() attributes {{translation_info = "
-                "#iree_codegen.translation_info<pipeline = None>} {"
+            with (
+                b.block("builtin.module {"),
+                b.block(
+                    f"func.func @{name}() attributes {{translation_info = "
+                    "#iree_codegen.translation_info<pipeline = None>} {"
+                ),
             ):
                 b.lines += [line.replace("#kernel_", f"#{name}_") for line in self.k.lines]
                 b.emit("return")
@@ -247,9 +254,7 @@ class _Forward:
             f"{name}:{len(outputs) + 2} = flow.dispatch @{self.kind.name}::@{self.kind.name}"
             f"({operands}) : ({types}) -> ({results})"
         )
-        returned = [
-            Tensor(f"{name}#{i + 2}", t.shape, t.dtype) for i, t in enumerate(outputs[:4])
-        ]
+        returned = [Tensor(f"{name}#{i + 2}", t.shape, t.dtype) for i, t in enumerate(outputs[:4])]
         return returned, Tensor(f"{name}#1", cache.shape, cache.dtype)
 
     def _outputs(self, n: int, rows: Dim, splits: Dim, seq_len: Dim) -> list[Tensor]:
@@ -502,19 +507,24 @@ class _Forward:
         """Rows of x [M, K] times a matrix [N, K]: `use(sums, row, number of rows, block)`."""
         k, format_ = self.k, format_ or self.model.layers
         num_blocks = -(-size[0] // self.vectors.block)
+        block_bytes = format_.block_bytes(size[1])
+        run = max(1, min(TASK_BYTES // block_bytes, num_blocks // MIN_TASKS))
+        num_runs = -(-num_blocks // run)
         chunks = (num_rows + (ROW_CHUNK - 1)) // ROW_CHUNK
-        with k.phase(self.counters, number, chunks * num_blocks) as task:
-            block = task % num_blocks
-            low = task // num_blocks * ROW_CHUNK
-            start = weight + block * format_.block_bytes(size[1])
-
-            def tile(row: Scalar, count: int) -> None:
-                rows = [row + r for r in range(count)]
-                sums = format_.product(k, self.weights, start, size[1], x, rows)
-                use(sums, row, count, block)
-
+        with k.phase(self.counters, number, chunks * num_runs) as task:
+            first = task % num_runs * run
+            low = task // num_runs * ROW_CHUNK
             high = (low + ROW_CHUNK).minimum(num_rows)
-            self._by_rows(low, high, format_.max_rows, tile)
+            last = (first + run).minimum(k.scalar(num_blocks, "index"))
+            with k.loop(first, last) as block:
+
+                def tile(row: Scalar, count: int, block: Scalar = block) -> None:
+                    rows = [row + r for r in range(count)]
+                    start = weight + block * block_bytes
+                    sums = format_.product(k, self.weights, start, size[1], x, rows)
+                    use(sums, row, count, block)
+
+                self._by_rows(low, high, format_.max_rows, tile)
 
     def _by_rows(
         self, low: Scalar, high: Scalar, count: int, tile: Callable[[Scalar, int], None]
@@ -558,9 +568,10 @@ class _Forward:
             number, at("ffn_gate_up"), (2 * m.inner, m.hidden), self.act, self.num_rows, silu
         )
         if m.layers.is_quantized:
-            with k.phase(self.counters, number + 2, self.num_rows) as row, k.loop(
-                0, m.inner, GROUP
-            ) as i:
+            with (
+                k.phase(self.counters, number + 2, self.num_rows) as row,
+                k.loop(0, m.inner, GROUP) as i,
+            ):
                 start = row * m.inner + i
                 values = [
                     self.plain_hid.load_vector(start + j, lanes) for j in range(0, GROUP, lanes)
@@ -607,9 +618,7 @@ class _Forward:
             x = self.qkv.load_vector(value + i, lanes)
             self._scatter(x, i, lanes, lambda f: self._value_at(value_at, slot, f))
 
-    def _scatter(
-        self, x: Scalar, first: int, lanes: int, at: Callable[[int], Scalar]
-    ) -> None:
+    def _scatter(self, x: Scalar, first: int, lanes: int, at: Callable[[int], Scalar]) -> None:
         """Store the elements of a vector, features `first` and on, one by one."""
         x = x.to(vector_type(lanes, self.kv.dtype))
         for lane in range(lanes):

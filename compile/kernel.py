@@ -30,9 +30,7 @@ class Memory:
         return f"memref<?x{self.dtype}>"
 
     def load(self, index: Index) -> Scalar:
-        return self.k.op(
-            f"memref.load {self.name}[{self.k.at(index)}] : {self.type}", self.dtype
-        )
+        return self.k.op(f"memref.load {self.name}[{self.k.at(index)}] : {self.type}", self.dtype)
 
     def store(self, value: Scalar, index: Index) -> None:
         assert value.dtype == self.dtype, f"{value.dtype} into memory of {self.dtype}"
@@ -40,15 +38,21 @@ class Memory:
 
     def load_vector(self, index: Index, lanes: int) -> Scalar:
         kind = vector_type(lanes, self.dtype)
-        return self.k.op(
-            f"vector.load {self.name}[{self.k.at(index)}] : {self.type}, {kind}", kind
+        return self.k.op(f"vector.load {self.name}[{self.k.at(index)}] : {self.type}, {kind}", kind)
+
+    def prefetch(self, index: Index) -> None:
+        """Bring a cache line nearer that will be read soon."""
+        self.k.emit(
+            f"memref.prefetch {self.name}[{self.k.at(index)}], read, locality<3>, data : {self.type}"
         )
 
     def store_vector(self, value: Scalar, index: Index, count: Scalar | None = None) -> None:
         """Store a vector; with `count`, its first elements only."""
         at = self.k.at(index)
         if count is None:
-            self.k.emit(f"vector.store {value.name}, {self.name}[{at}] : {self.type}, {value.dtype}")
+            self.k.emit(
+                f"vector.store {value.name}, {self.name}[{at}] : {self.type}, {value.dtype}"
+            )
             return
         mask = self.k.op(f"vector.create_mask {count.name} : {mask_type(value.dtype)}", "i1")
         self.k.emit(
@@ -81,9 +85,7 @@ class KernelBuilder(Builder):
         bindings = ", ".join(
             f"#hal.pipeline.binding<storage_buffer{flags}>" for flags in self._bindings
         )
-        return (
-            f"#hal.pipeline.layout<constants = {self.num_constants}, bindings = [{bindings}]>"
-        )
+        return f"#hal.pipeline.layout<constants = {self.num_constants}, bindings = [{bindings}]>"
 
     def binding(self, *, read_only: bool = False) -> int:
         """The next argument, or result, of the dispatch."""

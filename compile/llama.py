@@ -63,7 +63,9 @@ class Tables:
 class LlamaEmitter:
     """Writes one module for `config`, `options` and `layout`; `emit()` returns its text."""
 
-    def __init__(self, config: LlamaConfig, options: ModelOptions, layout: Layout = ROW_MAJOR) -> None:
+    def __init__(
+        self, config: LlamaConfig, options: ModelOptions, layout: Layout = ROW_MAJOR
+    ) -> None:
         self.config, self.options, self.layout = config, options, layout
         self.b = Builder()
         self.parameters: dict[str, Parameter] = {}

@@ -17,6 +17,7 @@ from compile.parameter import Parameter
 from compile.quantize import GROUP, ZERO
 
 TILES = 2  # vectors of output features in a block
+AHEAD = 1024  # bytes that a single row, which waits for memory, asks for in advance
 PARTS = 2  # of a quantized activation: high, low
 LARGEST = 127 * 128 + 63  # of its values
 REGISTER_BITS = {4: "128", 8: "256", 16: "512"}  # by f32 lanes
@@ -75,6 +76,7 @@ class Streams:
     starts: Sequence[Scalar]
     stride: int
     lanes: int
+    ahead: int = 0  # units to prefetch
 
 
 def product(
@@ -93,6 +95,9 @@ def product(
 
     def step(i: Scalar, *sums: Scalar) -> list[Scalar]:
         at = i * weights.stride
+        if weights.ahead:
+            for start in weights.starts:
+                weights.memory.prefetch(start + (at + weights.ahead))
         loaded = [weights.memory.load_vector(start + at, lanes) for start in weights.starts]
         loaded = [_multiplicand(k, vector, op, lanes) for vector in loaded]
         result = []
@@ -204,8 +209,9 @@ class Format:
         op = self.operand
         first = start // op.unit_bytes
         streams = Streams(
-            weights[op.unit_dtype], op, [first, first + lanes], self.vectors.block, lanes
-        )
+            weights[op.unit_dtype], op, [first, first + lanes], self.vectors.block, lanes,
+            AHEAD // op.unit_bytes if len(rows) == 1 else 0,
+        )  # fmt: skip
         starts = [row * (x.row_bytes // x.unit_bytes) for row in rows]
         return product(k, streams, x.units, starts, -(-cols // op.unit), sums)
 
@@ -219,6 +225,9 @@ class Format:
 
         def group(g: Scalar, *sums: Scalar) -> list[Scalar]:
             at = start + g * self.group_bytes
+            if len(rows) == 1:
+                for line in range(0, self.group_bytes, 64):
+                    weights["i8"].prefetch(at + (AHEAD + line))
             dots = self._dots(k, weights, at, x, rows, g)
             numbers = (at + (self.group_bytes - self._number_bytes)) // 2
             half = [numbers + t * lanes for t in range(self._number_bytes // 2 // lanes)]

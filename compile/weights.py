@@ -223,7 +223,11 @@ def _overlaps(
         first, last = max(start, base), min(start + count, base + num_rows)
         if first < last:
             skip = segment.start - base
-            yield segment.tensor, slice(first + skip, last + skip), slice(first - start, last - start)
+            yield (
+                segment.tensor,
+                slice(first + skip, last + skip),
+                slice(first - start, last - start),
+            )
         base += segment.num_rows
 
 
