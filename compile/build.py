@@ -23,7 +23,6 @@ from compile.weights import (
     QUANTIZED,
     WHOLE,
     check_tensors,
-    num_bytes,
     type_name,
     write_weights,
 )
@@ -263,7 +262,7 @@ def _write_descriptions(
         path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(folder.iterdir())
     }
-    model = emitter.options
+    model, parameters = emitter.options, emitter.parameters.values()
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         compiler_version=COMPILER_VERSION,
@@ -279,12 +278,8 @@ def _write_descriptions(
         functions=emitter.function_names,
         config=dataclasses.asdict(config),
         parameters_sha256=parameters_sha256(
-            {p.name: type_name(p) for p in emitter.parameters.values()}
-            | {
-                WHOLE: irpa.whole_type(
-                    irpa.num_bytes_together(map(num_bytes, emitter.parameters.values()))
-                )
-            }
+            {p.name: type_name(p) for p in parameters}
+            | {WHOLE: irpa.whole_type(irpa.num_bytes_together(p.num_bytes for p in parameters))}
         ),
         files=files,
     )

@@ -42,9 +42,8 @@ class Memory:
 
     def prefetch(self, index: Index) -> None:
         """Bring a cache line nearer that will be read soon."""
-        self.k.emit(
-            f"memref.prefetch {self.name}[{self.k.at(index)}], read, locality<3>, data : {self.type}"
-        )
+        at = self.k.at(index)
+        self.k.emit(f"memref.prefetch {self.name}[{at}], read, locality<3>, data : {self.type}")
 
     def store_vector(self, value: Scalar, index: Index, count: Scalar | None = None) -> None:
         """Store a vector; with `count`, its first elements only."""
@@ -75,10 +74,31 @@ class KernelBuilder(Builder):
 
     def __init__(self) -> None:
         super().__init__()
+        self._indent = 4
         self._bindings: list[str] = []
         self.num_constants = 0
 
     # Interface
+
+    def write(self, b: Builder, name: str, num_workgroups: int) -> None:
+        """The executable with this kernel; its layout is to be defined as #name_layout."""
+        with b.block(f"hal.executable.source private @{name} {{"):
+            with b.block(
+                f"hal.executable.export public @{name} ordinal(0) layout(#{name}_layout) "
+                "count(%device: !hal.device) -> (index, index, index) {"
+            ):
+                b.emit(f"%count = arith.constant {num_workgroups} : index")
+                b.emit("%one = arith.constant 1 : index")
+                b.emit("hal.return %count, %one, %one : index, index, index")
+            with (
+                b.block("builtin.module {"),
+                b.block(
+                    f"func.func @{name}() attributes {{translation_info = "
+                    "#iree_codegen.translation_info<pipeline = None>} {"
+                ),
+            ):
+                b.lines += [line.replace("#kernel_", f"#{name}_") for line in self.lines]
+                b.emit("return")
 
     def layout(self) -> str:
         """#hal.pipeline.layout of all that was bound."""

@@ -1,8 +1,8 @@
 """Matrix products on CPU vectors: the inner loops, and the layout of what they read.
 
 A matrix [N, K] is stored in blocks of 2 * lanes output features; a block is a stream that one task
-reads from its beginning to its end. Each output adds up its products in the order of K, however many
-rows are computed at once, so a row comes out the same in any company.
+reads from its beginning to its end. Each output adds up its products in the order of K, whatever
+the number of rows computed at once, so a row comes out the same in any company.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import cached_property
 
 from compile.kernel import KernelBuilder, Memory, vector_type
 from compile.mlir import Scalar
-from compile.parameter import Parameter
+from compile.parameter import ITEM_BYTES, Parameter
 from compile.quantize import GROUP, ZERO
 
 TILES = 2  # vectors of output features in a block
@@ -21,7 +21,6 @@ AHEAD = 1024  # bytes that a single row, which waits for memory, asks for in adv
 PARTS = 2  # of a quantized activation: high, low
 LARGEST = 127 * 128 + 63  # of its values
 REGISTER_BITS = {4: "128", 8: "256", 16: "512"}  # by f32 lanes
-ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "int8": 1, "int4": 1}
 
 
 @dataclass(frozen=True)
@@ -361,15 +360,15 @@ class Activations:
     + low, both i8; a row is PARTS times K bytes, then its scales, then its sums.
     """
 
-    def __init__(self, k: KernelBuilder, binding: int, format_: Format, width: int) -> None:
+    def __init__(self, k: KernelBuilder, views: Views, format_: Format, width: int) -> None:
         self._k, self.format = k, format_
         self.row_bytes = self.bytes_of_row(format_, width)
         self._width = width
         if format_.is_quantized:
-            self.codes = Views(k, binding).open("i8", "i32", "f32")
+            self.codes = views.open("i8", "i32", "f32")
             return
         op = format_.operand
-        views = Views(k, binding).open(op.other, "i32")
+        views = views.open(op.other, "i32")
         self.elements, self.units = views[op.other], views["i32" if op.unit == 2 else op.other]
         self.unit_bytes = 4
 

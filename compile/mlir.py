@@ -71,6 +71,18 @@ class Scalar:
     def clamp(self, low: int, high: Scalar) -> Scalar:
         return self.minimum(high)._binary("maxsi", low)
 
+    def largest(self, other: Scalar) -> Scalar:
+        """Of two signed integers."""
+        return self._binary("maxsi", other)
+
+    def equals(self, other: int) -> Scalar:
+        value = self.builder.scalar(other, self.dtype)
+        return self.builder.op(f"arith.cmpi eq, {self.name}, {value.name} : {self.dtype}", "i1")
+
+    def is_below(self, other: Scalar) -> Scalar:
+        """Float `self < other`, as i1; false for NaN."""
+        return self.builder.op(f"arith.cmpf olt, {self.name}, {other.name} : {self.dtype}", "i1")
+
     def less(self, other: Scalar) -> Scalar:
         """Signed integer `self < other`, as i1."""
         kind = self.dtype.rpartition("x")[0] + "xi1>" if self.dtype.startswith("vector") else "i1"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from compile.quantize import GROUP
+
+ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,10 @@ class Parameter:
     @property
     def is_quantized(self) -> bool:
         return self.dtype.startswith("int")
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * (1 if self.is_quantized else ITEM_BYTES[self.dtype])
 
     @property
     def matrix_size(self) -> tuple[int, int]:

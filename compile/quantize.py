@@ -132,7 +132,7 @@ def packed(groups: Groups, block: int, unit: int) -> NDArray[np.uint8]:
     """Rows in blocks as CPU kernels read them: bytes [rows / block, K / 32, group bytes].
 
     In each group `unit` codes of each row of the block, then the next ones; then scales f16, then
-    minima. With 4 bits a byte holds a code of the block's first half of rows, and one of the second.
+    minima. With 4 bits a byte holds a code of the block's first half of rows, and one of the other.
     """
     rows, cols = groups.codes.shape
     shape = (rows // block, block, cols // GROUP, GROUP // unit, unit)

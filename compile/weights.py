@@ -92,7 +92,7 @@ def write_weights(
 
     `progress(done, total)` counts bytes.
     """
-    entries = [(p.name, type_name(p), num_bytes(p)) for p in parameters]
+    entries = [(p.name, type_name(p), p.num_bytes) for p in parameters]
     total = sum(num_bytes for _, _, num_bytes in entries)
 
     def blocks() -> Iterator[memoryview]:
@@ -229,11 +229,6 @@ def _overlaps(
                 slice(first - start, last - start),
             )
         base += segment.num_rows
-
-
-def num_bytes(parameter: Parameter) -> int:
-    item = 1 if parameter.is_quantized else np.dtype(DTYPES[parameter.dtype]).itemsize
-    return math.prod(parameter.shape) * int(item)
 
 
 def _shorten(names: Sequence[str]) -> str:

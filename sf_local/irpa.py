@@ -49,15 +49,15 @@ def write_archive(
         end = _aligned(end + num_bytes, _ALIGNMENT)
     if whole is not None:
         places.append((whole.encode(), whole_type(end).encode(), 0, end))
-    names = b"".join(name + kind for name, kind, _, _ in places)
+    names = b"".join(place[0] + place[1] for place in places)
     metadata_start = _aligned(_HEADER.size, 16) + _ENTRY_STRIDE * len(places)
     storage_start = _aligned(metadata_start + len(names), _PAGE)
     table, metadata = bytearray(), 0
-    for name, kind, offset, num_bytes in places:
-        entry = _ENTRY.pack(_ENTRY.size, _DATA, 0, metadata, len(name), metadata + len(name),
-                            len(kind), _ALIGNMENT, offset, num_bytes)  # fmt: skip
+    for text, type_text, offset, num_bytes in places:
+        entry = _ENTRY.pack(_ENTRY.size, _DATA, 0, metadata, len(text), metadata + len(text),
+                            len(type_text), _ALIGNMENT, offset, num_bytes)  # fmt: skip
         table += entry.ljust(_ENTRY_STRIDE, b"\0")
-        metadata += len(name) + len(kind)
+        metadata += len(text) + len(type_text)
     header = _HEADER.pack(_MAGIC, 0, 0, _HEADER.size, 0, 0, len(places),
                           _aligned(_HEADER.size, 16), len(table), metadata_start, len(names),
                           storage_start, end)  # fmt: skip

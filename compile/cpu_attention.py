@@ -1,0 +1,410 @@
+"""Attention of a CPU kernel: rotary embedding, the cache's layout, and the softmax over a context.
+
+Shapes: M rows, G query heads per KV head (KH), D head_dim, P tokens a page. A layer of a page holds
+keys [KH, P/p, D/u, p, u], then values [KH, P/u, D, u]: vectors of p positions or of features, in
+units of u (pairs of bf16, where the CPU multiplies them).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from compile.config import LlamaConfig
+from compile.kernel import LINE, KernelBuilder, Memory, vector_type
+from compile.llama import MASKED
+from compile.matmul import (
+    Activations,
+    Streams,
+    Vectors,
+    Views,
+    lanes_of,
+    operand,
+    product,
+)
+from compile.mlir import Scalar
+from compile.parameter import ITEM_BYTES
+
+QUERY_ROWS = 4  # rows of one sequence that attend together
+CHUNK = 256  # positions between two corrections of a softmax
+SPLIT = 512  # positions of a task in decode, so that several threads share a long context
+
+
+class KVLayout:
+    """Where keys and values of a token lie in the cache; `operand`: how they are multiplied."""
+
+    def __init__(
+        self, config: LlamaConfig, page_size: int, kv_dtype: str, vectors: Vectors
+    ) -> None:
+        self.config, self.page_size = config, page_size
+        self.position_lanes = math.gcd(page_size, vectors.lanes)
+        self.head_lanes = math.gcd(config.head_dim, vectors.lanes)
+        # Pairs of features and pairs of positions.
+        lanes = self.position_lanes, self.head_lanes
+        self.operand = operand(kv_dtype, vectors, *lanes)
+        self.page_elements = (
+            config.num_layers * 2 * config.num_kv_heads * page_size * config.head_dim
+        )
+
+    def starts(self, page: Scalar, layer: Scalar, head: Scalar) -> tuple[Scalar, Scalar]:
+        """Of the keys and of the values of a KV head in a page, in elements."""
+        c = self.config
+        size = self.page_size * c.head_dim  # of one head
+        start = page * self.page_elements + layer * (2 * c.num_kv_heads * size)
+        return start + head * size, start + (head + c.num_kv_heads) * size
+
+    def key_at(self, start: Scalar, slot: Scalar, feature: int) -> Scalar:
+        p, u = self.position_lanes, self.operand.unit
+        tile = start + slot // p * (self.config.head_dim * p)
+        return tile + feature // u * (p * u) + slot % p * u + feature % u
+
+    def value_at(self, start: Scalar, slot: Scalar, feature: int) -> Scalar:
+        u = self.operand.unit
+        return start + slot // u * (self.config.head_dim * u) + feature * u + slot % u
+
+
+@dataclass(frozen=True)
+class Local:
+    """A workgroup's own memory for some queries: where its parts begin, in f32.
+
+    Scores and their shares [queries, CHUNK], values [queries, D], then of each query the largest
+    score so far, the total of its shares, and the factor that corrects what was added before.
+    """
+
+    scores: Scalar
+    shares: Scalar
+    values: Scalar
+    maxima: Scalar
+    totals: Scalar
+    factors: Scalar
+
+    @classmethod
+    def of(cls, start: Scalar, queries: int, head_dim: int) -> Local:
+        shares = start + queries * CHUNK
+        values = shares + queries * CHUNK
+        maxima = values + queries * head_dim
+        return cls(start, shares, values, maxima, maxima + queries, maxima + 2 * queries)
+
+    @staticmethod
+    def size(queries: int, head_dim: int) -> int:
+        return -(-queries * (2 * CHUNK + head_dim + 3) // LINE) * LINE
+
+
+class Attention:
+    """Writes the phases between a layer's two projections.
+
+    qkv: rows of queries, keys and values [M, qkv_width] f32. cache, q, local: memory in all types
+    needed. partial [M, splits, heads, D] and totals [M, splits, heads, 2] (largest score, total of
+    shares): attention to each split of a row's context. position(row), page(row, position): what
+    the tables say.
+    """
+
+    def __init__(
+        self,
+        k: KernelBuilder,
+        layout: KVLayout,
+        vectors: Vectors,
+        memory: AttentionMemory,
+        position: Callable[[Scalar], Scalar],
+        page: Callable[[Scalar, Scalar], Scalar],
+    ) -> None:
+        self.k, self.layout, self.config = k, layout, layout.config
+        self.vectors, self.memory = vectors, memory
+        self.position, self.page = position, page
+        c = self.config
+        self.groups = c.num_heads // c.num_kv_heads
+        self.width = c.num_heads * c.head_dim
+        self._other = layout.operand.other  # of queries and shares
+        self._units = "i32" if layout.operand.unit == 2 else self._other
+        self.local_size = Local.size(QUERY_ROWS * self.groups, c.head_dim)
+
+    # Queries, keys and values
+
+    def rotate_and_store(self, row: Scalar, head: Scalar, layer: Scalar) -> None:
+        """Rotary embedding (Su et al. 2021, rotate-half form) of a KV head's queries and key.
+
+        Queries, scaled, go to [M, heads, D]; key and value to their page.
+        """
+        c, d = self.config, self.config.head_dim
+        half = d // 2
+        lanes = math.gcd(half, self.vectors.lanes)
+        start = row * self.memory.qkv_width
+        position = self.position(row)
+        angles = self.memory.rope + position * d
+        key, value = self._slots(row, position, layer, head)
+        for g in range(self.groups):
+            query = head * self.groups + g
+            for i in range(0, half, lanes):
+                rotated = self._rotated(start + query * d, angles, i, lanes)
+                for feature, x in zip((i, i + half), rotated, strict=True):
+                    at = row * self.width + query * d + feature
+                    self._store_as(self.memory.q[self._other], x * (1 / math.sqrt(d)), at)
+        key_row = start + (head + c.num_heads) * d
+        for i in range(0, half, lanes):
+            rotated = self._rotated(key_row, angles, i, lanes)
+            for feature, x in zip((i, i + half), rotated, strict=True):
+                self._scatter(x, feature, key)
+        value_row = start + (head + c.num_heads + c.num_kv_heads) * d
+        for i in range(0, d, lanes):
+            self._scatter(self.memory.qkv.load_vector(value_row + i, lanes), i, value)
+
+    def _rotated(self, row: Scalar, angles: Scalar, i: int, lanes: int) -> tuple[Scalar, Scalar]:
+        half = self.config.head_dim // 2
+        x0, x1 = (self.memory.qkv.load_vector(row + i + h, lanes) for h in (0, half))
+        cos, sin = (self.memory.floats.load_vector(angles + i + h, lanes) for h in (0, half))
+        return x0 * cos - x1 * sin, x1 * cos + x0 * sin
+
+    def _slots(
+        self, row: Scalar, position: Scalar, layer: Scalar, head: Scalar
+    ) -> tuple[Callable[[int], Scalar], Callable[[int], Scalar]]:
+        """Where each feature of a token's key and value goes."""
+        layout = self.layout
+        slot = position % layout.page_size
+        keys, values = layout.starts(self.page(row, position), layer, head)
+        return (
+            lambda feature: layout.key_at(keys, slot, feature),
+            lambda feature: layout.value_at(values, slot, feature),
+        )
+
+    def _scatter(self, x: Scalar, first: int, at: Callable[[int], Scalar]) -> None:
+        """Store the elements of a vector, features `first` and on, one by one."""
+        cache, lanes = self.memory.cache[self.layout.operand.dtype], lanes_of(x)
+        x = x.to(vector_type(lanes, cache.dtype))
+        for lane in range(lanes):
+            cache.store(self.k.element(x, lane), at(first + lane))
+
+    # The context
+
+    def attend(
+        self,
+        workgroup: Scalar,
+        row: Scalar,
+        num_rows: int,
+        head: Scalar,
+        split: Scalar | None,
+        layer: Scalar,
+    ) -> None:
+        """Attention of some rows of a sequence to a split of their context, or to all of it.
+
+        Chunk by chunk, each correcting what was added before (Milakov and Gimelshein 2018).
+        """
+        k, d = self.k, self.config.head_dim
+        queries = num_rows * self.groups
+        local = Local.of(workgroup * self.local_size, queries, d)
+        memory = self.memory.local["f32"]
+        zero, lowest = k.scalar(0.0, "f32"), k.scalar(MASKED, "f32")
+        with k.loop(0, queries) as j:
+            memory.store(lowest, local.maxima + j)
+            memory.store(zero, local.totals + j)
+        with k.loop(0, queries * d) as i:
+            memory.store(zero, local.values + i)
+        low, high = k.scalar(0, "index"), self.position(row + (num_rows - 1)) + 1
+        if split is not None:
+            low = split * SPLIT
+            high = (low + SPLIT).minimum(high)
+        with k.loop(low, high, CHUNK) as start:
+            self._attend_chunk(local, row, num_rows, head, layer, start, high)
+        self._store_partial(local, row, num_rows, head, split)
+
+    def _attend_chunk(
+        self,
+        local: Local,
+        row: Scalar,
+        num_rows: int,
+        head: Scalar,
+        layer: Scalar,
+        start: Scalar,
+        high: Scalar,
+    ) -> None:
+        k, page_size = self.k, self.layout.page_size
+        queries, most = num_rows * self.groups, self.vectors.max_rows
+        end = (start + CHUNK).minimum(high)
+        num_pages = (end - start + (page_size - 1)) // page_size
+        num_pairs = (num_pages * (page_size // self.layout.position_lanes) + 1) // 2
+        batches = [range(i, min(i + most, queries)) for i in range(0, queries, most)]
+        with k.loop(0, num_pairs) as pair:
+            for batch in batches:
+                self._score(local, row, batch, head, layer, start, pair)
+        with k.loop(0, queries) as j:
+            self._soften(local, j, self.position(row + j // self.groups) - start, num_pairs * 2)
+        for batch in batches:
+            self._weigh(local, row, batch, head, layer, start, num_pages)
+
+    def _score(
+        self,
+        local: Local,
+        row: Scalar,
+        queries: range,
+        head: Scalar,
+        layer: Scalar,
+        start: Scalar,
+        pair: Scalar,
+    ) -> None:
+        """Scores [queries, 2 p] of two vectors of positions."""
+        layout, d = self.layout, self.config.head_dim
+        p, u, groups = layout.position_lanes, layout.operand.unit, self.groups
+        starts = []
+        for t in (0, 1):
+            position = start + (pair * 2 + t) * p
+            first, _ = layout.starts(self.page(row, position), layer, head)
+            starts.append((first + position % layout.page_size // p * (d * p)) // u)
+        cache = self.memory.cache[layout.operand.unit_dtype]
+        keys = Streams(cache, layout.operand, starts, p, p)
+        rows = [
+            ((row + j // groups) * self.width + (head * groups + j % groups) * d) // u
+            for j in queries
+        ]
+        zero = self.k.scalar(0.0, vector_type(p, "f32"))
+        sums = product(
+            self.k, keys, self.memory.q[self._units], rows, d // u, [zero] * (2 * len(rows))
+        )
+        for i, value in enumerate(sums):
+            at = local.scores + (queries[i // 2]) * CHUNK + (pair * 2 + i % 2) * p
+            self.memory.local["f32"].store_vector(value, at)
+
+    def _soften(self, local: Local, j: Scalar, last: Scalar, num_tiles: Scalar) -> None:
+        """Scores of a query to shares, relative to its largest score so far; hides those behind
+        position `last` of the chunk."""
+        k, p, memory = self.k, self.layout.position_lanes, self.memory.local["f32"]
+        kind = vector_type(p, "f32")
+        scores = local.scores + j * CHUNK
+        shares = self._shares_at(local) + j * CHUNK
+        ends, masked = k.broadcast(last.to("i32"), p), k.scalar(MASKED, kind)
+
+        def mask(t: Scalar, top: Scalar) -> list[Scalar]:
+            x = memory.load_vector(scores + t * p, p)
+            x = ends.less(k.lanes_from((t * p).to("i32"), p)).select(masked, x)
+            memory.store_vector(x, scores + t * p)
+            return [top.maximum(x)]
+
+        [tops] = k.fold(0, num_tiles, [masked], mask)
+        before = memory.load(local.maxima + j)
+        now = before.maximum(k.maximum(tops))
+        wide = k.broadcast(now, p)
+
+        def share(t: Scalar, total: Scalar) -> list[Scalar]:
+            x = (memory.load_vector(scores + t * p, p) - wide).math("exp")
+            self._store_as(self.memory.local[self._other], x, shares + t * p)
+            return [total + x]
+
+        [totals] = k.fold(0, num_tiles, [k.scalar(0.0, kind)], share)
+        factor = (before - now).math("exp")
+        total = memory.load(local.totals + j) * factor + k.sum(totals)
+        for value, at in ((now, local.maxima), (total, local.totals), (factor, local.factors)):
+            memory.store(value, at + j)
+
+    def _shares_at(self, local: Local) -> Scalar:
+        """Where the shares begin, in elements of their own type."""
+        return local.shares * (4 // ITEM_BYTES[self._other])
+
+    def _weigh(
+        self,
+        local: Local,
+        row: Scalar,
+        queries: range,
+        head: Scalar,
+        layer: Scalar,
+        start: Scalar,
+        num_pages: Scalar,
+    ) -> None:
+        """Add the values of a chunk, times their shares, to what is kept of the chunks before."""
+        k, d, layout = self.k, self.config.head_dim, self.layout
+        lanes, u = layout.head_lanes, layout.operand.unit
+        width = 2 if d // lanes % 2 == 0 else 1
+        memory = self.memory.local["f32"]
+        shares = self._shares_at(local)
+        with k.loop(0, d // lanes, width) as tile:
+            at = [local.values + j * d + (tile + t) * lanes for j in queries for t in range(width)]
+            factors = [k.broadcast(memory.load(local.factors + j), lanes) for j in queries]
+            kept = [memory.load_vector(a, lanes) * factors[i // width] for i, a in enumerate(at)]
+
+            def add_page(page: Scalar, *sums: Scalar) -> list[Scalar]:
+                position = start + page * layout.page_size
+                _, values = layout.starts(self.page(row, position), layer, head)
+                starts = [values // u + (tile + t) * lanes for t in range(width)]
+                cache = self.memory.cache[layout.operand.unit_dtype]
+                streams = Streams(cache, layout.operand, starts, d, lanes)
+                rows = [(shares + j * CHUNK + page * layout.page_size) // u for j in queries]
+                units = self.memory.local[self._units]
+                return product(k, streams, units, rows, layout.page_size // u, sums)
+
+            for value, a in zip(k.fold(0, num_pages, kept, add_page), at, strict=True):
+                memory.store_vector(value, a)
+
+    def _store_partial(
+        self, local: Local, row: Scalar, num_rows: int, head: Scalar, split: Scalar | None
+    ) -> None:
+        k, d, lanes = self.k, self.config.head_dim, self.layout.head_lanes
+        memory = self.memory.local["f32"]
+        split = k.scalar(0, "index") if split is None else split
+        with k.loop(0, num_rows * self.groups) as j:
+            query = head * self.groups + j % self.groups
+            to = self._partial_at(row + j // self.groups, split, query)
+            self.memory.totals.store(memory.load(local.maxima + j), to * 2)
+            self.memory.totals.store(memory.load(local.totals + j), to * 2 + 1)
+            with k.loop(0, d, lanes) as i:
+                value = memory.load_vector(local.values + j * d + i, lanes)
+                self.memory.partial.store_vector(value, to * d + i)
+
+    def _partial_at(self, row: Scalar, split: Scalar, head: Scalar) -> Scalar:
+        return (row * self.memory.num_splits + split) * self.config.num_heads + head
+
+    def combine(self, row: Scalar, act: Activations, *, is_split: bool) -> None:
+        """The attention of a row, of all its splits, as activations."""
+        k, lanes, d = self.k, self.layout.head_lanes, self.config.head_dim
+        splits = (self.position(row) + SPLIT) // SPLIT if is_split else k.scalar(1, "index")
+        zero, lowest = k.scalar(0.0, "f32"), k.scalar(MASKED, "f32")
+        totals = self.memory.totals
+        step = act.step if act.format.is_quantized else lanes
+        with k.loop(0, self.config.num_heads) as head:
+
+            def at(split: Scalar, head: Scalar = head) -> Scalar:
+                return self._partial_at(row, split, head)
+
+            def larger(split: Scalar, top: Scalar) -> list[Scalar]:
+                return [top.maximum(totals.load(at(split) * 2))]
+
+            [top] = k.fold(0, splits, [lowest], larger)
+
+            def weight(split: Scalar, top: Scalar = top) -> Scalar:
+                return (totals.load(at(split) * 2) - top).math("exp")
+
+            def add_total(split: Scalar, total: Scalar) -> list[Scalar]:
+                return [total + weight(split) * totals.load(at(split) * 2 + 1)]
+
+            [total] = k.fold(0, splits, [zero], add_total)
+            inverse = k.broadcast(k.scalar(1.0, "f32") / total, lanes)
+            with k.loop(0, d, step) as i:
+
+                def add(split: Scalar, *sums: Scalar, i: Scalar = i) -> list[Scalar]:
+                    share, start = k.broadcast(weight(split), lanes), at(split) * d + i
+                    loaded = [
+                        self.memory.partial.load_vector(start + j * lanes, lanes)
+                        for j in range(len(sums))
+                    ]
+                    return [k.fma(x, share, s) for x, s in zip(loaded, sums, strict=True)]
+
+                none = k.scalar(0.0, vector_type(lanes, "f32"))
+                sums = k.fold(0, splits, [none] * (step // lanes), add)
+                act.store([x * inverse for x in sums], row, head * d + i)
+
+    def _store_as(self, memory: Memory, value: Scalar, at: Scalar) -> None:
+        """Store f32 as the memory's type."""
+        memory.store_vector(value.to(vector_type(lanes_of(value), memory.dtype)), at)
+
+
+@dataclass(frozen=True)
+class AttentionMemory:
+    """What `Attention` reads and writes; `rope`: where the angles [positions, 2, D/2] begin."""
+
+    qkv: Memory
+    qkv_width: int
+    floats: Memory
+    rope: Scalar
+    cache: Views
+    q: Views
+    local: Views
+    partial: Memory
+    totals: Memory
+    num_splits: Scalar
