@@ -12,8 +12,10 @@ from reference import forward
 from running import open_runner
 
 from compile.config import RopeScaling
+from compile.cpu_llama import CpuLlamaEmitter
 from compile.llama import LlamaEmitter, ModelOptions
-from compile.target import ROW_MAJOR, Layout, resolve_target
+from compile.matmul import Vectors
+from compile.target import resolve_target
 from sf_local.artifact import host_cpu_features
 from sf_local.runner import ModelRunner, Row
 
@@ -182,9 +184,13 @@ def test_half_precision_stays_near(make_tiny: Callable[..., TinyModel], dtype: s
     assert np.abs(found - expected).max() <= 0.03 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("layout", [Layout(True, 16, 16, 1), ROW_MAJOR])
-def test_equal_inputs_emit_equal_text(layout: Layout) -> None:
+@pytest.mark.parametrize("kind", [LlamaEmitter, CpuLlamaEmitter])
+def test_equal_inputs_emit_equal_text(kind: Callable[..., Any]) -> None:
     options = ModelOptions("f32", "f32", PAGE, (1,), (1, 2), 64)
-    texts: Sequence[str] = [LlamaEmitter(TINY, options, layout).emit() for _ in range(2)]
+    rest = [Vectors(8, 4)] if kind is CpuLlamaEmitter else []
+    emitters = [kind(TINY, options, *rest) for _ in range(2)]
+    texts = [emitter.emit() for emitter in emitters]
     assert texts[0] == texts[1]
-    assert texts[0].count("util.func public") == 4
+    for name in emitters[0].function_names:
+        assert f'util.func public @"{name}$async"' in texts[0]
+    assert texts[0].count("util.func public") == len(emitters[0].function_names) == 6
