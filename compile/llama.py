@@ -152,7 +152,7 @@ class LlamaEmitter:
         """One that returns all logits, or the last ones of each row with what sums them up."""
         b = self.b
         shapes: dict[str, tuple[tuple[Dim, ...], str]] = {"tokens": ((n, seq_len), "i64")}
-        shapes |= {argument: ((n,), "i64") for argument in lens}
+        shapes |= dict.fromkeys(lens, ((n,), "i64"))
         shapes["seq_block_ids"] = ((n, "%1"), "i64")
         if is_next:
             shapes["scales"] = ((n,), "f32")
@@ -281,9 +281,7 @@ class LlamaEmitter:
             "nbi,nb,n->nb", [blocks, maxima, scales], maxima.shape, "f32",
             lambda v, top, scale, acc: acc + ((v - top) * scale).math("exp"), init=0.0,
         )  # fmt: skip
-        top = b.generic(
-            "nb->n", [maxima], (n,), "f32", lambda v, acc: acc.maximum(v), init=MASKED
-        )
+        top = b.generic("nb->n", [maxima], (n,), "f32", lambda v, acc: acc.maximum(v), init=MASKED)
 
         def first(v: Scalar, top: Scalar, acc: Scalar) -> Scalar:
             is_best = b.op(f"arith.cmpf oge, {v.name}, {top.name} : f32", "i1")

@@ -29,15 +29,19 @@ from sf_local.errors import (
     TargetError,
     VersionError,
 )
+from sf_local.summary import Floats, Next, summarize
 
 VECTOR = 16  # positions that one step of a CPU's attention adds up
 MAX_PENDING = 16  # copies to wait for at a time; IREE's poller aborts at about 64
 
-Logits = NDArray[np.float32]
-_NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-
+BEST = 1  # which result of a function that sums up logits is the best token
+_NUMPY_DTYPES = {
+    "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16,
+    "int64": np.int64,
+}  # fmt: skip
 
 Meanwhile = Callable[[], None]
+Array = NDArray[Any]
 
 
 def _nothing() -> None:
@@ -55,6 +59,31 @@ class Row:
     @property
     def end(self) -> int:
         return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a call is for.
+
+    scales: by which each row's logits are summed up; None for 1. only_best: the best tokens are
+    enough, so a GPU keeps the rest. copy: else results may lie in device memory: let go of them
+    before the next call. meanwhile: called while the device runs.
+    """
+
+    scales: Sequence[float] | None = None
+    only_best: bool = False
+    copy: bool = True
+    meanwhile: Meanwhile = _nothing
+
+    def scales_of(self, rows: Sequence[Row]) -> Floats:
+        return (
+            np.ones(len(rows), np.float32)
+            if self.scales is None
+            else np.array(self.scales, np.float32)
+        )
+
+
+WANTED = Wanted()
 
 
 class ModelRunner:
@@ -92,26 +121,23 @@ class ModelRunner:
         self._functions.clear()
         del self._cache, self._program
 
-    async def prefill(
-        self, rows: Sequence[Row], *, copy: bool = True, meanwhile: Meanwhile = _nothing
-    ) -> Logits:
-        """Compute rows of tokens; the logits [len(rows), V] after each row's last token.
-
-        Without `copy` they may lie in device memory: let go of them before the next call.
-        `meanwhile` is called while the device runs.
-        """
+    async def prefill(self, rows: Sequence[Row], wanted: Wanted = WANTED) -> Next:
+        """Compute rows of tokens; what follows each row's last one."""
+        self._check(rows)
         size = _fitting(self.config.prefill_batch_sizes, len(rows))
-        if (name := f"prefill_last_bs{size}") in self._functions:
-            return (await self._prefill(name, size, rows, copy, meanwhile))[:, 0]
-        logits = await self._prefill(f"prefill_bs{size}", size, rows, True, meanwhile)
-        return np.stack([logits[i, len(row.tokens) - 1] for i, row in enumerate(rows)])
+        inputs = self._prefill_inputs(rows, size)
+        if (name := f"prefill_next_bs{size}") in self._functions:
+            return await self._call_next(name, size, inputs, len(rows), wanted)
+        [logits] = await self._call(f"prefill_bs{size}", inputs, len(rows), wanted)
+        last = np.stack([logits[i, len(row.tokens) - 1] for i, row in enumerate(rows)])
+        return summarize(last, wanted.scales_of(rows))
 
-    async def prefill_all(
-        self, rows: Sequence[Row], *, copy: bool = True, meanwhile: Meanwhile = _nothing
-    ) -> list[Logits]:
+    async def prefill_all(self, rows: Sequence[Row], wanted: Wanted = WANTED) -> list[Floats]:
         """Compute rows of tokens; the logits [len(row), V] after every token of each row."""
+        self._check(rows)
         size = _fitting(self.config.prefill_batch_sizes, len(rows))
-        logits = await self._prefill(f"prefill_bs{size}", size, rows, copy, meanwhile)
+        inputs = self._prefill_inputs(rows, size)
+        [logits] = await self._call(f"prefill_bs{size}", inputs, len(rows), wanted)
         return [logits[i, : len(row.tokens)] for i, row in enumerate(rows)]
 
     async def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -125,66 +151,80 @@ class ModelRunner:
             self.is_broken = self.has_ever_failed = True
             raise
 
-    async def decode(
-        self, rows: Sequence[Row], *, copy: bool = True, meanwhile: Meanwhile = _nothing
-    ) -> Logits:
-        """Compute one token a row: logits [len(rows), V]; `copy`, `meanwhile` as in `prefill`."""
+    async def decode(self, rows: Sequence[Row], wanted: Wanted = WANTED) -> Next:
+        """Compute one token a row; what follows it."""
         assert all(len(row.tokens) == 1 for row in rows)
+        self._check(rows)
         size = _fitting(self.config.decode_batch_sizes, len(rows))
         width = self._width(max(len(row.page_ids) for row in rows))
         inputs = {
             "tokens": _matrix([row.tokens for row in rows], (size, 1)),
-            "seq_lens": _vector([row.end for row in rows], size, fill=1),
+            "seq_lens": _vector([row.end for row in rows], size, self._unused),
             "start_positions": _vector([row.start for row in rows], size),
             "page_ids": _matrix([row.page_ids for row in rows], (size, width)),
         }
-        self._check(rows)
-        return (await self._call(f"decode_bs{size}", inputs, len(rows), copy, meanwhile))[:, 0]
+        if (name := f"decode_next_bs{size}") in self._functions:
+            return await self._call_next(name, size, inputs, len(rows), wanted)
+        [logits] = await self._call(f"decode_bs{size}", inputs, len(rows), wanted)
+        return summarize(logits[:, 0], wanted.scales_of(rows))
 
-    async def _prefill(
-        self, name: str, size: int, rows: Sequence[Row], copy: bool, meanwhile: Meanwhile
-    ) -> Logits:
+    def _prefill_inputs(self, rows: Sequence[Row], size: int) -> dict[str, Array]:
         page = self.config.page_size
-        self._check(rows)
         num_pages = -(-max(len(row.tokens) for row in rows) // page)
         last = max(max(row.start for row in rows) // page + num_pages,
                    *(len(row.page_ids) for row in rows))  # fmt: skip
-        width = self._width(last)
         inputs = {"tokens": _matrix([row.tokens for row in rows], (size, num_pages * page))}
         if self.config.has_prefill_position:
             inputs["start_positions"] = _vector([row.start for row in rows], size)
         elif any(row.start for row in rows):
             raise MismatchError(f"{self.artifact.vmfb}: compiled without has_prefill_position")
-        inputs["seq_lens"] = _vector([row.end for row in rows], size, fill=1)
-        inputs["page_ids"] = _matrix([row.page_ids for row in rows], (size, width))
-        return await self._call(name, inputs, len(rows), copy, meanwhile)
+        inputs["seq_lens"] = _vector([row.end for row in rows], size, self._unused)
+        inputs["page_ids"] = _matrix([row.page_ids for row in rows], (size, self._width(last)))
+        return inputs
+
+    async def _call_next(
+        self, name: str, size: int, inputs: dict[str, Array], num_rows: int, wanted: Wanted
+    ) -> Next:
+        """A function that sums the logits up."""
+        inputs["scales"] = np.ones(size, np.float32)
+        if wanted.scales is not None:
+            inputs["scales"][:num_rows] = wanted.scales
+        logits, *sums = await self._call(name, inputs, num_rows, wanted)
+        return Next(logits[:, 0] if len(logits) else logits, *sums)
 
     async def _call(
-        self,
-        name: str,
-        inputs: dict[str, NDArray[np.int64]],
-        num_rows: int,
-        copy: bool,
-        meanwhile: Meanwhile,
-    ) -> Logits:
-        """Logits of the first `num_rows` rows; the others are padding."""
+        self, name: str, inputs: dict[str, Array], num_rows: int, wanted: Wanted
+    ) -> list[Array]:
+        """The results' first `num_rows` rows; the others are padding."""
         device = self._device.scoped
         arguments = [self._argument(key, value) for key, value in inputs.items()]
         started_at = time.perf_counter()
         try:
             results = await self._functions[name](*arguments, self._cache, fiber=self._device.fiber)
-            meanwhile()
+            wanted.meanwhile()
             await device
             self.call_seconds += time.perf_counter() - started_at
-            logits = results[0]
             if self._device.kind != "cpu":
-                logits = logits.for_transfer()
-                logits.copy_from(results[0])
-                await device
-            return _read(logits, num_rows, copy)
+                results = await self._transfer(results, wanted)
+            return [_read(array, num_rows, wanted.copy) for array in results]
         except Exception:
             self.is_broken = self.has_ever_failed = True
             raise
+
+    async def _transfer(self, results: Sequence[Any], wanted: Wanted) -> list[Any]:
+        """Host copies of what is wanted; None for the rest."""
+        best = results[BEST : BEST + 1] if wanted.only_best else []
+        copies = [r.for_transfer() if not best or r is best[0] else None for r in results]
+        for result, copy in zip(results, copies, strict=True):
+            if copy is not None:
+                copy.copy_from(result)
+        await self._device.scoped
+        return copies
+
+    @property
+    def _unused(self) -> int:
+        """The length of rows that only pad a batch: our own code skips those that are empty."""
+        return 0 if self.artifact.manifest else 1
 
     def _width(self, num_pages: int) -> int:
         """Columns of the page table for `num_pages`, at least the 2 that amdsharktank needs.
@@ -194,11 +234,11 @@ class ModelRunner:
         unit = -(-VECTOR // self.config.page_size)
         return max(2, -(-num_pages // unit) * unit)
 
-    def _argument(self, name: str, value: NDArray[np.int64]) -> Any:
+    def _argument(self, name: str, value: Array) -> Any:
         """A device array with `value`, reused by later calls of the same shape."""
         key = (name, value.shape)
         if key not in self._arguments:
-            self._arguments[key] = _Argument(self._device, value.shape)
+            self._arguments[key] = _Argument(self._device, value)
         return self._arguments[key].write(value)
 
     def _check(self, rows: Sequence[Row]) -> None:
@@ -223,11 +263,11 @@ class ModelRunner:
         return self.config.paged_kv_cache.kv_cache_dtype
 
     def _look_up_functions(self) -> dict[str, Any]:
-        """All functions that config.json names, and `prefill_last` where there is one."""
+        """All functions that config.json names, and those that sum up logits, where they are."""
         config = self.config
         wanted = [f"prefill_bs{n}" for n in config.prefill_batch_sizes]
         wanted += [f"decode_bs{n}" for n in config.decode_batch_sizes]
-        optional = [f"prefill_last_bs{n}" for n in config.prefill_batch_sizes]
+        optional = [name.replace("_bs", "_next_bs") for name in wanted]
         found = {name: self._look_up(name) for name in [*wanted, *optional]}
         missing = [name for name in wanted if found[name] is None]
         if missing:
@@ -245,27 +285,31 @@ class ModelRunner:
 
 
 class _Argument:
-    """An i64 argument on the device; written through host memory where it cannot be mapped."""
+    """An argument on the device; written through host memory where it cannot be mapped."""
 
-    def __init__(self, device: Device, shape: tuple[int, ...]) -> None:
-        self._array = sfnp.device_array.for_device(device.scoped, list(shape), sfnp.int64)
+    def __init__(self, device: Device, like: Array) -> None:
+        dtype = getattr(sfnp, like.dtype.name)
+        self._array = sfnp.device_array.for_device(device.scoped, list(like.shape), dtype)
         self._host = self._array if device.kind == "cpu" else self._array.for_transfer()
 
-    def write(self, value: NDArray[np.int64]) -> Any:
+    def write(self, value: Array) -> Any:
         with self._host.map(discard=True) as mapping:
-            np.frombuffer(mapping, np.int64)[:] = value.reshape(-1)
+            np.frombuffer(mapping, value.dtype)[:] = value.reshape(-1)
         if self._host is not self._array:
             self._array.copy_from(self._host)
         return self._array
 
 
-def _read(array: Any, num_rows: int, copy: bool) -> Logits:
-    """The first rows of an array in host memory, as f32; without `copy` a view where possible.
+def _read(array: Any, num_rows: int, copy: bool) -> Array:
+    """The first rows of an array in host memory, floats as f32; none of None.
 
-    The view keeps the mapping alive, and that the array's memory.
+    Without `copy` a view where possible: it keeps the mapping alive, and that the array's memory.
     """
-    values = np.frombuffer(array.map(read=True), _NUMPY_DTYPES[array.dtype.name])
-    return values.reshape(array.shape)[:num_rows].astype(np.float32, copy=copy)
+    if array is None:
+        return np.empty(0, np.float32)
+    dtype = _NUMPY_DTYPES[array.dtype.name]
+    values = np.frombuffer(array.map(read=True), dtype).reshape(array.shape)[:num_rows]
+    return values.astype(dtype if dtype is np.int64 else np.float32, copy=copy)
 
 
 def _matrix(rows: Sequence[Sequence[int]], shape: tuple[int, int]) -> NDArray[np.int64]:
