@@ -35,7 +35,7 @@ class Mask:
 
     def tokens(self) -> NDArray[np.intp]:
         bits = np.unpackbits(self.fill().view(np.uint8), bitorder="little")
-        return np.flatnonzero(bits)
+        return np.flatnonzero(bits.view(np.bool_))
 
 
 class Masks:

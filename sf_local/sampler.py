@@ -18,6 +18,7 @@ from sf_local.logprobs import likeliest
 from sf_local.request import SamplingParams
 from sf_local.summary import BLOCK, Floats, Next, summarize
 
+LESS_THAN_ALL = 1 - 2**-50  # rounding must not reach beyond the last weight
 FLAT = 1e6  # a temperature at which all tokens are equally likely
 
 Tokens = NDArray[np.intp]
@@ -132,31 +133,25 @@ def sample(
     if that one is not allowed: of the same distribution, and seldom needed. The exception is what a
     grammar raised.
     """
-    drawn: dict[int, int] = {}
-    for i, (sampler, best) in enumerate(zip(samplers, following.best.tolist(), strict=True)):
-        if sampler.is_plain:
-            drawn[i] = best
-    if rows := [i for i in drawn if not samplers[i].params.is_greedy]:
-        drawn |= zip(rows, _draw([samplers[i] for i in rows], following, rows), strict=True)
     result: list[Sampled | Exception] = []
     for i, (sampler, grammar) in enumerate(zip(samplers, allowed, strict=True)):
         try:
-            result.append(_settle(sampler, following, i, grammar, drawn.get(i)))
+            result.append(_next(sampler, following, i, grammar))
         except Exception as error:
             result.append(error)
     return result
 
 
-def _settle(
-    sampler: Sampler, following: Next, i: int, allowed: Allowed | None, drawn: int | None
-) -> Sampled:
-    """The token of row `i`: what was drawn, if it may stay."""
-    if drawn is not None:
+def _next(sampler: Sampler, following: Next, i: int, allowed: Allowed | None) -> Sampled:
+    """The next token of row `i`."""
+    if sampler.is_plain:
+        greedy = sampler.params.is_greedy
+        token = int(following.best[i]) if greedy else _draw(sampler, following, i)
         if allowed is None:
-            return Sampled(drawn)
-        sampler.was_refused = not allowed.has(drawn)
+            return Sampled(token)
+        sampler.was_refused = not allowed.has(token)
         if not sampler.was_refused:
-            return Sampled(drawn)
+            return Sampled(token)
     tokens = None if allowed is None else allowed.tokens()
     if tokens is None and not sampler.changes_logits:
         return _choose(sampler, following.take(slice(i, i + 1)))
@@ -166,45 +161,30 @@ def _settle(
         sampler.change(logits, tokens)
     if tokens is not None:
         logits = logits[tokens]
-    found = _choose(sampler, summarize(logits[None], _scales([sampler])))
+    found = _choose(sampler, summarize(logits[None], np.array([sampler.scale], np.float32)))
     if tokens is None:
         return found
     top = [(value, int(tokens[token])) for value, token in found.top]
     return Sampled(int(tokens[found.token]), found.logprob, top)
 
 
-def _scales(samplers: Sequence[Sampler]) -> Floats:
-    return np.array([sampler.scale for sampler in samplers], np.float32)
+def _draw(sampler: Sampler, following: Next, i: int) -> int:
+    """The token of row `i` where the sum of weights passes a random share of the total."""
+    maxima, scale = following.maxima[i], sampler.scale
+    weights = following.sums[i] * np.exp((maxima - maxima.max()) * scale)
+    block, share = _find(weights, sampler.draw())
+    logits = following.logits[i, block * BLOCK : (block + 1) * BLOCK]
+    place, _ = _find(np.exp((logits - maxima[block]) * scale), share)
+    return block * BLOCK + place
 
 
-def _draw(samplers: Sequence[Sampler], following: Next, rows: list[int]) -> list[int]:
-    """Tokens of these rows, where the sums of weights pass random shares of the totals."""
-    each = np.arange(len(rows))
-    scales = _scales(samplers).astype(np.float64)[:, None]
-    maxima = following.maxima[rows]
-    tops = maxima.max(axis=1, keepdims=True).astype(np.float64)
-    running = np.cumsum(following.sums[rows] * np.exp((maxima - tops) * scales), axis=1)
-    bounds = _share(running, np.array([sampler.draw() for sampler in samplers]))
-    blocks = (running <= bounds[:, None]).sum(axis=1)
-    ends = running[each, blocks]
-    starts = np.where(blocks > 0, running[each, blocks - 1], 0.0)
-    inner = np.full((len(rows), BLOCK), -np.inf)
-    for to, row, block in zip(inner, rows, blocks.tolist(), strict=True):
-        values = following.logits[row, block * BLOCK : (block + 1) * BLOCK]
-        to[: len(values)] = values
-    inner -= maxima[each, blocks][:, None]
-    running = np.cumsum(np.exp(inner * scales), axis=1)
-    bounds = _share(running, (bounds - starts) / (ends - starts))
-    tokens = blocks * BLOCK + (running <= bounds[:, None]).sum(axis=1)
-    drawn: list[int] = tokens.tolist()
-    return drawn
-
-
-def _share(running: NDArray[np.float64], shares: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Shares of the totals of running sums [n, m], in spite of rounding less than the whole."""
-    totals = running[:, -1]
-    bounds: NDArray[np.float64] = np.minimum(shares * totals, np.nextafter(totals, 0))
-    return bounds
+def _find(weights: NDArray[np.floating], share: float) -> tuple[int, float]:
+    """Where the running sum of weights passes a share of their total, and by which share of that
+    weight."""
+    running = weights.cumsum(dtype=np.float64)
+    bound = share * (LESS_THAN_ALL * running[-1])
+    place = int(running.searchsorted(bound, "right"))
+    return place, float(1 - (running[place] - bound) / weights[place])
 
 
 class Row:
@@ -250,13 +230,12 @@ def _choose(sampler: Sampler, following: Next) -> Sampled:
     params, token = sampler.params, int(following.best[0])
     if sampler.is_uncut:
         if not params.is_greedy:
-            [token] = _draw([sampler], following, [0])
+            token = _draw(sampler, following, 0)
     else:
         row = Row(following, sampler.scale)
         tokens = candidates(row, params)
-        running = np.cumsum(np.exp(row.logs(tokens)))[None]
-        bound = _share(running, np.array([sampler.draw()]))
-        token = int(tokens[np.searchsorted(running[0], bound[0], side="right")])
+        place, _ = _find(np.exp(row.logs(tokens)), sampler.draw())
+        token = int(tokens[place])
     if not params.return_logprob:
         return Sampled(token)
     row = Row(following, sampler.scale)
