@@ -231,6 +231,24 @@ class Builder:
             x.dtype,
         )
 
+    def pad(self, x: Tensor, axis: int, size: int, value: float) -> Tensor:
+        """`x` with `value` behind its entries of `axis`, until there are `size`."""
+        more = size - int(x.shape[axis])
+        if more == 0:
+            return x
+        shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
+        low = ", ".join("0" for _ in shape)
+        high = ", ".join(str(more if i == axis else 0) for i in range(len(shape)))
+        fill, name = self.scalar(value, x.dtype), self.fresh()
+        with self.block(
+            f"{name} = tensor.pad {x.name} low[{low}] high[{high}] {{",
+            f"}} : {x.type} to {tensor_type(shape, x.dtype)}",
+        ):
+            indices = ", ".join(f"{self.fresh()}: index" for _ in shape)
+            self.emit(f"^bb0({indices}):")
+            self.emit(f"tensor.yield {fill.name} : {x.dtype}")
+        return Tensor(name, shape, x.dtype)
+
     def slice(self, x: Tensor, axis: int, start: int, size: int, *, drop: bool = False) -> Tensor:
         """`size` entries of `axis` from `start` on; `drop` removes that (unit) dimension."""
         offsets = ["0"] * len(x.shape)
@@ -306,15 +324,6 @@ class Builder:
             "f32",
             lambda a, b, acc: acc + a.to("f32") * b.to("f32"),
             init,
-        )
-
-    def mmt4d(self, lhs: Tensor, rhs: Tensor, acc: Tensor) -> Tensor:
-        """acc [T,N,m,n] + lhs [T,K,m,k] x rhs [N,K,n,k]."""
-        return self.tensor(
-            f"linalg.mmt4d ins({lhs.name}, {rhs.name} : {lhs.type}, {rhs.type}) "
-            f"outs({acc.name} : {acc.type}) -> {acc.type}",
-            acc.shape,
-            acc.dtype,
         )
 
     def gather(self, source: Tensor, indices: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
-"""What each target wants: weight layout, tile sizes, compiler flags, and CPU features."""
+"""What each target wants: vectors, compiler flags, and CPU features."""
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 
@@ -26,43 +25,6 @@ _CPU_FEATURES = {
 _V3 = ("ssse3", "sse4_1", "sse4_2", "popcnt", "cx16", "movbe", "avx", "f16c", "fma", "avx2", "bmi1",
        "bmi2", "abm")  # fmt: skip
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How matrices [N, K] lie in the archive.
-
-    Packed: `mmt4d` tiles [N/n, K/k, n, k], both sizes padded with zeros where needed.
-    Otherwise row-major [N, K].
-    """
-
-    packed: bool
-    m_tile: int = 1
-    n_tile: int = 1
-    k_tile: int = 1
-
-    def pad(self, size: int) -> int:
-        """A feature size, as activations and matrices hold it."""
-        return math.ceil(size / self.n_tile) * self.n_tile
-
-    def shape(self, rows: int, cols: int) -> tuple[int, ...]:
-        if not self.packed:
-            return (rows, cols)
-        n, k = self.n_tile, self.k_tile
-        return (self.pad(rows) // n, math.ceil(cols / k), n, k)
-
-    def matrix_size(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Rows and columns, padding included, of a matrix stored in `shape`."""
-        if not self.packed:
-            return shape[0], shape[1]
-        return shape[0] * shape[2], shape[1] * shape[3]
-
-    def row_tile(self, page_size: int) -> int:
-        """Rows of a prefill tile; it divides the page size, so it divides any prefill length."""
-        return math.gcd(self.m_tile, page_size) if self.packed else 1
-
-
-ROW_MAJOR = Layout(packed=False)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from sf_local.errors import (
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 COMPILER_VERSION = "3.9.0"
 VMFB, WEIGHTS, CONFIG, MANIFEST = "model.vmfb", "weights.irpa", "config.json", "artifact.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")

@@ -153,6 +153,12 @@ class Grammar:
             if self._vocab_size % 32:
                 mask[-1] &= (1 << self._vocab_size % 32) - 1
 
+    def allows(self, token: int) -> bool:
+        """Whether the mask has this token, without computing it."""
+        allowed = self._matcher.validate_tokens([token]) == 1
+        self._check()
+        return allowed
+
     def accept(self, token: int) -> None:
         """Add a sampled token to the text.
 

@@ -27,9 +27,10 @@ from sf_local.masks import Masks
 from sf_local.page_pool import PagePool
 from sf_local.radix_cache import RadixCache
 from sf_local.request import Request, RequestStatus
-from sf_local.runner import Logits, ModelRunner, Row
-from sf_local.sampler import BatchSampler, Mask, Sampled
+from sf_local.runner import ModelRunner, Row, Wanted
+from sf_local.sampler import Sampled, sample
 from sf_local.scheduler import Chunk, Limits, Scheduler, Step
+from sf_local.summary import Next, summarize
 
 _COUNTERS = (
     "prompt_tokens", "cached_tokens", "completion_tokens", "forced_tokens", "steps",
@@ -60,7 +61,6 @@ class Loop:
         self._scheduler = Scheduler(self._pool, self._cache, limits)
         self._can_jump = limits.reuse == "tokens"  # compute several tokens from anywhere
         self._inbox: deque[Callable[[], None]] = deque()  # what other threads want done
-        self._sampler = BatchSampler()
         self._generations: dict[Request, Generation] = {}
         self._deadlines: list[tuple[float, int, Request]] = []  # heap
         self._counters = dict.fromkeys(_COUNTERS, 0.0)
@@ -218,24 +218,24 @@ class Loop:
         for group in step.decodes:
             await self._compute(self._decode, group)
 
-    async def _prefill(self, chunks: Sequence[Chunk], rows: list[Row], masks: Masks) -> Logits:
-        """The logits after each chunk; generations that want them all get them as well."""
+    async def _prefill(self, chunks: Sequence[Chunk], rows: list[Row], wanted: Wanted) -> Next:
+        """What follows each chunk; generations that want all logits get them as well."""
         if not any(_wants_logits(chunk) for chunk in chunks):
-            return await self._runner.prefill(rows, copy=False, meanwhile=masks.fill)
-        logits = await self._runner.prefill_all(rows, copy=False, meanwhile=masks.fill)
+            return await self._runner.prefill(rows, wanted)
+        logits = await self._runner.prefill_all(rows, wanted)
         for chunk, values in zip(chunks, logits, strict=True):
             if _wants_logits(chunk):
                 self._generations[chunk.request].take_logits(chunk.start, values)
                 if chunk.end >= len(chunk.request.prompt_ids):
                     chunk.request.first_logits = None
-        return np.stack([values[-1] for values in logits])
+        return summarize(np.stack([values[-1] for values in logits]), wanted.scales_of(len(rows)))
 
-    async def _decode(self, _: Sequence[Chunk], rows: list[Row], masks: Masks) -> Logits:
-        return await self._runner.decode(rows, copy=False, meanwhile=masks.fill)
+    async def _decode(self, _: Sequence[Chunk], rows: list[Row], wanted: Wanted) -> Next:
+        return await self._runner.decode(rows, wanted)
 
     async def _compute(
         self,
-        call: Callable[[Sequence[Chunk], list[Row], Masks], Awaitable[Logits]],
+        call: Callable[[Sequence[Chunk], list[Row], Wanted], Awaitable[Next]],
         chunks: Sequence[Chunk],
     ) -> None:
         """One call for chunks of several requests; if it fails, they do, and no others."""
@@ -243,16 +243,27 @@ class Loop:
         if not chunks:
             return
         rows = [self._row(chunk) for chunk in chunks]
-        last = [c.request if c.end == c.request.num_tokens else None for c in chunks]
-        masks = Masks([None if r is None else self._generations[r].grammar for r in last])
+        generations = [self._generations[chunk.request] for chunk in chunks]
+        samplers = [generation.sampler for generation in generations]
+        grammars = [generation.grammar for generation in generations]
+        are_last = [chunk.end == chunk.request.num_tokens for chunk in chunks]
+        needed = [a and s.needs_mask for a, s in zip(are_last, samplers, strict=True)]
+        masks = Masks(grammars, needed)
+        wanted = Wanted(
+            [sampler.scale for sampler in samplers],
+            only_best=not any(grammars) and all(sampler.takes_the_best for sampler in samplers),
+            copy=False,
+            meanwhile=masks.fill,
+        )
         try:
-            logits = await call(chunks, rows, masks)
+            following = await call(chunks, rows, wanted)
         except Exception as error:
             await self._fail([chunk.request for chunk in chunks], error)
             return
         for chunk in chunks:
             self._scheduler.computed(chunk)
-        self._sample(last, logits, masks)
+        last = [c.request if a else None for c, a in zip(chunks, are_last, strict=True)]
+        self._sample(last, following, masks)
 
     def _row(self, chunk: Chunk) -> Row:
         """A chunk with the pages that hold it and what comes before: attention reads no more."""
@@ -260,7 +271,7 @@ class Loop:
         pages = request.pages[: -(-chunk.end // page_size)]
         return Row(request.tokens(chunk.start, chunk.end), chunk.start, pages)
 
-    def _sample(self, requests: Sequence[Request | None], logits: Logits, masks: Masks) -> None:
+    def _sample(self, requests: Sequence[Request | None], following: Next, masks: Masks) -> None:
         """The next token of those requests whose last token is computed; None for the others."""
         rows, generations = [], []
         for i, request in enumerate(requests):
@@ -277,11 +288,11 @@ class Loop:
                 generations.append(generation)
         if not rows:
             return
-        every = len(rows) == len(logits)
         started_at = time.perf_counter()
-        sampled = self._choose(
-            generations, logits if every else logits[rows], [masks.rows[i] for i in rows]
-        )
+        if len(rows) < len(requests):
+            following = following.take(rows)
+        samplers = [generation.sampler for generation in generations]
+        sampled = sample(samplers, following, [masks.rows[i] for i in rows])
         self._counters["mask_seconds"] += masks.seconds
         self._counters["sample_seconds"] += time.perf_counter() - started_at
         for generation, choice in zip(generations, sampled, strict=True):
@@ -289,19 +300,6 @@ class Loop:
                 self._accept(generation, choice)
             else:
                 self._end(generation.request, "abort", _step_error(choice))
-
-    def _choose(
-        self, generations: Sequence[Generation], logits: Logits, masks: Sequence[Mask | None]
-    ) -> Sequence[Sampled | Exception]:
-        """Sample a batch; if that fails, each row alone, so that one cannot harm the others."""
-        samplers = [generation.sampler for generation in generations]
-        try:
-            return self._sampler.sample(samplers, logits, masks)
-        except Exception as error:
-            if len(samplers) == 1:
-                return [error]
-        rows = range(len(generations))
-        return [self._choose([generations[i]], logits[i : i + 1], [masks[i]])[0] for i in rows]
 
     def _accept(self, generation: Generation, sampled: Sampled) -> None:
         request = generation.request

@@ -29,15 +29,19 @@ from sf_local.errors import (
     TargetError,
     VersionError,
 )
+from sf_local.summary import Floats, Next, summarize
 
 VECTOR = 16  # positions that one step of a CPU's attention adds up
 MAX_PENDING = 16  # copies to wait for at a time; IREE's poller aborts at about 64
 
-Logits = NDArray[np.float32]
-_NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-
+BEST = 1  # which result of a function that sums up logits is the best token
+_NUMPY_DTYPES = {
+    "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16,
+    "int64": np.int64,
+}  # fmt: skip
 
 Meanwhile = Callable[[], None]
+Array = NDArray[Any]
 
 
 def _nothing() -> None:
@@ -55,6 +59,27 @@ class Row:
     @property
     def end(self) -> int:
         return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a call is for.
+
+    scales: by which each row's logits are summed up; None for 1. only_best: the best tokens are
+    enough. copy: else results may lie in device memory: let go of them
+    before the next call. meanwhile: called while the device runs.
+    """
+
+    scales: Sequence[float] | None = None
+    only_best: bool = False
+    copy: bool = True
+    meanwhile: Meanwhile = _nothing
+
+    def scales_of(self, num_rows: int) -> Floats:
+        return np.array(self.scales or [1.0] * num_rows, np.float32)
+
+
+WANTED = Wanted()
 
 
 class ModelRunner:
@@ -92,26 +117,23 @@ class ModelRunner:
         self._functions.clear()
         del self._cache, self._program
 
-    async def prefill(
-        self, rows: Sequence[Row], *, copy: bool = True, meanwhile: Meanwhile = _nothing
-    ) -> Logits:
-        """Compute rows of tokens; the logits [len(rows), V] after each row's last token.
-
-        Without `copy` they may lie in device memory: let go of them before the next call.
-        `meanwhile` is called while the device runs.
-        """
+    async def prefill(self, rows: Sequence[Row], wanted: Wanted = WANTED) -> Next:
+        """Compute rows of tokens; what follows each row's last one."""
+        self._check(rows)
         size = _fitting(self.config.prefill_batch_sizes, len(rows))
-        if (name := f"prefill_last_bs{size}") in self._functions:
-            return (await self._prefill(name, size, rows, copy, meanwhile))[:, 0]
-        logits = await self._prefill(f"prefill_bs{size}", size, rows, True, meanwhile)
-        return np.stack([logits[i, len(row.tokens) - 1] for i, row in enumerate(rows)])
+        inputs = self._prefill_inputs(rows, size)
+        if (name := f"prefill_next_bs{size}") in self._functions:
+            return await self._call_next(name, size, inputs, len(rows), wanted)
+        [logits] = await self._call(f"prefill_bs{size}", inputs, len(rows), wanted)
+        last = np.stack([logits[i, len(row.tokens) - 1] for i, row in enumerate(rows)])
+        return summarize(last, wanted.scales_of(len(rows)))
 
-    async def prefill_all(
-        self, rows: Sequence[Row], *, copy: bool = True, meanwhile: Meanwhile = _nothing
-    ) -> list[Logits]:
+    async def prefill_all(self, rows: Sequence[Row], wanted: Wanted = WANTED) -> list[Floats]:
         """Compute rows of tokens; the logits [len(row), V] after every token of each row."""
+        self._check(rows)
         size = _fitting(self.config.prefill_batch_sizes, len(rows))
-        logits = await self._prefill(f"prefill_bs{size}", size, rows, copy, meanwhile)
+        inputs = self._prefill_inputs(rows, size)
+        [logits] = await self._call(f"prefill_bs{size}", inputs, len(rows), wanted)
         return [logits[i, : len(row.tokens)] for i, row in enumerate(rows)]
 
     async def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -125,66 +147,86 @@ class ModelRunner:
             self.is_broken = self.has_ever_failed = True
             raise
 
-    async def decode(
-        self, rows: Sequence[Row], *, copy: bool = True, meanwhile: Meanwhile = _nothing
-    ) -> Logits:
-        """Compute one token a row: logits [len(rows), V]; `copy`, `meanwhile` as in `prefill`."""
+    async def decode(self, rows: Sequence[Row], wanted: Wanted = WANTED) -> Next:
+        """Compute one token a row; what follows it."""
         assert all(len(row.tokens) == 1 for row in rows)
+        self._check(rows)
         size = _fitting(self.config.decode_batch_sizes, len(rows))
         width = self._width(max(len(row.page_ids) for row in rows))
         inputs = {
-            "tokens": _matrix([row.tokens for row in rows], (size, 1)),
-            "seq_lens": _vector([row.end for row in rows], size, fill=1),
-            "start_positions": _vector([row.start for row in rows], size),
-            "page_ids": _matrix([row.page_ids for row in rows], (size, width)),
+            "tokens": self._fill("tokens", (size, 1), [row.tokens for row in rows]),
+            "seq_lens": self._fill("seq_lens", (size,), [row.end for row in rows], self._unused),
+            "start_positions": self._fill("start_positions", (size,), [r.start for r in rows]),
+            "page_ids": self._fill_pages((size, width), rows),
         }
-        self._check(rows)
-        return (await self._call(f"decode_bs{size}", inputs, len(rows), copy, meanwhile))[:, 0]
+        if (name := f"decode_next_bs{size}") in self._functions:
+            return await self._call_next(name, size, inputs, len(rows), wanted)
+        [logits] = await self._call(f"decode_bs{size}", inputs, len(rows), wanted)
+        return summarize(logits[:, 0], wanted.scales_of(len(rows)))
 
-    async def _prefill(
-        self, name: str, size: int, rows: Sequence[Row], copy: bool, meanwhile: Meanwhile
-    ) -> Logits:
+    def _prefill_inputs(self, rows: Sequence[Row], size: int) -> dict[str, _Argument]:
         page = self.config.page_size
-        self._check(rows)
         num_pages = -(-max(len(row.tokens) for row in rows) // page)
         last = max(max(row.start for row in rows) // page + num_pages,
                    *(len(row.page_ids) for row in rows))  # fmt: skip
-        width = self._width(last)
-        inputs = {"tokens": _matrix([row.tokens for row in rows], (size, num_pages * page))}
+        tokens = self._argument("tokens", (size, num_pages * page))
+        for values, row in zip(tokens.values, rows, strict=False):
+            values[: len(row.tokens)] = row.tokens
+            values[len(row.tokens) :] = 0
+        inputs = {"tokens": tokens}
         if self.config.has_prefill_position:
-            inputs["start_positions"] = _vector([row.start for row in rows], size)
+            starts = [row.start for row in rows]
+            inputs["start_positions"] = self._fill("start_positions", (size,), starts)
         elif any(row.start for row in rows):
             raise MismatchError(f"{self.artifact.vmfb}: compiled without has_prefill_position")
-        inputs["seq_lens"] = _vector([row.end for row in rows], size, fill=1)
-        inputs["page_ids"] = _matrix([row.page_ids for row in rows], (size, width))
-        return await self._call(name, inputs, len(rows), copy, meanwhile)
+        ends = [row.end for row in rows]
+        inputs["seq_lens"] = self._fill("seq_lens", (size,), ends, self._unused)
+        inputs["page_ids"] = self._fill_pages((size, self._width(last)), rows)
+        return inputs
+
+    async def _call_next(
+        self, name: str, size: int, inputs: dict[str, _Argument], num_rows: int, wanted: Wanted
+    ) -> Next:
+        """A function that sums the logits up."""
+        scales = wanted.scales_of(num_rows)
+        inputs["scales"] = self._fill("scales", (size,), scales, 1, np.float32)
+        logits, *sums = await self._call(name, inputs, num_rows, wanted)
+        return Next(logits[:, 0] if len(logits) else logits, *sums)
 
     async def _call(
-        self,
-        name: str,
-        inputs: dict[str, NDArray[np.int64]],
-        num_rows: int,
-        copy: bool,
-        meanwhile: Meanwhile,
-    ) -> Logits:
-        """Logits of the first `num_rows` rows; the others are padding."""
+        self, name: str, inputs: dict[str, _Argument], num_rows: int, wanted: Wanted
+    ) -> list[Array]:
+        """The results' first `num_rows` rows; the others are padding."""
         device = self._device.scoped
-        arguments = [self._argument(key, value) for key, value in inputs.items()]
+        arguments = [argument.send() for argument in inputs.values()]
         started_at = time.perf_counter()
         try:
             results = await self._functions[name](*arguments, self._cache, fiber=self._device.fiber)
-            meanwhile()
+            wanted.meanwhile()
             await device
             self.call_seconds += time.perf_counter() - started_at
-            logits = results[0]
+            if wanted.only_best and len(results) > 1:
+                results = [r if i == BEST else None for i, r in enumerate(results)]
             if self._device.kind != "cpu":
-                logits = logits.for_transfer()
-                logits.copy_from(results[0])
-                await device
-            return _read(logits, num_rows, copy)
+                results = await self._transfer(results)
+            return [_read(array, num_rows, wanted.copy) for array in results]
         except Exception:
             self.is_broken = self.has_ever_failed = True
             raise
+
+    async def _transfer(self, results: Sequence[Any]) -> list[Any]:
+        """Copies in host memory."""
+        copies = [result and result.for_transfer() for result in results]
+        for result, copy in zip(results, copies, strict=True):
+            if copy is not None:
+                copy.copy_from(result)
+        await self._device.scoped
+        return copies
+
+    @property
+    def _unused(self) -> int:
+        """The length of rows that only pad a batch: our own code skips those that are empty."""
+        return 0 if self.artifact.manifest else 1
 
     def _width(self, num_pages: int) -> int:
         """Columns of the page table for `num_pages`, at least the 2 that amdsharktank needs.
@@ -194,22 +236,50 @@ class ModelRunner:
         unit = -(-VECTOR // self.config.page_size)
         return max(2, -(-num_pages // unit) * unit)
 
-    def _argument(self, name: str, value: NDArray[np.int64]) -> Any:
-        """A device array with `value`, reused by later calls of the same shape."""
-        key = (name, value.shape)
+    def _argument(self, name: str, shape: tuple[int, ...], dtype: type = np.int64) -> _Argument:
+        """An argument of the next call; those of one shape are the same, with their values."""
+        key = (name, shape)
         if key not in self._arguments:
-            self._arguments[key] = _Argument(self._device, value.shape)
-        return self._arguments[key].write(value)
+            self._arguments[key] = _Argument(self._device, shape, dtype)
+        return self._arguments[key]
+
+    def _fill(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        values: Any,
+        padding: int = 0,
+        dtype: type = np.int64,
+    ) -> _Argument:
+        """An argument with values for the first rows, and `padding` in the others."""
+        argument = self._argument(name, shape, dtype)
+        argument.values[: len(values)] = values
+        argument.values[len(values) :] = padding
+        return argument
+
+    def _fill_pages(self, shape: tuple[int, int], rows: Sequence[Row]) -> _Argument:
+        """The page table; rows that have not changed since the last call are there already."""
+        table = self._argument("page_ids", shape)
+        for i in range(shape[0]):
+            page_ids = rows[i].page_ids if i < len(rows) else ()
+            if table.rows.get(i, ()) == page_ids:
+                continue
+            if not all(0 < page < self.num_pages for page in page_ids):
+                raise EngineError(f"pages {page_ids} do not hold {rows[i].end} tokens")
+            table.values[i, : len(page_ids)] = page_ids
+            table.values[i, len(page_ids) :] = 0
+            table.rows[i] = page_ids
+        return table
 
     def _check(self, rows: Sequence[Row]) -> None:
+        """All but the range of page ids, which `_fill_pages` checks."""
+        page_size, longest = self.config.page_size, self.config.max_seq_len
         for row in rows:
-            needed = -(-row.end // self.config.page_size)
-            if not (row.tokens and row.start >= 0 and row.end <= self.config.max_seq_len):
-                raise EngineError(f"positions {row.start} to {row.end} lie outside the context")
-            if len(row.page_ids) < needed or not all(
-                0 < page < self.num_pages for page in row.page_ids
-            ):
-                raise EngineError(f"pages {row.page_ids} do not hold {row.end} tokens")
+            end = row.end
+            if not (row.tokens and row.start >= 0 and end <= longest):
+                raise EngineError(f"positions {row.start} to {end} lie outside the context")
+            if len(row.page_ids) * page_size < end:
+                raise EngineError(f"pages {row.page_ids} do not hold {end} tokens")
 
     def _allocate_cache(self) -> None:
         self._cache = sfnp.device_array.for_device(
@@ -223,11 +293,11 @@ class ModelRunner:
         return self.config.paged_kv_cache.kv_cache_dtype
 
     def _look_up_functions(self) -> dict[str, Any]:
-        """All functions that config.json names, and `prefill_last` where there is one."""
+        """All functions that config.json names, and those that sum up logits, where they are."""
         config = self.config
         wanted = [f"prefill_bs{n}" for n in config.prefill_batch_sizes]
         wanted += [f"decode_bs{n}" for n in config.decode_batch_sizes]
-        optional = [f"prefill_last_bs{n}" for n in config.prefill_batch_sizes]
+        optional = [name.replace("_bs", "_next_bs") for name in wanted]
         found = {name: self._look_up(name) for name in [*wanted, *optional]}
         missing = [name for name in wanted if found[name] is None]
         if missing:
@@ -245,42 +315,41 @@ class ModelRunner:
 
 
 class _Argument:
-    """An i64 argument on the device; written through host memory where it cannot be mapped."""
+    """An argument on the device, and its values in host memory, which on a CPU is the same.
 
-    def __init__(self, device: Device, shape: tuple[int, ...]) -> None:
-        self._array = sfnp.device_array.for_device(device.scoped, list(shape), sfnp.int64)
-        self._host = self._array if device.kind == "cpu" else self._array.for_transfer()
+    rows: what the rows of a page table hold.
+    """
 
-    def write(self, value: NDArray[np.int64]) -> Any:
-        with self._host.map(discard=True) as mapping:
-            np.frombuffer(mapping, np.int64)[:] = value.reshape(-1)
-        if self._host is not self._array:
-            self._array.copy_from(self._host)
+    def __init__(self, device: Device, shape: tuple[int, ...], dtype: type) -> None:
+        kind = getattr(sfnp, np.dtype(dtype).name)
+        self._array = sfnp.device_array.for_device(device.scoped, list(shape), kind)
+        self._staging = None if device.kind == "cpu" else self._array.for_transfer()
+        self.values: NDArray[Any] = np.zeros(shape, dtype)
+        if self._staging is None:
+            mapping = self._array.map(write=True, read=True)
+            self.values = np.frombuffer(mapping, dtype).reshape(shape)
+            self.values[:] = 0
+        self.rows: dict[int, Sequence[int]] = {}
+
+    def send(self) -> Any:
+        """The array with the values, for a call."""
+        if self._staging is not None:
+            with self._staging.map(discard=True) as mapping:
+                np.frombuffer(mapping, self.values.dtype)[:] = self.values.reshape(-1)
+            self._array.copy_from(self._staging)
         return self._array
 
 
-def _read(array: Any, num_rows: int, copy: bool) -> Logits:
-    """The first rows of an array in host memory, as f32; without `copy` a view where possible.
+def _read(array: Any, num_rows: int, copy: bool) -> Array:
+    """The first rows of an array in host memory, floats as f32; none of None.
 
-    The view keeps the mapping alive, and that the array's memory.
+    Without `copy` a view where possible: it keeps the mapping alive, and that the array's memory.
     """
-    values = np.frombuffer(array.map(read=True), _NUMPY_DTYPES[array.dtype.name])
-    return values.reshape(array.shape)[:num_rows].astype(np.float32, copy=copy)
-
-
-def _matrix(rows: Sequence[Sequence[int]], shape: tuple[int, int]) -> NDArray[np.int64]:
-    """Rows in an array of `shape`, padded with zeros."""
-    result = np.zeros(shape, np.int64)
-    for i, row in enumerate(rows):
-        result[i, : len(row)] = row
-    return result
-
-
-def _vector(values: Sequence[int], size: int, fill: int = 0) -> NDArray[np.int64]:
-    """Values in an array of `size`; the rest holds `fill`."""
-    result = np.full(size, fill, np.int64)
-    result[: len(values)] = values
-    return result
+    if array is None:
+        return np.empty(0, np.float32)
+    dtype = _NUMPY_DTYPES[array.dtype.name]
+    values = np.frombuffer(array.map(read=True), dtype).reshape(array.shape)[:num_rows]
+    return values.astype(dtype if dtype is np.int64 else np.float32, copy=copy)
 
 
 def _fitting(sizes: Sequence[int], count: int) -> int:

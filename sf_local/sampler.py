@@ -1,7 +1,7 @@
 """Sampler: logits and SamplingParams to tokens.
 
-What is as wide as the vocabulary is done for all rows at once; what is left of a row after top-k,
-top-p or min-p is small. A row comes out the same in any company.
+What sums the logits up says in which block of the vocabulary a draw ends, and which blocks hold
+candidates at all, so only these are looked into. A row comes out the same in any company.
 """
 
 from __future__ import annotations
@@ -9,20 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sf_local.logprobs import likeliest
 from sf_local.request import SamplingParams
+from sf_local.summary import BLOCK, Floats, Next, summarize
 
-BLOCK = 256  # probabilities are summed up in blocks, so that a draw looks into one of them
-FEW = 2048  # allowed tokens, up to which they are taken out instead of hiding the others
+LESS_THAN_ALL = 1 - 2**-50  # rounding must not reach beyond the last weight
 FLAT = 1e6  # a temperature at which all tokens are equally likely
-HIDDEN = np.float32(1e30)  # subtracted from a logit that a grammar does not allow
 
-Floats = NDArray[np.float32]
-Mask = NDArray[np.int32]  # [(V + 31) // 32], bit i % 32 of word i // 32 allows token i
+Tokens = NDArray[np.intp]
 
 
 @dataclass(frozen=True)
@@ -34,17 +33,27 @@ class Sampled:
     top: Sequence[tuple[float, int]] = ()
 
 
+class Allowed(Protocol):
+    """What a grammar allows next; each may raise."""
+
+    def has(self, token: int) -> bool: ...
+
+    def tokens(self) -> Tokens: ...
+
+
 class Sampler:
     """What the tokens of one request depend on besides logits: penalties, bias, randomness.
 
     prompt_ids: tokens that the repetition penalty counts as seen. end_ids: tokens that
-    `min_new_tokens` forbids.
+    `min_new_tokens` forbids. scale: what logits are multiplied by.
     """
 
     def __init__(
         self, params: SamplingParams, prompt_ids: Iterable[int] = (), end_ids: Iterable[int] = ()
     ) -> None:
         self.params = params
+        self.scale = 1.0 if params.is_greedy else 1 / min(params.temperature, FLAT)
+        self.was_refused = True  # the grammar did not allow what was drawn last without its mask
         self._random = np.random.default_rng(params.seed)
         self._num_tokens = 0
         self._end_ids = np.fromiter(end_ids, np.intp)
@@ -55,21 +64,28 @@ class Sampler:
         self._counts: dict[int, int] = {}  # of each token in the answer
         if params.repetition_penalty != 1:
             self._counts = dict.fromkeys(prompt_ids, 0)
+        self.is_uncut = params.is_greedy or (
+            params.top_k < 0 and params.top_p == 1 and params.min_p == 0
+        )
 
     @property
     def changes_logits(self) -> bool:
         return self._has_penalties or len(self._bias_ids) > 0 or self._is_too_short
 
     @property
-    def takes_the_best(self) -> bool:
-        """Whether the likeliest token is all that is asked for."""
-        return self.params.is_greedy and not self.params.return_logprob and not self.changes_logits
+    def is_plain(self) -> bool:
+        """Whether all tokens stand by their logits, and nothing but the choice is asked for."""
+        return self.is_uncut and not self.params.return_logprob and not self.changes_logits
 
     @property
-    def is_uncut(self) -> bool:
-        """Whether no token is ruled out by its rank."""
-        params = self.params
-        return params.is_greedy or (params.top_k < 0 and params.top_p == 1 and params.min_p == 0)
+    def takes_the_best(self) -> bool:
+        """Whether the likeliest token is all that is asked for."""
+        return self.params.is_greedy and self.is_plain
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether a grammar's mask is needed, as far as one can tell before the draw."""
+        return self.was_refused or not self.is_plain
 
     @property
     def _is_too_short(self) -> bool:
@@ -81,12 +97,12 @@ class Sampler:
         if self._has_penalties:
             self._counts[token] = self._counts.get(token, 0) + 1
 
-    def change(self, logits: Floats, allowed: NDArray[np.bool_] | None = None) -> None:
-        """Apply penalties, bias, minimal length and grammar to logits [V], in this order, in place.
+    def change(self, logits: Floats, allowed: Tokens | None = None) -> None:
+        """Apply penalties, bias and minimal length to logits [V], in this order, in place.
 
         Frequency and presence penalty as in OpenAI's API, repetition penalty as in CTRL (Keskar et
         al. 2019): positive logits of tokens seen in prompt or answer are divided by it, others
-        multiplied.
+        multiplied. Where only end tokens are `allowed` they stay possible.
         """
         params = self.params
         if self._has_penalties and self._counts:
@@ -100,196 +116,165 @@ class Sampler:
             logits[self._bias_ids] += self._bias
         if self._is_too_short:
             ends = self._end_ids[self._end_ids < len(logits)]
-            if allowed is None or np.count_nonzero(allowed) > np.count_nonzero(allowed[ends]):
+            if allowed is None or not np.isin(allowed, ends).all():
                 logits[ends] = -np.inf
-        if allowed is not None:
-            logits -= np.multiply(~allowed, HIDDEN)
 
     def draw(self) -> float:
         """The next random number, in [0, 1)."""
         return self._random.random()
 
 
-class BatchSampler:
-    """Samples whole batches, in memory that is kept from one to the next; for one thread."""
+def sample(
+    samplers: Sequence[Sampler], following: Next, allowed: Sequence[Allowed | None]
+) -> list[Sampled | Exception]:
+    """The next tokens of requests: from what follows them, and what their grammars allow.
 
-    def __init__(self) -> None:
-        self._work = np.empty((0, 0), np.float32)
-
-    def sample(
-        self, samplers: Sequence[Sampler], logits: Floats, masks: Sequence[Mask | None]
-    ) -> list[Sampled]:
-        """The next tokens of requests, from their logits [n, V] and what their grammars allow.
-
-        Where a grammar allows much, a token is drawn without it first, and again with it if that
-        one is not allowed: of the same distribution, and seldom needed.
-        """
-        allowed = [None if mask is None else _bits(mask, logits.shape[1]) for mask in masks]
-        sampled: dict[int, Sampled] = {}
-        hopeful: dict[int, NDArray[np.bool_]] = {}
-        for i, (sampler, bits) in enumerate(zip(samplers, allowed, strict=True)):
-            if bits is None or sampler.changes_logits:
-                continue
-            if np.count_nonzero(bits) <= FEW:
-                sampled[i] = _sample_few(sampler, logits[i], np.flatnonzero(bits))
-            elif sampler.is_uncut and not sampler.params.return_logprob:
-                hopeful[i] = bits
-        rest = [i for i in range(len(samplers)) if i not in sampled]
-        first = [None if i in hopeful else bits for i, bits in enumerate(allowed)]
-        sampled |= self._sample(samplers, logits, first, rest)
-        again = [i for i, bits in hopeful.items() if not bits[sampled[i].token]]
-        sampled |= self._sample(samplers, logits, allowed, again)
-        return [sampled[i] for i in range(len(samplers))]
-
-    def _sample(
-        self,
-        samplers: Sequence[Sampler],
-        logits: Floats,
-        allowed: Sequence[NDArray[np.bool_] | None],
-        rows: Sequence[int],
-    ) -> dict[int, Sampled]:
-        """`sample` for some rows, by number."""
-        best = [i for i in rows if allowed[i] is None and samplers[i].takes_the_best]
-        others = [i for i in rows if i not in best]
-        sampled: dict[int, Sampled] = {}
-        if best:
-            tokens = logits.argmax(axis=1)
-            sampled |= {i: Sampled(int(tokens[i])) for i in best}
-        if others:
-            work = self._copy(logits, others)
-            for row, i in zip(work[:, : logits.shape[1]], others, strict=True):
-                samplers[i].change(row, allowed[i])
-            sampled |= zip(others, _sample([samplers[i] for i in others], work), strict=True)
-        return sampled
-
-    def _copy(self, logits: Floats, rows: Sequence[int]) -> Floats:
-        """Some rows, with a whole number of blocks; what is added is impossible."""
-        width = logits.shape[1]
-        padded = -(-width // BLOCK) * BLOCK
-        if self._work.shape[0] < len(rows) or self._work.shape[1] != padded:
-            self._work = np.empty((len(rows), padded), np.float32)
-        work = self._work[: len(rows)]
-        for to, row in zip(work, rows, strict=True):
-            to[:width] = logits[row]
-        work[:, width:] = -np.inf
-        return work
-
-
-def _sample_few(sampler: Sampler, logits: Floats, tokens: NDArray[np.intp]) -> Sampled:
-    """The choice for one row [V] among `tokens`."""
-    padded = np.full((1, -(-len(tokens) // BLOCK) * BLOCK), -np.inf, np.float32)
-    padded[0, : len(tokens)] = logits[tokens]
-    [found] = _sample([sampler], padded)
-    top = [(value, int(tokens[i])) for value, i in found.top]
-    return Sampled(int(tokens[found.token]), found.logprob, top)
-
-
-def _sample(samplers: Sequence[Sampler], logits: Floats) -> list[Sampled]:
-    """Choices for logits [n, V'] that are changed already; overwrites them."""
-    best = logits.argmax(axis=1)
-    if all(s.params.is_greedy and not s.params.return_logprob for s in samplers):
-        return [Sampled(int(token)) for token in best]
-    tops = [
-        likeliest(row, s.params.top_logprobs_num).tolist() if s.params.return_logprob else []
-        for row, s in zip(logits, samplers, strict=True)
-    ]
-    scales = [1 if s.params.is_greedy else 1 / min(s.params.temperature, FLAT) for s in samplers]
-    rows = np.arange(len(samplers))
-    logits -= logits[rows, best][:, None]
-    if any(scale != 1 for scale in scales):
-        logits *= np.array(scales, np.float32)[:, None]
-    top_logits = [row[top] for row, top in zip(logits, tops, strict=True)]
-    weights = np.exp(logits, out=logits)
-    sums = np.einsum("nbi->nb", weights.reshape(len(samplers), -1, BLOCK))
-    tokens = _choose(samplers, best, weights, sums)
-    result = []
-    for i, sampler in enumerate(samplers):
-        token = int(tokens[i])
-        if not sampler.params.return_logprob:
-            result.append(Sampled(token))
-            continue
-        total = math.log(math.fsum(sums[i].tolist()))
-        pairs = zip(top_logits[i].tolist(), tops[i], strict=True)
-        top = [(value - total, t) for value, t in pairs if value > -HIDDEN * scales[i] / 2]
-        result.append(Sampled(token, _log(weights[i, token]) - total, top))
+    Where nothing else is asked for, a token is drawn without the grammar first, and again with it
+    if that one is not allowed: of the same distribution, and seldom needed. The exception is what a
+    grammar raised.
+    """
+    result: list[Sampled | Exception] = []
+    for i, (sampler, grammar) in enumerate(zip(samplers, allowed, strict=True)):
+        try:
+            result.append(_next(sampler, following, i, grammar))
+        except Exception as error:
+            result.append(error)
     return result
 
 
-def _choose(
-    samplers: Sequence[Sampler], best: NDArray[np.intp], weights: Floats, sums: Floats
-) -> NDArray[np.intp]:
-    """Tokens by `weights` [n, V'], at most 1; `sums` [n, blocks] are those of their blocks."""
-    tokens, whole = best.copy(), []
-    for i, sampler in enumerate(samplers):
-        params = sampler.params
-        if params.is_greedy:
-            continue
-        if sampler.is_uncut:
-            whole.append(i)
-            continue
-        kept = candidates(weights[i], sums[i], params)
-        running = np.cumsum(weights[i, kept], dtype=np.float64)
-        index = np.searchsorted(running, sampler.draw() * running[-1], side="right")
-        tokens[i] = kept[min(int(index), len(kept) - 1)]
-    if whole:
-        shares = np.array([samplers[i].draw() for i in whole])
-        drawn = _draw(weights, sums, np.array(whole), shares)
-        # Rounding may, once in ten million draws, end on a token that is impossible.
-        tokens[whole] = np.where(weights[whole, drawn] > 0, drawn, best[whole])
-    return tokens
+def _next(sampler: Sampler, following: Next, i: int, allowed: Allowed | None) -> Sampled:
+    """The next token of row `i`."""
+    if sampler.is_plain:
+        greedy = sampler.params.is_greedy
+        token = int(following.best[i]) if greedy else _draw(sampler, following, i)
+        if allowed is None:
+            return Sampled(token)
+        sampler.was_refused = not allowed.has(token)
+        if not sampler.was_refused:
+            return Sampled(token)
+    tokens = None if allowed is None else allowed.tokens()
+    if tokens is None and not sampler.changes_logits:
+        return _choose(sampler, following.take(slice(i, i + 1)))
+    logits = following.logits[i]
+    if sampler.changes_logits:
+        logits = logits.copy()
+        sampler.change(logits, tokens)
+    if tokens is not None:
+        logits = logits[tokens]
+    found = _choose(sampler, summarize(logits[None], np.array([sampler.scale], np.float32)))
+    if tokens is None:
+        return found
+    top = [(value, int(tokens[token])) for value, token in found.top]
+    return Sampled(int(tokens[found.token]), found.logprob, top)
 
 
-def _draw(
-    weights: Floats, sums: Floats, rows: NDArray[np.intp], shares: NDArray[np.float64]
-) -> NDArray[np.intp]:
-    """Where the running sums of `weights` in these rows pass their shares of the total."""
-    each = np.arange(len(rows))
-    running = np.cumsum(sums[rows], axis=1, dtype=np.float64)
-    bounds = (shares * running[:, -1])[:, None]
-    blocks = np.minimum((running <= bounds).sum(axis=1), running.shape[1] - 1)
-    before = running[each, blocks] - sums[rows, blocks]
-    inner = weights.reshape(len(weights), -1, BLOCK)[rows, blocks]  # [n, BLOCK]
-    passed = before[:, None] + np.cumsum(inner, axis=1, dtype=np.float64) <= bounds
-    drawn: NDArray[np.intp] = blocks * BLOCK + np.minimum(passed.sum(axis=1), BLOCK - 1)
-    return drawn
+def _draw(sampler: Sampler, following: Next, i: int) -> int:
+    """The token of row `i` where the sum of weights passes a random share of the total."""
+    maxima, scale = following.maxima[i], sampler.scale
+    weights = following.sums[i] * np.exp((maxima - maxima.max()) * scale)
+    block, share = _find(weights, sampler.draw())
+    logits = following.logits[i, block * BLOCK : (block + 1) * BLOCK]
+    place, _ = _find(np.exp((logits - maxima[block]) * scale), share)
+    return block * BLOCK + place
 
 
-def _bits(mask: Mask, width: int) -> NDArray[np.bool_]:
-    """Whether each of `width` tokens is allowed."""
-    return np.unpackbits(mask.view(np.uint8), bitorder="little", count=width).view(np.bool_)
+def _find(weights: NDArray[np.floating], share: float) -> tuple[int, float]:
+    """Where the running sum of weights passes a share of their total, and by which share of that
+    weight."""
+    running = weights.cumsum(dtype=np.float64)
+    bound = share * (LESS_THAN_ALL * running[-1])
+    place = int(running.searchsorted(bound, "right"))
+    return place, float(1 - (running[place] - bound) / weights[place])
 
 
-def candidates(weights: Floats, sums: Floats, params: SamplingParams) -> NDArray[np.intp]:
-    """Tokens that may be drawn: top-k, of these top-p, of these min-p; as SGLang orders them."""
-    is_limited = 0 < params.top_k < len(weights)
-    if is_limited:
-        tokens = likeliest(weights, params.top_k)
-    elif params.top_p < 1:
-        tokens = _most(weights, params.top_p * math.fsum(sums.tolist()))
+class Row:
+    """One row of `Next` by its sampler's scale. The weight of the likeliest token is 1."""
+
+    def __init__(self, following: Next, scale: float) -> None:
+        [self.logits], [self._maxima], self._scale = following.logits, following.maxima, scale
+        self._top = float(self._maxima.max())
+        weights = following.sums[0] * np.exp(
+            (self._maxima.astype(np.float64) - self._top) * self._scale
+        )
+        self.total = float(weights.sum())
+
+    def logs(self, tokens: Tokens) -> NDArray[np.float64]:
+        """Logarithms of the weights of some tokens."""
+        logs: NDArray[np.float64] = (
+            self.logits[tokens].astype(np.float64) - self._top
+        ) * self._scale
+        return logs
+
+    def at_least(self, weight: float) -> Tokens:
+        """All tokens of this weight or more, and maybe some that come near it."""
+        return self._reach(self._top + math.log(weight) / self._scale - 1e-3)
+
+    def likeliest(self, count: int) -> Tokens:
+        """That many tokens, best first."""
+        if not 0 < count <= len(self._maxima):
+            return likeliest(self.logits, count)
+        # So many blocks hold a logit of at least ...: what is below is not among the largest.
+        tokens = self._reach(np.partition(self._maxima, -count)[-count])
+        return np.asarray(tokens[likeliest(self.logits[tokens], count)])
+
+    def _reach(self, logit: float) -> Tokens:
+        """All tokens with this logit or more."""
+        blocks = np.flatnonzero(self._maxima >= logit)
+        tokens = (blocks[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)
+        tokens = tokens[tokens < len(self.logits)]
+        return np.asarray(tokens[self.logits[tokens] >= logit])
+
+
+def _choose(sampler: Sampler, following: Next) -> Sampled:
+    """The choice for one row, with what is reported of it."""
+    params, token = sampler.params, int(following.best[0])
+    if sampler.is_uncut:
+        if not params.is_greedy:
+            token = _draw(sampler, following, 0)
     else:
-        tokens = np.flatnonzero(weights)
-    if params.top_p < 1:
-        total = math.fsum((weights[tokens] if is_limited else sums).tolist())
-        tokens = tokens[_nucleus(weights[tokens].astype(np.float64), params.top_p * total)]
+        row = Row(following, sampler.scale)
+        tokens = candidates(row, params)
+        place, _ = _find(np.exp(row.logs(tokens)), sampler.draw())
+        token = int(tokens[place])
+    if not params.return_logprob:
+        return Sampled(token)
+    row = Row(following, sampler.scale)
+    total = math.log(row.total)
+    tops = row.likeliest(params.top_logprobs_num)
+    tops = tops[row.logits[tops] > -np.inf]
+    top = zip((row.logs(tops) - total).tolist(), tops.tolist(), strict=True)
+    return Sampled(token, float(row.logs(np.array([token]))[0]) - total, list(top))
+
+
+def candidates(row: Row, params: SamplingParams) -> Tokens:
+    """Tokens that may be drawn: top-k, of these top-p, of these min-p; as SGLang orders them."""
     least = max(params.min_p, float(np.finfo(np.float32).tiny))  # the largest weight is 1
-    return tokens[weights[tokens] >= least]
+    total = row.total
+    if 0 < params.top_k < len(row.logits):
+        tokens = row.likeliest(params.top_k)
+        total = float(np.exp(row.logs(tokens)).sum())
+    elif params.top_p < 1:
+        tokens = _most(row, params.top_p * total)
+    else:
+        tokens = row.at_least(least)
+    weights = np.exp(row.logs(tokens))
+    if params.top_p < 1:
+        nucleus = _nucleus(weights, params.top_p * total)
+        tokens, weights = tokens[nucleus], weights[nucleus]
+    return tokens[weights >= least]
 
 
-def _most(weights: Floats, total: float) -> NDArray[np.intp]:
-    """All entries above some bound that together reach `total`: few are left to sort."""
+def _most(row: Row, total: float) -> Tokens:
+    """All tokens above some weight that together reach `total`: few are left to sort."""
     for bound in (1e-2, 1e-4, 1e-6):
-        tokens = np.flatnonzero(weights >= bound)
-        if weights[tokens].sum(dtype=np.float64) >= total:
+        tokens = row.at_least(bound)
+        if np.exp(row.logs(tokens)).sum() >= total:
             return tokens
-    return np.flatnonzero(weights)
+    return np.arange(len(row.logits))
 
 
-def _nucleus(weights: NDArray[np.float64], total: float) -> NDArray[np.intp]:
+def _nucleus(weights: NDArray[np.float64], total: float) -> Tokens:
     """The fewest largest entries that together reach `total` (Holtzman et al. 2020)."""
     order = np.argsort(-weights, kind="stable")
     before = np.cumsum(weights[order]) - weights[order]
     return order[: max(int(np.searchsorted(before, total)), 1)]
-
-
-def _log(share: float) -> float:
-    return math.log(share) if share > 0 else -math.inf

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import TINY, TINY_OPTIONS, TinyModel
-from reference import forward
+from reference import forward, random_weights
 from running import open_runner
 
-from compile.config import RopeScaling
+from compile.config import LlamaConfig, RopeScaling
+from compile.cpu_llama import CpuLlamaEmitter
 from compile.llama import LlamaEmitter, ModelOptions
-from compile.target import ROW_MAJOR, Layout, resolve_target
+from compile.matmul import Vectors
+from compile.target import resolve_target
 from sf_local.artifact import host_cpu_features
-from sf_local.runner import ModelRunner, Row
+from sf_local.runner import ModelRunner, Row, Wanted
+from sf_local.summary import Next, summarize
 
 PAGE = TINY_OPTIONS.page_size
 LLAMA3 = RopeScaling("llama3", 4.0, 1.0, 4.0, 64)
@@ -78,9 +81,9 @@ def test_prefill_of_odd_lengths_and_decode(variant: TinyModel) -> None:
                 length: int = length,
             ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
                 every = (await runner.prefill_all([Row(tokens[:length], 0, pages)]))[0]
-                last = (await runner.prefill([Row(tokens[:length], 0, pages)]))[0]
+                last = (await runner.prefill([Row(tokens[:length], 0, pages)])).logits[0]
                 steps = [
-                    (await runner.decode([Row([tokens[i]], i, pages)]))[0]
+                    (await runner.decode([Row([tokens[i]], i, pages)])).logits[0]
                     for i in range(length, len(tokens))
                 ]
                 return every, last, steps
@@ -116,10 +119,10 @@ def test_rows_of_different_lengths_in_one_call(variant: TinyModel) -> None:
         rows = [
             Row(s[start:-1], start, p) for s, start, p in zip(sequences, starts, pages, strict=True)
         ]
-        first = await runner.prefill(rows[:2])
-        third = await runner.prefill(rows[2:])
+        first = (await runner.prefill(rows[:2])).logits
+        third = (await runner.prefill(rows[2:])).logits
         ends = [Row(s[-1:], len(s) - 1, p) for s, p in zip(sequences, pages, strict=True)]
-        return [np.concatenate([first, third]), await runner.decode(ends)]
+        return [np.concatenate([first, third]), (await runner.decode(ends)).logits]
 
     with open_runner(variant.artifact) as run:
         prefilled, decoded = run(use)
@@ -127,6 +130,43 @@ def test_rows_of_different_lengths_in_one_call(variant: TinyModel) -> None:
         expected = forward(variant.config, variant.weights, sequence)
         assert_close(prefilled[i], expected[-2])
         assert_close(decoded[i], expected[-1])
+
+
+def test_summaries_of_what_follows(variant: TinyModel) -> None:
+    """As numpy makes them of the same logits; rows that only pad a batch change nothing."""
+    sequences = [tokens_of(variant, n, seed=n) for n in (PAGE + 3, 5)]
+    rows = [Row(s[:-1], 0, [1 + 2 * i, 2 + 2 * i]) for i, s in enumerate(sequences)]
+    ends = [Row(s[-1:], len(s) - 1, r.page_ids) for s, r in zip(sequences, rows, strict=True)]
+    scales = [2.5, 1e-6]
+
+    async def use(runner: ModelRunner) -> list[Next]:
+        wanted = Wanted(scales)
+        return [await runner.prefill(rows, wanted), await runner.decode(ends, wanted)]
+
+    with open_runner(variant.artifact) as run:
+        for found in run(use):
+            expected = summarize(found.logits, np.array(scales, np.float32))
+            np.testing.assert_array_equal(found.best, expected.best)
+            np.testing.assert_array_equal(found.maxima, expected.maxima)
+            np.testing.assert_allclose(found.sums, expected.sums, rtol=1e-5)
+
+
+@pytest.mark.parametrize("row_major", [False, True])
+def test_the_first_of_equally_likely_tokens_is_best(
+    make_tiny: Callable[..., TinyModel], row_major: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All tokens have the same embedding, so the same logit."""
+
+    def same_rows(config: LlamaConfig, seed: int) -> dict[str, np.ndarray]:
+        weights = random_weights(config, seed)
+        weights["token_embd.weight"][:] = weights["token_embd.weight"][0]
+        return weights
+
+    monkeypatch.setattr("conftest.random_weights", same_rows)
+    model = make_tiny(row_major=row_major, vocab_size=600)
+    with open_runner(model.artifact) as run:
+        found = run(lambda r: r.decode([Row([9], 0, [1])]))
+    assert found.best.tolist() == [0]
 
 
 @pytest.mark.parametrize("cpu", ["host", "generic"])
@@ -138,7 +178,9 @@ def test_decode_batches_of_any_size(make_tiny: Callable[..., TinyModel], cpu: st
     expected = [forward(model.config, model.weights, [t])[0] for t in tokens]
 
     async def use(runner: ModelRunner, size: int) -> np.ndarray:
-        return await runner.decode([Row([t], 0, [1 + i]) for i, t in enumerate(tokens[:size])])
+        return (
+            await runner.decode([Row([t], 0, [1 + i]) for i, t in enumerate(tokens[:size])])
+        ).logits
 
     with open_runner(model.artifact) as run:
         for size in sizes:
@@ -160,8 +202,8 @@ def test_decode_is_equal_to_the_bit_in_any_batch(
         for tokens, ids in zip(sequences, pages, strict=True):
             await runner.prefill([Row(tokens[:-1], 0, ids)])
             rows.append(Row(tokens[-1:], len(tokens) - 1, ids))
-        alone = [await runner.decode([row]) for row in rows]
-        return np.concatenate(alone), await runner.decode(rows)
+        alone = [(await runner.decode([row])).logits for row in rows]
+        return np.concatenate(alone), (await runner.decode(rows)).logits
 
     with open_runner(model.artifact) as run:
         alone, together = run(use)
@@ -182,9 +224,13 @@ def test_half_precision_stays_near(make_tiny: Callable[..., TinyModel], dtype: s
     assert np.abs(found - expected).max() <= 0.03 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("layout", [Layout(True, 16, 16, 1), ROW_MAJOR])
-def test_equal_inputs_emit_equal_text(layout: Layout) -> None:
+@pytest.mark.parametrize("kind", [LlamaEmitter, CpuLlamaEmitter])
+def test_equal_inputs_emit_equal_text(kind: Callable[..., Any]) -> None:
     options = ModelOptions("f32", "f32", PAGE, (1,), (1, 2), 64)
-    texts: Sequence[str] = [LlamaEmitter(TINY, options, layout).emit() for _ in range(2)]
+    rest = [Vectors(8, 4)] if kind is CpuLlamaEmitter else []
+    emitters = [kind(TINY, options, *rest) for _ in range(2)]
+    texts = [emitter.emit() for emitter in emitters]
     assert texts[0] == texts[1]
-    assert texts[0].count("util.func public") == 4
+    for name in emitters[0].function_names:
+        assert f'util.func public @"{name}$async"' in texts[0]
+    assert texts[0].count("util.func public") == len(emitters[0].function_names) == 6

@@ -171,12 +171,12 @@ def test_it_works_after_all_that(runner: ModelRunner) -> None:
     """To the last position of the context, in the last page; padding does not disturb."""
     tokens = list(range(3, 3 + MAX_SEQ_LEN))
     last = pages(MAX_SEQ_LEN, first=NUM_PAGES - MAX_SEQ_LEN // PAGE_SIZE)
-    [expected] = run(runner, runner.prefill([Row(tokens, 0, last)]))
+    [expected] = run(runner, runner.prefill([Row(tokens, 0, last)])).logits
     short = Row([9, 8, 7], 0, [1])
-    found = run(runner, runner.prefill([short, Row(tokens[:-1], 0, last)]))
-    [step] = run(runner, runner.decode([Row(tokens[-1:], MAX_SEQ_LEN - 1, last)]))
+    found = run(runner, runner.prefill([short, Row(tokens[:-1], 0, last)])).logits
+    [step] = run(runner, runner.decode([Row(tokens[-1:], MAX_SEQ_LEN - 1, last)])).logits
     np.testing.assert_allclose(step, expected, rtol=1e-4, atol=1e-4)
-    [alone] = run(runner, runner.prefill([short]))
+    [alone] = run(runner, runner.prefill([short])).logits
     np.testing.assert_allclose(found[0], alone, rtol=1e-4, atol=1e-4)
 
 
@@ -184,15 +184,16 @@ def test_prefill_is_the_end_of_prefill_all(runner: ModelRunner) -> None:
     rows = [Row([5, 6, 7], 0, [1]), Row(list(range(20)), 0, [2, 3, 4])]
     everything = run(runner, runner.prefill_all(rows))
     assert [logits.shape for logits in everything] == [(3, 300), (20, 300)]
-    for logits, last in zip(everything, run(runner, runner.prefill(rows)), strict=True):
+    for logits, last in zip(everything, run(runner, runner.prefill(rows)).logits, strict=True):
         np.testing.assert_allclose(logits[-1], last, rtol=1e-4, atol=1e-4)
 
 
 def test_calls_may_be_awaited_one_after_the_other(runner: ModelRunner) -> None:
     async def both() -> bool:
-        first = await runner.prefill([Row([5], 0, [1])])
+        first = (await runner.prefill([Row([5], 0, [1])])).logits
         await asyncio.sleep(0)
-        return bool((first == await runner.prefill([Row([5], 0, [1])])).all())
+        second = (await runner.prefill([Row([5], 0, [1])])).logits
+        return bool((first == second).all())
 
     assert run(runner, both())
 
@@ -206,7 +207,7 @@ def test_more_copies_than_a_device_can_wait_for_at_once(runner: ModelRunner) -> 
         there = [(1 + i % 30, 2 + i % 30) for i in range(30)]
         await runner.copy_pages([*there, *[(31, 32), (32, 31)] * 200])
         last = [Row([9], PAGE_SIZE, [page, 39]) for page in (1, 31)]
-        first, copy = await runner.decode(last)
+        first, copy = (await runner.decode(last)).logits
         return first, copy
 
     first, copy = run(runner, copied())

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from sf_local.request import SamplingParams
-from sf_local.sampler import BLOCK, BatchSampler, Mask, Sampler, candidates
+from sf_local.sampler import Row, Sampled, Sampler, candidates
+from sf_local.sampler import sample as sample_rows
+from sf_local.summary import BLOCK, summarize
 
-sample = BatchSampler().sample
 LOGITS = np.random.default_rng(3).permutation(np.linspace(-2, 2, 20, dtype=np.float32))
 
 
@@ -42,19 +43,41 @@ def is_on_the_edge(logits: list[float], params: SamplingParams) -> bool:
     return at_top_p or any(abs(share / shares[0] - params.min_p) < 1e-5 for share in shares)
 
 
+class Only:
+    """A grammar that allows some tokens."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self._tokens = sorted(tokens)
+
+    def has(self, token: int) -> bool:
+        return token in self._tokens
+
+    def tokens(self) -> NDArray[np.intp]:
+        return np.array(self._tokens, np.intp)
+
+
 def distribution(logits: NDArray[np.float32], params: SamplingParams) -> dict[int, float]:
-    blocks = -(-len(logits) // BLOCK)
-    weights = np.zeros(blocks * BLOCK, np.float32)
-    weights[: len(logits)] = np.exp((logits - logits.max()) / np.float32(params.temperature))
-    sums = weights.reshape(blocks, BLOCK).sum(axis=1)
-    tokens = candidates(weights, sums, params).tolist()
-    assert len(tokens) == len(set(tokens))
-    total = math.fsum(weights[tokens].tolist())
-    return {token: float(weights[token]) / total for token in tokens}
+    scale = 1 / params.temperature
+    row = Row(summarize(logits[None], np.array([scale], np.float32)), scale)
+    tokens = candidates(row, params)
+    assert len(tokens) == len({*tokens.tolist()})
+    weights = np.exp(row.logs(tokens))
+    return dict(zip(tokens.tolist(), (weights / weights.sum()).tolist(), strict=True))
 
 
-def draw(sampler: Sampler, logits: NDArray[np.float32] = LOGITS, mask: Mask | None = None) -> int:
-    [sampled] = sample([sampler], logits[None], [mask])
+def sample(
+    samplers: list[Sampler], logits: NDArray[np.float32], allowed: list[Only | None]
+) -> list[Sampled]:
+    scales = np.array([sampler.scale for sampler in samplers], np.float32)
+    result = sample_rows(samplers, summarize(logits, scales), allowed)
+    assert all(isinstance(sampled, Sampled) for sampled in result)
+    return result  # type: ignore[return-value]
+
+
+def draw(
+    sampler: Sampler, logits: NDArray[np.float32] = LOGITS, allowed: Only | None = None
+) -> int:
+    [sampled] = sample([sampler], logits[None], [allowed])
     return sampled.token
 
 
@@ -175,13 +198,6 @@ def test_returns_plain_ints() -> None:
 WIDE = np.random.default_rng(4).normal(0, 3, (6, 5 * BLOCK + 7)).astype(np.float32)
 
 
-def allowed(tokens: list[int], width: int) -> Mask:
-    """A mask of these tokens."""
-    bits = np.zeros(-(-width // 32) * 32, np.uint8)
-    bits[tokens] = 1
-    return np.packbits(bits, bitorder="little").view(np.int32)
-
-
 def test_rows_do_not_depend_on_their_company() -> None:
     kinds = [
         {"temperature": 0.0},
@@ -191,7 +207,7 @@ def test_rows_do_not_depend_on_their_company() -> None:
         {"top_p": 0.8, "frequency_penalty": 1.0, "return_logprob": True, "top_logprobs_num": 2},
         {"min_p": 0.05, "temperature": 1.5},
     ]
-    masks = [None, None, allowed(list(range(0, 1000, 3)), WIDE.shape[1]), None, None, None]
+    masks = [None, Only(list(range(0, 1000, 2))), Only(list(range(0, 1000, 3))), None, None, None]
     params = [SamplingParams(seed=i, **kind) for i, kind in enumerate(kinds)]
     together, alone = [Sampler(p) for p in params], [Sampler(p) for p in params]
     for _ in range(40):
@@ -202,33 +218,80 @@ def test_rows_do_not_depend_on_their_company() -> None:
                 sampler.push(sampled.token)
 
 
-@pytest.mark.parametrize("few", [0, 100])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_masked_tokens_are_never_chosen(
-    temperature: float, few: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sf_local.sampler.FEW", few)
-    tokens = sorted(np.argsort(WIDE[0])[:40].tolist())  # the least likely ones
+def test_masked_tokens_are_never_chosen(temperature: float) -> None:
+    tokens = np.argsort(WIDE[0])[:40].tolist()  # the least likely ones
     sampler = Sampler(SamplingParams(temperature=temperature, seed=1))
-    mask = allowed(tokens, WIDE.shape[1])
-    drawn = {draw(sampler, WIDE[0], mask) for _ in range(500)}
+    drawn = {draw(sampler, WIDE[0], Only(tokens)) for _ in range(500)}
     assert drawn <= set(tokens)
     assert (len(drawn) == 1) == (temperature == 0)
 
 
-@pytest.mark.parametrize("few", [0, 100])
-def test_a_masked_draw_follows_the_distribution(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few allowed tokens are taken out; with many, those not allowed are drawn again."""
-    monkeypatch.setattr("sf_local.sampler.FEW", few)
+def chi_square(counts: Counter[int], shares: dict[int, float]) -> float:
+    draws = counts.total()
+    return sum((counts[t] - draws * s) ** 2 / (draws * s) for t, s in shares.items())
+
+
+@pytest.mark.parametrize("params", [{}, {"top_k": 4}, {"frequency_penalty": 0.1}])
+def test_a_masked_draw_follows_the_distribution(params: dict[str, Any]) -> None:
+    """Whether tokens not allowed are drawn again, or taken out from the start."""
     tokens = [2, 3, 5, 7, 11, 13]
-    sampler, draws = Sampler(SamplingParams(seed=3)), 20_000
-    mask = allowed(tokens, len(LOGITS))
-    counts = Counter(draw(sampler, mask=mask) for _ in range(draws))
-    shares = np.exp(LOGITS[tokens]) / np.exp(LOGITS[tokens]).sum()
-    statistic = sum(
-        (counts[t] - draws * s) ** 2 / (draws * s) for t, s in zip(tokens, shares, strict=True)
-    )
-    assert statistic < 5 + 6 * 10**0.5
+    sampling = SamplingParams(seed=3, **params)
+    shares = oracle(LOGITS[tokens].tolist(), sampling)
+    sampler = Sampler(sampling)
+    counts = Counter(tokens.index(draw(sampler, allowed=Only(tokens))) for _ in range(20_000))
+    assert counts.keys() == shares.keys()
+    assert chi_square(counts, shares) < len(shares) + 6 * (2 * len(shares)) ** 0.5
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0.7}, {"top_p": 0.95}, {"min_p": 0.02}])
+def test_wide_draws_follow_the_distribution(params: dict[str, Any]) -> None:
+    """Over several blocks, the last one partial; rare tokens are counted together."""
+    sampling = SamplingParams(seed=9, **params)
+    shares = oracle(WIDE[0].tolist(), sampling)
+    sampler, draws = Sampler(sampling), 20_000
+    counts = Counter(draw(sampler, WIDE[0]) for _ in range(draws))
+    assert counts.keys() <= shares.keys()
+    likely = {token: share for token, share in shares.items() if draws * share > 20}
+    rare = 1 - sum(likely.values())
+    grouped = Counter({token: counts[token] for token in likely})
+    if draws * rare > 20:
+        likely[-1] = rare
+        grouped[-1] = draws - grouped.total()
+    assert chi_square(grouped, likely) < len(likely) + 6 * (2 * len(likely)) ** 0.5
+
+
+@pytest.mark.parametrize("width", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK])
+def test_a_draw_ends_at_the_first_and_the_last_possible_token(width: int) -> None:
+    """Whatever the random number, and with tokens that are impossible at both ends."""
+
+    class Fixed(Sampler):
+        number = 0.0
+
+        def draw(self) -> float:
+            return self.number
+
+    logits = np.full(width + 2, -np.inf, np.float32)
+    logits[1:-1] = WIDE[1, :width]
+    sampler = Fixed(SamplingParams())
+    assert draw(sampler, logits) == 1
+    sampler.number = 1 - 2**-53
+    assert draw(sampler, logits) in range(max(1, width - 200), width + 1)
+
+
+def test_what_a_grammar_raises_is_its_own_row_s() -> None:
+    class Broken(Only):
+        def has(self, token: int) -> bool:
+            raise ValueError("broken")
+
+    samplers = [Sampler(SamplingParams(seed=i)) for i in range(3)]
+    following = summarize(WIDE[:3], np.ones(3, np.float32))
+    found = sample_rows(samplers, following, [None, Broken([]), None])
+    assert isinstance(found[1], ValueError)
+    alone = [Sampler(SamplingParams(seed=i)) for i in (0, 2)]
+    assert [found[0], found[2]] == [
+        sample([alone[0]], WIDE[:1], [None])[0], sample([alone[1]], WIDE[2:3], [None])[0]
+    ]  # fmt: skip
 
 
 def changed(logits: list[float], params: SamplingParams, prompt: list[int], answer: list[int]):

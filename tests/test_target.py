@@ -1,30 +1,17 @@
-"""Targets: what is refused by name, and what each layout pads."""
+"""Targets: what is refused by name, and what each may use."""
 
 from __future__ import annotations
 
 import pytest
 
-from compile.target import HIP_CHIPS, ROW_MAJOR, Layout, resolve_target
+from compile.target import HIP_CHIPS, resolve_target
 from sf_local.errors import UnsupportedError
-
-
-def test_packed_layout_pads_to_tiles() -> None:
-    layout = Layout(True, 16, 16, 2)
-    assert layout.shape(33, 48) == (3, 24, 16, 2)
-    assert layout.matrix_size((3, 24, 16, 2)) == (48, 48)
-    assert [layout.pad(n) for n in (1, 16, 17)] == [16, 16, 32]
-    assert [layout.row_tile(page) for page in (8, 16, 64)] == [8, 16, 16]
-
-
-def test_row_major_layout_pads_nothing() -> None:
-    assert ROW_MAJOR.shape(33, 47) == ROW_MAJOR.matrix_size((33, 47)) == (33, 47)
-    assert (ROW_MAJOR.pad(33), ROW_MAJOR.row_tile(16)) == (33, 1)
 
 
 @pytest.mark.parametrize("chip", HIP_CHIPS)
 def test_chips(chip: str) -> None:
     target = resolve_target(chip)
-    assert (target.device, target.layout("f16")) == ("hip", ROW_MAJOR)
+    assert (target.device, target.vectors) == ("hip", None)
     assert f"--iree-hip-target={chip}" in target.flags
 
 
@@ -36,9 +23,8 @@ def test_cpu_levels() -> None:
     assert features["generic"] == ()
     assert "avx2" in features["x86-64-v3"] and "avx512f" not in features["x86-64-v3"]
     assert set(features["x86-64-v4"]) - set(features["x86-64-v3"]) >= {"avx512f", "avx512vl"}
-    assert resolve_target("cpu", "x86-64-v4").layout("bf16") == Layout(True, 16, 16, 2)
-    assert resolve_target("cpu", "x86-64-v3").layout("f16") == Layout(True, 8, 8, 1)
-    assert resolve_target("cpu", "generic").layout("f32") == Layout(True, 8, 4, 1)
+    vectors = [resolve_target("cpu", level).vectors for level in features]
+    assert [v and (v.lanes, v.has_dot) for v in vectors] == [(4, False), (8, False), (16, False)]
 
 
 def test_default_weights() -> None:

@@ -40,16 +40,15 @@ def test_packed_matrices(make_tiny: Callable[..., TinyModel], dtype: str) -> Non
     assert not matrix[len(expected) :].any() and not matrix[:, expected.shape[1] :].any()
 
 
-def test_gate_and_up_are_padded_each(make_tiny: Callable[..., TinyModel]) -> None:
-    """71 features become 80, so that `up` begins at a tile."""
+def test_gate_and_up_alternate(make_tiny: Callable[..., TinyModel]) -> None:
+    """Each block is half gates, half ups; 71 features of both are padded with zeros."""
     model = make_tiny(intermediate_size=71)
     tiles = read(model.artifact / "weights.irpa", "blk.0.ffn_gate_up.weight")
-    matrix = tiles.transpose(0, 2, 1, 3).reshape(tiles.shape[0] * tiles.shape[2], -1)
-    half = len(matrix) // 2
-    gate, up = model.weights["blk.0.ffn_gate.weight"], model.weights["blk.0.ffn_up.weight"]
-    np.testing.assert_array_equal(matrix[:71, :48], gate)
-    np.testing.assert_array_equal(matrix[half : half + 71, :48], up)
-    assert not matrix[71:half].any()
+    blocks = tiles.transpose(0, 2, 1, 3).reshape(len(tiles), 2, tiles.shape[2] // 2, -1)
+    for found, name in zip(blocks.swapaxes(0, 1), ("gate", "up"), strict=True):
+        matrix = found.reshape(-1, found.shape[-1])
+        np.testing.assert_array_equal(matrix[:71, :48], model.weights[f"blk.0.ffn_{name}.weight"])
+        assert not matrix[71:].any() and not matrix[:, 48:].any()
 
 
 def test_row_major_matrices(make_tiny: Callable[..., TinyModel]) -> None:
@@ -87,9 +86,10 @@ from pathlib import Path
 import numpy as np
 from conftest import TINY
 from reference import random_weights, write_hf_folder
-from compile.llama import LlamaEmitter, ModelOptions
+from compile.cpu_llama import CpuLlamaEmitter
+from compile.llama import ModelOptions
+from compile.matmul import Vectors
 from compile.sources import open_source
-from compile.target import Layout
 from compile.weights import write_weights
 
 def anonymous() -> int:
@@ -100,15 +100,14 @@ folder = Path({str(tmp_path)!r})
 if sys.argv[1] == "write":
     write_hf_folder(folder / "source", config, random_weights(config, 0))
 else:
-    layout = Layout(True, 16, 16, 2)
     options = ModelOptions("bf16", "bf16", 16, (1,), (1,), 64)
     source = open_source(folder / "source")
     before, peak = anonymous(), 0
     def watch(done, total):
         global peak
         peak = max(peak, anonymous())
-    parameters = list(LlamaEmitter(config, options, layout).parameters.values())
-    write_weights(folder / "weights.irpa", source, parameters, layout, watch)
+    parameters = list(CpuLlamaEmitter(config, options, Vectors(16, 8)).parameters.values())
+    write_weights(folder / "weights.irpa", source, parameters, watch)
     print(peak - before)
 """
     subprocess.run([sys.executable, "-c", program, "write"], check=True, timeout=300)

@@ -1,0 +1,53 @@
+"""What follows the last tokens of a call's rows: logits, and what sums them up.
+
+Compiled functions sum up where the logits are made; `summarize` does the same here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK = 256  # tokens that are summed up together
+LOWEST = np.float32(-1e30)  # finite: the maximum of a block in which nothing is possible
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Next:
+    """Logits [n, V] after the last token of each row; those that take the best may have none.
+
+    best [n]: the first of the likeliest tokens. maxima, sums [n, ceil(V / BLOCK)]: of each block of
+    tokens, the largest logit, and the sum of exp((logit - maximum) * scale) by the row's scale.
+    """
+
+    logits: Floats
+    best: NDArray[np.int64]
+    maxima: Floats
+    sums: Floats
+
+    def take(self, rows: Sequence[int] | slice) -> Next:
+        """Some rows, by number."""
+        logits, maxima, sums = (
+            array[rows] if len(array) else array for array in (self.logits, self.maxima, self.sums)
+        )
+        return Next(logits, self.best[rows], maxima, sums)
+
+
+def summarize(logits: Floats, scales: Floats) -> Next:
+    """Sum up logits [n, V] by scales [n]."""
+    n, width = logits.shape
+    blocks = logits
+    if width % BLOCK:
+        blocks = np.full((n, -(-width // BLOCK) * BLOCK), -np.inf, np.float32)
+        blocks[:, :width] = logits
+    blocks = blocks.reshape(n, -1, BLOCK)
+    maxima = np.maximum(blocks.max(axis=2), LOWEST)
+    weights = blocks - maxima[:, :, None]
+    weights *= scales[:, None, None]
+    sums = np.exp(weights, out=weights).sum(axis=2)
+    return Next(logits, logits.argmax(axis=1), maxima, sums)
