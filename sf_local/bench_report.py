@@ -1,0 +1,106 @@
+"""Figures of many rounds as medians and spread: a table for the screen, and a plot."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from sf_local.errors import RequestError
+
+PANELS = (  # title, which figures as (name, x), what x is
+    ("prefill, tokens/s", r"prefill, (\d+) tokens", "tokens of the prompt"),
+    ("decode, tokens/s", r"decode, (\d+) rows?", "rows"),
+    ("decode of one row, tokens/s", r"decode, context (\d+)", "tokens before"),
+)
+ROOFLINE = r"(.*): share of (.*)"  # a figure in percent
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured value; `wanted` is its bound, as people read it."""
+
+    name: str
+    value: float
+    unit: str
+    wanted: str = ""
+
+
+def summary(figures: Sequence[Figure]) -> dict[str, dict[str, Any]]:
+    """Name -> unit, wanted, all values, and their median, min and max."""
+    result: dict[str, dict[str, Any]] = {}
+    for figure in figures:
+        empty = {"unit": figure.unit, "wanted": figure.wanted, "values": []}
+        result.setdefault(figure.name, empty)["values"].append(figure.value)
+    for entry in result.values():
+        values = entry["values"]
+        entry |= {"median": median(values), "min": min(values), "max": max(values)}
+    return result
+
+
+def table(report: dict[str, Any]) -> str:
+    """The figures of a report, aligned for a screen."""
+    rows = [("", "median", "min..max", "unit", "wanted")]
+    for name, figure in report["figures"].items():
+        low, middle, high = (short(figure[key]) for key in ("min", "median", "max"))
+        rows.append((name, middle, f"{low}..{high}", figure["unit"], figure["wanted"]))
+    return aligned(rows, "<>><<")
+
+
+def aligned(rows: Sequence[Sequence[str]], sides: str) -> str:
+    """Rows of cells as lines; `sides` has "<" or ">" for each column."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = ([f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True)] for row in rows)
+    return "\n".join("  ".join(row).rstrip() for row in cells)
+
+
+def short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def check_plot(path: Path) -> None:
+    """Raise RequestError now, rather than after the measurements, if `plot` cannot work."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise RequestError(
+            f'plot={str(path)!r} needs matplotlib: pip install "sf-local[bench]"'
+        ) from error
+    if path.suffix not in (".png", ".svg", ".pdf") or not path.absolute().parent.is_dir():
+        raise RequestError(
+            f"plot={str(path)!r} must be a .png, .svg or .pdf file in a folder that exists"
+        )
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Speeds by size, with their spread, and how near they come to the roofline."""
+    from matplotlib.figure import Figure as Canvas  # which needs no display
+
+    canvas = Canvas(figsize=(10, 7), layout="constrained")
+    *speeds, shares = canvas.subplots(2, 2).flat
+    for axes, (title, pattern, label) in zip(speeds, PANELS, strict=True):
+        points = {int(match[1]): f for match, f in _matching(report, pattern)}
+        _points(axes, points)
+        axes.set(title=title, xlabel=label, ylim=(0, None))
+        axes.set_xscale("log", base=2)
+    bars = [(match[0].replace(": ", "\n"), f["median"]) for match, f in _matching(report, ROOFLINE)]
+    shares.barh([name for name, _ in bars], [share for _, share in bars])
+    shares.set(title="share of the roofline, %", xlim=(0, 100))
+    canvas.suptitle(f"{report['model'] or report['artifact']} on {report['cpu']}")
+    canvas.savefig(path, dpi=150)
+
+
+def _points(axes: Any, points: dict[int, dict[str, Any]]) -> None:
+    middles = [f["median"] for f in points.values()]
+    below = [f["median"] - f["min"] for f in points.values()]
+    above = [f["max"] - f["median"] for f in points.values()]
+    axes.errorbar(list(points), middles, [below, above], marker="o", capsize=3)
+    axes.set_xticks(list(points), list(map(str, points)), minor=False)
+
+
+def _matching(report: dict[str, Any], pattern: str) -> list[tuple[re.Match[str], dict[str, Any]]]:
+    found = ((re.fullmatch(pattern, name), f) for name, f in report["figures"].items())
+    return [(match, figure) for match, figure in found if match]
