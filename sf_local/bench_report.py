@@ -82,13 +82,13 @@ def plot(report: dict[str, Any], path: Path) -> None:
     canvas = Canvas(figsize=(10, 7), layout="constrained")
     *speeds, shares = canvas.subplots(2, 2).flat
     for axes, (title, pattern, label) in zip(speeds, PANELS, strict=True):
-        points = {int(match[1]): f for match, f in _matching(report, pattern)}
-        _points(axes, points)
+        _points(axes, {int(match[1]): f for match, f in _matching(report, pattern)})
         axes.set(title=title, xlabel=label, ylim=(0, None))
-        axes.set_xscale("log", base=2)
-    bars = [(match[0].replace(": ", "\n"), f["median"]) for match, f in _matching(report, ROOFLINE)]
-    shares.barh([name for name, _ in bars], [share for _, share in bars])
-    shares.set(title="share of the roofline, %", xlim=(0, 100))
+    found = _matching(report, ROOFLINE)
+    names = [match[0].replace(": ", "\n") for match, _ in found]
+    bars = shares.barh(names, [figure["median"] for _, figure in found], color="lightsteelblue")
+    shares.bar_label(bars, names, label_type="center")
+    shares.set(title="share of the roofline, %", xlim=(0, 100), yticks=[])
     canvas.suptitle(f"{report['model'] or report['artifact']} on {report['cpu']}")
     canvas.savefig(path, dpi=150)
 
@@ -97,8 +97,10 @@ def _points(axes: Any, points: dict[int, dict[str, Any]]) -> None:
     middles = [f["median"] for f in points.values()]
     below = [f["median"] - f["min"] for f in points.values()]
     above = [f["max"] - f["median"] for f in points.values()]
+    axes.set_xscale("log", base=2)
     axes.errorbar(list(points), middles, [below, above], marker="o", capsize=3)
-    axes.set_xticks(list(points), list(map(str, points)), minor=False)
+    axes.set_xticks(list(points), list(map(str, points)))
+    axes.minorticks_off()
 
 
 def _matching(report: dict[str, Any], pattern: str) -> list[tuple[re.Match[str], dict[str, Any]]]:
