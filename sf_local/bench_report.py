@@ -45,20 +45,11 @@ def table(report: dict[str, Any]) -> str:
     """The figures of a report, aligned for a screen."""
     rows = [("", "median", "min..max", "unit", "wanted")]
     for name, figure in report["figures"].items():
-        low, middle, high = (short(figure[key]) for key in ("min", "median", "max"))
+        low, middle, high = (_short(figure[key]) for key in ("min", "median", "max"))
         rows.append((name, middle, f"{low}..{high}", figure["unit"], figure["wanted"]))
-    return aligned(rows, "<>><<")
-
-
-def aligned(rows: Sequence[Sequence[str]], sides: str) -> str:
-    """Rows of cells as lines; `sides` has "<" or ">" for each column."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    cells = ([f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True)] for row in rows)
-    return "\n".join("  ".join(row).rstrip() for row in cells)
-
-
-def short(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    a, b, c, d = (max(len(row[i]) for row in rows) for i in range(4))
+    lines = (f"{r[0]:{a}}  {r[1]:>{b}}  {r[2]:>{c}}  {r[3]:{d}}  {r[4]}" for r in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def check_plot(path: Path) -> None:
@@ -86,8 +77,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axes.set(title=title, xlabel=label, ylim=(0, None))
     found = _matching(report, ROOFLINE)
     names = [match[0].replace(": ", "\n") for match, _ in found]
-    bars = shares.barh(names, [figure["median"] for _, figure in found], color="lightsteelblue")
-    shares.bar_label(bars, names, label_type="center")
+    shares.barh(names, [figure["median"] for _, figure in found], color="lightsteelblue")
+    for row, name in enumerate(names):
+        shares.text(1, row, name, va="center")
     shares.set(title="share of the roofline, %", xlim=(0, 100), yticks=[])
     canvas.suptitle(f"{report['model'] or report['artifact']} on {report['cpu']}")
     canvas.savefig(path, dpi=150)
@@ -106,3 +98,7 @@ def _points(axes: Any, points: dict[int, dict[str, Any]]) -> None:
 def _matching(report: dict[str, Any], pattern: str) -> list[tuple[re.Match[str], dict[str, Any]]]:
     found = ((re.fullmatch(pattern, name), f) for name, f in report["figures"].items())
     return [(match, figure) for match, figure in found if match]
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
