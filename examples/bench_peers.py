@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -36,6 +37,8 @@ from sf_local.errors import RequestError, SfLocalError
 SCRIPTS = Path(__file__).parent / "peers"
 CONTEXT = 2304  # tokens of KV cache, for us and for llama.cpp
 VOCABULARY = 49_152
+FRANCE, PARIS = [504, 3575, 282, 4649, 314], 7042  # "The capital of France is", and what follows
+JOB_SECONDS = 300  # at most
 NUM_CORES = len(os.sched_getaffinity(0))
 ENVIRONMENTS = {"llama.cpp": "llama", "transformers": "torch", "shortfin HTTP": "shortfin"}
 QUANTIZATIONS = {"bf16": "F16", "int8": "Q8_0", "int4": "Q4_1"}  # llama.cpp's, of the same width
@@ -128,6 +131,7 @@ class Worker:
     """A worker process, started by the first job; it sleeps between jobs."""
 
     command: Sequence[str | Path]
+    is_model: bool = True  # which must know the capital of France
     process: subprocess.Popen[str] | None = None
     errors: IO[str] = field(default_factory=partial(tempfile.TemporaryFile, "w+"))
 
@@ -136,7 +140,7 @@ class Worker:
         if job.fresh:
             return self._time_in_new_process(job, arguments)
         if self.process is None:
-            self.process = self._start()
+            self.process = self._open()
         os.killpg(self.process.pid, signal.SIGCONT)
         try:
             self._ask(self.process, WARM.name, *WARM.arguments(random.Random()))
@@ -157,6 +161,17 @@ class Worker:
         finally:
             _kill(process)
 
+    def _open(self) -> subprocess.Popen[str]:
+        process = self._start()
+        try:
+            token = self._ask(process, START.name, FRANCE) if self.is_model else PARIS
+            if token != PARIS:
+                raise RuntimeError(f"its first token is {token}, not {PARIS}: another model?")
+            return process
+        except BaseException:
+            _kill(process)
+            raise
+
     def _start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [str(part) for part in self.command],
@@ -168,6 +183,8 @@ class Worker:
         assert process.stdin and process.stdout
         try:
             print(json.dumps(job), file=process.stdin, flush=True)
+            if not select.select([process.stdout], [], [], JOB_SECONDS)[0]:
+                raise RuntimeError(f"no answer in {JOB_SECONDS} s")
             line = process.stdout.readline()
         except BrokenPipeError:
             line = ""
@@ -196,7 +213,9 @@ Measured = Mapping[tuple[str, Job], list[float] | str]  # one a round, or why th
 def open_workers(
     artifacts: Mapping[str, Artifact], sharktank: Path | None, peers: Path
 ) -> Iterator[Workers]:
-    workers: dict[str, Worker | str] = {"memory": Worker([sys.executable, SCRIPTS / "memory.py"])}
+    workers: dict[str, Worker | str] = {
+        "memory": Worker([sys.executable, SCRIPTS / "memory.py"], is_model=False)
+    }
     for width, artifact in artifacts.items():
         kind = QUANTIZATIONS[width]
         workers[f"ours {width}"] = _ours(artifact.vmfb.parent)

@@ -37,7 +37,7 @@ def peers() -> ModuleType:
 
 def test_table(peers: ModuleType) -> None:
     def fake(*arguments: str) -> object:
-        return peers.Worker([sys.executable, "-c", WORKER, *arguments])
+        return peers.Worker([sys.executable, "-c", WORKER, *arguments], is_model=False)
 
     workers = {
         "ours": fake("30"), "theirs": fake("20"), "broken": fake("1", "decode"),
@@ -57,6 +57,9 @@ def test_table(peers: ModuleType) -> None:
         for worker in workers.values():
             if not isinstance(worker, str):
                 worker.close()
+    another_model = peers.Worker(fake("1").command)
+    with pytest.raises(RuntimeError, match="its first token is"):
+        another_model.measure(peers.DECODE, [])
     decode, wait, half, start, memory, broken, gone, absent = peers.results(table, measured)
     assert decode["ours"]["values"] == [30, 30] and decode["ratio"]["values"] == [1.5, 1.5]
     assert wait["ratio"]["median"] == pytest.approx(2 / 3)  # lower is better

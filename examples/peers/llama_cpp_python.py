@@ -18,7 +18,7 @@ context, num_tokens = model.ctx, model.n_vocab()
 
 
 def clear() -> None:
-    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), False)
 
 
 def evaluate(ids: list[int]) -> int:
@@ -39,6 +39,7 @@ def generate(token: int, count: int) -> None:
 
 
 def first(prompt: list[int]) -> int:
+    clear()
     return evaluate(prompt)
 
 
