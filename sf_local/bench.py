@@ -2,7 +2,8 @@
 
 All measurements run in turn, round after round on one engine, so that figures of one run can be
 compared. Prompts are random tokens and the cache is emptied before each measurement: what is found
-in it was put there on purpose.
+in it was put there on purpose. What the machine can do at most is measured beside what is compared
+with it.
 """
 
 from __future__ import annotations
@@ -20,17 +21,23 @@ from platform import python_version
 from statistics import median
 from typing import Any
 
+from sf_local import fresh_process
 from sf_local.artifact import open_artifact
+from sf_local.bench_report import Figure, summary
 from sf_local.engine import Engine
 from sf_local.errors import RequestError
 from sf_local.generation import Output
 from sf_local.kv_size import num_kv_pages
 from sf_local.memory import memory_left
 from sf_local.request import SamplingParams
+from sf_local.roofline import decode_bytes, peak_flops, prefill_flops, read_bandwidth
 from sf_local.scheduler import Limits
 
 ROWS = 8  # requests at once
+ALL_ROWS = (1, 2, 4, 8, 16)
 SHORT = 16  # tokens of a prompt whose length does not matter
+TURNS = 3  # of decoding, a round
+FREE_TEXT = r"[a-z ]*"  # a grammar that forces nothing and never ends
 SCHEMA = """{
   "type": "object",
   "properties": {
@@ -49,8 +56,12 @@ SCHEMA = """{
 class Sizes:
     """How much work a round is, in tokens unless said otherwise."""
 
-    prefill: tuple[int, int] = (128, 512)
+    prefill: tuple[int, ...] = (32, 128, 512, 2048)
+    contexts: tuple[int, ...] = (SHORT, 512, 4096)  # before one row's decode
     decode: int = 64
+    first: int = 1000  # cached, or not, before the `own` tokens of a prompt
+    fresh: int = 512  # prompt of a process of its own
+    idle: float = 3.0  # seconds
     shared: int = 1000  # by forks
     own: int = 4  # after a shared part
     fork: int = 16  # new ones
@@ -65,17 +76,9 @@ class Sizes:
 
 
 QUICK = Sizes(
-    (16, 64), decode=16, shared=96, fork=4, requests=20, preamble=48, turn=8, choose=20, long=160,
-    steps=40, waiting=100, nodes=1000,
+    (8, 16, 32, 64), (SHORT, 64, 128), decode=16, first=96, fresh=64, idle=0.1, shared=96, fork=4,
+    requests=20, preamble=48, turn=8, choose=20, long=160, steps=40, waiting=100, nodes=1000,
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Figure:
-    name: str
-    value: float
-    unit: str
-    wanted: str = ""
 
 
 @dataclass
@@ -83,18 +86,41 @@ class Bench:
     """An engine and what all measurements need."""
 
     engine: Engine
+    device: str
     sizes: Sizes
     random: random.Random
 
     def prompt(self, length: int) -> list[int]:
         return self.random.choices(range(self.engine.vocab_size), k=length)
 
-    def run(self, prompts: Sequence[Sequence[int]], count: int) -> tuple[list[Output], float]:
+    def fitting(self, lengths: Sequence[int], answer: int) -> list[int]:
+        """Lengths of prompts that leave room for an answer in the model's context."""
+        return [length for length in lengths if length + answer <= self.engine.max_tokens]
+
+    def run(
+        self, prompts: Sequence[Sequence[int]], count: int, regex: str | None = None
+    ) -> tuple[list[Output], float]:
         """The answers to prompts submitted at once, `count` tokens each, and the seconds taken."""
+        params = replace(_params(count), regex=regex)
         started_at = time.perf_counter()
-        handles = [self.engine.submit(prompt, _params(count)) for prompt in prompts]
+        handles = [self.engine.submit(prompt, params) for prompt in prompts]
         outputs = [handle.result() for handle in handles]
         return outputs, time.perf_counter() - started_at
+
+    def decode_rates(self, groups: Sequence[tuple[list[list[int]], str | None]]) -> list[float]:
+        """Tokens a second of each group's prompts together, with a regex or without.
+
+        Groups take turns, and the median of theirs counts: what slows the machine, slows all.
+        """
+        for prompts, _ in groups:
+            self.run(prompts, 0)  # so that all decode from the first step
+        turns = [[self._decode_rate(*group) for group in groups] for _ in range(TURNS)]
+        return [median(rates) for rates in zip(*turns, strict=True)]
+
+    def _decode_rate(self, prompts: list[list[int]], regex: str | None) -> float:
+        outputs, _ = self.run(prompts, self.sizes.decode, regex)
+        spans = [output.latency - output.time_to_first_token for output in outputs]
+        return len(prompts) * (self.sizes.decode - 1) / median(spans)
 
     def decode_steps(self, prompts: list[list[int]], temperature: float = 0) -> dict[str, float]:
         """What `stats()` grew by in some steps, decoding as many of `prompts` as can run."""
@@ -118,29 +144,110 @@ class Bench:
 
 
 def prefill(bench: Bench) -> list[Figure]:
-    figures = []
-    for length in bench.sizes.prefill:
-        prompt = bench.prompt(length)
-        [[cold], [cached]] = (bench.run([prompt], 1)[0] for _ in range(2))
-        figures += [
-            Figure(f"prefill, {length} tokens", length / cold.time_to_first_token, "tokens/s"),
-            Figure(f"first token, {length} cached", 1e3 * cached.time_to_first_token, "ms"),
-        ]
-    return figures
+    """Time to the first token of prompts of which nothing is cached."""
+    lengths = bench.fitting(bench.sizes.prefill, 1)
+    seconds = {n: bench.run([bench.prompt(n)], 1)[0][0].time_to_first_token for n in lengths}
+    base, long = lengths[:2][-1], lengths[-1]
+    growth = (seconds[long] / long) / (seconds[base] / base)
+    return [
+        *(Figure(f"prefill, {n} tokens", n / seconds[n], "tokens/s") for n in lengths),
+        Figure(f"prefill time a token, {long} tokens / {base}", growth, "ratio", "<= 1.5"),
+        *_prefill_roofline(bench, {n: seconds[n] for n in lengths[-2:]}),
+    ]
+
+
+def _prefill_roofline(bench: Bench, seconds: dict[int, float]) -> list[Figure]:
+    """Multiplications and additions that prompts need, over what the CPU's registers can do."""
+    artifact = bench.engine.artifact
+    if not (artifact.manifest and artifact.manifest.device == "cpu"):
+        return []
+    peak = peak_flops(artifact.manifest.weight_dtype)
+    name = f"peak of {peak.name}"
+    shares = {n: prefill_flops(artifact, n) / t / peak.flops for n, t in seconds.items()}
+    return [
+        Figure(name, peak.flops / 1e9, "GFLOP/s"),
+        *(Figure(f"prefill, {n} tokens: share of {name}", 100 * shares[n], "%") for n in shares),
+    ]
 
 
 def decode(bench: Bench) -> list[Figure]:
-    rates = []
-    for rows in (1, ROWS):
-        prompts = [bench.prompt(SHORT) for _ in range(rows)]
-        bench.run(prompts, 0)  # so that all decode from the first step
-        outputs, _ = bench.run(prompts, bench.sizes.decode)
-        spans = [output.latency - output.time_to_first_token for output in outputs]
-        rates.append(rows * (bench.sizes.decode - 1) / median(spans))
+    """Steps of so many rows, all of about the same short context."""
+    groups = [([bench.prompt(SHORT) for _ in range(rows)], None) for rows in ALL_ROWS]
+    rates = dict(zip(ALL_ROWS, bench.decode_rates(groups), strict=True))
+    most = ALL_ROWS[-1]
     return [
-        Figure("decode, 1 request", rates[0], "tokens/s"),
-        Figure(f"decode, {ROWS} requests", rates[1], "tokens/s"),
-        Figure(f"decode, {ROWS} requests / 1", rates[1] / rates[0], "ratio", ">= 4"),
+        *(Figure(f"decode, {n} row{'s' * (n > 1)}", rates[n], "tokens/s") for n in ALL_ROWS),
+        Figure(f"decode, {ROWS} rows / 1", rates[ROWS] / rates[1], "ratio", ">= 4"),
+        Figure(f"decode step, {most} rows / 1", most * rates[1] / rates[most], "ratio", "<= 2.2"),
+        *_decode_roofline(bench, rates[1]),
+    ]
+
+
+def _decode_roofline(bench: Bench, rate: float) -> list[Figure]:
+    """Bytes that one row's steps need, over what the CPUs can read from memory."""
+    artifact = bench.engine.artifact
+    if not (artifact.manifest and artifact.manifest.device == "cpu"):
+        return []
+    bandwidth = read_bandwidth()
+    share = decode_bytes(artifact, SHORT + bench.sizes.decode / 2) * rate / bandwidth
+    wanted = ">= 80" if artifact.manifest.weight_dtype == "bf16" else ""
+    return [
+        Figure("bandwidth of memcmp", bandwidth / 1e9, "GB/s"),
+        Figure("decode, 1 row: share of bandwidth", 100 * share, "%", wanted),
+    ]
+
+
+def context(bench: Bench) -> list[Figure]:
+    """Decode of one row after more and more tokens."""
+    lengths = bench.fitting(bench.sizes.contexts, bench.sizes.decode)
+    groups = [([bench.prompt(n)], None) for n in lengths]
+    rates = dict(zip(lengths, bench.decode_rates(groups), strict=True))
+    short, long = lengths[0], lengths[-1]
+    growth = rates[short] / rates[long]
+    return [
+        *(Figure(f"decode, context {n}", rates[n], "tokens/s") for n in lengths),
+        Figure(f"decode time, context {long} / {short}", growth, "ratio", "<= 1.6"),
+    ]
+
+
+def first_token(bench: Bench) -> list[Figure]:
+    """A prompt whose beginning nobody has asked before, and then another that begins so."""
+    shared = bench.prompt(bench.sizes.first)
+    prompts = [shared + bench.prompt(bench.sizes.own) for _ in range(2)]
+    cold, cached = (bench.run([prompt], 1)[0][0].time_to_first_token for prompt in prompts)
+    name = f"first token, {bench.sizes.first} + {bench.sizes.own} tokens"
+    return [
+        Figure(f"{name}, cold", 1e3 * cold, "ms"),
+        Figure(f"{name}, {bench.sizes.first} cached", 1e3 * cached, "ms"),
+    ]
+
+
+def constrained(bench: Bench) -> list[Figure]:
+    """Decode with a grammar that allows much and forces nothing, and without."""
+    prompts = [bench.prompt(SHORT) for _ in range(ROWS)]
+    free, bound = bench.decode_rates([(prompts, None), (prompts, FREE_TEXT)])
+    return [
+        Figure(f"decode, {ROWS} rows with a grammar", bound, "tokens/s"),
+        Figure(f"decode time, {ROWS} rows, with a grammar / without", free / bound, "ratio"),
+    ]
+
+
+def fresh(bench: Bench) -> list[Figure]:
+    """A process of its own; the files are warm, for this one has read them."""
+    found = fresh_process.run(
+        bench.engine.artifact,
+        bench.device,
+        prompt=bench.sizes.fresh,
+        answer=bench.sizes.decode,
+        idle_seconds=bench.sizes.idle,
+    )
+    return [
+        Figure("engine, open to ready", 1e3 * found.load_seconds, "ms"),
+        Figure("process start to ready", 1e3 * found.ready_seconds, "ms"),
+        Figure("process start to first token", 1e3 * found.first_token_seconds, "ms"),
+        Figure("peak memory", found.peak_bytes / 1e6, "MB"),
+        Figure("peak memory / (weights + KV pages)", found.memory_ratio, "ratio", "<= 1.25"),
+        Figure("idle engine, of one core", 100 * found.idle_share, "%", "< 1"),
     ]
 
 
@@ -287,7 +394,10 @@ def choose(bench: Bench) -> list[Figure]:
     ]
 
 
-MEASUREMENTS = (prefill, decode, fork, batch, chat, stream, grammar, choose, outside)
+MEASUREMENTS = (
+    prefill, decode, context, first_token, constrained, fork, batch, chat, stream, grammar, choose,
+    outside, fresh,
+)  # fmt: skip
 
 
 def run(
@@ -306,7 +416,7 @@ def run(
     pages = min(sizes.nodes, num_kv_pages(opened.config, "cpu", free, None, "50%"))
     with Engine(artifact, device, kv_pages=pages) as engine:
         figures = [Figure("memory after load", _resident_megabytes(), "MB")]
-        bench = Bench(engine, sizes, random.Random(0))
+        bench = Bench(engine, device, sizes, random.Random(0))
         bench.run([bench.prompt(SHORT) for _ in range(ROWS)], SHORT)  # reads the weights
         for number in range(rounds):
             for measurement in MEASUREMENTS:
@@ -324,30 +434,8 @@ def run(
         | {name: version(name) for name in ("sf-local", "shortfin", "numpy")},
         "rounds": rounds,
         "kv_pages": pages,
-        "figures": _summary(figures),
+        "figures": summary(figures),
     }
-
-
-def table(report: dict[str, Any]) -> str:
-    """The figures of a report, aligned for a screen."""
-    rows = [("", "median", "min..max", "unit", "wanted")]
-    for name, figure in report["figures"].items():
-        low, middle, high = (_short(figure[key]) for key in ("min", "median", "max"))
-        rows.append((name, middle, f"{low}..{high}", figure["unit"], figure["wanted"]))
-    a, b, c, d = (max(len(row[i]) for row in rows) for i in range(4))
-    lines = (f"{r[0]:{a}}  {r[1]:>{b}}  {r[2]:>{c}}  {r[3]:{d}}  {r[4]}" for r in rows)
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _summary(figures: Sequence[Figure]) -> dict[str, dict[str, Any]]:
-    summary: dict[str, dict[str, Any]] = {}
-    for figure in figures:
-        empty = {"unit": figure.unit, "wanted": figure.wanted, "values": []}
-        summary.setdefault(figure.name, empty)["values"].append(figure.value)
-    for entry in summary.values():
-        values = entry["values"]
-        entry |= {"median": median(values), "min": min(values), "max": max(values)}
-    return summary
 
 
 def _params(count: int, temperature: float = 0) -> SamplingParams:
@@ -364,7 +452,3 @@ def _share_outside(stats: dict[str, float]) -> float:
 
 def _resident_megabytes() -> float:
     return int(re.findall(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 1e3
-
-
-def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

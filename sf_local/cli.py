@@ -63,10 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("artifact")
     inspect.add_argument("--verify", action="store_true", help="hash every file as well")
     bench = commands.add_parser("bench", help="measure speed and how well the cache shares")
-    bench.add_argument("artifact")
+    which = bench.add_mutually_exclusive_group(required=True)
+    which.add_argument("artifact", nargs="?", default=argparse.SUPPRESS)
+    which.add_argument("--vmfb", dest="artifact", metavar="ARTIFACT", help="the same")
     bench.add_argument("--device", default="cpu", help="cpu, hip or hip:N (default: cpu)")
     bench.add_argument("--rounds", type=int, default=3, help="default: 3")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    bench.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there as well")
     bench.add_argument("--quick", action="store_true", help="one round with small sizes")
     return parser
 
@@ -140,15 +143,20 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from sf_local.bench import run, table
+    from sf_local.bench import run
+    from sf_local.bench_report import check_plot, plot, table
 
     def progress(text: str) -> None:
         print(text, file=sys.stderr)
 
+    if args.plot:
+        check_plot(args.plot)
     report = run(args.artifact, args.device, args.rounds, quick=args.quick, progress=progress)
     print(table(report))
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
+    if args.plot:
+        plot(report, args.plot)
 
 
 def describe(artifact: Artifact) -> list[tuple[str, str]]:

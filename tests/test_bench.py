@@ -6,13 +6,19 @@ Figures that count tokens are the same on every machine.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from conftest import TinyModel
 
+from sf_local.artifact import open_artifact
 from sf_local.bench import MEASUREMENTS
+from sf_local.bench_report import Figure, check_plot, summary, table
 from sf_local.cli import main
+from sf_local.errors import RequestError
+from sf_local.roofline import decode_bytes, peak_flops, prefill_flops, read_bandwidth
 
 
 def test_bench(tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,13 +34,76 @@ def test_bench(tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert 0 < figure["min"] <= figure["median"] <= figure["max"]
         assert len(figure["values"]) == 1
     wanted = {name for name, figure in figures.items() if figure["wanted"]}
-    for part in ("decode", "forks", "shared", "second turn", "gap", "waiting", "nodes"):
-        assert any(part in name for name in wanted)
+    for part in (
+        "decode",
+        "forks",
+        "shared",
+        "second turn",
+        "gap",
+        "waiting",
+        "nodes",
+        "peak memory",
+        "idle",
+        "16 rows / 1",
+        "context 128 / 16",
+        "64 tokens / 16",
+    ):
+        assert any(part in name for name in wanted)  # fmt: skip
     counts = {name: figure["median"] for name, figure in figures.items() if ": c" in name}
     assert counts == pytest.approx(dict.fromkeys(counts, 1), abs=0.05) and len(counts) == 3
     assert all(f": {measurement.__name__}\n" in err for measurement in MEASUREMENTS)
 
 
-def test_no_rounds(tiny: TinyModel, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", str(tiny.artifact), "--rounds", "0"]) == 1
+def test_plot(tiny: TinyModel, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "bench.png"
+    assert main(["bench", "--vmfb", str(tiny.artifact), "--quick", "--plot", str(file)]) == 0
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_mistakes(
+    tiny: TinyModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = str(tiny.artifact)
+    assert main(["bench", artifact, "--rounds", "0"]) == 1
     assert "rounds=0 must be" in capsys.readouterr().err
+    for both in ([], [artifact, "--vmfb", artifact]):
+        with pytest.raises(SystemExit):
+            main(["bench", *both])
+        assert "artifact" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["bench", artifact, "--plot", "a.png"]) == 1
+    assert (
+        "plot='a.png' needs matplotlib: pip install \"sf-local[bench]\"" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("path", ["a.bmp", "nowhere/a.png"])
+def test_plot_file(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", ModuleType("matplotlib"))
+    with pytest.raises(RequestError, match=r"must be a \.png"):
+        check_plot(Path(path))
+
+
+def test_table() -> None:
+    figures = [Figure("speed", v, "tokens/s", ">= 2") for v in (1.0, 200.0, 3.0)]
+    report = {"figures": summary(figures)}
+    assert table(report).splitlines()[1] == "speed       3    1..200  tokens/s  >= 2"
+
+
+def test_model_costs(tiny: TinyModel) -> None:
+    """Against a count by hand: 2 layers of 48 features, 72 inside, 6 and 2 heads of 8, f32."""
+    artifact = open_artifact(tiny.artifact)
+    layer = 48 * (48 + 2 * 16) + 48 * 48 + 3 * 48 * 72
+    least = 2 * (10 * 2 * layer + 300 * 48 + 2 * 48 * 10**2)
+    assert least <= prefill_flops(artifact, 10) <= 1.5 * least  # blocks are padded
+    weights = 4 * (2 * layer + 300 * 48 + 5 * 48)
+    assert weights <= decode_bytes(artifact, 0) <= 1.5 * weights
+    grown = decode_bytes(artifact, 3) - decode_bytes(artifact, 0)
+    assert grown == 3 * 2 * 2 * 2 * 8 * 4  # tokens, layers, K and V, heads, head size, bytes
+
+
+def test_probes() -> None:
+    assert 1e9 < read_bandwidth() < 1e13
+    for dtype in ("f32", "bf16", "int4"):
+        assert 1e9 < peak_flops(dtype).flops < 1e16

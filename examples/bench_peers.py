@@ -1,0 +1,376 @@
+"""The same work on sf_local and on its peers, round after round in one run.
+
+    bench_peers.py --bf16 ARTIFACT --int8 ARTIFACT --int4 ARTIFACT --peers FOLDER --json FILE
+
+Artifacts of the demo model; `install_peers.sh FOLDER` makes the peers' environments. Every peer is
+a worker process of its own (examples/peers/), stopped while another one measures. Each ratio is of
+two figures of one round; the table has the medians, and in brackets the smallest and the largest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import IO, Any
+
+from peers import models
+
+from compile.cache import cache_dir
+from sf_local import irpa
+from sf_local.artifact import Artifact, open_artifact
+from sf_local.errors import RequestError, SfLocalError
+
+SCRIPTS = Path(__file__).parent / "peers"
+CONTEXT = 2304  # tokens of KV cache, for us and for llama.cpp
+VOCABULARY = 49_152
+FRANCE, PARIS = [504, 3575, 282, 4649, 314], 7042  # "The capital of France is", and what follows
+JOB_SECONDS = 300  # at most
+NUM_CORES = len(os.sched_getaffinity(0))
+ENVIRONMENTS = {"llama.cpp": "llama", "transformers": "torch", "shortfin HTTP": "shortfin"}
+QUANTIZATIONS = {"bf16": "F16", "int8": "Q8_0", "int4": "Q4_1"}  # llama.cpp's, of the same width
+SOURCE = "SmolLM2-135M-Instruct"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Work for a worker, with fresh prompts in each round; `fresh` runs it in a new process."""
+
+    name: str
+    arguments: Callable[[random.Random], list[Any]]
+    fresh: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """Ours against a peer, or against a bound where there is no peer."""
+
+    work: str
+    job: Job
+    ours: str
+    theirs: str = ""
+    target: float | None = None
+    unit: str = "tokens/s"
+    scale: float = 1.0  # of our value, to have the unit
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in (self.ours, self.theirs) if name]
+
+    def ratio(self, ours: float, theirs: float | None) -> float:
+        """How many times better we are; without a peer our value, which has an upper bound."""
+        if theirs is None:
+            return ours
+        return theirs / ours if self.unit == "s" else ours / theirs
+
+
+def tokens(count: int) -> Callable[[random.Random], list[int]]:
+    return lambda rng: rng.choices(range(VOCABULARY), k=count)
+
+
+START = Job("first", lambda rng: [tokens(16)(rng)], fresh=True)
+WARM = Job("warm", lambda rng: [tokens(16)(rng)])
+DECODE = Job("decode", lambda rng: [tokens(16)(rng), 96])
+PREFILL = {n: Job("prefill", lambda rng, n=n: [tokens(n)(rng)]) for n in (512, 2048)}
+TOGETHER = Job("together", lambda rng: [[tokens(16)(rng) for _ in range(8)], 64])
+CACHED = Job("cached", lambda rng: [tokens(1000)(rng), tokens(16)(rng), tokens(16)(rng)])
+MEMORY = Job("memory", lambda rng: [])
+
+
+def rows(artifacts: Mapping[str, Artifact]) -> list[Row]:
+    """Issue 5's table, as far as the artifacts go; what has no target is for information."""
+    table = []
+    for width, (target, prefill) in {
+        "bf16": (1.3, {512: 2.0, 2048: 1.7}), "int8": (1.5, {512: None}), "int4": (1.5, {512: None})
+    }.items():  # fmt: skip
+        if width in artifacts:
+            ours, theirs = f"ours {width}", f"llama.cpp {QUANTIZATIONS[width]}"
+            table.append(Row("decode, 1 row", DECODE, ours, theirs, target))
+            for length, bound in prefill.items():
+                table.append(Row(f"prefill {length}", PREFILL[length], ours, theirs, bound))
+    if "bf16" not in artifacts:
+        return table
+    ours, llama, torch, http = "ours bf16", "llama.cpp F16", "transformers", "shortfin HTTP"
+    gigabytes = _weight_bytes(artifacts["bf16"]) / 1e9
+    return [
+        *table,
+        Row("8 requests at once / one at a time", TOGETHER, ours, llama, 5.0),
+        Row("prefill 512", PREFILL[512], ours, torch, 1.4),
+        Row("prefill 2048", PREFILL[2048], ours, torch, 1.4),
+        Row("decode, 1 row", DECODE, ours, torch, 3.0),
+        Row("first token, 1,000 cached", CACHED, ours, http, 10.0, "s"),
+        Row("decode, 1 row", DECODE, ours, "amdsharktank"),
+        Row("prefill 512", PREFILL[512], ours, "amdsharktank"),
+        Row("weights read / memory bandwidth", DECODE, ours, "memory", 0.8, "GB/s", gigabytes),
+        Row("process start to first token", START, ours, llama, 1.0, "s"),
+        Row("peak memory / (weights + KV)", MEMORY, ours, "", 1.25, "x"),
+    ]  # fmt: skip
+
+
+def _weight_bytes(artifact: Artifact) -> int:
+    """What a decode step of the demo reads: all weights once; its embedding is the head as well."""
+    table = irpa.read_table(artifact.weights[0])
+    return sum(entry.num_bytes for name, entry in table.items() if name.endswith(".weight"))
+
+
+@dataclass
+class Worker:
+    """A worker process, started by the first job; it sleeps between jobs."""
+
+    command: Sequence[str | Path]
+    is_model: bool = True  # which must know the capital of France
+    process: subprocess.Popen[str] | None = None
+    errors: IO[str] = field(default_factory=partial(tempfile.TemporaryFile, "w+"))
+
+    def measure(self, job: Job, arguments: list[Any]) -> float:
+        """The job's value; RuntimeError if it fails."""
+        if job.fresh:
+            return self._time_in_new_process(job, arguments)
+        if self.process is None:
+            self.process = self._open()
+        os.killpg(self.process.pid, signal.SIGCONT)
+        try:
+            self._ask(self.process, WARM.name, *WARM.arguments(random.Random()))
+            return float(self._ask(self.process, job.name, *arguments))
+        finally:
+            os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def close(self) -> None:
+        if self.process is not None:
+            _kill(self.process)
+
+    def _time_in_new_process(self, job: Job, arguments: list[Any]) -> float:
+        started_at = time.perf_counter()
+        process = self._start()
+        try:
+            self._ask(process, job.name, *arguments)
+            return time.perf_counter() - started_at
+        finally:
+            _kill(process)
+
+    def _open(self) -> subprocess.Popen[str]:
+        process = self._start()
+        try:
+            token = self._ask(process, START.name, FRANCE) if self.is_model else PARIS
+            if token != PARIS:
+                raise RuntimeError(f"its first token is {token}, not {PARIS}: another model?")
+            return process
+        except BaseException:
+            _kill(process)
+            raise
+
+    def _start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [str(part) for part in self.command],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
+            text=True, start_new_session=True,
+        )  # fmt: skip
+
+    def _ask(self, process: subprocess.Popen[str], *job: object) -> Any:
+        assert process.stdin and process.stdout
+        try:
+            print(json.dumps(job), file=process.stdin, flush=True)
+            if not select.select([process.stdout], [], [], JOB_SECONDS)[0]:
+                raise RuntimeError(f"no answer in {JOB_SECONDS} s")
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        reply = json.loads(line) if line else {"error": f"it ended: {self._last_error()}"}
+        if "error" in reply:
+            raise RuntimeError(reply["error"])
+        return reply["value"]
+
+    def _last_error(self) -> str:
+        self.errors.seek(0)
+        return (self.errors.read().strip().splitlines() or ["without a word"])[-1]
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """End the process and its children, which are a group of their own."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+Workers = Mapping[str, Worker | str]  # or why it is missing
+Measured = Mapping[tuple[str, Job], list[float] | str]  # one a round, or why there is none
+
+
+@contextmanager
+def open_workers(
+    artifacts: Mapping[str, Artifact], sharktank: Path | None, peers: Path
+) -> Iterator[Workers]:
+    workers: dict[str, Worker | str] = {
+        "memory": Worker([sys.executable, SCRIPTS / "memory.py"], is_model=False)
+    }
+    for width, artifact in artifacts.items():
+        kind = QUANTIZATIONS[width]
+        workers[f"ours {width}"] = _ours(artifact.vmfb.parent)
+        workers[f"llama.cpp {kind}"] = _peer(
+            peers, "llama.cpp", "llama_cpp_python.py", partial(models.demo_as_gguf, kind)
+        )
+    if "bf16" in artifacts:
+        folder = artifacts["bf16"].vmfb.parent
+        workers["transformers"] = _peer(
+            peers, "transformers", "torch_transformers.py", models.demo_as_folder
+        )
+        workers["shortfin HTTP"] = _peer(peers, "shortfin HTTP", "shortfin_http.py", lambda: folder)
+        workers["amdsharktank"] = _ours(sharktank) if sharktank else "no --amdsharktank given"
+    try:
+        yield workers
+    finally:
+        for worker in workers.values():
+            if not isinstance(worker, str):
+                worker.close()
+
+
+def _ours(folder: Path) -> Worker:
+    return Worker([sys.executable, SCRIPTS / "sf_engine.py", folder, str(CONTEXT)])
+
+
+def _peer(peers: Path, name: str, script: str, model: Callable[[], Path]) -> Worker | str:
+    python = peers / ENVIRONMENTS[name] / "bin" / "python"
+    if not python.exists():
+        return f"not installed in {peers}"
+    return Worker([python, SCRIPTS / script, model(), str(CONTEXT), str(NUM_CORES)])
+
+
+def measure(
+    table: Sequence[Row], workers: Workers, rounds: int, progress: Callable[[str], None]
+) -> Measured:
+    """Every job on all its workers in turn; every other round in the opposite order.
+
+    Round 0 is not counted: it fills caches and allocates.
+    """
+    measured: dict[tuple[str, Job], list[float] | str] = {}
+    for row in table:
+        for name in row.names:
+            worker = workers[name]
+            measured[name, row.job] = worker if isinstance(worker, str) else []
+    for number in range(rounds + 1):
+        progress(f"round {number} of {rounds}")
+        for job in dict.fromkeys(row.job for row in table):
+            arguments = job.arguments(random.Random(number))
+            names = [name for name, their_job in measured if their_job is job]
+            for name in names if number % 2 else reversed(names):
+                worker, values = workers[name], measured[name, job]
+                if isinstance(values, str) or isinstance(worker, str):
+                    continue
+                try:
+                    values.append(worker.measure(job, arguments))
+                except RuntimeError as error:
+                    measured[name, job] = str(error)
+                    progress(f"{name}, {job.name}: {error}")
+    return {key: v if isinstance(v, str) else v[1:] for key, v in measured.items()}
+
+
+def results(table: Sequence[Row], measured: Measured) -> list[dict[str, Any]]:
+    """A row's values, one a round, and their ratios; or why there are none."""
+    found = []
+    for row in table:
+        sides = [measured[name, row.job] for name in row.names]
+        result: dict[str, Any] = {
+            "work": row.work, "unit": row.unit, "target": row.target,
+            "ours": {"name": row.ours}, "theirs": {"name": row.theirs},
+        }  # fmt: skip
+        scales = (row.scale, 1.0)
+        for side, scale, values in zip(("ours", "theirs"), scales, sides, strict=False):
+            if isinstance(values, str):
+                result[side]["missing"] = values
+            else:
+                result[side] |= _summary([value * scale for value in values])
+        ours, theirs = (result[side].get("values") for side in ("ours", "theirs"))
+        if ours and (theirs or not row.theirs):
+            pairs = zip(ours, theirs or [None] * len(ours), strict=True)
+            result["ratio"] = _summary([row.ratio(a, b) for a, b in pairs])
+        found.append(result)
+    return found
+
+
+def _summary(values: list[float]) -> dict[str, Any]:
+    return {"median": median(values), "min": min(values), "max": max(values), "values": values}
+
+
+def text(found: Sequence[dict[str, Any]]) -> str:
+    """The results as a table for a screen."""
+    lines = [("work", "", "ours", "", "theirs", "ratio", "wanted")]
+    for result in found:
+        bound = "<=" if result["unit"] == "x" else ">="
+        wanted = f"{bound} {result['target']}" if result["target"] else ""
+        work = f"{result['work']}, {result['unit']}".removesuffix(", x")
+        ours, theirs = result["ours"], result["theirs"]
+        lines.append((work, ours["name"], _shown(ours), theirs["name"], _shown(theirs),
+                      _shown(result.get("ratio", {})), wanted))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def _shown(figure: Mapping[str, Any]) -> str:
+    if "median" not in figure:
+        return str(figure.get("missing", ""))
+    values = (figure[key] for key in ("min", "median", "max"))
+    low, middle, high = (f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in values)
+    return f"{middle} [{low}..{high}]"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="sf_local against its peers, on the demo model")
+    for width, kind in QUANTIZATIONS.items():
+        parser.add_argument(f"--{width}", metavar="ARTIFACT", help=f"against llama.cpp's {kind}")
+    parser.add_argument("--amdsharktank", metavar="ARTIFACT", type=Path, help="exported by it")
+    parser.add_argument("--peers", metavar="FOLDER", type=Path, default=cache_dir() / "peers",
+                        help="made by install_peers.sh (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write every value there")
+    args = parser.parse_args(arguments)
+    try:
+        artifacts = _artifacts({width: getattr(args, width) for width in QUANTIZATIONS})
+    except SfLocalError as error:
+        parser.error(str(error))
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: must be at least 1")
+    table = rows(artifacts)
+    with open_workers(artifacts, args.amdsharktank, args.peers) as workers:
+        measured = measure(table, workers, args.rounds, lambda line: print(line, file=sys.stderr))
+    found = results(table, measured)
+    print(text(found))
+    print(f"{NUM_CORES} cores, {args.rounds} rounds")
+    if args.json:
+        args.json.write_text(json.dumps({"rounds": args.rounds, "results": found}, indent=2) + "\n")
+
+
+def _artifacts(paths: Mapping[str, str | None]) -> dict[str, Artifact]:
+    """Those that are given; RequestError for none, or one of another model or type."""
+    given = {width: open_artifact(path) for width, path in paths.items() if path}
+    if not given:
+        raise RequestError("give at least one of --bf16, --int8 and --int4: folders that "
+                           "`sf-compile demo --weights bf16 -o FOLDER` makes")  # fmt: skip
+    for width, artifact in given.items():
+        made = artifact.manifest
+        found = (made.source["name"], made.weight_dtype) if made else ("unknown", "unknown")
+        if found != (SOURCE, width):
+            raise RequestError(
+                f"--{width} {paths[width]}: holds {found[0]} in {found[1]}, but the peers have "
+                f"{SOURCE}; make it with: sf-compile demo --weights {width} -o FOLDER"
+            )
+    return given
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Makes the environments of bench_peers.py: install_peers.sh FOLDER
+set -euo pipefail
+[ $# = 1 ] || { echo "usage: install_peers.sh FOLDER (then: bench_peers.py --peers FOLDER)" >&2; exit 2; }
+mkdir -p "$1"
+folder=$(cd "$1" && pwd)
+python=${PYTHON:-python3}
+
+cat <<EOF
+This makes three Python environments in $folder:
+  llama     llama-cpp-python, built for this CPU: about 5 minutes on 2 cores, 160 MB
+  torch     torch for the CPU and transformers: about 1 minute, 1,200 MB
+  shortfin  shortfin and what its HTTP server needs: about 1 minute, 300 MB
+It needs Python 3.11, 3.12 or 3.13 (PYTHON=$python), and for llama.cpp a C and C++ compiler.
+EOF
+for compiler in "${CC:-cc}" "${CXX:-c++}"; do
+  command -v "$compiler" >/dev/null || {
+    echo "no $compiler here; install a compiler (apt install build-essential) and run this again" >&2
+    exit 1
+  }
+done
+
+install() { # NAME PIP-ARGUMENTS...
+  echo "+ $1"
+  "$python" -m venv "$folder/$1"
+  "$folder/$1/bin/pip" install --quiet "${@:2}"
+}
+CMAKE_ARGS="-DGGML_NATIVE=ON" install llama --no-binary llama-cpp-python "llama-cpp-python==0.3.36"
+install torch --extra-index-url https://download.pytorch.org/whl/cpu "torch==2.13.0" "transformers==5.24.0"
+install shortfin "shortfin[apps]==3.9.0"
+echo "done; now: python examples/bench_peers.py --bf16 ARTIFACT --peers $folder"

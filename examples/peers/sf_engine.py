@@ -1,0 +1,62 @@
+"""Ours: `sf_engine.py ARTIFACT TOKENS`, an Engine with a KV cache of so many tokens.
+
+Serves artifacts exported by amdsharktank as well.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from worker import seconds, serve
+
+from sf_local import Engine, SamplingParams
+from sf_local.artifact import open_artifact
+
+artifact = open_artifact(sys.argv[1])
+pages = -(-int(sys.argv[2]) // artifact.config.page_size)
+engine = Engine(artifact.vmfb.parent, kv_pages=pages)
+
+
+def params(count: int) -> SamplingParams:
+    return SamplingParams(max_new_tokens=count, temperature=0, ignore_eos=True)
+
+
+def first(prompt: list[int]) -> int:
+    return engine.generate(prompt, params(1)).token_ids[0]
+
+
+def warm(prompt: list[int]) -> None:
+    engine.generate(prompt, params(8))
+    engine.flush_cache()
+
+
+def decode(prompt: list[int], count: int) -> float:
+    output = engine.generate(prompt, params(count))
+    return (count - 1) / (output.latency - output.time_to_first_token)
+
+
+def prefill(prompt: list[int]) -> float:
+    return len(prompt) / seconds(lambda: engine.generate(prompt, params(1)))
+
+
+def together(prompts: list[list[int]], count: int) -> float:
+    def run() -> None:
+        for handle in [engine.submit(prompt, params(count)) for prompt in prompts]:
+            handle.result()
+
+    return len(prompts) * count / seconds(run)
+
+
+def cached(shared: list[int], one: list[int], other: list[int]) -> float:
+    engine.generate(shared + one, params(1))
+    return seconds(lambda: engine.generate(shared + other, params(1)))
+
+
+def memory() -> float:
+    """Peak resident bytes over those of the weights and the KV pages (one is never given out)."""
+    peak = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]
+    needed = artifact.num_weight_bytes + (pages + 1) * artifact.config.page_bytes
+    return int(peak) * 1024 / needed
+
+
+serve({f.__name__: f for f in (first, warm, decode, prefill, together, cached, memory)})

@@ -1,0 +1,31 @@
+"""What every worker is: jobs come in as JSON lines, values go out, one after the other.
+
+A job is `[name, arguments...]`, its reply `{"value": ...}` or `{"error": "..."}`. Whatever the
+peer's libraries print goes to standard error.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+REPLIES = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+
+
+def serve(jobs: Mapping[str, Callable[..., Any]]) -> None:
+    for line in sys.stdin:
+        name, *arguments = json.loads(line)
+        try:
+            reply = {"value": jobs[name](*arguments)}
+        except Exception as error:
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(reply), file=REPLIES, flush=True)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started_at = time.perf_counter()
+    work()
+    return time.perf_counter() - started_at
