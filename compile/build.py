@@ -16,6 +16,7 @@ from typing import Any
 from compile.cache import cache_dir
 from compile.cpu_llama import CpuLlamaEmitter
 from compile.llama import LlamaEmitter, ModelOptions
+from compile.quantize import GROUP
 from compile.sources import DEMO_SHA256, Source, open_source
 from compile.target import Target, resolve_target
 from compile.weights import (
@@ -179,6 +180,16 @@ def _emitter(source: Source, options: BuildOptions, target: Target) -> Emitter:
         raise UnsupportedError(
             f"max_seq_len={model.max_seq_len}: at least a page of {options.page_size} tokens, and "
             f"at most the {context} that {source.name} was trained for"
+        )
+    is_quantized, head_dim = weight_dtype in QUANTIZED, source.config.head_dim
+    if is_quantized and (target.vectors is None or options.row_major):
+        raise UnsupportedError(
+            f"weight_dtype={weight_dtype!r} is for CPUs; use f16 or bf16 for {target.name}"
+        )
+    if is_quantized and head_dim % GROUP:
+        raise UnsupportedError(
+            f"weight_dtype={weight_dtype!r}: {source.name} has head_dim {head_dim}; it must be a "
+            f"multiple of {GROUP}; use bf16 or f16"
         )
     if target.vectors is None or options.row_major:
         return LlamaEmitter(source.config, model)

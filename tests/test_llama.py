@@ -15,8 +15,10 @@ from compile.config import LlamaConfig, RopeScaling
 from compile.cpu_llama import CpuLlamaEmitter
 from compile.llama import LlamaEmitter, ModelOptions
 from compile.matmul import Vectors
+from compile.quantize import GROUP, quantized
 from compile.target import resolve_target
 from sf_local.artifact import host_cpu_features
+from sf_local.errors import UnsupportedError
 from sf_local.runner import ModelRunner, Row, Wanted
 from sf_local.summary import Next, summarize
 
@@ -208,6 +210,53 @@ def test_decode_is_equal_to_the_bit_in_any_batch(
     with open_runner(model.artifact) as run:
         alone, together = run(use)
     np.testing.assert_array_equal(together, alone)
+
+
+QUANTIZABLE = {"head_dim": 32, "num_heads": 3, "num_kv_heads": 1, "hidden_size": 80}
+
+
+@pytest.mark.parametrize("cpu", ["host", "x86-64-v3", "generic"])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_quantized_weights(make_tiny: Callable[..., TinyModel], dtype: str, cpu: str) -> None:
+    """As the reference with the same quantized weights; a row of any batch equal to the bit."""
+    features = resolve_target("cpu", cpu).cpu_features
+    if missing := set(features) - host_cpu_features():
+        pytest.skip(f"this CPU lacks {missing}")
+    model = make_tiny(weight_dtype=dtype, cpu=cpu, **QUANTIZABLE)
+    weights = {
+        name: quantized_like(name, weight, dtype) if weight.ndim == 2 else weight
+        for name, weight in model.weights.items()
+    }
+    tokens = tokens_of(model, 2 * PAGE + 5)
+    expected = forward(model.config, weights, tokens)
+
+    async def use(runner: ModelRunner) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        rows = [Row(tokens[-1:], len(tokens) - 1, [3, 9, 4])]
+        every = (await runner.prefill_all([Row(tokens, 0, [3, 9, 4])]))[0]
+        others = [Row([t], 0, [20 + t % 7]) for t in tokens[:3]]
+        alone = (await runner.decode(rows)).logits[0]
+        return every, alone, (await runner.decode([*others, *rows])).logits[3]
+
+    with open_runner(model.artifact) as run:
+        every, alone, together = run(use)
+    assert np.abs(every - expected).max() <= 2e-3 * np.abs(expected).max()
+    assert np.abs(alone - expected[-1]).max() <= 2e-3 * np.abs(expected).max()
+    np.testing.assert_array_equal(together, alone)
+
+
+def quantized_like(name: str, weight: np.ndarray, dtype: str) -> np.ndarray:
+    """What the artifact holds: its embedding has 8 bits in any case."""
+    bits = 8 if name == "token_embd.weight" else int(dtype[3:])
+    cols = weight.shape[1]
+    padded = np.pad(weight, ((0, 0), (0, -cols % GROUP)))
+    return quantized(padded, bits).dequantized()[:, :cols]
+
+
+def test_heads_that_groups_do_not_fit_are_refused(make_tiny: Callable[..., TinyModel]) -> None:
+    with pytest.raises(UnsupportedError, match=r"int8.*head_dim 8.*multiple of 32.*bf16"):
+        make_tiny(weight_dtype="int8")
+    with pytest.raises(UnsupportedError, match=r"int4.*CPU"):
+        make_tiny(weight_dtype="int4", row_major=True, **QUANTIZABLE)
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
