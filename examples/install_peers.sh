@@ -26,6 +26,6 @@ install() { # NAME PIP-ARGUMENTS...
   "$folder/$1/bin/pip" install --quiet "${@:2}"
 }
 CMAKE_ARGS="-DGGML_NATIVE=ON" install llama --no-binary llama-cpp-python "llama-cpp-python==0.3.36"
-install torch --extra-index-url https://download.pytorch.org/whl/cpu "torch==2.13.0" "transformers==5.24.0"
+install torch "torch==2.13.0" "transformers==5.24.0"
 install shortfin "shortfin[apps]==3.9.0"
 echo "done; now: python examples/bench_peers.py --bf16 ARTIFACT --peers $folder"
