@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +14,7 @@ from conftest import TinyModel
 
 from sf_local import Engine, SamplingParams
 from sf_local.errors import EngineError, GrammarError, RequestError
+from sf_local.masks import Mask
 
 PROMPT = [5, 100, 33, 7, 250, 12]
 SCHEMA = {
@@ -259,3 +261,21 @@ def test_min_new_tokens_and_the_end_of_a_grammar(engine: Engine) -> None:
     params = SamplingParams(regex="[ab]{6}", stop_token_ids=ends, min_new_tokens=3, seed=1)
     output = engine.generate(PROMPT, params)
     assert (output.completion_tokens, output.finish_reason) == (4, "stop")
+
+
+@pytest.mark.parametrize("grammar", [{"regex": r"[a-c]{2,4}(x|yy)\d+"}, {"json_schema": SCHEMA}])
+def test_one_token_is_allowed_just_where_the_mask_has_it(
+    engine: Engine, grammar: dict[str, Any]
+) -> None:
+    """Of all tokens, special ones and ends included, at every point of a text."""
+    chance = random.Random(0)
+    state = engine._generation(PROMPT, SamplingParams(**grammar)).grammar
+    assert state is not None
+    for _ in range(30):
+        mask = Mask(state)
+        single = [token for token in range(engine.vocab_size) if mask.has(token)]
+        tokens = mask.tokens().tolist()
+        assert single == tokens
+        state.accept(chance.choice(tokens))
+        if state.is_complete:
+            break
