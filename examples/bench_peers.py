@@ -331,6 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--peers", metavar="FOLDER", type=Path, default=cache_dir() / "peers",
                         help="made by install_peers.sh (default: %(default)s)")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--only", metavar="TEXT", default="", help="rows whose work has this text")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write every value there")
     args = parser.parse_args(arguments)
     try:
@@ -339,7 +340,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: must be at least 1")
-    table = rows(artifacts)
+    table = [row for row in rows(artifacts) if args.only in row.work]
+    if not table:
+        parser.error(
+            f"--only {args.only!r}: in no row's name; try 'decode', 'prefill 512', 'start'"
+        )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that stopped workers end, too
     with open_workers(artifacts, args.amdsharktank, args.peers) as workers:
         measured = measure(table, workers, args.rounds, lambda line: print(line, file=sys.stderr))
     found = results(table, measured)
