@@ -30,9 +30,9 @@ from typing import IO, Any
 from peers import models
 
 from compile.cache import cache_dir
-from sf_local import irpa
 from sf_local.artifact import Artifact, open_artifact
 from sf_local.errors import RequestError, SfLocalError
+from sf_local.roofline import decode_bytes
 
 SCRIPTS = Path(__file__).parent / "peers"
 CONTEXT = 2304  # tokens of KV cache, for us and for llama.cpp
@@ -104,7 +104,7 @@ def rows(artifacts: Mapping[str, Artifact]) -> list[Row]:
     if "bf16" not in artifacts:
         return table
     ours, llama, torch, http = "ours bf16", "llama.cpp F16", "transformers", "shortfin HTTP"
-    gigabytes = _weight_bytes(artifacts["bf16"]) / 1e9
+    gigabytes = decode_bytes(artifacts["bf16"], 16 + 96 / 2) / 1e9
     return [
         *table,
         Row("8 requests at once / one at a time", TOGETHER, ours, llama, 5.0),
@@ -114,16 +114,10 @@ def rows(artifacts: Mapping[str, Artifact]) -> list[Row]:
         Row("first token, 1,000 cached", CACHED, ours, http, 10.0, "s"),
         Row("decode, 1 row", DECODE, ours, "amdsharktank"),
         Row("prefill 512", PREFILL[512], ours, "amdsharktank"),
-        Row("weights read / memory bandwidth", DECODE, ours, "memory", 0.8, "GB/s", gigabytes),
+        Row("bytes read / memory bandwidth", DECODE, ours, "memory", 0.8, "GB/s", gigabytes),
         Row("process start to first token", START, ours, llama, 1.0, "s"),
         Row("peak memory / (weights + KV)", MEMORY, ours, "", 1.25, "x"),
     ]  # fmt: skip
-
-
-def _weight_bytes(artifact: Artifact) -> int:
-    """What a decode step of the demo reads: all weights once; its embedding is the head as well."""
-    table = irpa.read_table(artifact.weights[0])
-    return sum(entry.num_bytes for name, entry in table.items() if name.endswith(".weight"))
 
 
 @dataclass
@@ -337,6 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--peers", metavar="FOLDER", type=Path, default=cache_dir() / "peers",
                         help="made by install_peers.sh (default: %(default)s)")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--only", metavar="TEXT", default="", help="rows whose work has this text")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write every value there")
     args = parser.parse_args(arguments)
     try:
@@ -345,7 +340,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: must be at least 1")
-    table = rows(artifacts)
+    table = [row for row in rows(artifacts) if args.only in row.work]
+    if not table:
+        parser.error(
+            f"--only {args.only!r}: in no row's name; try 'decode', 'prefill 512', 'start'"
+        )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that stopped workers end, too
     with open_workers(artifacts, args.amdsharktank, args.peers) as workers:
         measured = measure(table, workers, args.rounds, lambda line: print(line, file=sys.stderr))
     found = results(table, measured)

@@ -192,7 +192,7 @@ def _decode_roofline(bench: Bench, rate: float) -> list[Figure]:
     share = decode_bytes(artifact, SHORT + bench.sizes.decode / 2) * rate / bandwidth
     wanted = ">= 80" if artifact.manifest.weight_dtype == "bf16" else ""
     return [
-        Figure("bandwidth of memcmp", bandwidth / 1e9, "GB/s"),
+        Figure("memory bandwidth, reading", bandwidth / 1e9, "GB/s"),
         Figure("decode, 1 row: share of bandwidth", 100 * share, "%", wanted),
     ]
 

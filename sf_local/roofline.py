@@ -1,7 +1,7 @@
 """The two sides of a roofline: what this machine can do at most, and what a model asks of it.
 
-The probes share no code with what is measured: libc reads memory, and a loop of multiply-add
-instructions works on registers alone.
+The probes share no code with what is measured: libc and numpy read memory, and a loop of
+multiply-add instructions works on registers alone.
 """
 
 from __future__ import annotations
@@ -44,17 +44,19 @@ class Peak:
 
 
 def read_bandwidth() -> float:
-    """Bytes a second that all CPUs read together: the best of some passes of libc's memcmp.
+    """Bytes a second that all CPUs read together: the best pass of libc's memcmp or numpy's sum.
 
-    Two streams a CPU; the buffer lies in huge pages where the system gives them.
+    memcmp reads two streams a CPU, and suffers less beside other work; a sum is up to 15% faster
+    where there is none. The buffer lies in huge pages where the system gives them.
     """
     compare = ctypes.CDLL(None).memcmp
     compare.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-    buffer = np.ones(BUFFER_BYTES, np.uint8)
-    half = BUFFER_BYTES // _num_cpus() // 2
-    starts = [buffer.ctypes.data + 2 * half * i for i in range(_num_cpus())]
-    calls = [lambda start=start: compare(start, start + half, half) for start in starts]
-    return 2 * half * len(calls) / min(_seconds(calls) for _ in range(PASSES))
+    half = BUFFER_BYTES // _num_cpus() // 2 // 64 * 64
+    parts = np.ones((_num_cpus(), 2 * half), np.uint8)
+    starts = [part.ctypes.data for part in parts]
+    compares = [lambda start=start: compare(start, start + half, half) for start in starts]
+    sums = [part.view(np.int64).sum for part in parts]
+    return parts.nbytes / min(_seconds(work) for _ in range(PASSES) for work in (compares, sums))
 
 
 def peak_flops(weight_dtype: str) -> Peak:

@@ -99,6 +99,7 @@ def test_mistakes(
     assert error in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_alone(
     peers: ModuleType, smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -112,5 +113,5 @@ def test_alone(
     found = json.loads(file.read_text())["results"]
     assert all(result["ours"]["median"] > 0 for result in found)
     assert {r["work"] for r in found if "ratio" in r} == {
-        "weights read / memory bandwidth", "peak memory / (weights + KV)",
+        "bytes read / memory bandwidth", "peak memory / (weights + KV)",
     }  # fmt: skip
