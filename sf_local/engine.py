@@ -14,20 +14,22 @@ from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from queue import SimpleQueue
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from sf_local.artifact import Artifact, check_target, open_artifact
 from sf_local.choices import Score, score
 from sf_local.device import parse_device
 from sf_local.errors import RequestError
 from sf_local.generation import Delivery, Generation, Output
-from sf_local.grammar import Grammar, GrammarCompiler
 from sf_local.kv_size import num_kv_pages
 from sf_local.loop import Loop
 from sf_local.memory import memory_left
 from sf_local.request import Request, SamplingParams, shown
 from sf_local.seams import SeamEncoder
 from sf_local.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from sf_local.grammar import Grammar, GrammarCompiler
 
 __all__ = ["Engine", "Handle", "Output"]
 
@@ -126,9 +128,14 @@ class Engine:
         self._encode = SeamEncoder(self.tokenizer)
         manifest = self.artifact.manifest
         self.vocab_size = manifest.vocab_size if manifest else self.tokenizer.vocab_size
-        self._grammars = GrammarCompiler(self.tokenizer, self.vocab_size, self._eos_ids)
         page_size = self.artifact.config.page_size
         self.max_tokens = min(self.artifact.config.max_seq_len, (num_pages - 1) * page_size)
+
+    @functools.cached_property
+    def _grammars(self) -> GrammarCompiler:
+        from sf_local.grammar import GrammarCompiler  # a tenth of all imports, for those who use it
+
+        return GrammarCompiler(self.tokenizer, self.vocab_size, self._eos_ids)
 
     def submit(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Handle:
         """Start a generation; raises RequestError for a prompt or parameters that cannot work."""

@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sf_local.grammar import Grammar
 from sf_local.logprobs import Logprobs, PromptLogprobs
 from sf_local.request import Request, SamplingParams
 from sf_local.sampler import Sampled, Sampler
 from sf_local.tokenizer import Detokenizer, StopChecker, Tokenizer
+
+if TYPE_CHECKING:
+    from sf_local.grammar import Grammar
 
 
 @dataclass(frozen=True)

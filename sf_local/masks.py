@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sf_local.errors import GrammarError
-from sf_local.grammar import Grammar
+
+if TYPE_CHECKING:
+    from sf_local.grammar import Grammar
 
 
 class Mask:

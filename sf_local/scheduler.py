@@ -133,6 +133,8 @@ class Scheduler:
     def _grow(self, request: Request) -> None:
         """Pages for all tokens: free ones, else cached ones, else those of the last in rank."""
         missing = self._num_pages(request.num_tokens) - len(request.pages)
+        if missing <= 0:
+            return
         while missing > self.pool.num_free + self.pool.num_cached:
             assert len(self.running) > 1, "a request outgrew the pool; `Engine` limits its length"
             victim = self.running[-1]
