@@ -15,7 +15,8 @@ from typing import Any
 
 from compile.cache import cache_dir
 from compile.cpu_llama import CpuLlamaEmitter
-from compile.llama import LlamaEmitter, ModelOptions
+from compile.llama import LlamaEmitter
+from compile.model import ModelOptions
 from compile.quantize import GROUP
 from compile.sources import DEMO_SHA256, Source, open_source
 from compile.target import Target, resolve_target

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from compile.config import LlamaConfig
 from compile.kernel import LINE, KernelBuilder, Memory, vector_type
-from compile.llama import MASKED
 from compile.matmul import (
     Activations,
     Streams,
@@ -24,7 +23,7 @@ from compile.matmul import (
     product,
 )
 from compile.mlir import Scalar
-from compile.parameter import ITEM_BYTES
+from compile.model import ITEM_BYTES, MASKED
 
 QUERY_ROWS = 4  # rows of one sequence that attend together
 CHUNK = 256  # positions between two corrections of a softmax

@@ -14,17 +14,15 @@ from dataclasses import dataclass
 from compile.config import LlamaConfig
 from compile.cpu_attention import QUERY_ROWS, SPLIT, Attention, AttentionMemory, KVLayout
 from compile.kernel import LINE, KernelBuilder, Memory, vector_type
-from compile.llama import MASKED, ModelOptions
 from compile.matmul import Activations, Format, Vectors, Views
 from compile.mlir import Builder, Dim, Scalar, Tensor, tensor_type
-from compile.parameter import Parameter
+from compile.model import MASKED, SUMMARY, ModelOptions, Parameter
 from compile.quantize import GROUP
 
 WORKGROUPS = 64  # at least one a thread; those that find all done return at once
 TASK_BYTES = 1 << 17  # of weights: one long stream is read faster than several short ones
 MIN_TASKS = 16  # of a matrix, or some threads would wait for others
 ROW_CHUNK = 128  # rows of a matrix product's task
-SUMMARY = 256  # tokens of a summarized block of logits
 SUMMARY_TASK = 16  # such blocks
 PHASES = 10  # a layer
 

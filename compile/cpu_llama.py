@@ -9,10 +9,9 @@ from compile import abi
 from compile.config import LlamaConfig
 from compile.cpu_attention import KVLayout
 from compile.cpu_forward import Forward, Kind, Shape
-from compile.llama import ModelOptions
 from compile.matmul import Vectors
 from compile.mlir import Builder, Dim
-from compile.parameter import Parameter
+from compile.model import ModelOptions, Parameter
 from sf_local.irpa import num_bytes_together
 
 PREFILL = Kind("prefill", all_logits=True, is_decode=False)

@@ -16,22 +16,7 @@ from dataclasses import dataclass
 from compile import abi
 from compile.config import LlamaConfig
 from compile.mlir import Builder, Dim, Scalar, Tensor, tensor_type
-from compile.parameter import Parameter
-
-MASKED = -1e30  # finite: a row without any valid position must not become NaN
-SUMMARY = 256  # tokens of a summarized block of logits
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """What is compiled: dtypes ("f32" | "f16" | "bf16"), tokens a page, batch sizes, context."""
-
-    weight_dtype: str
-    kv_dtype: str
-    page_size: int
-    prefill_batch_sizes: tuple[int, ...]
-    decode_batch_sizes: tuple[int, ...]
-    max_seq_len: int
+from compile.model import MASKED, SUMMARY, ModelOptions, Parameter
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from functools import cached_property
 
 from compile.kernel import KernelBuilder, Memory, vector_type
 from compile.mlir import Scalar
-from compile.parameter import ITEM_BYTES, Parameter
+from compile.model import ITEM_BYTES, Parameter
 from compile.quantize import GROUP, ZERO
 
 TILES = 2  # vectors of output features in a block

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compile.config import LlamaConfig
-from compile.parameter import Parameter
+from compile.model import Parameter
 from compile.quantize import GROUP, ZERO, Groups, packed, quantized, with_bits
 from compile.sources import Source, SourceTensor
 from sf_local import irpa

@@ -13,8 +13,9 @@ from running import open_runner
 
 from compile.config import LlamaConfig, RopeScaling
 from compile.cpu_llama import CpuLlamaEmitter
-from compile.llama import LlamaEmitter, ModelOptions
+from compile.llama import LlamaEmitter
 from compile.matmul import Vectors
+from compile.model import ModelOptions
 from compile.quantize import GROUP, quantized
 from compile.target import resolve_target
 from sf_local.artifact import host_cpu_features

@@ -87,7 +87,7 @@ import numpy as np
 from conftest import TINY
 from reference import random_weights, write_hf_folder
 from compile.cpu_llama import CpuLlamaEmitter
-from compile.llama import ModelOptions
+from compile.model import ModelOptions
 from compile.matmul import Vectors
 from compile.sources import open_source
 from compile.weights import write_weights

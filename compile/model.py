@@ -1,4 +1,4 @@
-"""Parameter: one tensor of the archive, as compiled code reads it."""
+"""What both emitters share: options, parameters, and the numbers that they agree on."""
 
 from __future__ import annotations
 
@@ -8,6 +8,20 @@ from dataclasses import dataclass
 from compile.quantize import GROUP
 
 ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+MASKED = -1e30  # finite: a row without any valid position must not become NaN
+SUMMARY = 256  # tokens of a summarized block of logits
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What is compiled: dtypes ("f32" | "f16" | "bf16"), tokens a page, batch sizes, context."""
+
+    weight_dtype: str
+    kv_dtype: str
+    page_size: int
+    prefill_batch_sizes: tuple[int, ...]
+    decode_batch_sizes: tuple[int, ...]
+    max_seq_len: int
 
 
 @dataclass(frozen=True)
