@@ -343,7 +343,11 @@ def _breakdown(stats: dict[str, float]) -> list[Figure]:
     """Where a step's time goes; the rest schedules, fills in arguments, and delivers text."""
     steps, seconds, calls = stats["steps"], stats["step_seconds"], stats["call_seconds"]
     sampling = stats["sample_seconds"]
-    parts = {"compiled functions": calls, "sampling": sampling, "rest": seconds - calls - sampling}
+    parts = {
+        "in compiled functions": calls,
+        "sampling": sampling,
+        "rest": seconds - calls - sampling,
+    }
     return [
         Figure(f"of a step of {ROWS} rows: {name}", 1e6 * part / steps, "us")
         for name, part in parts.items()
