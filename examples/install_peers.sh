@@ -10,7 +10,7 @@ cat <<EOF
 This makes three Python environments in $folder:
   llama     llama-cpp-python, built for this CPU: about 5 minutes on 2 cores, 160 MB
   torch     torch for the CPU and transformers: about 1 minute, 1,200 MB
-  shortfin  shortfin and what its HTTP server needs: about 1 minute, 300 MB
+  shortfin  shortfin and what its HTTP server needs: about 1 minute, 800 MB
 It needs Python 3.11, 3.12 or 3.13 (PYTHON=$python), and for llama.cpp a C and C++ compiler.
 EOF
 for compiler in "${CC:-cc}" "${CXX:-c++}"; do
@@ -27,5 +27,5 @@ install() { # NAME PIP-ARGUMENTS...
 }
 CMAKE_ARGS="-DGGML_NATIVE=ON" install llama --no-binary llama-cpp-python "llama-cpp-python==0.3.36"
 install torch "torch==2.13.0" "transformers==5.24.0"
-install shortfin "shortfin[apps]==3.9.0"
+install shortfin "shortfin[apps]==3.9.0" "iree-base-compiler==3.9.0" # which its server imports
 echo "done; now: python examples/bench_peers.py --bf16 ARTIFACT --peers $folder"
