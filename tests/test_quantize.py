@@ -25,7 +25,8 @@ def plain_int4(x: np.ndarray) -> np.ndarray:
     groups = x.reshape(-1, GROUP)
     low, high = groups.min(axis=1, keepdims=True), groups.max(axis=1, keepdims=True)
     scale = (high - low) / 15
-    return (np.rint((groups - low) / scale) * scale + low).reshape(x.shape)
+    codes = np.rint((groups - low) / np.where(scale == 0, 1, scale))
+    return (codes * scale + low).reshape(x.shape)
 
 
 def test_eight_bits_are_near() -> None:
