@@ -12,23 +12,40 @@ MAX_ARGUMENT_SIZE = 1 << 22
 
 @contextmanager
 def function(
-    b: Builder, name: str, shapes: dict[str, tuple[tuple[Dim, ...], str]], num_results: int
-) -> Iterator[dict[str, Tensor]]:
-    """A coarse-fences function of tensors (shape, dtype) and the cache; yields the tensors.
+    b: Builder, name: str, n: int, page_size: int
+) -> Iterator[tuple[dict[str, Tensor], bool]]:
+    """`prefill` or `decode` for n rows; with `_next`, one that takes scales and sums logits up.
 
-    "%8" in a shape is a dynamic size that is a multiple of 8.
+    Yields the arguments but the cache, and whether it is such a one.
     """
+    is_next = name.endswith("_next")
+    shapes = _shapes(name, n, page_size)
+    num_results = 4 if is_next else 1
     signature = ", ".join(f"%{a}: !hal.buffer_view" for a in [*shapes, "cache"])
     with b.block(
-        f'util.func public @"{name}$async"({signature}, %wait: !hal.fence, '
+        f'util.func public @"{name}_bs{n}$async"({signature}, %wait: !hal.fence, '
         f"%signal: !hal.fence) -> ({', '.join(['!hal.buffer_view'] * num_results)}) attributes "
         f'{{inlining_policy = #util.inline.never, iree.abi.model = "coarse-fences", '
         f"iree.abi.stub}} {{"
     ):
-        yield {a: import_tensor(b, a, *s) for a, s in shapes.items()}
+        yield {a: _import_tensor(b, a, *s) for a, s in shapes.items()}, is_next
 
 
-def import_tensor(b: Builder, name: str, shape: Sequence[Dim], dtype: str) -> Tensor:
+def _shapes(name: str, n: int, page_size: int) -> dict[str, tuple[tuple[Dim, ...], str]]:
+    """Shapes and dtypes in order; "%8" is a dynamic size that is a multiple of 8."""
+    is_decode = name.startswith("decode")
+    shapes: dict[str, tuple[tuple[Dim, ...], str]] = {
+        "tokens": ((n, 1 if is_decode else f"%{page_size}"), "i64")
+    }
+    for lens in ("seq_lens", "start_pos") if is_decode else ("start_pos", "seq_lens"):
+        shapes[lens] = ((n,), "i64")
+    shapes["seq_block_ids"] = ((n, "%1"), "i64")
+    if name.endswith("_next"):
+        shapes["scales"] = ((n,), "f32")
+    return shapes
+
+
+def _import_tensor(b: Builder, name: str, shape: Sequence[Dim], dtype: str) -> Tensor:
     sizes = tuple(
         _dynamic_size(b, name, axis, int(d[1:])) if isinstance(d, str) else d
         for axis, d in enumerate(shape)

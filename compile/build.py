@@ -16,13 +16,12 @@ from typing import Any
 from compile.cache import cache_dir
 from compile.cpu_llama import CpuLlamaEmitter
 from compile.llama import LlamaEmitter
-from compile.model import ModelOptions
+from compile.model import QUANTIZED, ModelOptions
 from compile.quantize import GROUP
 from compile.sources import DEMO_SHA256, Source, open_source
 from compile.target import Target, resolve_target
 from compile.weights import (
     DTYPES,
-    QUANTIZED,
     WHOLE,
     check_tensors,
     type_name,
@@ -287,7 +286,7 @@ def _write_descriptions(
         vocab_size=source.config.vocab_size,
         bos_token_id=source.bos_token_id,
         eos_token_ids=source.eos_token_ids,
-        functions=emitter.function_names,
+        functions=model.function_names,
         config=dataclasses.asdict(config),
         parameters_sha256=parameters_sha256(
             {p.name: type_name(p) for p in parameters}

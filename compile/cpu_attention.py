@@ -12,13 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from compile.config import LlamaConfig
-from compile.kernel import LINE, KernelBuilder, Memory, vector_type
+from compile.kernel import LINE, KernelBuilder, Memory, Views, lanes_of, vector_type
 from compile.matmul import (
     Activations,
     Streams,
     Vectors,
-    Views,
-    lanes_of,
     operand,
     product,
 )
@@ -88,6 +86,16 @@ class Local:
     @staticmethod
     def size(queries: int, head_dim: int) -> int:
         return -(-queries * (2 * CHUNK + head_dim + 3) // LINE) * LINE
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What some rows of a sequence, from `row` on, attend to: CHUNK positions from `start` on."""
+
+    row: Scalar
+    head: Scalar
+    layer: Scalar
+    start: Scalar
 
 
 class Attention:
@@ -203,20 +211,11 @@ class Attention:
             low = split * SPLIT
             high = (low + SPLIT).minimum(high)
         with k.loop(low, high, CHUNK) as start:
-            self._attend_chunk(local, row, num_rows, head, layer, start, high)
+            self._attend_chunk(local, Chunk(row, head, layer, start), num_rows, high)
         self._store_partial(local, row, num_rows, head, split)
 
-    def _attend_chunk(
-        self,
-        local: Local,
-        row: Scalar,
-        num_rows: int,
-        head: Scalar,
-        layer: Scalar,
-        start: Scalar,
-        high: Scalar,
-    ) -> None:
-        k, page_size = self.k, self.layout.page_size
+    def _attend_chunk(self, local: Local, chunk: Chunk, num_rows: int, high: Scalar) -> None:
+        k, page_size, start = self.k, self.layout.page_size, chunk.start
         queries, most = num_rows * self.groups, self.vectors.max_rows
         end = (start + CHUNK).minimum(high)
         num_pages = (end - start + (page_size - 1)) // page_size
@@ -224,34 +223,26 @@ class Attention:
         batches = [range(i, min(i + most, queries)) for i in range(0, queries, most)]
         with k.loop(0, num_pairs) as pair:
             for batch in batches:
-                self._score(local, row, batch, head, layer, start, pair)
+                self._score(local, chunk, batch, pair)
         with k.loop(0, queries) as j:
-            self._soften(local, j, self.position(row + j // self.groups) - start, num_pairs * 2)
+            last = self.position(chunk.row + j // self.groups) - start
+            self._soften(local, j, last, num_pairs * 2)
         for batch in batches:
-            self._weigh(local, row, batch, head, layer, start, num_pages)
+            self._weigh(local, chunk, batch, num_pages)
 
-    def _score(
-        self,
-        local: Local,
-        row: Scalar,
-        queries: range,
-        head: Scalar,
-        layer: Scalar,
-        start: Scalar,
-        pair: Scalar,
-    ) -> None:
+    def _score(self, local: Local, chunk: Chunk, queries: range, pair: Scalar) -> None:
         """Scores [queries, 2 p] of two vectors of positions."""
         layout, d = self.layout, self.config.head_dim
         p, u, groups = layout.position_lanes, layout.operand.unit, self.groups
         starts = []
         for t in (0, 1):
-            position = start + (pair * 2 + t) * p
-            first, _ = layout.starts(self.page(row, position), layer, head)
+            position = chunk.start + (pair * 2 + t) * p
+            first, _ = self._starts(chunk, position)
             starts.append((first + position % layout.page_size // p * (d * p)) // u)
         cache = self.memory.cache[layout.operand.unit_dtype]
         keys = Streams(cache, layout.operand, starts, p, p)
         rows = [
-            ((row + j // groups) * self.width + (head * groups + j % groups) * d) // u
+            ((chunk.row + j // groups) * self.width + (chunk.head * groups + j % groups) * d) // u
             for j in queries
         ]
         zero = self.k.scalar(0.0, vector_type(p, "f32"))
@@ -293,20 +284,15 @@ class Attention:
         for value, at in ((now, local.maxima), (total, local.totals), (factor, local.factors)):
             memory.store(value, at + j)
 
+    def _starts(self, chunk: Chunk, position: Scalar) -> tuple[Scalar, Scalar]:
+        """Of the keys and of the values in the page that holds a position."""
+        return self.layout.starts(self.page(chunk.row, position), chunk.layer, chunk.head)
+
     def _shares_at(self, local: Local) -> Scalar:
         """Where the shares begin, in elements of their own type."""
         return local.shares * (4 // ITEM_BYTES[self._other])
 
-    def _weigh(
-        self,
-        local: Local,
-        row: Scalar,
-        queries: range,
-        head: Scalar,
-        layer: Scalar,
-        start: Scalar,
-        num_pages: Scalar,
-    ) -> None:
+    def _weigh(self, local: Local, chunk: Chunk, queries: range, num_pages: Scalar) -> None:
         """Add the values of a chunk, times their shares, to what is kept of the chunks before."""
         k, d, layout = self.k, self.config.head_dim, self.layout
         lanes, u = layout.head_lanes, layout.operand.unit
@@ -319,8 +305,7 @@ class Attention:
             kept = [memory.load_vector(a, lanes) * factors[i // width] for i, a in enumerate(at)]
 
             def add_page(page: Scalar, *sums: Scalar) -> list[Scalar]:
-                position = start + page * layout.page_size
-                _, values = layout.starts(self.page(row, position), layer, head)
+                _, values = self._starts(chunk, chunk.start + page * layout.page_size)
                 starts = [values // u + (tile + t) * lanes for t in range(width)]
                 cache = self.memory.cache[layout.operand.unit_dtype]
                 streams = Streams(cache, layout.operand, starts, d, lanes)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from compile.config import LlamaConfig
 from compile.cpu_attention import QUERY_ROWS, SPLIT, Attention, AttentionMemory, KVLayout
-from compile.kernel import LINE, KernelBuilder, Memory, vector_type
-from compile.matmul import Activations, Format, Vectors, Views
+from compile.kernel import LINE, KernelBuilder, Memory, Views, vector_type
+from compile.matmul import Activations, Format, Vectors
 from compile.mlir import Builder, Dim, Scalar, Tensor, tensor_type
 from compile.model import MASKED, SUMMARY, ModelOptions, Parameter
 from compile.quantize import GROUP

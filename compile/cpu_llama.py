@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cached_property
 
 from compile import abi
 from compile.config import LlamaConfig
 from compile.cpu_attention import KVLayout
 from compile.cpu_forward import Forward, Kind, Shape
 from compile.matmul import Vectors
-from compile.mlir import Builder, Dim
+from compile.mlir import Builder
 from compile.model import ModelOptions, Parameter
 from sf_local.irpa import num_bytes_together
 
@@ -35,16 +34,6 @@ class CpuLlamaEmitter:
             config, options.page_size, options.kv_dtype, vectors
         ).page_elements
 
-    @cached_property
-    def function_names(self) -> list[str]:
-        prefill, decode = self.options.prefill_batch_sizes, self.options.decode_batch_sizes
-        return [
-            f"{name}{kind}_bs{size}"
-            for name, sizes in (("prefill", prefill), ("decode", decode))
-            for size in sizes
-            for kind in ("", "_next")
-        ]
-
     def emit(self) -> str:
         b = Builder()
         b.emit(
@@ -56,24 +45,15 @@ class CpuLlamaEmitter:
             kernel.write(b)
         prefill, prefill_next, decode_next = kernels
         for size in self.options.prefill_batch_sizes:
-            self._function(b, f"prefill_bs{size}", size, prefill)
-            self._function(b, f"prefill_next_bs{size}", size, prefill_next)
+            self._function(b, "prefill", size, prefill)
+            self._function(b, "prefill_next", size, prefill_next)
         for size in self.options.decode_batch_sizes:
-            self._function(b, f"decode_bs{size}", size, decode_next)
-            self._function(b, f"decode_next_bs{size}", size, decode_next)
+            self._function(b, "decode", size, decode_next)
+            self._function(b, "decode_next", size, decode_next)
         return "\n".join([*(kernel.layout() for kernel in kernels), b.text("module")])
 
     def _function(self, b: Builder, name: str, n: int, kernel: Forward) -> None:
-        """A function of the ABI, or with `_next` one that takes scales and sums logits up."""
-        is_decode, is_next = kernel.kind.is_decode, "_next" in name
-        tokens: tuple[Dim, ...] = (n, 1) if is_decode else (n, f"%{self.options.page_size}")
-        shapes: dict[str, tuple[tuple[Dim, ...], str]] = {"tokens": (tokens, "i64")}
-        for argument in ("seq_lens", "start_pos") if is_decode else ("start_pos", "seq_lens"):
-            shapes[argument] = ((n,), "i64")
-        shapes["seq_block_ids"] = ((n, "%1"), "i64")
-        if is_next:
-            shapes["scales"] = ((n,), "f32")
-        with abi.function(b, name, shapes, 4 if is_next else 1) as args:
+        with abi.function(b, name, n, self.options.page_size) as (args, is_next):
             cache = abi.import_cache(b, self.page_elements, self.options.kv_dtype)
             weights = b.tensor(
                 f"util.global.load @weights : tensor<{self.num_weight_bytes}xi8>",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from compile.mlir import Builder, Scalar
+from compile.mlir import Builder, Scalar, element_type, mask_type
 
 LINE = 16  # i32 of a cache line: counters of two phases never share one
 Index = Scalar | int
@@ -70,7 +70,7 @@ class Memory:
 
 
 class KernelBuilder(Builder):
-    """Writes the body of one kernel. `bind` its arguments, then `phase` after `phase`."""
+    """Writes the body of one kernel: a `binding` for each argument, then `phase` after `phase`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class KernelBuilder(Builder):
         return self.op(f"{op} {value.name} : {value.dtype} to {kind}", kind)
 
     def bits(self, op: str, a: Scalar, b: Scalar | int) -> Scalar:
-        """andi, shli or shrui."""
+        """andi, shli, shrsi or shrui."""
         b = b if isinstance(b, Scalar) else self.scalar(b, a.dtype)
         return self.op(f"arith.{op} {a.name}, {b.name} : {a.dtype}", a.dtype)
 
@@ -176,7 +176,7 @@ class KernelBuilder(Builder):
         return self.op(f"vector.reduction <{kind}>, {value.name} : {value.dtype} into f32", "f32")
 
     def element(self, value: Scalar, lane: int) -> Scalar:
-        kind = value.dtype.rpartition("x")[2].rstrip(">")
+        kind = element_type(value.dtype)
         return self.op(f"vector.extract {value.name}[{lane}] : {kind} from {value.dtype}", kind)
 
     def lanes_from(self, value: Scalar, lanes: int) -> Scalar:
@@ -230,14 +230,13 @@ class KernelBuilder(Builder):
         """
         taken, done = number * (2 * LINE), number * (2 * LINE) + LINE
         total = num_tasks.to("i32")
-        with self.block("scf.while : () -> () {"):
+        with self.block("scf.while : () -> () {", "} do { scf.yield }"):
             task = counters.add_atomically(1, taken)
             is_task = task.less(total)
             with self.when(is_task):
                 yield task.to("index")
                 counters.add_atomically(1, done)
             self.emit(f"scf.condition({is_task.name})")
-        self.lines[-1] = self.lines[-1].replace("}", "} do { scf.yield }")
         self._wait(counters, done, total)
 
     def _wait(self, counters: Memory, index: Scalar, total: Scalar) -> None:
@@ -247,23 +246,37 @@ class KernelBuilder(Builder):
         )
         address = (base + index * 4).to("i64")
         pointer = self.op(f"llvm.inttoptr {address.name} : i64 to !llvm.ptr", "!llvm.ptr")
-        with self.block("scf.while : () -> () {"):
+        with self.block("scf.while : () -> () {", "} do {"):
             value = self.op(
                 f"llvm.load {pointer.name} atomic acquire {{alignment = 4 : i64}} : "
                 f"!llvm.ptr -> i32",
                 "i32",
             )
             self.emit(f"scf.condition({value.less(total).name})")
-        self.lines[-1] = self.lines[-1].replace("}", "} do {")
         self.emit('  llvm.call_intrinsic "llvm.x86.sse2.pause"() : () -> ()')
         self.emit("  scf.yield")
         self.emit("}")
+
+
+class Views:
+    """One binding as memory of whatever type is asked for."""
+
+    def __init__(self, k: KernelBuilder, binding: int) -> None:
+        self._k, self._binding = k, binding
+        self._views: dict[str, Memory] = {}
+
+    def __getitem__(self, dtype: str) -> Memory:
+        return self._views[dtype]
+
+    def open(self, *dtypes: str) -> Views:
+        """To be called where all uses can see them: at the beginning of the kernel."""
+        self._views |= {dtype: self._k.view(self._binding, dtype) for dtype in dtypes}
+        return self
 
 
 def vector_type(lanes: int, dtype: str) -> str:
     return f"vector<{lanes}x{dtype}>"
 
 
-def mask_type(kind: str) -> str:
-    """The type of a mask for a vector type."""
-    return kind.rpartition("x")[0] + "xi1>"
+def lanes_of(value: Scalar) -> int:
+    return int(value.dtype.removeprefix("vector<").partition("x")[0])

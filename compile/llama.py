@@ -10,7 +10,6 @@ A page is [L, P, 2, KH, D]: one token of one layer is one contiguous row of keys
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compile import abi
@@ -52,26 +51,17 @@ class LlamaEmitter:
         self.page_elements = config.num_layers * options.page_size * self.kv_row
         self._declare_parameters()
 
-    @property
-    def function_names(self) -> list[str]:
-        prefill, decode = self.options.prefill_batch_sizes, self.options.decode_batch_sizes
-        return [
-            *(f"prefill{kind}_bs{size}" for size in prefill for kind in ("", "_next")),
-            *(f"decode{kind}_bs{size}" for size in decode for kind in ("", "_next")),
-        ]
-
     def emit(self) -> str:
         for parameter in self.parameters.values():
             self.b.emit(
                 f'util.global private @"{parameter.name}" = #flow.parameter.named<"model"::'
                 f'"{parameter.name}"> : {tensor_type(parameter.shape, parameter.dtype)}'
             )
-        page = self.options.page_size
-        for is_next in (False, True):
+        for kind in ("", "_next"):
             for size in self.options.prefill_batch_sizes:
-                self._function("prefill", size, f"%{page}", ("start_pos", "seq_lens"), is_next)
+                self._function(f"prefill{kind}", size)
             for size in self.options.decode_batch_sizes:
-                self._function("decode", size, 1, ("seq_lens", "start_pos"), is_next)
+                self._function(f"decode{kind}", size)
         return self.b.text("module")
 
     # Parameters
@@ -108,18 +98,10 @@ class LlamaEmitter:
 
     # Functions of the ABI
 
-    def _function(
-        self, name: str, n: int, seq_len: Dim, lens: Sequence[str], is_next: bool
-    ) -> None:
+    def _function(self, name: str, n: int) -> None:
         """One that returns all logits, or the last ones of each row with what sums them up."""
         b = self.b
-        shapes: dict[str, tuple[tuple[Dim, ...], str]] = {"tokens": ((n, seq_len), "i64")}
-        shapes |= dict.fromkeys(lens, ((n,), "i64"))
-        shapes["seq_block_ids"] = ((n, "%1"), "i64")
-        if is_next:
-            shapes["scales"] = ((n,), "f32")
-            name += "_next"
-        with abi.function(b, f"{name}_bs{n}", shapes, 4 if is_next else 1) as args:
+        with abi.function(b, name, n, self.options.page_size) as (args, is_next):
             pages = abi.import_cache(b, self.page_elements, self.options.kv_dtype)
             slots = self.config.num_layers * self.options.page_size
             cache = b.collapse(b.expand(pages, 1, slots, self.kv_row), 0, 2)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from compile.kernel import KernelBuilder, Memory, vector_type
+from compile.kernel import KernelBuilder, Memory, Views, lanes_of, vector_type
 from compile.mlir import Scalar
-from compile.model import ITEM_BYTES, Parameter
+from compile.model import ITEM_BYTES, QUANTIZED, Parameter
 from compile.quantize import GROUP, ZERO
 
 TILES = 2  # vectors of output features in a block
@@ -127,22 +127,6 @@ def _multiply_add(
     return k.fma(a, b, total)
 
 
-class Views:
-    """One binding as memory of whatever type is asked for."""
-
-    def __init__(self, k: KernelBuilder, binding: int) -> None:
-        self._k, self._binding = k, binding
-        self._views: dict[str, Memory] = {}
-
-    def __getitem__(self, dtype: str) -> Memory:
-        return self._views[dtype]
-
-    def open(self, *dtypes: str) -> Views:
-        """To be called where all uses can see them: at the beginning of the kernel."""
-        self._views |= {dtype: self._k.view(self._binding, dtype) for dtype in dtypes}
-        return self
-
-
 @dataclass(frozen=True)
 class Format:
     """How matrices are stored and multiplied: "f32", "f16", "bf16", "int8" or "int4"."""
@@ -152,7 +136,7 @@ class Format:
 
     @property
     def is_quantized(self) -> bool:
-        return self.dtype in ("int8", "int4")
+        return self.dtype in QUANTIZED
 
     @cached_property
     def operand(self) -> Operand:
@@ -432,7 +416,3 @@ class Activations:
     def _number(self, row: Scalar, group: Scalar, which: int) -> Scalar:
         start = PARTS * self._width + which * (self._width // GROUP * 4)
         return row * (self.row_bytes // 4) + group + start // 4
-
-
-def lanes_of(value: Scalar) -> int:
-    return int(value.dtype.removeprefix("vector<").partition("x")[0])

@@ -85,7 +85,7 @@ class Scalar:
 
     def less(self, other: Scalar) -> Scalar:
         """Signed integer `self < other`, as i1."""
-        kind = self.dtype.rpartition("x")[0] + "xi1>" if self.dtype.startswith("vector") else "i1"
+        kind = mask_type(self.dtype) if self.dtype.startswith("vector") else "i1"
         return self.builder.op(f"arith.cmpi slt, {self.name}, {other.name} : {self.dtype}", kind)
 
     def select(self, yes: Scalar, no: Scalar) -> Scalar:
@@ -130,6 +130,11 @@ _BITS = {"i1": 1, "i8": 8, "i16": 16, "i32": 32, "i64": 64, "f16": 16, "bf16": 1
 def element_type(dtype: str) -> str:
     """ "f32" for "vector<16xf32>", and for "f32"."""
     return dtype.rpartition("x")[2].rstrip(">") if dtype.startswith("vector") else dtype
+
+
+def mask_type(dtype: str) -> str:
+    """ "vector<16xi1>" for "vector<16xf32>"."""
+    return dtype.rpartition("x")[0] + "xi1>"
 
 
 def tensor_type(shape: Sequence[Dim], dtype: str) -> str:

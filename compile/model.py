@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from compile.quantize import GROUP
 
 ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+QUANTIZED = ("int8", "int4")  # in groups, on CPUs
 MASKED = -1e30  # finite: a row without any valid position must not become NaN
 SUMMARY = 256  # tokens of a summarized block of logits
 
@@ -22,6 +23,17 @@ class ModelOptions:
     prefill_batch_sizes: tuple[int, ...]
     decode_batch_sizes: tuple[int, ...]
     max_seq_len: int
+
+    @property
+    def function_names(self) -> list[str]:
+        """Those of the ABI, and with each the one that sums logits up."""
+        prefill, decode = self.prefill_batch_sizes, self.decode_batch_sizes
+        return [
+            f"{name}{kind}_bs{size}"
+            for name, sizes in (("prefill", prefill), ("decode", decode))
+            for size in sizes
+            for kind in ("", "_next")
+        ]
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,7 @@ class Parameter:
 
     @property
     def is_quantized(self) -> bool:
-        return self.dtype.startswith("int")
+        return self.dtype in QUANTIZED
 
     @property
     def num_bytes(self) -> int:

@@ -22,7 +22,6 @@ from sf_local import irpa
 from sf_local.errors import SourceError
 
 DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
-QUANTIZED = ("int8", "int4")
 ROPE_BLOCK = 8192  # positions
 WHOLE = "model"  # the name of the archive's storage as one parameter
 BLOCK_ELEMENTS = 16 << 20  # of one block of rows; 64 MiB in f32

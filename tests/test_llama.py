@@ -281,6 +281,6 @@ def test_equal_inputs_emit_equal_text(kind: Callable[..., Any]) -> None:
     emitters = [kind(TINY, options, *rest) for _ in range(2)]
     texts = [emitter.emit() for emitter in emitters]
     assert texts[0] == texts[1]
-    for name in emitters[0].function_names:
+    for name in options.function_names:
         assert f'util.func public @"{name}$async"' in texts[0]
-    assert texts[0].count("util.func public") == len(emitters[0].function_names) == 6
+    assert texts[0].count("util.func public") == len(options.function_names) == 6
