@@ -16,6 +16,7 @@ from typing import Any
 
 import shortfin as sf
 
+from sf_local.cpu_threads import usable_cores, workers_on
 from sf_local.errors import DeviceError
 
 # Decode is a chain of short dispatches: without spinning, workers sleep between them (12.6 ms a
@@ -81,7 +82,9 @@ def parse_device(spec: str) -> tuple[str, int]:
 
 
 def _cpu_system() -> Any:
-    return sf.host.CPUSystemBuilder().create_system()
+    library = _libshortfin()
+    with workers_on(ctypes.CDLL(str(library)), library, usable_cores()):
+        return sf.host.CPUSystemBuilder().create_system()
 
 
 def _hip_system(index: int) -> Any:
@@ -112,13 +115,17 @@ def _parse_iree_flags() -> None:
     if _flags_parsed:
         return
     _flags_parsed = True
-    maps = Path("/proc/self/maps").read_text()
-    library = ctypes.CDLL(re.findall(r"\S*/libshortfin\S*", maps)[0])
+    library = ctypes.CDLL(str(_libshortfin()))
     arguments = [b"sf_local", *(flag.encode() for flag in IREE_FLAGS)]
     argv = (ctypes.c_char_p * (len(arguments) + 1))(*arguments, None)
     argc = ctypes.c_int(len(arguments))
     pointer = ctypes.cast(argv, ctypes.POINTER(ctypes.c_char_p))
     library.iree_flags_parse(0, ctypes.byref(argc), ctypes.byref(pointer))
+
+
+def _libshortfin() -> Path:
+    """The library that `import shortfin` loaded."""
+    return Path(re.findall(r"/.*/libshortfin.*", Path("/proc/self/maps").read_text())[0])
 
 
 def _first_line(error: Exception) -> str:

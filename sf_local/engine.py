@@ -72,6 +72,7 @@ class Handle:
 
     def result(self) -> Output:
         """Wait for the end. Raises what ended the generation, if it failed."""
+        self._generation.is_streamed = False
         for _ in self:
             pass
         assert self._output is not None
@@ -165,7 +166,9 @@ class Engine:
         self, prompt: str | Sequence[int], params: SamplingParams | None = None
     ) -> Output:
         """`generate` for asyncio; cancelling the task cancels the generation."""
-        async for _, output in self._adeltas(prompt, params):
+        generation = self._generation(prompt, params)
+        generation.is_streamed = False
+        async for _, output in self._adeltas(generation):
             if output is not None:
                 return output
         raise AssertionError("a generation ends with an output")
@@ -174,14 +177,11 @@ class Engine:
         self, prompt: str | Sequence[int], params: SamplingParams | None = None
     ) -> AsyncIterator[str]:
         """`stream` for asyncio: `async for text in engine.astream(prompt)`."""
-        async for text, _ in self._adeltas(prompt, params):
+        async for text, _ in self._adeltas(self._generation(prompt, params)):
             if text:
                 yield text
 
-    async def _adeltas(
-        self, prompt: str | Sequence[int], params: SamplingParams | None
-    ) -> AsyncIterator[tuple[str, Output | None]]:
-        generation = self._generation(prompt, params)
+    async def _adeltas(self, generation: Generation) -> AsyncIterator[tuple[str, Output | None]]:
         loop, items = asyncio.get_running_loop(), asyncio.Queue[Delivery]()
 
         def deliver(item: Delivery) -> None:

@@ -46,7 +46,7 @@ Delivery = tuple[str, Output | None] | BaseException
 class Generation:
     """A request with what chooses its tokens and turns them into text; lives on the loop's thread.
 
-    grammar: what its text must follow.
+    grammar: what its text must follow. is_streamed: whether text is delivered before the end.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class Generation:
         self.deliver: Callable[[Delivery], object] = lambda item: None
         self.remember: Callable[[Sequence[int], str], None] | None = None
         self.has_sampled = False
+        self.is_streamed = True
         self._detokenizer = Detokenizer(tokenizer, request.prompt_ids)
         self._stops = StopChecker(params.stop)
         self._stop_ids = _stop_ids(params, tokenizer, eos_ids)
@@ -67,8 +68,9 @@ class Generation:
         self.sampler = Sampler(params, request.prompt_ids, end_ids)
         self._prompt_logprobs = _prompt_logprobs(request)
         self._output_logprobs: list[Sampled] = []
+        self._unread: list[int] = []  # tokens that have not become text
         self._text: list[str] = []
-        self._last_delta = ""
+        self._num_delivered = 0  # parts of the text
         self._matched: str | int | None = None
         self._started_at = time.perf_counter()
         self._first_token_at = self._started_at
@@ -103,8 +105,15 @@ class Generation:
         if self._prompt_logprobs is not None:
             self._prompt_logprobs.add(position, logits)
 
+    def write(self) -> None:
+        """Deliver the text there is by now, to those who wait for parts of it."""
+        if self.is_streamed:
+            self._read()
+            if text := self._undelivered():
+                self.deliver((text, None))
+
     def _push(self, sampled: Sampled) -> str | None:
-        """Append a token and deliver its text; the reason, if it ends the generation."""
+        """Append a token; the reason, if it ends the generation. Text can wait, stops cannot."""
         request, token = self.request, sampled.token
         if not request.output_ids:
             self._first_token_at = time.perf_counter()
@@ -115,21 +124,27 @@ class Generation:
         if token in self._stop_ids and len(request.output_ids) > request.params.min_new_tokens:
             self._matched = self._stop_ids[token]
             return "stop"
-        text, is_stopped = self._stops.push(self._detokenizer.push(token))
-        reason = "stop" if is_stopped else None
-        if reason is None and len(request.output_ids) >= request.max_new_tokens:
-            reason = "length"
-        self._text.append(text)
-        if text and reason is None:
-            self.deliver((text, None))
-        elif text:
-            self._last_delta = text
-        return reason
+        self._unread.append(token)
+        if request.params.stop:
+            self._read()
+            if self._stops.matched is not None:
+                return "stop"
+        return "length" if len(request.output_ids) >= request.max_new_tokens else None
+
+    def _read(self) -> None:
+        """Turn new tokens into text."""
+        self._text += [self._stops.push(self._detokenizer.push(t))[0] for t in self._unread]
+        self._unread.clear()
+
+    def _undelivered(self) -> str:
+        text = "".join(self._text[self._num_delivered :])
+        self._num_delivered = len(self._text)
+        return text
 
     def finish(self, reason: str) -> None:
         """Deliver the text held back as one last delta, with the output."""
-        tail = self._stops.push(self._detokenizer.flush())[0] + self._stops.flush()
-        self._text.append(tail)
+        self._read()
+        self._text.append(self._stops.push(self._detokenizer.flush())[0] + self._stops.flush())
         if self._stops.matched is not None:
             reason, self._matched = "stop", self._stops.matched
         request, now = self.request, time.perf_counter()
@@ -147,7 +162,7 @@ class Generation:
         )
         if self.remember is not None and request.output_ids:
             self.remember(request.output_ids, output.text)
-        self.deliver((self._last_delta + tail, output))
+        self.deliver((self._undelivered(), output))
 
     def _logprobs(self) -> Logprobs | None:
         if not self.request.params.return_logprob:

@@ -62,6 +62,7 @@ class Loop:
         self._can_jump = limits.reuse == "tokens"  # compute several tokens from anywhere
         self._inbox: deque[Callable[[], None]] = deque()  # what other threads want done
         self._generations: dict[Request, Generation] = {}
+        self._unwritten: list[Generation] = []  # their new text is delivered beside the next call
         self._deadlines: list[tuple[float, int, Request]] = []  # heap
         self._counters = dict.fromkeys(_COUNTERS, 0.0)
         self._idle: Any = None  # the future that the loop waits on when it has no work
@@ -196,6 +197,7 @@ class Loop:
                     self._counters["step_seconds"] += seconds
                     self._counters["call_seconds"] = self._runner.call_seconds
                 else:
+                    self._write()
                     await self._wait_for_work()
         except BaseException as error:
             self._failure = error
@@ -253,7 +255,7 @@ class Loop:
             [sampler.scale for sampler in samplers],
             only_best=not any(grammars) and all(sampler.takes_the_best for sampler in samplers),
             copy=False,
-            meanwhile=masks.fill,
+            meanwhile=lambda: self._work_beside(masks),
         )
         try:
             following = await call(chunks, rows, wanted)
@@ -264,6 +266,16 @@ class Loop:
             self._scheduler.computed(chunk)
         last = [c.request if a else None for c, a in zip(chunks, are_last, strict=True)]
         self._sample(last, following, masks)
+
+    def _work_beside(self, masks: Masks) -> None:
+        """What the host does while the device computes: the last step's text, this one's masks."""
+        self._write()
+        masks.fill()
+
+    def _write(self) -> None:
+        for generation in self._unwritten:
+            generation.write()
+        self._unwritten.clear()
 
     def _row(self, chunk: Chunk) -> Row:
         """A chunk with the pages that hold it and what comes before: attention reads no more."""
@@ -311,8 +323,13 @@ class Loop:
             return
         self._counters["completion_tokens"] += 1
         self._count_forced(len(request.output_ids) - before)
+        self._go_on(generation, reason)
+
+    def _go_on(self, generation: Generation, reason: str | None) -> None:
         if reason:
-            self._end(request, reason)
+            self._end(generation.request, reason)
+        else:
+            self._unwritten.append(generation)
 
     def _jump(self, generation: Generation) -> bool:
         """Begin with the tokens that a grammar forces; whether there are any, or it ends here."""
@@ -325,8 +342,7 @@ class Loop:
             self._end(request, "abort", _step_error(error))
             return True
         self._count_forced(len(request.output_ids))
-        if reason:
-            self._end(request, reason)
+        self._go_on(generation, reason)
         return bool(request.output_ids or reason)
 
     def _count_prompt(self, generation: Generation) -> None:
@@ -370,6 +386,7 @@ class Loop:
         if error is None:
             generation.finish(reason)
         else:
+            generation.write()
             generation.deliver(error)
 
     def _do_what_was_asked(self) -> None:

@@ -262,15 +262,17 @@ assert stats["pages_used"] == 0
 def test_a_lost_device_says_so_for_ever(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call fails and the device cannot be recovered: everyone hears why, nothing hangs."""
     with Engine(tiny.artifact) as engine:
-        runner = engine._loop._runner
+        runner, all_submitted = engine._loop._runner, threading.Event()
 
         async def lost(*_: Any) -> Any:
+            all_submitted.wait()
             runner.is_broken = True
             raise RuntimeError("the GPU fell off the bus")
 
         monkeypatch.setattr(runner, "decode", lost)
         monkeypatch.setattr(runner, "recover", lost)
         handles = [engine.submit([*PROMPT, i], greedy(30)) for i in range(6)]
+        all_submitted.set()
         for handle in handles:
             with pytest.raises(EngineError, match="fell off the bus"):
                 handle.result()
@@ -510,7 +512,7 @@ assert engine.generate([5, 6], params).token_ids == before
 def test_ctrl_c_returns_at_once(tiny: TinyModel, wait: str) -> None:
     """The generation would take minutes; KeyboardInterrupt ends it and the process."""
     program = f"""
-import _thread, threading
+import os, signal, threading
 from sf_local import Engine, SamplingParams
 engine = Engine({str(tiny.artifact)!r})
 call = engine._loop._runner._call
@@ -520,7 +522,7 @@ async def slow(name, inputs, *rest):
     return await call(name, inputs, *rest)
 engine._loop._runner._call = slow
 handle = engine.submit([5, 6], SamplingParams(max_new_tokens=240, ignore_eos=True))
-threading.Timer(0.3, _thread.interrupt_main).start()
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
     {wait}
 except KeyboardInterrupt:

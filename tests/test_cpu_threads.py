@@ -1,0 +1,62 @@
+"""One worker thread on each core that the process may use."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sf_local import cpu_threads
+
+PROGRAM = """
+import os, sys
+os.sched_setaffinity(0, map(int, sys.argv[1].split(",")))
+from sf_local.cpu_threads import usable_cores
+from sf_local.device import Device
+device = Device("cpu")
+for task in os.listdir("/proc/self/task"):
+    if open(f"/proc/self/task/{task}/comm").read().startswith("iree-worker"):
+        print(*os.sched_getaffinity(int(task)))
+device.close()
+"""
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_worker_on_each_core(count: int) -> None:
+    cores = cpu_threads.usable_cores()[:count]
+    command = [sys.executable, "-c", PROGRAM, ",".join(map(str, cores))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert sorted(map(int, done.stdout.split())) == cores, done.stderr
+
+
+def test_usable_cores_are_allowed_ones() -> None:
+    assert set(cpu_threads.usable_cores()) <= os.sched_getaffinity(0)
+
+
+@pytest.mark.parametrize(
+    ("content", "count"),
+    [("150000 100000", 2), ("50000 100000", 1), ("max 100000", 63), ("", 63), (None, 63)],
+)
+def test_a_containers_quota(
+    content: str | None, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if content is not None:
+        (tmp_path / "cpu.max").write_text(content)
+    monkeypatch.setattr(cpu_threads, "QUOTA", tmp_path / "cpu.max")
+    assert cpu_threads._quota() == count
+
+
+def test_hyperthreads_share_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 2, 3, 4, 9})
+    monkeypatch.setattr(cpu_threads, "_siblings", lambda cpu: {cpu % 8, cpu % 8 + 8})
+    monkeypatch.setattr(cpu_threads, "_quota", lambda: 63)
+    assert cpu_threads.usable_cores() == [1, 2, 3, 4]
+
+
+def test_another_library_is_refused() -> None:
+    python = Path(sys.executable).resolve()
+    with python.open("rb") as file, pytest.raises(LookupError, match="does not call"):
+        cpu_threads._addresses(file.read(), b"no_such_function")
