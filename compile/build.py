@@ -16,6 +16,7 @@ from typing import Any
 from compile.cache import cache_dir
 from compile.cpu_llama import CpuLlamaEmitter
 from compile.llama import LlamaEmitter
+from compile.matmul import Tuning
 from compile.model import QUANTIZED, ModelOptions
 from compile.quantize import GROUP
 from compile.sources import DEMO_SHA256, Source, open_source
@@ -70,6 +71,7 @@ class BuildOptions:
     target: "cpu" or an AMD chip such as "gfx942"; cpu: "host", "generic", "x86-64-v3" or
     "x86-64-v4". weight_dtype, kv_dtype: "f32", "f16" or "bf16". page_size: tokens a KV page.
     row_major: matrices row by row, as GPUs have them, on a CPU too (to test that code there).
+    tuning: of a CPU's kernels; see `compile.search`.
     """
 
     target: str = "cpu"
@@ -81,6 +83,7 @@ class BuildOptions:
     decode_batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
     max_seq_len: int | None = None
     row_major: bool = False
+    tuning: Tuning | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (("weight_dtype", (*DTYPES, *QUANTIZED)), ("kv_dtype", DTYPES)):
@@ -112,7 +115,7 @@ def build(
     its path. Raises CompileError.
     """
     options = options or BuildOptions()
-    target = resolve_target(options.target, options.cpu)
+    target = _target(options)
     output = Path(output).expanduser().absolute()
     _check_output(output, force)
     opened = open_source(source, lambda message: progress(message, None))
@@ -144,11 +147,15 @@ def demo(options: BuildOptions | None = None, *, progress: Progress = _silent) -
 def _fingerprint(source_sha256: str, options: BuildOptions) -> str:
     """A hash of everything that a build depends on."""
     digest = hashlib.sha256(f"{source_sha256} {COMPILER_VERSION} {options}".encode())
-    digest.update(repr(resolve_target(options.target, options.cpu)).encode())
+    digest.update(repr(_target(options)).encode())
     here = Path(__file__).parent
     for path in sorted([*here.glob("*.py"), *map(Path, (artifact.__file__, irpa.__file__))]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _target(options: BuildOptions) -> Target:
+    return dataclasses.replace(resolve_target(options.target, options.cpu), tuning=options.tuning)
 
 
 def _check_output(output: Path, force: bool) -> None:

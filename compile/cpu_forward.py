@@ -14,15 +14,13 @@ from dataclasses import dataclass
 from compile.config import LlamaConfig
 from compile.cpu_attention import QUERY_ROWS, SPLIT, Attention, AttentionMemory, KVLayout
 from compile.kernel import LINE, KernelBuilder, Memory, Views, vector_type
-from compile.matmul import Activations, Format, Vectors
+from compile.matmul import TILES, Activations, Format, Vectors
 from compile.mlir import Builder, Dim, Scalar, Tensor, tensor_type
 from compile.model import MASKED, SUMMARY, ModelOptions, Parameter
 from compile.quantize import GROUP
 
 WORKGROUPS = 64  # at least one a thread; those that find all done return at once
-TASK_BYTES = 1 << 17  # of weights: one long stream is read faster than several short ones
 MIN_TASKS = 16  # of a matrix, or some threads would wait for others
-ROW_CHUNK = 128  # rows of a matrix product's task
 SUMMARY_TASK = 16  # such blocks
 PHASES = 10  # a layer
 
@@ -372,32 +370,43 @@ class Forward:
         """Rows of x [M, K] times a matrix [N, K]: `use(sums, row, block)`, two vectors a row."""
         k, format_ = self.k, format_ or self.shape.layers
         num_blocks, block_bytes = -(-size[0] // self.vectors.block), format_.block_bytes(size[1])
-        run = max(1, min(TASK_BYTES // block_bytes, num_blocks // MIN_TASKS))
-        num_runs = -(-num_blocks // run)
-        chunks = (num_rows + (ROW_CHUNK - 1)) // ROW_CHUNK
+        tuning = self.vectors.tuning
+        # One long stream of weights is read faster than several short ones.
+        run = max(1, min(tuning.task_bytes // block_bytes, num_blocks // MIN_TASKS))
+        num_runs, row_chunk = -(-num_blocks // run), tuning.row_chunk
+
+        def multiply(row: Scalar, num_rows: int, block: Scalar, count: int) -> None:
+            rows = [row + r for r in range(num_rows)]
+            starts = [weight + (block + i) * block_bytes for i in range(count)]
+            sums = format_.product(k, self.weights, starts, size[1], x, rows)
+            for i in range(count):
+                use(sums[i * TILES :][: TILES * num_rows], row, block + i)
+
+        chunks = (num_rows + (row_chunk - 1)) // row_chunk
         with k.phase(self.counters, number, chunks * num_runs) as task:
-            first, low = task % num_runs * run, task // num_runs * ROW_CHUNK
-            high = (low + ROW_CHUNK).minimum(num_rows)
+            first, low = task % num_runs * run, task // num_runs * row_chunk
+            high = (low + row_chunk).minimum(num_rows)
             last = (first + run).minimum(k.scalar(num_blocks, "index"))
+            single = low + (high - low) // 2 * 2
             with k.loop(first, last) as block:
+                self._in_groups(
+                    low, single, format_.max_rows, 2, lambda i, n: multiply(i, n, block, 1)
+                )
+            with k.loop(single, high) as row:
+                self._in_groups(
+                    first, last, format_.blocks_at_once, 1, lambda i, n: multiply(row, 1, i, n)
+                )
 
-                def tile(row: Scalar, count: int, block: Scalar = block) -> None:
-                    rows = [row + r for r in range(count)]
-                    start = weight + block * block_bytes
-                    use(format_.product(k, self.weights, start, size[1], x, rows), row, block)
-
-                self._by_rows(low, high, format_.max_rows, tile)
-
-    def _by_rows(
-        self, low: Scalar, high: Scalar, count: int, tile: Callable[[Scalar, int], None]
+    def _in_groups(
+        self, low: Scalar, high: Scalar, most: int, least: int, do: Callable[[Scalar, int], None]
     ) -> None:
-        """All rows, `count` at once, then fewer."""
-        while count:
-            num_tiles = (high - low) // count
-            with self.k.loop(0, num_tiles) as i:
-                tile(low + i * count, count)
-            low = low + num_tiles * count
-            count //= 2
+        """From `low` to `high` in groups of `most`, then of half as many, down to `least`."""
+        while most >= least:
+            count = (high - low) // most
+            with self.k.loop(0, count) as i:
+                do(low + i * most, most)
+            low = low + count * most
+            most //= 2
 
     def _each(self, sums: list[Scalar], row: Scalar, block: Scalar) -> list[tuple[Scalar, ...]]:
         """(value, row, first output feature) of each vector."""

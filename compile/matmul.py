@@ -17,20 +17,37 @@ from compile.model import ITEM_BYTES, QUANTIZED, Parameter
 from compile.quantize import GROUP, ZERO
 
 TILES = 2  # vectors of output features in a block
-AHEAD = 1024  # bytes that a single row, which waits for memory, asks for in advance
 PARTS = 2  # of a quantized activation: high, low
 LARGEST = 127 * 128 + 63  # of its values
 REGISTER_BITS = {4: "128", 8: "256", 16: "512"}  # by f32 lanes
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """What `compile.search` finds for a CPU.
+
+    ahead: bytes that a single row, which waits for memory, asks for in advance. blocks: of outputs
+    that a single row computes at once: sums that do not wait for one another. task_bytes: weights
+    of a task. row_chunk: rows of a task.
+    """
+
+    ahead: int = 1024
+    blocks: int = 1
+    task_bytes: int = 1 << 17
+    row_chunk: int = 128
+
+
+@dataclass(frozen=True)
 class Vectors:
-    """What a CPU has: f32 lanes of a vector, rows of one product, dot products of bf16 and int8."""
+    """What a CPU has: f32 lanes of a vector, rows of one product, dot products of bf16 and int8,
+    and tiles (AMX) of bf16."""
 
     lanes: int
     max_rows: int
     has_dot: bool = False
     has_int8_dot: bool = False
+    has_tiles: bool = False
+    tuning: Tuning = Tuning()
 
     @property
     def block(self) -> int:
@@ -180,20 +197,29 @@ class Format:
             return -(-cols // GROUP) * self.group_bytes
         return -(-cols // self.unit) * self.vectors.block * self.operand.unit_bytes
 
+    @property
+    def blocks_at_once(self) -> int:
+        """Of a single row's product."""
+        return 1 if self.is_quantized else self.vectors.tuning.blocks
+
     def product(
-        self, k: KernelBuilder, weights: Views, start: Scalar, cols: int, x: Activations,
+        self, k: KernelBuilder, weights: Views, blocks: Sequence[Scalar], cols: int, x: Activations,
         rows: Sequence[Scalar],
     ) -> list[Scalar]:  # fmt: skip
-        """Rows of x [M, K] times the block at byte `start`: two f32 vectors a row."""
+        """Rows of x [M, K] times blocks that begin at these bytes: of a row, two f32 vectors each.
+
+        A single row takes `blocks_at_once`; several take one.
+        """
         lanes = self.vectors.lanes
-        sums = [k.scalar(0.0, vector_type(lanes, "f32"))] * (TILES * len(rows))
+        sums = [k.scalar(0.0, vector_type(lanes, "f32"))] * (TILES * len(rows) * len(blocks))
         if self.is_quantized:
-            return self._product_of_groups(k, weights, start, cols, x, rows, sums)
+            return self._product_of_groups(k, weights, blocks[0], cols, x, rows, sums)
         op = self.operand
-        first = start // op.unit_bytes
+        firsts = [start // op.unit_bytes for start in blocks]
         streams = Streams(
-            weights[op.unit_dtype], op, [first, first + lanes], self.vectors.block, lanes,
-            AHEAD // op.unit_bytes if len(rows) == 1 else 0,
+            weights[op.unit_dtype], op, [first + t * lanes for first in firsts for t in (0, 1)],
+            self.vectors.block, lanes,
+            self.vectors.tuning.ahead // op.unit_bytes if len(rows) == 1 else 0,
         )  # fmt: skip
         starts = [row * (x.row_bytes // x.unit_bytes) for row in rows]
         return product(k, streams, x.units, starts, -(-cols // op.unit), sums)
@@ -210,7 +236,7 @@ class Format:
             at = start + g * self.group_bytes
             if len(rows) == 1:
                 for line in range(0, self.group_bytes, 64):
-                    weights["i8"].prefetch(at + (AHEAD + line))
+                    weights["i8"].prefetch(at + (self.vectors.tuning.ahead + line))
             dots = self._dots(k, weights, at, x, rows, g)
             numbers = (at + (self.group_bytes - self._number_bytes)) // 2
             half = [numbers + t * lanes for t in range(self._number_bytes // 2 // lanes)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from compile.matmul import Vectors
+from compile.matmul import Tuning, Vectors
 from sf_local.artifact import host_cpu_features
 from sf_local.errors import UnsupportedError
 
@@ -34,6 +34,7 @@ class Target:
     name: str  # "cpu" or a chip
     cpu_level: str = "host"
     cpu_features: tuple[str, ...] = ()
+    tuning: Tuning | None = None  # instead of what is known for such a CPU
 
     @property
     def device(self) -> str:
@@ -54,9 +55,13 @@ class Target:
         if self.device == "hip":
             return None
         features = self.cpu_features
+        tuning = self.tuning or Tuning()
         if "avx512f" in features:
-            return Vectors(16, 8, "avx512_bf16" in features, "avx512_vnni" in features)
-        return Vectors(8, 4) if "avx2" in features else Vectors(4, 4)
+            return Vectors(
+                16, 8, "avx512_bf16" in features, "avx512_vnni" in features, tuning=tuning
+            )
+        lanes = 8 if "avx2" in features else 4
+        return Vectors(lanes, 4, tuning=tuning)
 
     @property
     def flags(self) -> tuple[str, ...]:

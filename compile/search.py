@@ -1,0 +1,112 @@
+"""`python -m compile.search`: which tuning of the CPU's kernels is fastest on this machine.
+
+One setting after the other, each value built, and all of them measured in turn in one process; the
+best stays for the next. What came out for the CPUs at hand is in `target.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+from compile.build import BuildOptions, build
+from compile.matmul import Tuning
+from compile.target import resolve_target
+from sf_local.engine import Engine
+from sf_local.request import SamplingParams
+
+VALUES = {
+    "ahead": (0, 512, 1024, 2048, 4096),
+    "blocks": (1, 2, 4),
+    "task_bytes": (1 << 16, 1 << 17, 1 << 18, 1 << 19),
+    "row_chunk": (64, 128, 256, 512),
+}
+Measure = Callable[[Engine], float]
+
+
+def main() -> None:
+    args = _parser().parse_args()
+    vectors = resolve_target("cpu", args.cpu).vectors
+    assert vectors is not None
+    best = vectors.tuning
+    for name in args.settings:
+        candidates = [replace(best, **{name: value}) for value in VALUES[name]]
+        if best not in candidates:
+            candidates.insert(0, best)
+        print(f"\n{name}, with {best}")
+        figures = compare(args, candidates)
+        base = figures[candidates.index(best)]
+        ratios = [[ours / theirs for ours, theirs in zip(f, base, strict=True)] for f in figures]
+        for candidate, values, ratio in zip(candidates, figures, ratios, strict=True):
+            cells = [f"{v:9,.0f} ({r:4.2f})" for v, r in zip(values, ratio, strict=True)]
+            print(f"  {getattr(candidate, name):>8} {' '.join(cells)}", flush=True)
+        best = candidates[max(range(len(candidates)), key=lambda i: math.prod(ratios[i]))]
+    print(f"\n{args.weights}: {best}")
+
+
+def compare(args: argparse.Namespace, candidates: Sequence[Tuning]) -> list[list[float]]:
+    """Tokens a second of each measurement for each candidate: medians of rounds in turn."""
+    with tempfile.TemporaryDirectory(prefix="sf-search-") as folder, ExitStack() as stack:
+        engines = []
+        for i, tuning in enumerate(candidates):
+            options = BuildOptions(
+                cpu=args.cpu, weight_dtype=args.weights, tuning=tuning, prefill_batch_sizes=(1,),
+                decode_batch_sizes=(1, 8),
+            )  # fmt: skip
+            path = build(args.source, Path(folder) / str(i), options)
+            engines.append(stack.enter_context(Engine(path, kv_memory="128MiB")))
+        rounds = [[[measure(e) for measure in MEASURES.values()] for e in engines]
+                  for _ in range(args.rounds + 1)]  # fmt: skip
+        return [
+            [median(r[e][m] for r in rounds[1:]) for m in range(len(MEASURES))]
+            for e in range(len(engines))
+        ]
+
+
+def _decode(rows: int) -> Measure:
+    def measure(engine: Engine) -> float:
+        params = SamplingParams(max_new_tokens=64, ignore_eos=True, temperature=0)
+        handles = [engine.submit(_prompt(engine, 16), params) for _ in range(rows)]
+        outputs = [handle.result() for handle in handles]
+        spans = [output.latency - output.time_to_first_token for output in outputs]
+        return rows * (params.max_new_tokens - 1) / median(spans)
+
+    return measure
+
+
+def _prefill(engine: Engine) -> float:
+    output = engine.generate(_prompt(engine, 512), SamplingParams(max_new_tokens=1))
+    return 512 / output.time_to_first_token
+
+
+def _prompt(engine: Engine, length: int) -> list[int]:
+    return random.choices(range(engine.vocab_size), k=length)
+
+
+MEASURES: dict[str, Measure] = {
+    "decode 1": _decode(1), "decode 8": _decode(8), "prefill 512": _prefill,
+}  # fmt: skip
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m compile.search",
+        description=f"Tokens a second of {', '.join(MEASURES)}, for each value of each setting.",
+    )
+    parser.add_argument("settings", nargs="*", default=list(VALUES), help=f"{', '.join(VALUES)}")
+    parser.add_argument("--source", default="demo", help="as sf-compile takes it (%(default)s)")
+    parser.add_argument("--weights", help="weight type (default: the target's)")
+    parser.add_argument("--cpu", default="host", help="CPU level (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
