@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from compile import tiles
 from compile.config import LlamaConfig
 from compile.cpu_attention import QUERY_ROWS, SPLIT, Attention, AttentionMemory, KVLayout
 from compile.kernel import LINE, KernelBuilder, Memory, Views, vector_type
@@ -18,6 +19,7 @@ from compile.matmul import TILES, Activations, Format, Vectors
 from compile.mlir import Builder, Dim, Scalar, Tensor, tensor_type
 from compile.model import MASKED, SUMMARY, ModelOptions, Parameter
 from compile.quantize import GROUP
+from compile.tiles import Tiles
 
 WORKGROUPS = 64  # at least one a thread; those that find all done return at once
 MIN_TASKS = 16  # of a matrix, or some threads would wait for others
@@ -28,7 +30,7 @@ PHASES = 10  # a layer
 ROWS, GROUPS, OUTPUTS, SPLITS = range(4)
 SEQUENCE, POSITION, TOKEN, GROUP_ROW, GROUP_LEN, OUTPUT_ROW, OUTPUT_TO = range(7)
 
-Size = int | str  # "n" | "seq_len" | "rows" | "splits": known when it is called
+Size = int | str  # "n" | "seq_len" | "rows" | "tiled" | "splits": known when it is called
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class Shape:
         ends = Format("int8", vectors) if options.weight_dtype == "int4" else layers
         group = GROUP if layers.is_quantized else 1
         hidden = padded(config.hidden_size, math.lcm(vectors.block, group))
-        inner = padded(config.intermediate_size, math.lcm(vectors.lanes, group))
+        columns = tiles.COLUMNS if layers.is_tiled else 1
+        inner = padded(config.intermediate_size, math.lcm(vectors.lanes, group, columns))
         return cls(config, options, vectors, layers, ends, hidden, inner, {})
 
     @property
@@ -94,6 +97,27 @@ class Shape:
             for name, size in matrices.items():
                 found.append(self.layers.parameter(f"blk.{i}.{name}.weight", *size))
         return found
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows low .. high - 1 of x [M, K] times blocks first .. last - 1 of a matrix [N, K].
+
+    use(sums, row, block): what becomes of a block's outputs, two f32 vectors a row.
+    """
+
+    format: Format
+    weight: Scalar  # the matrix's first byte
+    cols: int
+    x: Activations
+    first: Scalar
+    last: Scalar
+    low: Scalar
+    high: Scalar
+    use: Callable[[list[Scalar], Scalar, Scalar], None]
+
+    def block_at(self, block: Scalar) -> Scalar:
+        return self.weight + block * self.format.block_bytes(self.cols)
 
 
 class Forward:
@@ -132,7 +156,9 @@ class Forward:
         inputs = [weights, args["tokens"], args["start_pos"], args["seq_lens"],
                   args["seq_block_ids"], args["scales"], counters, cache]  # fmt: skip
         constants = [b.index(d).to("i32") for d in (n, seq_len, num_pages, splits)]
-        sizes = {"n": n, "seq_len": seq_len, "rows": b.product(n, seq_len), "splits": splits}
+        rows = b.product(n, seq_len)
+        tiled = (b.index(rows) + (tiles.MOST * tiles.LINES - 1)).name  # tiles reach beyond the rows
+        sizes = {"n": n, "seq_len": seq_len, "rows": rows, "tiled": tiled, "splits": splits}
         outputs = [
             Tensor("", tuple(sizes[d] if isinstance(d, str) else d for d in dims), dtype)
             for dims, dtype in self._outputs
@@ -189,7 +215,9 @@ class Forward:
         self.attention = Attention(
             k, kv, self.vectors, memory, lambda row: self._table(POSITION, row), self._page
         )
-        self._outputs.append(((WORKGROUPS, self.attention.local_size), "f32"))
+        local_size = max(self.attention.local_size, tiles.SCRATCH)
+        self._outputs.append(((WORKGROUPS, local_size), "f32"))
+        self.tiles = Tiles(k, local, self.workgroup * local_size) if s.layers.is_tiled else None
 
     def _output(self, dims: tuple[Size, ...], dtype: str = "f32") -> Views:
         self._outputs.append((dims, dtype))
@@ -200,7 +228,7 @@ class Forward:
 
     def _activations(self, width: int) -> Activations:
         layers = self.shape.layers
-        views = self._output(("rows", Activations.bytes_of_row(layers, width)), "i8")
+        views = self._output(("tiled", Activations.bytes_of_row(layers, width)), "i8")
         return Activations(self.k, views, layers, width)
 
     def _at(self, name: str, layer: Scalar | None = None) -> Scalar:
@@ -229,6 +257,8 @@ class Forward:
         k, end = self.k, PHASES * self.config.num_layers + 2
         is_open = self.counters.load((end + 5) * 2 * LINE + LINE).less(k.scalar(1, "i32"))
         with k.when(is_open):
+            if self.tiles:
+                self.tiles.open()
             number = k.scalar(0, "index")
             with k.phase(self.counters, number, k.scalar(1, "index")):
                 self._set_up()
@@ -240,6 +270,8 @@ class Forward:
             self._finish(k.scalar(end, "index"))
             with k.phase(self.counters, number + (end + 5), k.scalar(1, "index")):
                 pass
+            if self.tiles:
+                self.tiles.close()
 
     def _set_up(self) -> None:
         """Fill the tables."""
@@ -375,27 +407,53 @@ class Forward:
         run = max(1, min(tuning.task_bytes // block_bytes, num_blocks // MIN_TASKS))
         num_runs, row_chunk = -(-num_blocks // run), tuning.row_chunk
 
-        def multiply(row: Scalar, num_rows: int, block: Scalar, count: int) -> None:
-            rows = [row + r for r in range(num_rows)]
-            starts = [weight + (block + i) * block_bytes for i in range(count)]
-            sums = format_.product(k, self.weights, starts, size[1], x, rows)
-            for i in range(count):
-                use(sums[i * TILES :][: TILES * num_rows], row, block + i)
-
         chunks = (num_rows + (row_chunk - 1)) // row_chunk
-        with k.phase(self.counters, number, chunks * num_runs) as task:
-            first, low = task % num_runs * run, task // num_runs * row_chunk
+        with k.phase(self.counters, number, chunks * num_runs) as number_of_task:
+            first, low = number_of_task % num_runs * run, number_of_task // num_runs * row_chunk
             high = (low + row_chunk).minimum(num_rows)
             last = (first + run).minimum(k.scalar(num_blocks, "index"))
-            single = low + (high - low) // 2 * 2
-            with k.loop(first, last) as block:
-                self._in_groups(
-                    low, single, format_.max_rows, 2, lambda i, n: multiply(i, n, block, 1)
-                )
-            with k.loop(single, high) as row:
-                self._in_groups(
-                    first, last, format_.blocks_at_once, 1, lambda i, n: multiply(row, 1, i, n)
-                )
+            task = Task(format_, weight, size[1], x, first, last, low, high, use)
+            if format_.is_tiled and size[1] % tiles.COLUMNS == 0:
+                self._multiply_tiles(task)
+            else:
+                self._multiply_vectors(task)
+
+    def _multiply_vectors(self, task: Task) -> None:
+        def multiply(row: Scalar, num_rows: int, block: Scalar, count: int) -> None:
+            rows = [row + r for r in range(num_rows)]
+            starts = [task.block_at(block + i) for i in range(count)]
+            sums = task.format.product(self.k, self.weights, starts, task.cols, task.x, rows)
+            for i in range(count):
+                task.use(sums[i * TILES :][: TILES * num_rows], row, block + i)
+
+        single = task.low + (task.high - task.low) // 2 * 2
+        with self.k.loop(task.first, task.last) as block:
+            self._in_groups(
+                task.low, single, task.format.max_rows, 2, lambda i, n: multiply(i, n, block, 1)
+            )
+        with self.k.loop(single, task.high) as row:
+            self._in_groups(
+                task.first, task.last, task.format.blocks_at_once, 1,
+                lambda i, n: multiply(row, 1, i, n),
+            )  # fmt: skip
+
+    def _multiply_tiles(self, task: Task) -> None:
+        assert self.tiles is not None
+        used = self.tiles
+
+        def multiply(first: Scalar, count: int, block: Scalar) -> None:
+            start = task.block_at(block)
+            rows = count // tiles.LINES
+            used.multiply(task.format, self.weights, start, task.cols, task.x, first, rows)
+            with self.k.loop(0, (task.high - first).minimum(self.k.scalar(count, "index"))) as row:
+                task.use(used.sums(row), first + row, block)
+
+        height = (task.high - task.low + (tiles.LINES - 1)) // tiles.LINES * tiles.LINES
+        with self.k.loop(task.first, task.last) as block:
+            self._in_groups(
+                task.low, task.low + height, tiles.MOST * tiles.LINES, tiles.LINES,
+                lambda first, count: multiply(first, count, block),
+            )  # fmt: skip
 
     def _in_groups(
         self, low: Scalar, high: Scalar, most: int, least: int, do: Callable[[Scalar, int], None]

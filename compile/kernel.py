@@ -185,6 +185,15 @@ class KernelBuilder(Builder):
         steps = self.op(f"arith.constant dense<{list(range(lanes))}> : {kind}", kind)
         return self.broadcast(value, lanes) + steps
 
+    def pointer(self, memory: Memory, byte: Scalar) -> Scalar:
+        """To a byte of memory."""
+        base = self.op(
+            f"memref.extract_aligned_pointer_as_index {memory.name} : {memory.type} -> index",
+            "index",
+        )
+        address = (base + byte).to("i64")
+        return self.op(f"llvm.inttoptr {address.name} : i64 to !llvm.ptr", "!llvm.ptr")
+
     # Control flow
 
     @contextmanager
@@ -240,12 +249,7 @@ class KernelBuilder(Builder):
         self._wait(counters, done, total)
 
     def _wait(self, counters: Memory, index: Scalar, total: Scalar) -> None:
-        base = self.op(
-            f"memref.extract_aligned_pointer_as_index {counters.name} : {counters.type} -> index",
-            "index",
-        )
-        address = (base + index * 4).to("i64")
-        pointer = self.op(f"llvm.inttoptr {address.name} : i64 to !llvm.ptr", "!llvm.ptr")
+        pointer = self.pointer(counters, index * 4)
         with self.block("scf.while : () -> () {", "} do {"):
             value = self.op(
                 f"llvm.load {pointer.name} atomic acquire {{alignment = 4 : i64}} : "

@@ -198,6 +198,11 @@ class Format:
         return -(-cols // self.unit) * self.vectors.block * self.operand.unit_bytes
 
     @property
+    def is_tiled(self) -> bool:
+        """Whether matrices of whole tiles are multiplied with them; see `compile.tiles`."""
+        return not self.is_quantized and self.unit == 2 and self.vectors.has_tiles
+
+    @property
     def blocks_at_once(self) -> int:
         """Of a single row's product."""
         return 1 if self.is_quantized else self.vectors.tuning.blocks

@@ -23,7 +23,7 @@ from sf_local.engine import Engine
 from sf_local.request import SamplingParams
 
 VALUES = {
-    "ahead": (0, 512, 1024, 2048, 4096),
+    "ahead": (0, 1024, 2048, 4096, 8192),
     "blocks": (1, 2, 4),
     "task_bytes": (1 << 16, 1 << 17, 1 << 18, 1 << 19),
     "row_chunk": (64, 128, 256, 512),

@@ -20,11 +20,15 @@ _CPU_FEATURES = {
     "bmi2": "bmi2", "abm": "lzcnt", "avx512f": "avx512f", "avx512bw": "avx512bw",
     "avx512cd": "avx512cd", "avx512dq": "avx512dq", "avx512vl": "avx512vl",
     "avx512_vnni": "avx512vnni", "avx512_bf16": "avx512bf16", "avx512_fp16": "avx512fp16",
-    "avx512vbmi": "avx512vbmi",
+    "avx512vbmi": "avx512vbmi", "amx_tile": "amx-tile", "amx_bf16": "amx-bf16",
 }  # fmt: skip
 _V3 = ("ssse3", "sse4_1", "sse4_2", "popcnt", "cx16", "movbe", "avx", "f16c", "fma", "avx2", "bmi1",
        "bmi2", "abm")  # fmt: skip
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+
+# By `python -m compile.search` on two cores of a Xeon (Emerald Rapids): a single row is 1.2 times
+# as fast as with the default, 512 rows 1.14 times. On a Zen 4 the default won.
+TILED = Tuning(ahead=2048, blocks=2, row_chunk=64)
 
 
 @dataclass(frozen=True)
@@ -55,13 +59,12 @@ class Target:
         if self.device == "hip":
             return None
         features = self.cpu_features
-        tuning = self.tuning or Tuning()
-        if "avx512f" in features:
-            return Vectors(
-                16, 8, "avx512_bf16" in features, "avx512_vnni" in features, tuning=tuning
-            )
-        lanes = 8 if "avx2" in features else 4
-        return Vectors(lanes, 4, tuning=tuning)
+        has_tiles = {"avx512_bf16", "amx_tile", "amx_bf16"} <= set(features)
+        tuning = self.tuning or (TILED if has_tiles else Tuning())
+        if "avx512f" not in features:
+            return Vectors(8 if "avx2" in features else 4, 4, tuning=tuning)
+        has_dots = "avx512_bf16" in features, "avx512_vnni" in features
+        return Vectors(16, 8, *has_dots, has_tiles, tuning)
 
     @property
     def flags(self) -> tuple[str, ...]:

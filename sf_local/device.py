@@ -23,6 +23,7 @@ from sf_local.errors import DeviceError
 # token against 10.0). amdsharktank's CPU code needs more than the default 128 KiB of stack.
 IREE_FLAGS = ("--task_worker_spin_us=20", "--task_worker_stack_size=4194304")
 ALLOWED = '"cpu", "hip", or "hip:N" for the N-th AMD GPU'
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 
 _flags_parsed = False
 
@@ -121,6 +122,12 @@ def _parse_iree_flags() -> None:
     argc = ctypes.c_int(len(arguments))
     pointer = ctypes.cast(argv, ctypes.POINTER(ctypes.c_char_p))
     library.iree_flags_parse(0, ctypes.byref(argc), ctypes.byref(pointer))
+
+
+def allow_tiles() -> bool:
+    """Whether Linux lets this process use tile registers (AMX): one that does not ask is killed."""
+    libc = ctypes.CDLL(None)
+    return int(libc.syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA)) == 0
 
 
 def _libshortfin() -> Path:

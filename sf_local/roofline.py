@@ -19,6 +19,7 @@ import numpy as np
 
 from sf_local import irpa
 from sf_local.artifact import Artifact, host_cpu_features
+from sf_local.device import allow_tiles
 
 BUFFER_BYTES = 256 << 20  # far more than a cache holds
 PASSES = 5
@@ -31,6 +32,7 @@ INSTRUCTIONS = {
     "bf16": ("avx512_bf16", (2, 0x52), 64),  # vdpbf16ps
     "int8": ("avx512_vnni", (1, 0x50), 128),  # vpdpbusd
 }
+TILE_CHAINS, TILE_OPERATIONS = 4, 2 * 16 * 16 * 32  # of tdpbf16ps, on AMX's tiles
 KINDS = {"f16": "f32", "int4": "int8"}  # computed as another type
 WEIGHT_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "int8": 34 / 32, "int4": 20 / 32}  # groups of 32
 
@@ -66,11 +68,14 @@ def peak_flops(weight_dtype: str) -> Peak:
     """
     kind = KINDS.get(weight_dtype, weight_dtype)
     flag, opcode, operations = INSTRUCTIONS[kind]
-    if flag not in host_cpu_features() or platform.machine() != "x86_64":
+    features = host_cpu_features()
+    if flag not in features or platform.machine() != "x86_64":
         return Peak("numpy f32 matmul", _matmul_flops())
-    loop = _machine_code(*opcode)
+    loop, chains = _vector_loop(*opcode), CHAINS
+    if kind == "bf16" and "amx_bf16" in features and allow_tiles():
+        flag, loop, chains, operations = "amx_bf16", _tile_loop(), TILE_CHAINS, TILE_OPERATIONS
     calls = [lambda: loop(REPEATS)] * _num_cpus()
-    work = operations * CHAINS * REPEATS * len(calls)
+    work = operations * chains * REPEATS * len(calls)
     return Peak(flag, work / min(_seconds(calls) for _ in range(PASSES)))
 
 
@@ -115,17 +120,35 @@ def _seconds(calls: Sequence[Callable[[], object]]) -> float:
     return time.perf_counter() - started_at
 
 
-def _machine_code(prefix: int, opcode: int) -> Callable[[int], None]:
+def _vector_loop(prefix: int, opcode: int) -> Callable[[int], None]:
     """A function that repeats `zmm[i] += zmm12 * zmm13` for each i below CHAINS."""
-    code = b"\xc5\xfc\x77"  # vzeroall
     body = b"".join(
         bytes([0x62, 0x52 | (i < 8) << 7, 0x1C | prefix, 0x48, opcode, 0xC5 | (i & 7) << 3])
         for i in range(CHAINS)
-    ) + b"\x48\xff\xcf"  # dec rdi  # fmt: skip
+    )  # fmt: skip
+    return _loop(b"\xc5\xfc\x77", body, b"\xc5\xf8\x77")  # vzeroall, vzeroupper
+
+
+def _tile_loop() -> Callable[[int], None]:
+    """A function that repeats `tdpbf16ps tmm[i], tmm4, tmm5` for each i below TILE_CHAINS."""
+    config = bytes([1, *[0] * 15, *[64, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8])
+    data = ctypes.create_string_buffer(config, 64)
+    load = b"\x48\xbe" + ctypes.addressof(data).to_bytes(8, "little") + b"\xc4\xe2\x78\x49\x06"
+    body = b"".join(bytes([0xC4, 0xE2, 0x52, 0x5C, 0xC4 | i << 3]) for i in range(TILE_CHAINS))
+    loop = _loop(load, body, b"\xc4\xe2\x78\x49\xc0")  # ldtilecfg [rsi], tilerelease
+
+    def run(repeats: int, data: object = data) -> None:  # which must outlive the calls
+        loop(repeats)
+
+    return run
+
+
+def _loop(before: bytes, body: bytes, after: bytes) -> Callable[[int], None]:
+    """A function of machine code that does `body` as often as it is told."""
+    body += b"\x48\xff\xcf"  # dec rdi
     jump = b"\x0f\x85" + (-len(body) - 6).to_bytes(4, "little", signed=True)  # jnz to the body
-    code += body + jump + b"\xc5\xf8\x77\xc3"  # vzeroupper; ret
     page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-    page.write(code)
+    page.write(before + body + jump + after + b"\xc3")  # ret
     address = ctypes.addressof(ctypes.c_char.from_buffer(page))
     function = ctypes.CFUNCTYPE(None, ctypes.c_long)(address)
 

@@ -20,7 +20,7 @@ import shortfin.array as sfnp
 from numpy.typing import NDArray
 
 from sf_local.artifact import COMPILER_VERSION, REPAIR, Artifact, check_target
-from sf_local.device import Device
+from sf_local.device import Device, allow_tiles
 from sf_local.errors import (
     ArtifactError,
     CorruptFileError,
@@ -88,6 +88,11 @@ class ModelRunner:
     def __init__(self, artifact: Artifact, device: Device, num_pages: int) -> None:
         if artifact.manifest:
             check_target(artifact.manifest, device.kind)
+            if "amx_tile" in artifact.manifest.cpu_features and not allow_tiles():
+                raise TargetError(
+                    f"{artifact.vmfb}: compiled for AMX, which this system forbids; compile it "
+                    "with sf-compile --cpu x86-64-v4"
+                )
         self.artifact, self.config, self.num_pages = artifact, artifact.config, num_pages
         self._device = device
         self.is_broken = False  # a call failed: `recover` before the next one

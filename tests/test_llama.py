@@ -213,6 +213,25 @@ def test_decode_is_equal_to_the_bit_in_any_batch(
     np.testing.assert_array_equal(together, alone)
 
 
+@pytest.mark.parametrize("head_dim", [8, 32])
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_prefill_is_equal_to_the_bit_in_any_batch(
+    make_tiny: Callable[..., TinyModel], dtype: str, head_dim: int
+) -> None:
+    """Alone, and beside prompts of other lengths; below, at and above a tile's 16 rows."""
+    model = make_tiny(weight_dtype=dtype, kv_dtype=dtype, head_dim=head_dim)
+    prompts = [tokens_of(model, n, seed=n) for n in (3, 16, 50)]
+    rows = [Row(tokens, 0, list(range(1 + 8 * i, 8 + 8 * i))) for i, tokens in enumerate(prompts)]
+
+    async def use(runner: ModelRunner) -> tuple[np.ndarray, np.ndarray]:
+        alone = [(await runner.prefill([row])).logits for row in rows]
+        return np.concatenate(alone), (await runner.prefill(rows)).logits
+
+    with open_runner(model.artifact) as run:
+        alone, together = run(use)
+    np.testing.assert_array_equal(together, alone)
+
+
 QUANTIZABLE = {"head_dim": 32, "num_heads": 3, "num_kv_heads": 1, "hidden_size": 80}
 
 
@@ -260,9 +279,13 @@ def test_heads_that_groups_do_not_fit_are_refused(make_tiny: Callable[..., TinyM
         make_tiny(weight_dtype="int4", row_major=True, **QUANTIZABLE)
 
 
+@pytest.mark.parametrize("head_dim", [8, 32])
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
-def test_half_precision_stays_near(make_tiny: Callable[..., TinyModel], dtype: str) -> None:
-    model = make_tiny(weight_dtype=dtype, kv_dtype=dtype)
+def test_half_precision_stays_near(
+    make_tiny: Callable[..., TinyModel], dtype: str, head_dim: int
+) -> None:
+    """Heads of 8 make matrices whose columns fill no whole tile."""
+    model = make_tiny(weight_dtype=dtype, kv_dtype=dtype, head_dim=head_dim)
     tokens = tokens_of(model, 2 * PAGE + 3)
     expected = forward(model.config, model.weights, tokens)
 
