@@ -212,17 +212,19 @@ def open_workers(
     }
     for width, artifact in artifacts.items():
         kind = QUANTIZATIONS[width]
-        workers[f"ours {width}"] = _ours(artifact.vmfb.parent)
-        workers[f"llama.cpp {kind}"] = _peer(
+        workers[f"ours {width}"] = our_worker(artifact.vmfb.parent)
+        workers[f"llama.cpp {kind}"] = peer_worker(
             peers, "llama.cpp", "llama_cpp_python.py", partial(models.demo_as_gguf, kind)
         )
     if "bf16" in artifacts:
         folder = artifacts["bf16"].vmfb.parent
-        workers["transformers"] = _peer(
+        workers["transformers"] = peer_worker(
             peers, "transformers", "torch_transformers.py", models.demo_as_folder
         )
-        workers["shortfin HTTP"] = _peer(peers, "shortfin HTTP", "shortfin_http.py", lambda: folder)
-        workers["amdsharktank"] = _ours(sharktank) if sharktank else "no --amdsharktank given"
+        workers["shortfin HTTP"] = peer_worker(
+            peers, "shortfin HTTP", "shortfin_http.py", lambda: folder
+        )
+        workers["amdsharktank"] = our_worker(sharktank) if sharktank else "no --amdsharktank given"
     try:
         yield workers
     finally:
@@ -231,15 +233,18 @@ def open_workers(
                 worker.close()
 
 
-def _ours(folder: Path) -> Worker:
-    return Worker([sys.executable, SCRIPTS / "sf_engine.py", folder, str(CONTEXT)])
+def our_worker(folder: Path, context: int = CONTEXT) -> Worker:
+    return Worker([sys.executable, SCRIPTS / "sf_engine.py", folder, str(context)])
 
 
-def _peer(peers: Path, name: str, script: str, model: Callable[[], Path]) -> Worker | str:
+def peer_worker(
+    peers: Path, name: str, script: str, model: Callable[[], Path], context: int = CONTEXT
+) -> Worker | str:
+    """A peer on the file or folder that `model()` makes; or why there is none."""
     python = peers / ENVIRONMENTS[name] / "bin" / "python"
     if not python.exists():
         return f"not installed in {peers}"
-    return Worker([python, SCRIPTS / script, model(), str(CONTEXT), str(NUM_CORES)])
+    return Worker([python, SCRIPTS / script, model(), str(context), str(NUM_CORES)])
 
 
 def measure(

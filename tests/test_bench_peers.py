@@ -75,7 +75,7 @@ def test_table(peers: ModuleType) -> None:
 
 
 def test_missing_peers(peers: ModuleType, tmp_path: Path) -> None:
-    worker = peers._peer(tmp_path, "llama.cpp", "llama_cpp_python.py", Path)
+    worker = peers.peer_worker(tmp_path, "llama.cpp", "llama_cpp_python.py", Path)
     assert worker == f"not installed in {tmp_path}"
 
 

@@ -22,15 +22,15 @@ def demo_as_gguf(kind: str) -> Path:
     """The demo's matrices as Q4_1 (as they come), Q8_0 or F16; all of them, the embedding too."""
     if kind == "Q4_1":
         return demo_gguf()
-    return _kept(f"SmolLM2-135M-Instruct.{kind}.gguf", lambda path: _requantize(path, kind))
+    return kept(f"SmolLM2-135M-Instruct.{kind}.gguf", lambda path: _requantize(path, kind))
 
 
 def demo_as_folder() -> Path:
     """config.json and model.safetensors in bf16, as transformers reads them."""
-    return _kept("SmolLM2-135M-Instruct-bf16", _write_folder)
+    return kept("SmolLM2-135M-Instruct-bf16", _write_folder)
 
 
-def _kept(name: str, write: Callable[[Path], None]) -> Path:
+def kept(name: str, write: Callable[[Path], None]) -> Path:
     """The file or folder of that name; written in full, or not there."""
     path = cache_dir() / "models" / name
     if not path.exists():
