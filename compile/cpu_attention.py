@@ -25,6 +25,7 @@ from compile.model import ITEM_BYTES, MASKED
 
 QUERY_ROWS = 4  # rows of one sequence that attend together
 CHUNK = 256  # positions between two corrections of a softmax
+LINE_BYTES = 64  # of a cache
 SPLIT = 512  # positions of a task in decode, so that several threads share a long context
 
 
@@ -222,6 +223,8 @@ class Attention:
         num_pairs = (num_pages * (page_size // self.layout.position_lanes) + 1) // 2
         batches = [range(i, min(i + most, queries)) for i in range(0, queries, most)]
         with k.loop(0, num_pairs) as pair:
+            if num_rows == 1:  # which waits for memory
+                self._prefetch(chunk, pair)
             for batch in batches:
                 self._score(local, chunk, batch, pair)
         with k.loop(0, queries) as j:
@@ -229,6 +232,18 @@ class Attention:
             self._soften(local, j, last, num_pairs * 2)
         for batch in batches:
             self._weigh(local, chunk, batch, num_pages)
+
+    def _prefetch(self, chunk: Chunk, pair: Scalar) -> None:
+        """The keys of the next pair of vectors, and the values of this one: pages lie far apart."""
+        p, cache = self.layout.position_lanes, self.memory.cache[self.layout.operand.dtype]
+        size = p * self.config.head_dim
+        for t in (0, 1):
+            this = chunk.start + (pair * 2 + t) * p
+            [keys, _], [_, values] = (self._starts(chunk, at) for at in (this + 2 * p, this))
+            offset = this % self.layout.page_size * self.config.head_dim
+            for line in range(0, size, LINE_BYTES // ITEM_BYTES[cache.dtype]):
+                cache.prefetch(keys + (offset + line))
+                cache.prefetch(values + (offset + line))
 
     def _score(self, local: Local, chunk: Chunk, queries: range, pair: Scalar) -> None:
         """Scores [queries, 2 p] of two vectors of positions."""
