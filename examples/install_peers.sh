@@ -25,9 +25,10 @@ install() { # NAME PIP-ARGUMENTS...
   "$python" -m venv "$folder/$1"
   "$folder/$1/bin/pip" install --quiet --no-cache-dir "${@:2}"
 }
-# Where llama.cpp's AMX code ends with an illegal instruction (Q8_0 and Q4_1 in 0.3.36, on a virtual
-# Xeon), build without: CMAKE_ARGS="-DCMAKE_CXX_FLAGS=-mno-amx-tile" install_peers.sh FOLDER
-CMAKE_ARGS="-DGGML_NATIVE=ON ${CMAKE_ARGS:-}" install llama --no-binary llama-cpp-python "llama-cpp-python==0.3.36"
+# Where llama.cpp's AMX code ends with an illegal instruction (0.3.36 on a virtual Xeon), leave it
+# out: CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON \
+# -DGGML_AVX512_BF16=ON"
+CMAKE_ARGS="${CMAKE_ARGS:--DGGML_NATIVE=ON}" install llama --no-binary llama-cpp-python "llama-cpp-python==0.3.36"
 install torch "torch==2.13.0" "transformers==5.24.0"
 install shortfin "shortfin[apps]==3.9.0" "iree-base-compiler==3.9.0" # which its server imports
 echo "done; now: python examples/bench_peers.py --bf16 ARTIFACT --peers $folder"
