@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         "--target",
         default=defaults.target,
         metavar="TARGET",
-        help=f"cpu (default), {', '.join(HIP_CHIPS)}",
+        help=f"cpu (default), {', '.join(HIP_CHIPS)}; or several, with commas between",
     )
     parser.add_argument(
         "--cpu",

@@ -68,8 +68,9 @@ class BuildOptions:
     """What to build; raises UnsupportedError for values that cannot be built.
 
     None means the target's default; for max_seq_len, in tokens, the model's own context.
-    target: "cpu" or an AMD chip such as "gfx942"; cpu: "host", "generic", "x86-64-v3" or
-    "x86-64-v4". weight_dtype, kv_dtype: "f32", "f16" or "bf16". page_size: tokens a KV page.
+    target: "cpu", an AMD chip such as "gfx942", or several as "gfx942,gfx1100,cpu"; cpu: "host",
+    "generic", "x86-64-v3" or "x86-64-v4". weight_dtype, kv_dtype: "f32", "f16" or "bf16".
+    page_size: tokens a KV page.
     row_major: matrices row by row, as GPUs have them, on a CPU too (to test that code there).
     tuning: of a CPU's kernels; see `compile.search`.
     """
@@ -115,19 +116,28 @@ def build(
     its path. Raises CompileError.
     """
     options = options or BuildOptions()
-    target = _target(options)
+    targets = _targets(options)
     output = Path(output).expanduser().absolute()
     _check_output(output, force)
     opened = open_source(source, lambda message: progress(message, None))
     check_tensors(opened)
-    emitter = _emitter(opened, options, target)
-    with _staging(output) as folder:
-        opened.write_tokenizer(folder)
-        _check_tokenizer(folder, opened)
-        _write_model(folder, opened, emitter, target, progress)
-        if not keep_mlir:
-            (folder / MLIR).unlink()
-        _write_descriptions(folder, opened, emitter, options, target)
+    emitters = [_emitter(opened, options, target) for target in targets]
+    weights: dict[str, str] = {}  # parameters -> the target whose file has them
+    with _staging(output) as whole:
+        for target, emitter in zip(targets, emitters, strict=True):
+            folder = whole if len(targets) == 1 else whole / target.name
+            folder.mkdir(exist_ok=True)
+            opened.write_tokenizer(folder)
+            _check_tokenizer(folder, opened)
+            same = weights.setdefault(repr(emitter.parameters), target.name)
+            if same == target.name:
+                _write_weights(folder / WEIGHTS, opened, emitter, progress)
+            else:
+                (folder / WEIGHTS).symlink_to(Path("..", same, WEIGHTS))
+            _write_model(folder, emitter, target, progress)
+            if not keep_mlir:
+                (folder / MLIR).unlink()
+            _write_descriptions(folder, opened, emitter, target)
     return output
 
 
@@ -139,7 +149,7 @@ def demo(options: BuildOptions | None = None, *, progress: Progress = _silent) -
     """
     options = options or BuildOptions()
     folder = cache_dir() / "artifacts" / f"smollm2-{_fingerprint(DEMO_SHA256, options)}"
-    if not (folder / MANIFEST).exists():
+    if not _is_artifact(folder):
         build("demo", folder, options, force=True, progress=progress)
     return folder
 
@@ -147,15 +157,19 @@ def demo(options: BuildOptions | None = None, *, progress: Progress = _silent) -
 def _fingerprint(source_sha256: str, options: BuildOptions) -> str:
     """A hash of everything that a build depends on."""
     digest = hashlib.sha256(f"{source_sha256} {COMPILER_VERSION} {options}".encode())
-    digest.update(repr(_target(options)).encode())
+    digest.update(repr(_targets(options)).encode())
     here = Path(__file__).parent
     for path in sorted([*here.glob("*.py"), *map(Path, (artifact.__file__, irpa.__file__))]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _target(options: BuildOptions) -> Target:
-    return dataclasses.replace(resolve_target(options.target, options.cpu), tuning=options.tuning)
+def _targets(options: BuildOptions) -> list[Target]:
+    names = options.target.split(",")
+    if len(set(names)) < len(names):
+        raise UnsupportedError(f"target={options.target!r} names one twice")
+    found = [resolve_target(name, options.cpu) for name in names]
+    return [dataclasses.replace(target, tuning=options.tuning) for target in found]
 
 
 def _check_output(output: Path, force: bool) -> None:
@@ -164,8 +178,13 @@ def _check_output(output: Path, force: bool) -> None:
         return
     if not force:
         raise OutputError(f"{output} exists already; use --force to replace it, or another folder")
-    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).exists()):
+    if not output.is_dir() or (any(output.iterdir()) and not _is_artifact(output)):
         raise OutputError(f"{output} is no artifact, so --force does not replace it; remove it")
+
+
+def _is_artifact(folder: Path) -> bool:
+    """Of one target, or of several."""
+    return (folder / MANIFEST).exists() or any(folder.glob(f"*/{MANIFEST}"))
 
 
 def _emitter(source: Source, options: BuildOptions, target: Target) -> Emitter:
@@ -241,14 +260,15 @@ def _check_tokenizer(folder: Path, source: Source) -> None:
             )
 
 
-def _write_model(
-    folder: Path, source: Source, emitter: Emitter, target: Target, progress: Progress
-) -> None:
-    """weights.irpa, model.mlir, model.vmfb and the tokenizer's files."""
+def _write_weights(path: Path, source: Source, emitter: Emitter, progress: Progress) -> None:
     write_weights(
-        folder / WEIGHTS, source, list(emitter.parameters.values()),
+        path, source, list(emitter.parameters.values()),
         lambda done, total: progress("converting weights", done / total),
     )  # fmt: skip
+
+
+def _write_model(folder: Path, emitter: Emitter, target: Target, progress: Progress) -> None:
+    """model.mlir and model.vmfb."""
     progress(f"compiling for {target.name}", None)
     (folder / MLIR).write_text(emitter.emit())
     _iree_compile(folder / MLIR, folder / VMFB, target)
@@ -270,9 +290,7 @@ def _iree_compile(mlir: Path, vmfb: Path, target: Target) -> None:
         )
 
 
-def _write_descriptions(
-    folder: Path, source: Source, emitter: Emitter, options: BuildOptions, target: Target
-) -> None:
+def _write_descriptions(folder: Path, source: Source, emitter: Emitter, target: Target) -> None:
     """config.json, then artifact.json, which holds the hashes of all other files."""
     config = _model_config(emitter)
     (folder / CONFIG).write_text(_json(dataclasses.asdict(config)))

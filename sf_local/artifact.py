@@ -169,15 +169,16 @@ def open_artifact(
     config: str | Path | None = None,
     parameters: str | Path | Sequence[str | Path] | None = None,
     tokenizer: str | Path | None = None,
+    targets: Sequence[str] = (),
 ) -> Artifact:
     """Find the files of an artifact and check them against each other.
 
     `vmfb` is the artifact's folder, or a `.vmfb` file with the rest found beside it or given by
-    the other arguments (`tokenizer` is a folder, or a tokenizer.json). Raises ArtifactError.
+    the other arguments (`tokenizer` is a folder, or a tokenizer.json). Of a folder that was
+    compiled for several targets the first of `targets` that is there, or of all. Raises
+    ArtifactError.
     """
-    path = Path(vmfb).expanduser()
-    if not path.exists():
-        raise MissingFileError(f"vmfb={str(vmfb)!r}: no such file or folder; {REPAIR}")
+    path = find_target(vmfb, targets)
     folder = path if path.is_dir() else path.parent
     vmfb_path = _existing(path / VMFB if path.is_dir() else path)
     manifest = _read_manifest(folder / MANIFEST)
@@ -200,6 +201,29 @@ def open_artifact(
                 f"what was compiled; {REPAIR}"
             )
     return artifact
+
+
+def find_target(vmfb: str | Path, targets: Sequence[str] = ()) -> Path:
+    """The path itself; or in a folder with artifacts for several targets, the one for the first of
+    `targets` that is there, or of all. Raises ArtifactError."""
+    path = Path(vmfb).expanduser()
+    if not path.exists():
+        raise MissingFileError(f"vmfb={str(vmfb)!r}: no such file or folder; {REPAIR}")
+    found = {} if (path / VMFB).exists() else compiled_targets(path)
+    if not found:
+        return path
+    for name in targets or found:
+        if name in found:
+            return path / name
+    raise TargetError(
+        f"{path}: compiled for {', '.join(found)}, not for {' or '.join(targets)}; add it with "
+        f"sf-compile SOURCE -o {path} --force --target {','.join([*found, targets[0]])}"
+    )
+
+
+def compiled_targets(path: Path) -> list[str]:
+    """The targets of a folder that was compiled for several."""
+    return sorted(manifest.parent.name for manifest in path.glob(f"*/{MANIFEST}"))
 
 
 def host_cpu_features() -> frozenset[str]:
