@@ -124,6 +124,7 @@ hipError_t check_grid(unsigned x, unsigned y, unsigned z, unsigned block) {
 
 API int sf_hip_fail(const char* faults) { return set_faults(faults) ? 0 : 1; }
 API int sf_hip_log(const char* path) { return set_log(path) ? 0 : 1; }
+API void sf_hip_mark(const char* name) { log_mark(name); }
 API void sf_hip_delay(int microseconds) { delay_us = microseconds; }
 API void sf_hip_twins(const char* folder) { set_twins(folder); }
 

@@ -113,7 +113,10 @@ const std::vector<Device*>& devices() {
   return all;
 }
 
-Device& current_device() { return contexts.empty() ? *devices().at(0) : *contexts.back(); }
+Device& current_device() {
+  if (devices().empty()) die("there is no device");
+  return contexts.empty() ? *devices().front() : *contexts.back();
+}
 
 void set_current_device(Device& device) {
   if (contexts.empty()) contexts.push_back(nullptr);

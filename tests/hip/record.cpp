@@ -10,6 +10,8 @@
 #include <sstream>
 #include <vector>
 
+#include "device.h"
+
 thread_local hipError_t failure_when_run = hipSuccess;
 thread_local hipError_t last_error = hipSuccess;
 
@@ -120,6 +122,10 @@ hipError_t next_fault(const char* function) {
   return hipSuccess;
 }
 
+void log_mark(const char* name) {
+  write_log("mark", {{"name", name}}, hipSuccess, seconds_now());
+}
+
 double seconds_now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
@@ -128,8 +134,9 @@ void write_log(const char* function, Notes notes, hipError_t result, double star
   if (!has_log) return;
   const std::lock_guard lock(mutex);
   if (!log_file) return;
-  std::fprintf(log_file, R"({"function": "%s", "result": "%s", "at": %.6f)", function,
-               error_name(result), started_at);
+  const int device = devices().empty() ? -1 : current_device().index;
+  std::fprintf(log_file, R"({"function": "%s", "result": "%s", "at": %.6f, "device": %d)", function,
+               error_name(result), started_at, device);
   for (const auto& [key, value] : notes) {
     if (const auto* number = std::get_if<long long>(&value)) {
       std::fprintf(log_file, R"(, "%s": %lld)", key, *number);

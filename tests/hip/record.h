@@ -30,6 +30,7 @@ const char* error_name(hipError_t error);
 // ":async" the work fails when it runs, not the call; several between commas. False if malformed.
 bool set_faults(const char* text);
 bool set_log(const char* path);  // nullptr ends the log
+void log_mark(const char* name);
 
 // How this call shall fail; hipSuccess if it shall not, or only when its work runs.
 hipError_t next_fault(const char* function);
