@@ -391,8 +391,8 @@ def _load_error(
     vmfb: Path = artifact.vmfb
     if "RESOURCE_EXHAUSTED" in text:
         return DeviceError(
-            f"{vmfb.parent}: the device has no room for the weights ({_innermost(text)}); free some "
-            "of its memory, or use a smaller model"
+            f"{vmfb.parent}: the device has no room for the weights ({_innermost(text)}); free "
+            "some of its memory, or use a smaller model"
         )
     if "required module features" in text or "bytecode version" in text:
         return VersionError(
