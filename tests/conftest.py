@@ -54,12 +54,12 @@ class TinyModel:
 def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyModel]:
     """Builds tiny models, each set of arguments once a run: make_tiny(row_major=True, num_heads=4).
 
-    Fields of LlamaConfig and of BuildOptions, over TINY and TINY_OPTIONS.
+    Fields of LlamaConfig and of BuildOptions, over TINY and TINY_OPTIONS; and keep_mlir.
     """
     made: dict[str, TinyModel] = {}
 
-    def make(**changes: Any) -> TinyModel:
-        key = repr(sorted(changes.items()))
+    def make(*, keep_mlir: bool = False, **changes: Any) -> TinyModel:
+        key = repr((keep_mlir, sorted(changes.items())))
         if key not in made:
             shape = {k: v for k, v in changes.items() if k in LlamaConfig.__dataclass_fields__}
             rest = {k: v for k, v in changes.items() if k not in shape}
@@ -68,7 +68,7 @@ def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyMod
             weights = random_weights(config, seed=7)
             write_hf_folder(folder / "source", config, weights)
             options = replace(TINY_OPTIONS, **rest)
-            artifact = build(folder / "source", folder / "artifact", options, keep_mlir=True)
+            artifact = build(folder / "source", folder / "artifact", options, keep_mlir=keep_mlir)
             made[key] = TinyModel(config, weights, folder / "source", artifact)
         return made[key]
 

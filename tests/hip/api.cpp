@@ -29,6 +29,13 @@ int version() {
   return text ? std::atoi(text) : VERSION;
 }
 
+template <class Value>
+hipError_t give(Value* to, Value value) {
+  if (!to) return hipErrorInvalidValue;
+  *to = value;
+  return hipSuccess;
+}
+
 template <class Body>
 hipError_t with_device(int index, Body body) {
   if (index < 0 || index >= static_cast<int>(devices().size())) return hipErrorInvalidDevice;
@@ -123,10 +130,8 @@ hipError_t check_grid(unsigned x, unsigned y, unsigned z, unsigned block) {
 // Set up by tests, at any time.
 
 API int sf_hip_fail(const char* faults) { return set_faults(faults) ? 0 : 1; }
-API int sf_hip_log(const char* path) { return set_log(path) ? 0 : 1; }
 API void sf_hip_mark(const char* name) { log_mark(name); }
 API void sf_hip_delay(int microseconds) { delay_us = microseconds; }
-API void sf_hip_twins(const char* folder) { set_twins(folder); }
 
 // Driver, devices, contexts
 
@@ -135,11 +140,11 @@ API hipError_t hipInit(unsigned) {
 }
 
 API hipError_t hipDriverGetVersion(int* result) {
-  return call("hipDriverGetVersion", {}, [&] { return *result = version(), hipSuccess; });
+  return call("hipDriverGetVersion", {}, [&] { return give(result, version()); });
 }
 
 API hipError_t hipRuntimeGetVersion(int* result) {
-  return call("hipRuntimeGetVersion", {}, [&] { return *result = version(), hipSuccess; });
+  return call("hipRuntimeGetVersion", {}, [&] { return give(result, version()); });
 }
 
 API hipError_t hipGetDeviceCount(int* count) {
@@ -151,12 +156,12 @@ API hipError_t hipGetDeviceCount(int* count) {
 
 API hipError_t hipDeviceGet(hipDevice_t* device, int index) {
   return call("hipDeviceGet", {}, [&] {
-    return with_device(index, [&](Device&) { return *device = index, hipSuccess; });
+    return with_device(index, [&](Device&) { return give(device, index); });
   });
 }
 
 API hipError_t hipGetDevice(int* index) {
-  return call("hipGetDevice", {}, [&] { return *index = current_device().index, hipSuccess; });
+  return call("hipGetDevice", {}, [&] { return give(index, current_device().index); });
 }
 
 API hipError_t hipSetDevice(unsigned index) {
@@ -179,14 +184,15 @@ API hipError_t hipDeviceGetName(char* name, int size, hipDevice_t index) {
 
 API hipError_t hipDeviceGetUuid(hipUUID* uuid, hipDevice_t index) {
   return call("hipDeviceGetUuid", {}, [&] {
-    return with_device(index, [&](Device& device) { return *uuid = device.uuid, hipSuccess; });
+    return with_device(index, [&](Device& device) { return give(uuid, device.uuid); });
   });
 }
 
 API hipError_t hipDeviceGetAttribute(int* value, hipDeviceAttribute_t which, int index) {
   return call("hipDeviceGetAttribute", {{"attribute", which}}, [&] {
     return with_device(index, [&](Device& device) {
-      return attribute(device, which, value) ? hipSuccess : hipErrorInvalidValue;
+      const auto known = attribute(device, which);
+      return known ? give(value, *known) : hipErrorInvalidValue;
     });
   });
 }
@@ -226,7 +232,7 @@ API hipError_t hipDeviceEnablePeerAccess(int peer, unsigned) {
 
 API hipError_t hipDevicePrimaryCtxRetain(hipCtx_t* context, hipDevice_t index) {
   return call("hipDevicePrimaryCtxRetain", {}, [&] {
-    return with_device(index, [&](Device& device) { return *context = &device, hipSuccess; });
+    return with_device(index, [&](Device& device) { return give(context, &device); });
   });
 }
 
@@ -243,7 +249,7 @@ API hipError_t hipCtxSetCurrent(hipCtx_t context) {
 }
 
 API hipError_t hipCtxGetCurrent(hipCtx_t* context) {
-  return call("hipCtxGetCurrent", {}, [&] { return *context = &current_device(), hipSuccess; });
+  return call("hipCtxGetCurrent", {}, [&] { return give(context, &current_device()); });
 }
 
 API hipError_t hipCtxPushCurrent(hipCtx_t context) {
@@ -373,7 +379,7 @@ API hipError_t hipMemsetD32Async(void* to, uint32_t value, size_t count, hipStre
 // IREE 3.9 makes pools and allocates nothing from them.
 
 API hipError_t hipMemPoolCreate(Pool** pool, const void*) {
-  return call("hipMemPoolCreate", {}, [&] { return *pool = new Pool, hipSuccess; });
+  return call("hipMemPoolCreate", {}, [&] { return give(pool, new Pool); });
 }
 
 API hipError_t hipMemPoolDestroy(Pool* pool) {
@@ -437,11 +443,11 @@ API hipError_t hipLaunchHostFunc(hipStream_t stream, hipHostFn_t function, void*
 }
 
 API hipError_t hipEventCreate(hipEvent_t* event) {
-  return call("hipEventCreate", {}, [&] { return *event = new Event, hipSuccess; });
+  return call("hipEventCreate", {}, [&] { return give(event, new Event); });
 }
 
 API hipError_t hipEventCreateWithFlags(hipEvent_t* event, unsigned) {
-  return call("hipEventCreateWithFlags", {}, [&] { return *event = new Event, hipSuccess; });
+  return call("hipEventCreateWithFlags", {}, [&] { return give(event, new Event); });
 }
 
 API hipError_t hipEventDestroy(hipEvent_t event) {

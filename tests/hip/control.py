@@ -78,8 +78,3 @@ def delay(microseconds: int) -> None:
 def mark(name: str) -> None:
     """A line in the log, for `Outcome.after`."""
     _hip.sf_hip_mark(name.encode())
-
-
-def use_twins(folder: str) -> None:
-    """Where the twins of modules lie that are loaded from now on."""
-    _hip.sf_hip_twins(folder.encode())

@@ -139,33 +139,45 @@ void fill(const Device& device, hipDeviceProp_tR0600* properties) {
 
 void fill(const Device& device, hipDeviceProp_tR0000* properties) { fill_any(device, properties); }
 
-bool attribute(const Device& device, hipDeviceAttribute_t which, int* value) {
+std::optional<int> attribute(const Device& device, hipDeviceAttribute_t which) {
   hipDeviceProp_tR0600 p;
   fill(device, &p);
   switch (which) {
-    case hipDeviceAttributeClockRate: return *value = p.clockRate, true;
+    case hipDeviceAttributeClockRate:
+      return p.clockRate;
     case hipDeviceAttributeConcurrentManagedAccess:
-    case hipDeviceAttributeManagedMemory: return *value = device.chip.has_managed_memory, true;
-    case hipDeviceAttributeIntegrated: return *value = 0, true;
-    case hipDeviceAttributeL2CacheSize: return *value = p.l2CacheSize, true;
-    case hipDeviceAttributeComputeCapabilityMajor: return *value = p.major, true;
-    case hipDeviceAttributeComputeCapabilityMinor: return *value = p.minor, true;
+    case hipDeviceAttributeManagedMemory:
+      return device.chip.has_managed_memory;
+    case hipDeviceAttributeIntegrated:
+      return 0;
+    case hipDeviceAttributeL2CacheSize:
+      return p.l2CacheSize;
+    case hipDeviceAttributeComputeCapabilityMajor:
+      return p.major;
+    case hipDeviceAttributeComputeCapabilityMinor:
+      return p.minor;
     case hipDeviceAttributeMaxBlockDimX:
     case hipDeviceAttributeMaxBlockDimY:
     case hipDeviceAttributeMaxBlockDimZ:
-      return *value = p.maxThreadsDim[which - hipDeviceAttributeMaxBlockDimX], true;
+      return p.maxThreadsDim[which - hipDeviceAttributeMaxBlockDimX];
     case hipDeviceAttributeMaxGridDimX:
     case hipDeviceAttributeMaxGridDimY:
     case hipDeviceAttributeMaxGridDimZ:
-      return *value = p.maxGridSize[which - hipDeviceAttributeMaxGridDimX], true;
-    case hipDeviceAttributeMaxThreadsPerBlock: return *value = p.maxThreadsPerBlock, true;
-    case hipDeviceAttributeMemoryBusWidth: return *value = p.memoryBusWidth, true;
-    case hipDeviceAttributeMemoryClockRate: return *value = p.memoryClockRate, true;
-    case hipDeviceAttributeMultiprocessorCount: return *value = p.multiProcessorCount, true;
+      return p.maxGridSize[which - hipDeviceAttributeMaxGridDimX];
+    case hipDeviceAttributeMaxThreadsPerBlock:
+      return p.maxThreadsPerBlock;
+    case hipDeviceAttributeMemoryBusWidth:
+      return p.memoryBusWidth;
+    case hipDeviceAttributeMemoryClockRate:
+      return p.memoryClockRate;
+    case hipDeviceAttributeMultiprocessorCount:
+      return p.multiProcessorCount;
     case hipDeviceAttributeMaxSharedMemoryPerBlock:
-      return *value = static_cast<int>(p.sharedMemPerBlock), true;
-    case hipDeviceAttributeWarpSize: return *value = p.warpSize, true;
-    case hipDeviceAttributeMemoryPoolsSupported: return *value = 1, true;
+      return static_cast<int>(p.sharedMemPerBlock);
+    case hipDeviceAttributeWarpSize:
+      return p.warpSize;
+    case hipDeviceAttributeMemoryPoolsSupported:
+      return 1;
   }
-  return false;
+  return std::nullopt;
 }

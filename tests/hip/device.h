@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <vector>
 
@@ -50,4 +51,4 @@ Device* pop_context();
 
 void fill(const Device& device, hipDeviceProp_tR0600* properties);
 void fill(const Device& device, hipDeviceProp_tR0000* properties);
-bool attribute(const Device& device, hipDeviceAttribute_t which, int* value);
+std::optional<int> attribute(const Device& device, hipDeviceAttribute_t which);

@@ -9,7 +9,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
-#include <mutex>
 
 #include "memory.h"
 #include "record.h"
@@ -87,10 +86,6 @@ namespace {
 
 using Twins = std::map<std::string, Twin, std::less<>>;
 
-std::mutex mutex;
-auto& folder = *new std::string(std::getenv("SF_HIP_TWINS") ? std::getenv("SF_HIP_TWINS") : "");
-auto& twins_of = *new std::map<std::string, Twins>;  // by folder
-
 void add_library(const fs::path& path, Twins* twins) {
   void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!handle) die(dlerror());
@@ -102,16 +97,19 @@ void add_library(const fs::path& path, Twins* twins) {
   }
 }
 
-const Twin* find_twin(const std::string& name) {
-  const std::lock_guard lock(mutex);
-  const auto [it, is_new] = twins_of.try_emplace(folder);
-  if (is_new && !folder.empty()) {
-    for (const auto& entry : fs::directory_iterator(folder)) {
-      if (entry.path().extension() == ".so") add_library(entry.path(), &it->second);
-    }
+Twins load_twins(const char* folder) {
+  Twins twins;
+  if (!folder || !*folder) return twins;
+  for (const auto& entry : fs::directory_iterator(folder)) {
+    if (entry.path().extension() == ".so") add_library(entry.path(), &twins);
   }
-  const auto twin = it->second.find(name);
-  return twin == it->second.end() ? nullptr : &twin->second;
+  return twins;
+}
+
+const Twin* find_twin(const std::string& name) {
+  static const auto& twins = *new Twins(load_twins(std::getenv("SF_HIP_TWINS")));
+  const auto twin = twins.find(name);
+  return twin == twins.end() ? nullptr : &twin->second;
 }
 
 // Of an ELF file of unknown length: parts of it, wherever its headers say.
@@ -217,9 +215,4 @@ hipError_t load(const Device& device, const void* image, Module** module) {
   *module = new Module;
   read_kernels(image, *module);
   return hipSuccess;
-}
-
-void set_twins(const char* path) {
-  const std::lock_guard lock(mutex);
-  folder = path ? path : "";
 }

@@ -37,4 +37,3 @@ struct Module {
 };
 
 hipError_t load(const Device& device, const void* image, Module** module);
-void set_twins(const char* folder);

@@ -46,7 +46,8 @@ bool take_room(Device& device, size_t size) {
 
 // Memory with a page behind it that faults; nullptr if the machine has none left.
 char* map_guarded(size_t size) {
-  void* data = mmap(nullptr, size + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* data =
+      mmap(nullptr, size + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (data == MAP_FAILED) return nullptr;
   mprotect(static_cast<char*>(data) + size, PAGE, PROT_NONE);
   return static_cast<char*>(data);

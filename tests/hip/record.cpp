@@ -31,8 +31,8 @@ struct Faults {
 
 std::mutex mutex;
 Faults& faults = *new Faults;  // never freed: threads of IREE outlive static objects
-std::FILE* log_file = nullptr;
-std::atomic<bool> has_faults = false, has_log = false;
+std::FILE* log_file = nullptr;  // set once, before any call
+std::atomic<bool> has_faults = false;
 
 bool parse_error(const std::string& name, hipError_t* error) {
 #define X(known, value) \
@@ -65,7 +65,10 @@ bool parse_fault(const std::string& text, Faults* faults) {
 // Settings are read when the library is loaded: a mistake shows before anything runs.
 const bool is_configured = [] {
   if (!set_faults(std::getenv("SF_HIP_FAIL"))) die("SF_HIP_FAIL is malformed");
-  if (!set_log(std::getenv("SF_HIP_LOG"))) die("SF_HIP_LOG cannot be written");
+  if (const char* path = std::getenv("SF_HIP_LOG")) {
+    log_file = std::fopen(path, "w");
+    if (!log_file) die("SF_HIP_LOG cannot be written");
+  }
   return true;
 }();
 
@@ -98,14 +101,6 @@ bool set_faults(const char* text) {
   return true;
 }
 
-bool set_log(const char* path) {
-  const std::lock_guard lock(mutex);
-  if (log_file) std::fclose(log_file);
-  log_file = path ? std::fopen(path, "w") : nullptr;
-  has_log = log_file != nullptr;
-  return has_log || !path;
-}
-
 hipError_t next_fault(const char* function) {
   if (!has_faults) return hipSuccess;
   const std::lock_guard lock(mutex);
@@ -131,9 +126,8 @@ double seconds_now() {
 }
 
 void write_log(const char* function, Notes notes, hipError_t result, double started_at) {
-  if (!has_log) return;
-  const std::lock_guard lock(mutex);
   if (!log_file) return;
+  const std::lock_guard lock(mutex);
   const int device = devices().empty() ? -1 : current_device().index;
   std::fprintf(log_file, R"({"function": "%s", "result": "%s", "at": %.6f, "device": %d)", function,
                error_name(result), started_at, device);

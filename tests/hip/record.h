@@ -26,10 +26,9 @@ extern thread_local hipError_t last_error;
 const char* error_name(hipError_t error);
 [[noreturn]] void die(const std::string& message);
 
-// "function:n:error", where n is the n-th call from now on, or with "n+" all from there on, and with
-// ":async" the work fails when it runs, not the call; several between commas. False if malformed.
+// "function:n:error", where n is the n-th call from now on, or with "n+" all from there on; with
+// ":async" the work fails when it runs, not the call. Several between commas. False if malformed.
 bool set_faults(const char* text);
-bool set_log(const char* path);  // nullptr ends the log
 void log_mark(const char* name);
 
 // How this call shall fail; hipSuccess if it shall not, or only when its work runs.

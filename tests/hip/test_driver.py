@@ -58,7 +58,7 @@ def run_model(
     """run(code, chip, device="hip", **rest of Driver.run) with a tiny model for that chip."""
 
     def run(code: str, chip: str, device: str = "hip", **rest: Any) -> Any:
-        model = make_tiny(target=chip, **FEW)
+        model = make_tiny(target=chip, keep_mlir=True, **FEW)
         rest.setdefault("devices", f"{chip}:512MiB")
         arguments = (model.artifact, device, json.dumps(PROMPT))
         return hip_driver.run(code, *arguments, twins=twins_of(model.artifact), **rest)
@@ -87,6 +87,27 @@ def test_slow_streams_change_nothing(
 ) -> None:
     """No wait is forgotten: work that is done late is still done in time."""
     assert run_model(ANSWER, "gfx1100", delay_us=500).value == cpu_answer
+
+
+def test_many_at_once(
+    hip_driver: Driver, run_model: Callable[..., Any], make_tiny: Callable[..., TinyModel]
+) -> None:
+    """Batches, shared prefixes and few pages: all as on the CPU."""
+    code = (
+        RUN
+        + """
+    import random
+
+    rng = random.Random(1)
+    prompts = [prompt[: rng.randrange(3, 11)] + [rng.randrange(3, 300)] for _ in range(8)]
+    with Engine(artifact, device, kv_pages=24) as engine:
+        handles = [engine.submit(prompt, PARAMS) for prompt in prompts]
+        print(json.dumps([handle.result().token_ids for handle in handles]))
+"""
+    )
+    model = make_tiny(row_major=True, **FEW)
+    expected = hip_driver.run(code, model.artifact, "cpu", json.dumps(PROMPT)).value
+    assert run_model(code, "gfx1100").value == expected
 
 
 def test_what_a_decode_step_calls(run_model: Callable[..., Any]) -> None:
