@@ -64,8 +64,9 @@ void Stream::loop() {
   while (true) {
     changed_.wait(lock, [this] { return is_closing_ || !queue_.empty(); });
     if (queue_.empty()) return;
+    const Work& work = queue_.front();  // stays, as only this thread takes work out
     lock.unlock();
-    const hipError_t result = run(queue_.front());  // only this thread takes from the front
+    const hipError_t result = run(work);
     hipError_t none = hipSuccess;
     if (result != hipSuccess) device_.failure.compare_exchange_strong(none, result);
     lock.lock();
