@@ -358,12 +358,19 @@ class Loop:
         self._counters["forced_tokens"] += count
 
     async def _fail(self, requests: Sequence[Request], error: Exception) -> None:
-        """End the requests of a failed call; a broken device loses its pages, not its requests."""
+        """End the requests of a failed call; a broken CPU loses its pages, not its requests.
+
+        A GPU is lost with all that lies on it: IREE ends the process when it is used again.
+        """
         for request in requests:
             self._end(request, "abort", _step_error(error))
-        if self._runner.is_broken:
-            await self._runner.recover()
-            self._scheduler.reset()
+        if not self._runner.is_broken:
+            return
+        if self._device.kind != "cpu":
+            self._device.abandon(self._runner, error)  # whose traceback holds the call's arrays
+            raise DeviceError(f"the device failed: {error}") from error
+        await self._runner.recover()
+        self._scheduler.reset()
 
     def _take(self, generation: Generation) -> None:
         request = generation.request

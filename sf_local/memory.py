@@ -8,16 +8,26 @@ import re
 import sys
 from pathlib import Path
 
+from sf_local.errors import DeviceError
+
+GIB = 1 << 30
+
 
 def memory_left(device: str, index: int, weight_bytes: int) -> int | None:
     """Bytes that stay free once the weights are loaded; None where the driver does not say.
 
-    On the CPU the weights are mapped files, which the kernel can drop and read again.
+    On the CPU the weights are mapped files, which the kernel can drop and read again. Weights that
+    a GPU has no room for raise DeviceError here: IREE would wait for them for ever.
     """
     if device == "cpu":
         return _available_memory()
     free = _hip_memory(index)
-    return None if free is None else max(free - weight_bytes, 0)
+    if free is not None and free < weight_bytes:
+        raise DeviceError(
+            f"device='hip:{index}' has {free / GIB:.2f} GiB free, and the weights take "
+            f"{weight_bytes / GIB:.2f} GiB; free some of its memory, or use a smaller model"
+        )
+    return None if free is None else free - weight_bytes
 
 
 def _available_memory() -> int:

@@ -24,6 +24,7 @@ from sf_local.device import Device, allow_tiles
 from sf_local.errors import (
     ArtifactError,
     CorruptFileError,
+    DeviceError,
     EngineError,
     MismatchError,
     TargetError,
@@ -105,8 +106,12 @@ class ModelRunner:
 
     async def start(self) -> None:
         """Zero the cache: attention multiplies what it masks by zero, and NaN survives that."""
-        self._cache.fill(np.zeros(1, _NUMPY_DTYPES[self._cache_dtype]).tobytes())
-        await self._device.scoped
+        try:
+            self._cache.fill(np.zeros(1, _NUMPY_DTYPES[self._cache_dtype]).tobytes())
+            await self._device.scoped
+        except Exception:
+            self.is_broken = self.has_ever_failed = True
+            raise
 
     async def recover(self) -> None:
         """Make the model usable after a failed call; all that the cache held is lost."""
@@ -383,10 +388,17 @@ def _load_program(artifact: Artifact, device: Device) -> Any:
         raise _load_error(artifact, device, error) from error
 
 
-def _load_error(artifact: Artifact, device: Device, error: Exception) -> ArtifactError:
+def _load_error(
+    artifact: Artifact, device: Device, error: Exception
+) -> ArtifactError | DeviceError:
     """What IREE's message means for the user."""
     text = str(error)
     vmfb: Path = artifact.vmfb
+    if "RESOURCE_EXHAUSTED" in text:
+        return DeviceError(
+            f"{vmfb.parent}: the device has no room for the weights ({_innermost(text)}); free "
+            "some of its memory, or use a smaller model"
+        )
     if "required module features" in text or "bytecode version" in text:
         return VersionError(
             f"{vmfb}: made by another iree-compile; shortfin runs only what {COMPILER_VERSION} "

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hip.driver import Driver, build_driver, compile_twins
 from reference import random_weights, write_hf_folder
 
 from compile import BuildOptions, build, demo
+from compile.build import MLIR
 from compile.config import LlamaConfig
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -52,12 +54,12 @@ class TinyModel:
 def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyModel]:
     """Builds tiny models, each set of arguments once a run: make_tiny(row_major=True, num_heads=4).
 
-    Fields of LlamaConfig and of BuildOptions, over TINY and TINY_OPTIONS.
+    Fields of LlamaConfig and of BuildOptions, over TINY and TINY_OPTIONS; and keep_mlir.
     """
     made: dict[str, TinyModel] = {}
 
-    def make(**changes: Any) -> TinyModel:
-        key = repr(sorted(changes.items()))
+    def make(*, keep_mlir: bool = False, **changes: Any) -> TinyModel:
+        key = repr((keep_mlir, sorted(changes.items())))
         if key not in made:
             shape = {k: v for k, v in changes.items() if k in LlamaConfig.__dataclass_fields__}
             rest = {k: v for k, v in changes.items() if k not in shape}
@@ -65,7 +67,8 @@ def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyMod
             folder = tmp_path_factory.mktemp("tiny")
             weights = random_weights(config, seed=7)
             write_hf_folder(folder / "source", config, weights)
-            artifact = build(folder / "source", folder / "artifact", replace(TINY_OPTIONS, **rest))
+            options = replace(TINY_OPTIONS, **rest)
+            artifact = build(folder / "source", folder / "artifact", options, keep_mlir=keep_mlir)
             made[key] = TinyModel(config, weights, folder / "source", artifact)
         return made[key]
 
@@ -75,6 +78,26 @@ def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyMod
 @pytest.fixture(scope="session")
 def tiny(make_tiny: Callable[..., TinyModel]) -> TinyModel:
     return make_tiny()
+
+
+@pytest.fixture(scope="session")
+def hip_cache(request: pytest.FixtureRequest) -> Path:
+    return request.config.cache.mkdir("hip")
+
+
+@pytest.fixture(scope="session")
+def hip_driver(hip_cache: Path) -> Driver:
+    """What stands in for AMD's driver; the test skips where it cannot be built."""
+    driver = build_driver(hip_cache)
+    if driver is None:
+        pytest.skip("no g++ to build the stand-in for AMD's driver with")
+    return driver
+
+
+@pytest.fixture(scope="session")
+def twins_of(hip_cache: Path) -> Callable[[Path], Path]:
+    """The folder with the CPU twins of an artifact that was built with `keep_mlir`."""
+    return lambda artifact: compile_twins(artifact / MLIR, hip_cache)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from sf_local import memory
+from sf_local.errors import DeviceError
 
 
 class FakeHip:
@@ -31,7 +32,12 @@ def hip(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_gpu_has_what_the_weights_leave() -> None:
     assert memory.memory_left("hip", 0, 1 << 30) == 4 << 30
-    assert memory.memory_left("hip", 0, 9 << 30) == 0
+    assert memory.memory_left("hip", 0, 5 << 30) == 0
+
+
+def test_weights_that_a_gpu_has_no_room_for() -> None:
+    with pytest.raises(DeviceError, match=r"hip:0' has 5.00 GiB free.*take 9.00 GiB"):
+        memory.memory_left("hip", 0, 9 << 30)
 
 
 def test_a_driver_that_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,161 @@
+"""The stand-in for AMD's driver: built here, and loaded into child processes.
+
+A process has one driver, which reads its settings when it is loaded, and a device that fails may
+end the process: so whatever uses it runs in a child. There `control.py` sets it up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compile.target import resolve_target
+from sf_local.artifact import COMPILER_VERSION
+
+HERE = Path(__file__).parent
+LIBRARY = "libamdhip64.so"
+COMPILER = ("g++", "-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden",
+            "-fPIC", "-shared", "-pthread")  # fmt: skip
+TWIN_FLAGS = (*resolve_target("cpu").flags, "--iree-llvmcpu-disable-distribution")
+DEFAULT_DEVICES = "gfx1100:512MiB"  # real sizes would be taken from this machine's memory
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of the driver: what it returned, when it began, and what else the log says of it.
+
+    device: the one that the calling thread worked with.
+    """
+
+    function: str
+    result: str
+    at: float
+    device: int
+    notes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a child process ended, and what it called."""
+
+    exit_code: int  # minus the signal that ended it
+    stdout: str
+    stderr: str
+    calls: Sequence[Call]
+
+    @property
+    def value(self) -> Any:
+        """What the last line of its output says in JSON; the child must have ended well."""
+        assert self.exit_code == 0, f"exit code {self.exit_code}\n{self.stdout}\n{self.stderr}"
+        return json.loads(self.stdout.splitlines()[-1])
+
+    def after(self, mark: str) -> list[Call]:
+        """The calls from a mark to the next one."""
+        names = [call.notes["name"] if call.function == "mark" else None for call in self.calls]
+        start = names.index(mark) + 1
+        return list(self.calls[start : next(i for i in range(start, len(names)) if names[i])])
+
+    def of(self, function: str) -> list[Call]:
+        return [call for call in self.calls if call.function == function]
+
+
+@dataclass(frozen=True)
+class Driver:
+    """A built stand-in."""
+
+    folder: Path
+
+    def run(
+        self,
+        code: str,
+        *arguments: object,
+        devices: str = DEFAULT_DEVICES,
+        twins: Path | None = None,
+        fail: str = "",
+        delay_us: int = 20,
+        timeout: float = 120,
+        **environment: str,
+    ) -> Outcome:
+        """Run Python code in a child process; `arguments` are its sys.argv[1:].
+
+        devices: chips with the sizes of their memory. twins: the folder that `compile_twins` made.
+        fail: "function:n:error" or "function:n:error:async", as record.h says. delay_us: how long
+        a stream waits before each piece of work. Raises TimeoutExpired.
+        """
+        paths = [str(HERE.parents[1]), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+        with tempfile.TemporaryDirectory() as folder:
+            log = Path(folder) / "calls.jsonl"
+            settings = {
+                "IREE_HIP_DYLIB_PATH": str(self.folder),
+                "PYTHONPATH": os.pathsep.join(paths),
+                "SF_HIP_DELAY_US": str(delay_us),
+                "SF_HIP_DEVICES": devices,
+                "SF_HIP_FAIL": fail,
+                "SF_HIP_LOG": str(log),
+                "SF_HIP_TWINS": str(twins or ""),
+            }
+            done = subprocess.run(
+                [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+                env=os.environ | settings | environment,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+            )
+            calls = [_call(line) for line in log.read_text().splitlines()] if log.exists() else []
+        return Outcome(done.returncode, done.stdout, done.stderr, calls)
+
+
+def build_driver(cache: Path) -> Driver | None:
+    """Build the driver, or take it from `cache`; None where there is no g++."""
+    if shutil.which(COMPILER[0]) is None:
+        return None
+    sources = sorted(HERE.glob("*.cpp"))
+    text = b"".join(path.read_bytes() for path in sorted([*sources, *HERE.glob("*.h")]))
+
+    def make(folder: Path) -> None:
+        command = [*COMPILER, *map(str, sources), "-o", str(folder / LIBRARY)]
+        subprocess.run(command, check=True)
+
+    return Driver(_cached(cache / "driver", repr(COMPILER).encode() + text, make))
+
+
+def compile_twins(mlir: Path, cache: Path) -> Path:
+    """A folder with the CPU twins of all kernels of a model's MLIR."""
+    from iree.compiler.tools.binaries import find_tool
+
+    def make(folder: Path) -> None:
+        dump = f"--iree-hal-dump-executable-binaries-to={folder}"
+        command = [find_tool("iree-compile"), str(mlir), *TWIN_FLAGS, dump, "-o", "/dev/null"]
+        subprocess.run(command, check=True)
+
+    key = f"{COMPILER_VERSION} {TWIN_FLAGS}".encode() + mlir.read_bytes()
+    return _cached(cache / "twins", key, make)
+
+
+def _cached(parent: Path, key: bytes, make: Callable[[Path], None]) -> Path:
+    """A folder that depends on `key` alone; it appears whole or not at all."""
+    folder = parent / hashlib.sha256(key).hexdigest()[:16]
+    if not folder.exists():
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent) as temporary:
+            new = Path(temporary) / "new"
+            new.mkdir()
+            make(new)
+            new.rename(folder)
+    return folder
+
+
+def _call(line: str) -> Call:
+    notes = json.loads(line)
+    fixed = {name: notes.pop(name) for name in ("function", "result", "at", "device")}
+    return Call(**fixed, notes=notes)
