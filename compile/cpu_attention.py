@@ -108,6 +108,8 @@ class Attention:
     the tables say.
     """
 
+    rows = QUERY_ROWS  # of a group, at most
+
     def __init__(
         self,
         k: KernelBuilder,
@@ -125,7 +127,7 @@ class Attention:
         self.width = c.num_heads * c.head_dim
         self._other = layout.operand.other  # of queries and shares
         self._units = "i32" if layout.operand.unit == 2 else self._other
-        self.local_size = Local.size(QUERY_ROWS * self.groups, c.head_dim)
+        self.local_size = Local.size(self.rows * self.groups, c.head_dim)
 
     # Queries, keys and values
 
@@ -197,16 +199,8 @@ class Attention:
 
         Chunk by chunk, each correcting what was added before (Milakov and Gimelshein 2018).
         """
-        k, d = self.k, self.config.head_dim
-        queries = num_rows * self.groups
-        local = Local.of(workgroup * self.local_size, queries, d)
-        memory = self.memory.local["f32"]
-        zero, lowest = k.scalar(0.0, "f32"), k.scalar(MASKED, "f32")
-        with k.loop(0, queries) as j:
-            memory.store(lowest, local.maxima + j)
-            memory.store(zero, local.totals + j)
-        with k.loop(0, queries * d) as i:
-            memory.store(zero, local.values + i)
+        k = self.k
+        local = self._open(workgroup, num_rows * self.groups)
         low, high = k.scalar(0, "index"), self.position(row + (num_rows - 1)) + 1
         if split is not None:
             low = split * SPLIT
@@ -214,6 +208,18 @@ class Attention:
         with k.loop(low, high, CHUNK) as start:
             self._attend_chunk(local, Chunk(row, head, layer, start), num_rows, high)
         self._store_partial(local, row, num_rows, head, split)
+
+    def _open(self, workgroup: Scalar, queries: int) -> Local:
+        """Memory of the workgroup's own, of queries that have seen nothing yet."""
+        k, d, memory = self.k, self.config.head_dim, self.memory.local["f32"]
+        local = Local.of(workgroup * self.local_size, queries, d)
+        zero, lowest = k.scalar(0.0, "f32"), k.scalar(MASKED, "f32")
+        with k.loop(0, queries) as j:
+            memory.store(lowest, local.maxima + j)
+            memory.store(zero, local.totals + j)
+        with k.loop(0, queries * d) as i:
+            memory.store(zero, local.values + i)
+        return local
 
     def _attend_chunk(self, local: Local, chunk: Chunk, num_rows: int, high: Scalar) -> None:
         k, page_size, start = self.k, self.layout.page_size, chunk.start
@@ -334,17 +340,19 @@ class Attention:
     def _store_partial(
         self, local: Local, row: Scalar, num_rows: int, head: Scalar, split: Scalar | None
     ) -> None:
-        k, d, lanes = self.k, self.config.head_dim, self.layout.head_lanes
-        memory = self.memory.local["f32"]
-        split = k.scalar(0, "index") if split is None else split
-        with k.loop(0, num_rows * self.groups) as j:
+        split = self.k.scalar(0, "index") if split is None else split
+        with self.k.loop(0, num_rows * self.groups) as j:
             query = head * self.groups + j % self.groups
-            to = self._partial_at(row + j // self.groups, split, query)
-            self.memory.totals.store(memory.load(local.maxima + j), to * 2)
-            self.memory.totals.store(memory.load(local.totals + j), to * 2 + 1)
-            with k.loop(0, d, lanes) as i:
-                value = memory.load_vector(local.values + j * d + i, lanes)
-                self.memory.partial.store_vector(value, to * d + i)
+            self._store_query(local, j, self._partial_at(row + j // self.groups, split, query))
+
+    def _store_query(self, local: Local, j: Scalar, to: Scalar) -> None:
+        """The largest score, the total and the values of a query, as a partial result."""
+        d, lanes, memory = self.config.head_dim, self.layout.head_lanes, self.memory.local["f32"]
+        self.memory.totals.store(memory.load(local.maxima + j), to * 2)
+        self.memory.totals.store(memory.load(local.totals + j), to * 2 + 1)
+        with self.k.loop(0, d, lanes) as i:
+            value = memory.load_vector(local.values + j * d + i, lanes)
+            self.memory.partial.store_vector(value, to * d + i)
 
     def _partial_at(self, row: Scalar, split: Scalar, head: Scalar) -> Scalar:
         return (row * self.memory.num_splits + split) * self.config.num_heads + head

@@ -19,6 +19,7 @@ from compile.matmul import TILES, Activations, Format, Vectors
 from compile.mlir import Builder, Dim, Scalar, Tensor, tensor_type
 from compile.model import MASKED, SUMMARY, ModelOptions, Parameter
 from compile.quantize import GROUP
+from compile.tiled_attention import TiledAttention
 from compile.tiles import Tiles
 
 WORKGROUPS = 64  # at least one a thread; those that find all done return at once
@@ -201,23 +202,27 @@ class Forward:
         self.plain_hid = self._result(("rows" if s.layers.is_quantized else 1, s.inner))
         self.qkv_width = padded(s.qkv_width, self.vectors.block)
         qkv = self._result(("rows", self.qkv_width))
-        q = self._output(("rows", s.heads_width), op.other).open(op.other, "i32")
+        q = self._output(("tiled", s.heads_width), op.other).open(op.other, "i32")
         partial = self._result(("rows", "splits", c.num_heads, c.head_dim))
         totals = self._result(("rows", "splits", c.num_heads, 2))
+        scratch = None
+        if s.layers.is_tiled:
+            scratch = self._output((WORKGROUPS, tiles.MEMORY)).open("f32", "i32")
         local = Views(k, k.binding()).open("f32", op.other, "i32")
         self.n, self.seq_len, self.num_pages, splits = (k.constant() for _ in range(4))
         self.max_rows = self.n * self.seq_len
         self.workgroup = k.workgroup()
+        self.tiles = Tiles(k, scratch, self.workgroup * tiles.MEMORY) if scratch else None
         memory = AttentionMemory(
             qkv, self.qkv_width, self.weights["f32"], self._at("rope") // 4, cache, q, local,
             partial, totals, splits,
         )  # fmt: skip
-        self.attention = Attention(
-            k, kv, self.vectors, memory, lambda row: self._table(POSITION, row), self._page
-        )
-        local_size = max(self.attention.local_size, tiles.SCRATCH)
-        self._outputs.append(((WORKGROUPS, local_size), "f32"))
-        self.tiles = Tiles(k, local, self.workgroup * local_size) if s.layers.is_tiled else None
+        arguments = k, kv, self.vectors, memory, self._position, self._page
+        self.tiled_attention = None
+        if self.tiles and not self.kind.is_decode and TiledAttention.fits(kv):
+            self.tiled_attention = TiledAttention(*arguments, tiles=self.tiles)
+        self.attention = self.tiled_attention or Attention(*arguments)
+        self._outputs.append(((WORKGROUPS, self.attention.local_size), "f32"))
 
     def _output(self, dims: tuple[Size, ...], dtype: str = "f32") -> Views:
         self._outputs.append((dims, dtype))
@@ -245,6 +250,9 @@ class Forward:
 
     def _table(self, column: int, row: Scalar) -> Scalar:
         return self.table.load(self.max_rows * column + row).to("index")
+
+    def _position(self, row: Scalar) -> Scalar:
+        return self._table(POSITION, row)
 
     def _page(self, row: Scalar, position: Scalar) -> Scalar:
         """The page of a row's sequence that holds a position, or its last one."""
@@ -301,6 +309,12 @@ class Forward:
 
     def _append_groups(self, first: Scalar, count: Scalar) -> None:
         k, groups = self.k, count // QUERY_ROWS
+        if self.tiled_attention:
+            most = self.tiled_attention.rows
+            with k.loop(0, count, most) as i:
+                length = (count - i).minimum(k.scalar(most, "index"))
+                self._append(GROUPS, GROUP_ROW, first + i, length)
+            return
         with k.loop(0, groups) as i:
             self._append(GROUPS, GROUP_ROW, first + i * QUERY_ROWS, k.scalar(QUERY_ROWS, "index"))
         with k.loop(groups * QUERY_ROWS, count) as i:
@@ -383,6 +397,9 @@ class Forward:
             head, group = task % heads, task // heads // splits
             split = task // heads % splits if self.kind.is_decode else None
             row, length = self._table(GROUP_ROW, group), self._table(GROUP_LEN, group)
+            if self.tiled_attention:
+                self.tiled_attention.attend_rows(self.workgroup, row, length, head, layer)
+                return
             for num_rows in (1,) if self.kind.is_decode else (1, QUERY_ROWS):
                 with k.when(length.equals(num_rows)):
                     self.attention.attend(self.workgroup, row, num_rows, head, split, layer)

@@ -7,6 +7,9 @@ in the order of K, so a row comes out the same in any company, beside rows of ga
 
 from __future__ import annotations
 
+import struct
+from dataclasses import dataclass, field
+
 from compile.kernel import KernelBuilder, Memory, Views
 from compile.matmul import Activations, Format
 from compile.mlir import Scalar
@@ -16,28 +19,59 @@ LINE_BYTES = 64
 COLUMNS = 32  # of activations in a tile
 MOST = 2  # tiles of rows in one product
 SCRATCH = MOST * LINES * 2 * LINES  # f32
+MEMORY = SCRATCH + 16  # and a configuration
 FIRST_X, FIRST_WEIGHT = 4, 6  # registers; before them are the sums
+
+
+@dataclass(frozen=True)
+class Config:
+    """Lines and bytes of a line of registers that are not whole tiles."""
+
+    smaller: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def words(self) -> list[int]:
+        """The 64 bytes that the instruction loads: palette 1, bytes of a line, lines."""
+        sizes = [self.smaller.get(i, (LINES, LINE_BYTES)) for i in range(8)]
+        data = struct.pack("<16B8H16x8B8x", 1, *[0] * 15, *(b for _, b in sizes),
+                           *(n for n, _ in sizes))  # fmt: skip
+        return list(struct.unpack("<16i", data))
+
+
+WHOLE = Config()
 
 
 class Tiles:
     """Writes what one workgroup does with its tile registers.
 
-    scratch: memory of this workgroup's own, with SCRATCH f32 from `start` on.
+    scratch: memory of this workgroup's own, with SCRATCH f32 and a configuration from `start` on.
     """
 
     def __init__(self, k: KernelBuilder, scratch: Views, start: Scalar) -> None:
         self._k, self.scratch, self._start = k, scratch, start
 
-    def open(self) -> None:
-        """Configure all registers: palette 1, of LINES lines."""
-        words, first = self.scratch["i32"], self._start
-        lengths, heights = [LINE_BYTES | LINE_BYTES << 16] * 4, [LINES * 0x01010101] * 2
-        for i, word in enumerate([1, 0, 0, 0, *lengths, 0, 0, 0, 0, *heights, 0, 0]):
+    def open(self, config: Config = WHOLE) -> None:
+        """Configure all registers, which makes them zero."""
+        words, first = self.scratch["i32"], self._start + SCRATCH
+        for i, word in enumerate(config.words()):
             words.store(self._k.scalar(word, "i32"), first + i)
-        self._do("ldtilecfg", self._pointer(words, first * 4))
+        self._do("ldtilecfg", self._k.pointer(words, first * 4))
 
     def close(self) -> None:
         self._do("tilerelease")
+
+    def zero(self, register: int) -> None:
+        self._do("tilezero", self._register(register))
+
+    def load(self, register: int, memory: Memory, at: Scalar, stride: int) -> None:
+        """A tile from byte `at`, its lines `stride` bytes apart."""
+        self._move("tileloadd64", register, memory, at, stride)
+
+    def store(self, register: int, memory: Memory, at: Scalar, stride: int) -> None:
+        self._move("tilestored64", register, memory, at, stride)
+
+    def multiply_add(self, total: int, x: int, weights: int) -> None:
+        """total += x * weights: [16, 16] f32, rows of bf16, pairs of bf16."""
+        self._do("tdpbf16ps", *map(self._register, (total, x, weights)))
 
     def multiply(
         self, format_: Format, weights: Views, block: Scalar, cols: int, x: Activations,
@@ -46,43 +80,36 @@ class Tiles:
         """Scratch [num_tiles * 16, 2 vectors] = rows of x [M, K] times the block at this byte."""
         k, line = self._k, 2 * LINE_BYTES  # of a block: a pair of columns of both vectors
         memory, step = weights[format_.operand.unit_dtype], LINES * line
-        x_bytes, stride = x.units, k.scalar(x.row_bytes, "i64")
-        width = k.scalar(line, "i64")
-        for tile in range(2 * num_tiles):
-            self._do("tilezero", self._register(tile))
+        sums = [(r, t) for r in range(num_tiles) for t in range(2)]
+        for r, t in sums:
+            self.zero(2 * r + t)
         with k.loop(0, cols // COLUMNS) as i:
             at = block + i * step
             if num_tiles == 1:
                 for byte in range(0, step, LINE_BYTES):
                     memory.prefetch((at + (format_.vectors.tuning.ahead + byte)) // 4)
             for t in range(2):
-                self._move("tileloadd64", FIRST_WEIGHT + t, memory, at + t * LINE_BYTES, width)
+                self.load(FIRST_WEIGHT + t, memory, at + t * LINE_BYTES, line)
             for r in range(num_tiles):
                 start = (row + r * LINES) * x.row_bytes + i * LINE_BYTES
-                self._move("tileloadd64", FIRST_X + r, x_bytes, start, stride)
-            for r in range(num_tiles):
-                for t in range(2):
-                    registers = 2 * r + t, FIRST_X + r, FIRST_WEIGHT + t
-                    self._do("tdpbf16ps", *map(self._register, registers))
-        for r in range(num_tiles):
-            for t in range(2):
-                to = (self._start + (r * LINES * 2 + t) * LINES) * 4
-                self._move("tilestored64", 2 * r + t, self.scratch["f32"], to, width)
+                self.load(FIRST_X + r, x.units, start, x.row_bytes)
+            for r, t in sums:
+                self.multiply_add(2 * r + t, FIRST_X + r, FIRST_WEIGHT + t)
+        for r, t in sums:
+            to = (self._start + (r * LINES * 2 + t) * LINES) * 4
+            self.store(2 * r + t, self.scratch["f32"], to, line)
 
     def sums(self, row: Scalar) -> list[Scalar]:
         """Both vectors of a row of scratch."""
         at = self._start + row * (2 * LINES)
         return [self.scratch["f32"].load_vector(at + t * LINES, LINES) for t in range(2)]
 
-    def _move(self, name: str, register: int, memory: Memory, at: Scalar, stride: Scalar) -> None:
-        """A tile from or to byte `at`, its lines `stride` bytes apart."""
-        self._do(name, self._register(register), self._pointer(memory, at), stride)
+    def _move(self, name: str, register: int, memory: Memory, at: Scalar, stride: int) -> None:
+        width = self._k.scalar(stride, "i64")
+        self._do(name, self._register(register), self._k.pointer(memory, at), width)
 
     def _register(self, number: int) -> Scalar:
         return self._k.scalar(number, "i8")
-
-    def _pointer(self, memory: Memory, at: Scalar) -> Scalar:
-        return self._k.pointer(memory, at)
 
     def _do(self, name: str, *arguments: Scalar) -> None:
         names = ", ".join(a.name for a in arguments)

@@ -1,0 +1,104 @@
+"""Attention of prefill with Intel's tile registers (AMX): 16 rows of a sequence at once.
+
+Pairs of features of 16 keys, and pairs of values, lie in the cache as tiles want them. Names and
+shapes as in `cpu_attention`; the queries of a group are [G, 16 rows].
+"""
+
+from __future__ import annotations
+
+from compile.cpu_attention import CHUNK, Attention, Chunk, KVLayout, Local
+from compile.mlir import Scalar
+from compile.tiles import COLUMNS, LINE_BYTES, LINES, Config, Tiles
+
+SUM, X = 0, 1  # registers of scores, and of queries; those of keys:
+KEYS = (2, 3, 6, 7)
+SHARES, VALUES = 4, 5  # 16 positions; the sums of values take registers 0 to 3
+CONFIG = Config({SHARES: (LINES, LINE_BYTES // 2), VALUES: (LINES // 2, LINE_BYTES)})
+
+
+class TiledAttention(Attention):
+    """Writes `attend` for groups of up to 16 rows."""
+
+    rows = LINES
+
+    def __init__(self, *arguments: object, tiles: Tiles) -> None:
+        super().__init__(*arguments)  # type: ignore[arg-type]
+        self._tiles = tiles
+
+    @staticmethod
+    def fits(layout: KVLayout) -> bool:
+        """Whether keys are pairs of features of 16 positions, and heads are whole tiles."""
+        is_tile = layout.operand.unit == 2 and layout.position_lanes == LINES
+        head_dim = layout.config.head_dim
+        return is_tile and head_dim % COLUMNS == 0 and head_dim <= COLUMNS * len(KEYS)
+
+    def attend_rows(
+        self, workgroup: Scalar, row: Scalar, num_rows: Scalar, head: Scalar, layer: Scalar
+    ) -> None:
+        """Attention of rows of one sequence to all of their context."""
+        local = self._open(workgroup, LINES * self.groups)
+        high = self.position(row + (num_rows - 1)) + 1
+        self._tiles.open(CONFIG)
+        with self.k.loop(0, high, CHUNK) as start:
+            chunk = Chunk(row, head, layer, start)
+            count = ((start + CHUNK).minimum(high) - start + (LINES - 1)) // LINES
+            with self.k.loop(0, count) as i:
+                self._score_tile(local, chunk, i)
+            for g in range(self.groups):
+                with self.k.loop(0, num_rows) as r:
+                    last = self.position(row + r) - start
+                    self._soften(local, r + g * LINES, last, count)
+                    self._correct(local, r + g * LINES)
+                self._weigh_tiles(local, chunk, g, count)
+        self._tiles.open()
+        for g in range(self.groups):
+            with self.k.loop(0, num_rows) as r:
+                to = self._partial_at(row + r, self.k.scalar(0, "index"), head * self.groups + g)
+                self._store_query(local, r + g * LINES, to)
+
+    def _score_tile(self, local: Local, chunk: Chunk, i: Scalar) -> None:
+        """Scores [G, 16 rows] of the chunk's i-th 16 positions."""
+        t, d, page = self._tiles, self.config.head_dim, self.layout.page_size
+        position, steps = chunk.start + i * LINES, d // COLUMNS
+        keys, _ = self._starts(chunk, position)
+        at = (keys + position % page * d) * 2
+        cache, q = self.memory.cache["bf16"], self.memory.q["bf16"]
+        for step in range(steps):
+            t.load(KEYS[step], cache, at + step * (LINES * LINE_BYTES), LINE_BYTES)
+        for g in range(self.groups):
+            t.zero(SUM)
+            query = (chunk.row * self.width + (chunk.head * self.groups + g) * d) * 2
+            for step in range(steps):
+                t.load(X, q, query + step * LINE_BYTES, self.width * 2)
+                t.multiply_add(SUM, X, KEYS[step])
+            to = (local.scores + g * LINES * CHUNK + i * LINES) * 4
+            t.store(SUM, self.memory.local["f32"], to, CHUNK * 4)
+
+    def _correct(self, local: Local, j: Scalar) -> None:
+        """Values of a query so far, times its factor."""
+        k, memory, lanes = self.k, self.memory.local["f32"], LINES
+        factor = k.broadcast(memory.load(local.factors + j), lanes)
+        with k.loop(0, self.config.head_dim, lanes) as i:
+            at = local.values + j * self.config.head_dim + i
+            memory.store_vector(memory.load_vector(at, lanes) * factor, at)
+
+    def _weigh_tiles(self, local: Local, chunk: Chunk, g: int, count: Scalar) -> None:
+        """Add `count` times 16 values, times the shares of 16 rows."""
+        t, d, page = self._tiles, self.config.head_dim, self.layout.page_size
+        memory, cache = self.memory.local, self.memory.cache["bf16"]
+        for first in range(0, d, 4 * LINES):
+            width = min(4, (d - first) // LINES)
+            values = [(local.values + g * LINES * d + first + f * LINES) * 4 for f in range(width)]
+            for f, at in enumerate(values):
+                t.load(f, memory["f32"], at, d * 4)
+            with self.k.loop(0, count) as i:
+                position = chunk.start + i * LINES
+                shares = (self._shares_at(local) + g * LINES * CHUNK + i * LINES) * 2
+                t.load(SHARES, memory["bf16"], shares, CHUNK * 2)
+                _, start = self._starts(chunk, position)
+                at = (start + position % page * d) * 2 + first * 4
+                for f in range(width):
+                    t.load(VALUES, cache, at + f * LINE_BYTES, d * 4)
+                    t.multiply_add(f, SHARES, VALUES)
+            for f, at in enumerate(values):
+                t.store(f, memory["f32"], at, d * 4)
