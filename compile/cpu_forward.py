@@ -265,11 +265,13 @@ class Forward:
         k, end = self.k, PHASES * self.config.num_layers + 2
         is_open = self.counters.load((end + 5) * 2 * LINE + LINE).less(k.scalar(1, "i32"))
         with k.when(is_open):
-            if self.tiles:
-                self.tiles.open()
             number = k.scalar(0, "index")
             with k.phase(self.counters, number, k.scalar(1, "index")):
+                if self.tiles:
+                    self.tiles.ask()
                 self._set_up()
+            if self.tiles:
+                self.tiles.open()
             self.num_rows = self._number(ROWS)
             with k.phase(self.counters, number + 1, self.num_rows) as row:
                 self._embed(row)

@@ -49,6 +49,19 @@ class Tiles:
     def __init__(self, k: KernelBuilder, scratch: Views, start: Scalar) -> None:
         self._k, self.scratch, self._start = k, scratch, start
 
+    def ask(self) -> None:
+        """Ask Linux for the registers' state, once a process: arch_prctl(ARCH_REQ_XCOMP_PERM, 18).
+
+        Whoever runs the artifact, as shortfin's own server, need not know.
+        """
+        numbers = [self._k.scalar(n, "i64") for n in (158, 0x1023, 18)]
+        self._k.op(
+            'llvm.inline_asm has_side_effects "syscall", '
+            '"={rax},{rax},{rdi},{rsi},~{rcx},~{r11},~{memory}" '
+            f"{', '.join(n.name for n in numbers)} : (i64, i64, i64) -> i64",
+            "i64",
+        )
+
     def open(self, config: Config = WHOLE) -> None:
         """Configure all registers, which makes them zero."""
         words, first = self.scratch["i32"], self._start + SCRATCH
