@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
             decode_batch_sizes=args.decode_batch_sizes,
             max_seq_len=args.max_seq_len,
         )
-        output = args.output or Path(f"{_model_name(args.source)}-{args.target}")
+        output = args.output or Path(f"{_model_name(args.source)}-{args.target.replace(',', '-')}")
         with progress_display() as progress:
             build(
                 args.source, output, options,

@@ -18,17 +18,29 @@ from sf_local.errors import SfLocalError
 
 if TYPE_CHECKING:
     from sf_local.backend import ShortfinLocal
+    from sf_local.device_info import DeviceInfo, devices
     from sf_local.engine import Engine
     from sf_local.generation import Output
     from sf_local.request import SamplingParams
 
-__all__ = ["Engine", "Output", "SamplingParams", "SfLocalError", "ShortfinLocal", "errors"]
+__all__ = [
+    "DeviceInfo",
+    "Engine",
+    "Output",
+    "SamplingParams",
+    "SfLocalError",
+    "ShortfinLocal",
+    "devices",
+    "errors",
+]
 
 _HOMES = {
     "ShortfinLocal": "sf_local.backend",
     "Engine": "sf_local.engine",
     "Output": "sf_local.generation",
     "SamplingParams": "sf_local.request",
+    "DeviceInfo": "sf_local.device_info",
+    "devices": "sf_local.device_info",
 }
 
 if (sys.platform, platform.machine()) != ("linux", "x86_64"):

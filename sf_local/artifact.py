@@ -209,8 +209,8 @@ def find_target(vmfb: str | Path, targets: Sequence[str] = ()) -> Path:
     path = Path(vmfb).expanduser()
     if not path.exists():
         raise MissingFileError(f"vmfb={str(vmfb)!r}: no such file or folder; {REPAIR}")
-    found = {} if (path / VMFB).exists() else compiled_targets(path)
-    if not found:
+    is_one = path.is_file() or (path / MANIFEST).exists() or (path / VMFB).exists()
+    if is_one or not (found := compiled_targets(path)):
         return path
     for name in targets or found:
         if name in found:
@@ -221,9 +221,13 @@ def find_target(vmfb: str | Path, targets: Sequence[str] = ()) -> Path:
     )
 
 
-def compiled_targets(path: Path) -> list[str]:
-    """The targets of a folder that was compiled for several."""
-    return sorted(manifest.parent.name for manifest in path.glob(f"*/{MANIFEST}"))
+def compiled_targets(vmfb: str | Path) -> list[str]:
+    """What an artifact was compiled for, as far as its folder tells; it may hold several."""
+    path = Path(vmfb).expanduser()
+    folder = path if path.is_dir() else path.parent
+    several = [manifest.parent.name for manifest in folder.glob(f"*/{MANIFEST}")]
+    manifest = _read_manifest(folder / MANIFEST)
+    return [manifest.target] if manifest else sorted(several)
 
 
 def host_cpu_features() -> frozenset[str]:
@@ -236,15 +240,14 @@ def host_cpu_features() -> frozenset[str]:
     return frozenset(match[1].split()) if match else frozenset()
 
 
-def check_target(manifest: Manifest, device: str) -> None:
-    """Raise TargetError unless the artifact was made for this device ("cpu" | "hip") and CPU."""
-    if manifest.device != device:
+def check_target(manifest: Manifest, target: str) -> None:
+    """Raise TargetError unless the artifact was made for this target ("cpu", or a chip) and CPU."""
+    if manifest.target != target:
         raise TargetError(
-            f"the artifact was compiled for {manifest.target}, not for device={device!r}; open it "
-            f"with device={manifest.device!r}, or compile it with sf-compile --target "
-            f"{'cpu' if device == 'cpu' else 'CHIP'}"
+            f"the artifact was compiled for {manifest.target}, not for {target}; add that with "
+            f"sf-compile SOURCE -o FOLDER --force --target {manifest.target},{target}"
         )
-    missing = sorted(set(manifest.cpu_features) - host_cpu_features()) if device == "cpu" else []
+    missing = sorted(set(manifest.cpu_features) - host_cpu_features()) if target == "cpu" else []
     if missing:
         raise TargetError(
             f"the artifact was compiled for another CPU: this one lacks {', '.join(missing)}; "

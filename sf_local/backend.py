@@ -52,7 +52,7 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
 
     Args:
         vmfb: the artifact's folder, or its .vmfb file.
-        device: "cpu", "hip" or "hip:N".
+        device: a name or a list of names, as `Engine` takes it.
         chat_template: the name of an SGLang template, a ChatTemplate, or Jinja text; by default
             the model's own.
         config, parameters, tokenizer: files that do not lie beside the .vmfb.
@@ -69,7 +69,7 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
     def __init__(
         self,
         vmfb: str | Path,
-        device: str = "cpu",
+        device: str | Sequence[str] = "cpu",
         *,
         chat_template: str | ChatTemplate | None = None,
         config: str | Path | None = None,

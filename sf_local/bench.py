@@ -24,11 +24,12 @@ from typing import Any
 from sf_local import fresh_process
 from sf_local.artifact import open_artifact
 from sf_local.bench_report import Figure, summary
+from sf_local.device_info import find_device
 from sf_local.engine import Engine
 from sf_local.errors import RequestError
 from sf_local.generation import Output
 from sf_local.kv_size import num_kv_pages
-from sf_local.memory import memory_left
+from sf_local.loop import Loop
 from sf_local.request import SamplingParams
 from sf_local.roofline import decode_bytes, peak_flops, prefill_flops, read_bandwidth
 from sf_local.scheduler import Limits
@@ -385,6 +386,7 @@ def _object(
 ) -> tuple[float, float]:
     """Steps and seconds of one constrained answer; its prompt is cached."""
     loop = bench.engine._loop
+    assert isinstance(loop, Loop)
     bench.run([prompt], 0)
     before, started_at = bench.engine.stats()["steps"], time.perf_counter()
     loop._can_jump = jumps
@@ -428,7 +430,7 @@ def run(
     if rounds < 1:
         raise RequestError(f"rounds={rounds} must be at least 1")
     sizes, rounds = (QUICK, 1) if quick else (Sizes(), rounds)
-    opened, free = open_artifact(artifact), memory_left("cpu", 0, 0)
+    opened, free = open_artifact(artifact), find_device("cpu").free_bytes()
     pages = min(sizes.nodes, num_kv_pages(opened.config, "cpu", free, None, "50%"))
     with Engine(artifact, device, kv_pages=pages) as engine:
         figures = [Figure("memory after load", _resident_megabytes(), "MB")]

@@ -1,4 +1,4 @@
-"""The `sf-local` command: chat, generate, inspect, bench."""
+"""The `sf-local` command: chat, generate, inspect, devices, bench."""
 
 from __future__ import annotations
 
@@ -8,21 +8,29 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sf_local.artifact import DTYPE_BYTES, Artifact, open_artifact, verify
+from sf_local.artifact import DTYPE_BYTES, Artifact, compiled_targets, open_artifact, verify
+from sf_local.device_info import devices, find_device
 from sf_local.errors import SfLocalError
 
 if TYPE_CHECKING:
     from sf_local.engine import Engine, Handle
     from sf_local.request import SamplingParams
 
+GIB = 1 << 30
+DEVICES = "cpu, hip, hip:N, hip:GPU-<uuid>, or auto: what the artifact is for (default)"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
-        commands = {"chat": _chat, "generate": _generate, "inspect": _inspect, "bench": _bench}
+        commands = {
+            "chat": _chat, "generate": _generate, "inspect": _inspect, "devices": _devices,
+            "bench": _bench,
+        }  # fmt: skip
         commands[args.command](args)
     except SfLocalError as error:
         print(f"sf-local: {error}", file=sys.stderr)
@@ -51,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--ebnf", help="grammar of the answer, in Lark's syntax or GBNF")
     for command in (chat, generate):
         command.add_argument("artifact", help="folder made by sf-compile, or a .vmfb file")
-        command.add_argument("--device", default="cpu", help="cpu, hip or hip:N (default: cpu)")
+        command.add_argument("--device", default="auto", help=DEVICES)
         command.add_argument("--max-new-tokens", type=int, default=512)
         command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
         command.add_argument("--top-p", type=float, default=1.0)
@@ -62,11 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="show what an artifact holds")
     inspect.add_argument("artifact")
     inspect.add_argument("--verify", action="store_true", help="hash every file as well")
+    commands.add_parser("devices", help="list what models can run on here")
     bench = commands.add_parser("bench", help="measure speed and how well the cache shares")
     which = bench.add_mutually_exclusive_group(required=True)
     which.add_argument("artifact", nargs="?", default=argparse.SUPPRESS)
     which.add_argument("--vmfb", dest="artifact", metavar="ARTIFACT", help="the same")
-    bench.add_argument("--device", default="cpu", help="cpu, hip or hip:N (default: cpu)")
+    bench.add_argument("--device", default="auto", help=DEVICES)
     bench.add_argument("--rounds", type=int, default=3, help="default: 3")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     bench.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there as well")
@@ -134,12 +143,33 @@ def _print_stream(handle: Handle) -> str:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    artifact = open_artifact(args.artifact)
-    for name, value in describe(artifact):
-        print(f"{name:16} {value}")
-    if args.verify:
-        verify(artifact)
-        print("every file has the hash it was made with")
+    for target in compiled_targets(args.artifact) or [""]:
+        artifact = open_artifact(args.artifact, targets=[target])
+        for name, value in describe(artifact):
+            print(f"{name:16} {value}")
+        if args.verify:
+            verify(artifact)
+            print("every file has the hash it was made with")
+
+
+def _devices(_: argparse.Namespace) -> None:
+    found = devices()
+    for device in found:
+        free = device.free_bytes()
+        memory = f"{device.total_bytes / GIB:.1f} GiB"
+        if free is not None:
+            memory += f", {free / GIB:.1f} free"
+        line = f"{device.name:8} {device.chip:8} {memory:26} {device.description} {device.id}"
+        print(line.rstrip())
+    if len(found) == 1:
+        try:
+            find_device("hip")
+        except SfLocalError as error:
+            print(error)
+    try:
+        print(f"shortfin {version('shortfin')}")
+    except PackageNotFoundError:
+        print("shortfin is not installed; run: pip install sf-local")
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -167,6 +197,7 @@ def describe(artifact: Artifact) -> list[tuple[str, str]]:
     lines = [
         ("vmfb", f"{artifact.vmfb} ({artifact.vmfb.stat().st_size / 1e6:.1f} MB)"),
         ("weights", f"{artifact.num_weight_bytes / 1e6:.1f} MB"),
+        ("ABI", "paged_llm_v1" + (", prefill from any position" if config.has_prefill_position else "")),
         ("context", f"{config.max_seq_len} tokens"),
         ("layers", f"{config.transformer_block_count}, {cache.attention_head_count_kv} KV heads "
                    f"of {config.attn_head_dim}"),

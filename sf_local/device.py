@@ -1,4 +1,4 @@
-"""shortfin systems: open "cpu", "hip" or "hip:1", and IREE's process-wide flags.
+"""shortfin systems: a device that is open, and IREE's process-wide flags.
 
 One of the two files that import shortfin. A `Device` owns a system with one worker thread; the
 engine runs on that worker.
@@ -17,12 +17,12 @@ from typing import Any
 import shortfin as sf
 
 from sf_local.cpu_threads import usable_cores, workers_on
+from sf_local.device_info import find_device
 from sf_local.errors import DeviceError
 
 # Decode is a chain of short dispatches: without spinning, workers sleep between them (12.6 ms a
 # token against 10.0). amdsharktank's CPU code needs more than the default 128 KiB of stack.
 IREE_FLAGS = ("--task_worker_spin_us=20", "--task_worker_stack_size=4194304")
-ALLOWED = '"cpu", "hip", or "hip:N" for the N-th AMD GPU'
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 
 _flags_parsed = False
@@ -32,7 +32,8 @@ class Device:
     """An open device. `close()` ends its threads; free all arrays first."""
 
     def __init__(self, spec: str) -> None:
-        self.kind, self.index = parse_device(spec)
+        info = find_device(spec)
+        self.kind, self.index, self.chip = info.kind, info.index, info.chip
         _parse_iree_flags()
         self.system = _cpu_system() if self.kind == "cpu" else _hip_system(self.index)
         self.worker = self.system.create_worker("sf_local")
@@ -74,14 +75,6 @@ class Device:
         del self.system
 
 
-def parse_device(spec: str) -> tuple[str, int]:
-    """("cpu" | "hip", index) of a device name; raises DeviceError."""
-    match = re.fullmatch(r"(cpu)|hip(?::(\d{1,3}))?", spec) if isinstance(spec, str) else None
-    if not match:
-        raise DeviceError(f"device={spec!r} is unknown; use {ALLOWED}")
-    return ("cpu", 0) if match[1] else ("hip", int(match[2] or 0))
-
-
 def _cpu_system() -> Any:
     library = _libshortfin()
     with workers_on(ctypes.CDLL(str(library)), library, usable_cores()):
@@ -98,11 +91,6 @@ def _hip_system(index: int) -> Any:
             f"device='hip': the AMD driver or libamdhip64.so is not usable ({_first_line(error)}); "
             "install ROCm, point IREE_HIP_DYLIB_PATH at its folder, or use device='cpu'"
         ) from error
-    if index >= len(available):
-        raise DeviceError(
-            f"device='hip:{index}': {len(available)} AMD GPU(s) found; use a smaller index, or "
-            "device='cpu'"
-        )
     builder.visible_devices = [available[index]]
     try:
         return builder.create_system()

@@ -10,20 +10,21 @@ import contextlib
 import functools
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from sf_local.artifact import Artifact, check_target, open_artifact
+from sf_local.artifact import Artifact, check_target, compiled_targets, open_artifact
 from sf_local.choices import Score, score
-from sf_local.device import parse_device
-from sf_local.errors import RequestError
+from sf_local.device_info import DeviceInfo, check_name, find_device
+from sf_local.errors import DeviceError, RequestError
 from sf_local.generation import Delivery, Generation, Output
 from sf_local.kv_size import num_kv_pages
 from sf_local.loop import Loop
 from sf_local.memory import memory_left
+from sf_local.replicas import Replicas
 from sf_local.request import Request, SamplingParams, shown
 from sf_local.seams import SeamEncoder
 from sf_local.tokenizer import Tokenizer
@@ -92,7 +93,9 @@ class Engine:
 
     Args:
         vmfb: the artifact's folder, or its .vmfb file.
-        device: "cpu", "hip" or "hip:N".
+        device: "cpu", "hip", "hip:N" for the N-th GPU, "hip:GPU-<uuid>", or "auto" for what the
+            artifact was compiled for. A list: a replica on each, among which requests are spread
+            by what of their prompts was computed where, and by load.
         config, parameters, tokenizer: files that do not lie beside the .vmfb.
         kv_pages: KV pages to allocate.
         kv_memory: the same as bytes, "2GiB", or "50%" of the free memory. By default one full
@@ -106,7 +109,7 @@ class Engine:
     def __init__(
         self,
         vmfb: str | Path,
-        device: str = "cpu",
+        device: str | Sequence[str] = "cpu",
         *,
         config: str | Path | None = None,
         parameters: str | Path | Sequence[str | Path] | None = None,
@@ -114,23 +117,29 @@ class Engine:
         kv_pages: int | None = None,
         kv_memory: int | str | None = None,
     ) -> None:
-        kind, index = parse_device(device)
-        self.artifact = open_artifact(
-            vmfb, config=config, parameters=parameters, tokenizer=tokenizer
-        )
-        if self.artifact.manifest:
-            check_target(self.artifact.manifest, kind)
+        specs = [device] if isinstance(device, str) else device
+        if not isinstance(specs, Sequence) or not specs:
+            raise DeviceError(f"device={device!r} must be a name, or a list of them")
+        for spec in specs:
+            check_name(spec)
+        places = [find_device(spec, compiled_targets(vmfb)) for spec in specs]
+        opened = [
+            _Place.of(
+                place, vmfb, kv_pages, kv_memory, config=config, parameters=parameters,
+                tokenizer=tokenizer,
+            )
+            for place in places
+        ]  # fmt: skip
+        self.devices = [place.name for place in places]
+        self.artifact = opened[0].artifact
         self.tokenizer = Tokenizer(self.artifact.tokenizer)
-        available = memory_left(kind, index, self.artifact.num_weight_bytes)
-        num_pages = 1 + num_kv_pages(self.artifact.config, kind, available, kv_pages, kv_memory)
-        self._loop = Loop(self.artifact, device, num_pages)
+        self._loop = _open_loops(opened)
         self._finalizer = weakref.finalize(self, self._loop.close)
         self._eos_ids = _eos_ids(self.artifact, self.tokenizer)
         self._encode = SeamEncoder(self.tokenizer)
         manifest = self.artifact.manifest
         self.vocab_size = manifest.vocab_size if manifest else self.tokenizer.vocab_size
-        page_size = self.artifact.config.page_size
-        self.max_tokens = min(self.artifact.config.max_seq_len, (num_pages - 1) * page_size)
+        self.max_tokens = min(place.max_tokens for place in opened)
 
     @functools.cached_property
     def _grammars(self) -> GrammarCompiler:
@@ -320,6 +329,45 @@ class Engine:
                 f"{self.max_tokens}; shorten it, or raise kv_pages or the model's max_seq_len"
             )
         return ids
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A device with what was compiled for it, and how many KV pages it gets, page 0 included."""
+
+    device: DeviceInfo
+    artifact: Artifact
+    num_pages: int
+
+    @classmethod
+    def of(
+        cls, device: DeviceInfo, vmfb: str | Path, kv_pages: int | None,
+        kv_memory: int | str | None, **files: Any,
+    ) -> _Place:  # fmt: skip
+        """Checked as far as it goes without the device."""
+        artifact = open_artifact(vmfb, targets=[device.chip], **files)
+        if artifact.manifest:
+            check_target(artifact.manifest, device.chip)
+        available = memory_left(device, artifact.num_weight_bytes)
+        pages = num_kv_pages(artifact.config, device.kind, available, kv_pages, kv_memory)
+        return cls(device, artifact, 1 + pages)
+
+    @property
+    def max_tokens(self) -> int:
+        config = self.artifact.config
+        return min(config.max_seq_len, (self.num_pages - 1) * config.page_size)
+
+
+def _open_loops(places: Sequence[_Place]) -> Loop | Replicas:
+    loops: list[Loop] = []
+    try:
+        for place in places:
+            loops.append(Loop(place.artifact, place.device.name, place.num_pages))
+    except BaseException:
+        for loop in loops:
+            loop.close()
+        raise
+    return loops[0] if len(loops) == 1 else Replicas(loops)
 
 
 def _eos_ids(artifact: Artifact, tokenizer: Tokenizer) -> frozenset[int]:

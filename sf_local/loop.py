@@ -110,6 +110,15 @@ class Loop:
         while not done.wait(0.1) and not self._ended.is_set():
             pass
 
+    @property
+    def is_usable(self) -> bool:
+        return not (self._is_closing or self._is_draining)
+
+    @property
+    def num_requests(self) -> int:
+        """Those that run, wait, or are about to."""
+        return len(self._generations) + len(self._inbox)
+
     def drain(self) -> None:
         """Take no new generations, and wait until none is left."""
         self._is_draining = True
@@ -174,7 +183,7 @@ class Loop:
     def check_usable(self) -> None:
         """Raise EngineError in a forked child, and once the engine is closed or closing."""
         self.check_process()
-        if self._is_closing or self._is_draining:
+        if not self.is_usable:
             cause = f": {self._failure}" if self._failure else ""
             raise EngineError(f"the engine is closed{cause}; make a new one")
 

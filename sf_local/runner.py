@@ -88,7 +88,7 @@ class ModelRunner:
 
     def __init__(self, artifact: Artifact, device: Device, num_pages: int) -> None:
         if artifact.manifest:
-            check_target(artifact.manifest, device.kind)
+            check_target(artifact.manifest, device.chip)
             if "amx_tile" in artifact.manifest.cpu_features and not allow_tiles():
                 raise TargetError(
                     f"{artifact.vmfb}: compiled for AMX, which this system forbids; compile it "

@@ -5,6 +5,7 @@ UTF-8, so one token at a time and all at once give the same text.
 """
 
 import codecs
+import ctypes
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -61,6 +62,7 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.adds_bos = self._should_add_bos(config.get("add_bos_token"))
+        ctypes.CDLL(None).malloc_trim(0)  # 10 MB that reading the file left behind
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text` as a prompt: after one BOS where the model expects one, never two.

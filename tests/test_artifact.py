@@ -20,6 +20,7 @@ from sf_local.artifact import (
     WEIGHTS,
     Artifact,
     check_target,
+    compiled_targets,
     file_sha256,
     host_cpu_features,
     open_artifact,
@@ -27,6 +28,7 @@ from sf_local.artifact import (
     read_config,
     verify,
 )
+from sf_local.device_info import DeviceInfo
 from sf_local.engine import Engine
 from sf_local.errors import (
     ArtifactError,
@@ -386,15 +388,23 @@ def opened(folder: Path, **changes: Any) -> Artifact:
     return open_artifact(folder)
 
 
+GPU = DeviceInfo("hip:0", "gfx942", "Card", 1 << 33)
+
+
 @pytest.mark.parametrize(
     ("changes", "device", "parts"),
     [
         (
-            {"target": "gfx942", "device": "hip", "cpu_features": []},
+            {"target": "gfx1100", "device": "hip"},
             "cpu",
-            ["compiled for gfx942", "device='cpu'", "device='hip'", "sf-compile --target cpu"],
+            ["compiled for gfx1100, not for cpu", "--target gfx1100,cpu"],
         ),
-        ({}, "hip", ["compiled for cpu", "device='hip'", "device='cpu'", "--target CHIP"]),
+        (
+            {"target": "gfx1100", "device": "hip"},
+            "hip",
+            ["compiled for gfx1100, not for gfx942", "--target gfx1100,gfx942"],
+        ),
+        ({}, "hip", ["compiled for cpu, not for gfx942", "--target cpu,gfx942"]),
         (
             {"cpu_features": ["fma", "amx_bf16_x", "abacus"]},
             "cpu",
@@ -410,17 +420,29 @@ def test_another_target(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sf_local.loop.Device", None)  # nothing native may load
+    monkeypatch.setattr("sf_local.device_info._gpus", lambda: [GPU])
     monkeypatch.setattr(module, "host_cpu_features", lambda: frozenset({"fma"}))
-    artifact = opened(folder, **{"cpu_features": ["fma"], **changes})
-    assert artifact.manifest is not None
-    for attempt in (
-        lambda: check_target(artifact.manifest, device),  # type: ignore[arg-type]
-        lambda: Engine(folder, device),
-    ):
-        with pytest.raises(TargetError) as caught:
-            attempt()
-        for part in parts:
-            assert part in str(caught.value)
+    opened(folder, **{"cpu_features": ["fma"], **changes})
+    with pytest.raises(TargetError) as caught:
+        Engine(folder, device)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_several_targets(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device says which; without one the first will do."""
+    monkeypatch.setattr("sf_local.device_info._gpus", lambda: [GPU])
+    several = tmp_path / "several"
+    for name in ("cpu", "gfx1100"):
+        shutil.copytree(folder, several / name)
+        edit_json(several / name / MANIFEST, target=name)
+    assert compiled_targets(several) == ["cpu", "gfx1100"]
+    assert open_artifact(several).vmfb == several / "cpu" / VMFB
+    assert open_artifact(several, targets=["gfx1100"]).vmfb == several / "gfx1100" / VMFB
+    with pytest.raises(TargetError) as caught:
+        Engine(several, "hip")
+    assert "compiled for cpu, gfx1100, not for gfx942" in str(caught.value)
+    assert "--target cpu,gfx1100,gfx942" in str(caught.value)
 
 
 def test_a_cpu_that_has_more_will_do(folder: Path) -> None:

@@ -17,7 +17,8 @@ from conftest import TINY_OPTIONS, TinyModel
 from compile import BuildOptions, build
 from compile.__main__ import _model_name, main
 from compile.cache import cache_dir
-from sf_local.artifact import file_sha256, open_artifact, verify
+from sf_local import Engine, SamplingParams, cli
+from sf_local.artifact import WEIGHTS, compiled_targets, file_sha256, open_artifact, verify
 from sf_local.errors import OutputError, SourceError, UnsupportedError
 
 FILES = {
@@ -193,6 +194,29 @@ def test_command_line(tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFix
     assert "exists already" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--decode-batch-sizes", "one", "demo"])
+
+
+def test_several_targets(
+    tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder each; GPUs share their weights."""
+    output = tmp_path / "out"
+    sizes = ["--prefill-batch-sizes", "1", "--decode-batch-sizes", "1"]
+    arguments = [str(tiny.source), "-o", str(output), "--target", "gfx942,cpu,gfx1100", *sizes]
+    assert main(arguments) == 0
+    assert compiled_targets(output) == ["cpu", "gfx1100", "gfx942"]
+    assert (output / "gfx1100" / WEIGHTS).readlink() == Path("..", "gfx942", WEIGHTS)
+    assert not (output / "cpu" / WEIGHTS).is_symlink()
+    for target in ("cpu", "gfx1100", "gfx942"):
+        verify(open_artifact(output, targets=[target]))
+    assert cli.main(["inspect", "--verify", str(output)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("every file has the hash") == 3 and "gfx942" in shown
+    with Engine(output) as engine:
+        assert engine.artifact.vmfb.parent == output / "cpu"
+        assert engine.generate([5, 6], SamplingParams(max_new_tokens=2)).completion_tokens == 2
+    with pytest.raises(UnsupportedError, match="names one twice"):
+        build(tiny.source, output, BuildOptions(target="cpu,cpu"))
 
 
 def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,176 @@
+"""Which devices there are, by the names that users give them; shortfin is not needed to tell.
+
+GPUs are asked for through the HIP library that IREE loads as well.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sf_local.errors import DeviceError, TargetError
+
+ALLOWED = '"cpu", "hip", "hip:N" for the N-th AMD GPU, "hip:GPU-<uuid>" or "auto"'
+_ROOT_HELP = (
+    "install ROCm, point IREE_HIP_DYLIB_PATH at the folder of libamdhip64.so, or use device='cpu'"
+)
+# Where a device's properties have its memory and its chip: ROCm 6's layout, and the one before.
+_PROPERTIES = (("hipGetDevicePropertiesR0600", 288, 1160), ("hipGetDeviceProperties", 256, 396))
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """A device of this machine.
+
+    name: "cpu" or "hip:N". chip: the target that it runs, "cpu" or such as "gfx942". id: of a GPU,
+    "GPU-<uuid>". description: what its maker calls it. total_bytes: its memory.
+    """
+
+    name: str
+    chip: str
+    description: str
+    total_bytes: int
+    id: str = ""
+
+    @property
+    def kind(self) -> str:
+        return self.name.partition(":")[0]
+
+    @property
+    def index(self) -> int:
+        return int(self.name.partition(":")[2] or 0)
+
+    def free_bytes(self) -> int | None:
+        """Memory that can be allocated; None where the driver does not say."""
+        if self.kind == "cpu":
+            return _meminfo("MemAvailable")
+        hip, free, total = _hip(), ctypes.c_size_t(), ctypes.c_size_t()
+        failed = hip.hipSetDevice(self.index) or hip.hipMemGetInfo(
+            ctypes.byref(free), ctypes.byref(total)
+        )
+        return None if failed else free.value
+
+
+def devices() -> list[DeviceInfo]:
+    """The CPU, and the GPUs that can be used."""
+    try:
+        return [_cpu(), *_gpus()]
+    except DeviceError:
+        return [_cpu()]
+
+
+def find_device(spec: str, targets: Sequence[str] = ()) -> DeviceInfo:
+    """The device of that name; raises DeviceError.
+
+    "auto" is what `targets`, for which a model was compiled, can run on: a GPU rather than the CPU.
+    """
+    match = _parse(spec)
+    if spec == "auto":
+        return _best(targets)
+    if spec == "cpu":
+        return _cpu()
+    gpus = _gpus()
+    if match["id"]:
+        for gpu in gpus:
+            if gpu.id.lower() == match["id"].lower():
+                return gpu
+        raise DeviceError(f"device={spec!r}: there are {_listed(gpus)}; use one of them")
+    index = int(match["index"] or 0)
+    if index >= len(gpus):
+        raise DeviceError(
+            f"device={spec!r}: there are {_listed(gpus)}; use a smaller index, or device='cpu'"
+        )
+    return gpus[index]
+
+
+def check_name(spec: str) -> None:
+    """Raise DeviceError for what cannot be the name of a device."""
+    _parse(spec)
+
+
+def _parse(spec: str) -> re.Match[str]:
+    pattern = r"auto|cpu|hip(:(?P<index>\d{1,3})|:(?P<id>GPU-[\w-]+))?"
+    match = re.fullmatch(pattern, spec) if isinstance(spec, str) else None
+    if not match:
+        raise DeviceError(f"device={spec!r} is unknown; use {ALLOWED}")
+    return match
+
+
+def _best(targets: Sequence[str]) -> DeviceInfo:
+    found = devices()
+    for device in [*found[1:], found[0]]:
+        if device.chip in targets or not targets:
+            return device
+    raise TargetError(
+        f"device='auto': the artifact was compiled for {', '.join(targets)}; here are "
+        f"{_listed(found)}; compile it with sf-compile --target {found[-1].chip}"
+    )
+
+
+def _listed(found: Sequence[DeviceInfo]) -> str:
+    return ", ".join(f"{d.name} ({' '.join(filter(None, [d.chip, d.id]))})" for d in found)
+
+
+def _cpu() -> DeviceInfo:
+    model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    name = model[1] if model else "CPU"
+    return DeviceInfo("cpu", "cpu", name, _meminfo("MemTotal"))
+
+
+def _meminfo(name: str) -> int:
+    match = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(match[1]) * 1024 if match else sys.maxsize
+
+
+def _gpus() -> list[DeviceInfo]:
+    """At least one; DeviceError where there is none."""
+    hip, count = _hip(), ctypes.c_int()
+    error = hip.hipInit(0) or hip.hipGetDeviceCount(ctypes.byref(count))
+    if error or count.value < 1:
+        reason = f"HIP error {error}" if error else "it has no device"
+        raise DeviceError(
+            f"device='hip': {_library()} finds no AMD GPU ({reason}); check rocminfo and your "
+            "rights to /dev/kfd, or use device='cpu'"
+        )
+    return [_gpu(hip, index) for index in range(count.value)]
+
+
+def _gpu(hip: ctypes.CDLL, index: int) -> DeviceInfo:
+    uuid = ctypes.create_string_buffer(16)
+    hip.hipDeviceGetUuid(uuid, index)
+    digits = uuid.raw.hex()
+    parts = (digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:])
+    for function, memory_at, chip_at in _PROPERTIES:
+        buffer = ctypes.create_string_buffer(4096)
+        if hasattr(hip, function) and not getattr(hip, function)(buffer, index):
+            chip = _text(buffer.raw[chip_at:]).partition(":")[0]  # features may follow
+            total = int.from_bytes(buffer.raw[memory_at : memory_at + 8], "little")
+            name, id_ = _text(buffer.raw), f"GPU-{'-'.join(parts)}"
+            return DeviceInfo(f"hip:{index}", chip, name, total, id_)
+    raise DeviceError(f"device='hip:{index}': {_library()} does not tell its chip; update ROCm")
+
+
+def _text(data: bytes) -> str:
+    return data[:256].partition(b"\0")[0].decode(errors="replace")
+
+
+def _hip() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(_library())
+    except OSError as error:
+        raise DeviceError(
+            f"device='hip': {_library()} cannot be loaded ({error}); {_ROOT_HELP}"
+        ) from error
+
+
+def _library() -> str:
+    """Where IREE looks first: IREE_HIP_DYLIB_PATH is a folder, or file:/a/library.so."""
+    place = os.environ.get("IREE_HIP_DYLIB_PATH", "")
+    if place.startswith("file:"):
+        return place.removeprefix("file:")
+    return os.path.join(place, "libamdhip64.so")
