@@ -197,7 +197,7 @@ def describe(artifact: Artifact) -> list[tuple[str, str]]:
     lines = [
         ("vmfb", f"{artifact.vmfb} ({artifact.vmfb.stat().st_size / 1e6:.1f} MB)"),
         ("weights", f"{artifact.num_weight_bytes / 1e6:.1f} MB"),
-        ("ABI", "paged_llm_v1" + (", prefill from any position" if config.has_prefill_position else "")),
+        ("ABI", "paged_llm_v1" + (", has_prefill_position" * config.has_prefill_position)),
         ("context", f"{config.max_seq_len} tokens"),
         ("layers", f"{config.transformer_block_count}, {cache.attention_head_count_kv} KV heads "
                    f"of {config.attn_head_dim}"),
