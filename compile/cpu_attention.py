@@ -108,8 +108,6 @@ class Attention:
     the tables say.
     """
 
-    rows = QUERY_ROWS  # of a group, at most
-
     def __init__(
         self,
         k: KernelBuilder,
@@ -127,7 +125,12 @@ class Attention:
         self.width = c.num_heads * c.head_dim
         self._other = layout.operand.other  # of queries and shares
         self._units = "i32" if layout.operand.unit == 2 else self._other
-        self.local_size = Local.size(self.rows * self.groups, c.head_dim)
+        self.local_size = Local.size(self.most_queries, c.head_dim)
+
+    @property
+    def most_queries(self) -> int:
+        """Of one task."""
+        return QUERY_ROWS * self.groups
 
     # Queries, keys and values
 

@@ -312,9 +312,8 @@ class Forward:
     def _append_groups(self, first: Scalar, count: Scalar) -> None:
         k, groups = self.k, count // QUERY_ROWS
         if self.tiled_attention:
-            most = self.tiled_attention.rows
-            with k.loop(0, count, most) as i:
-                length = (count - i).minimum(k.scalar(most, "index"))
+            with k.loop(0, count, tiles.LINES) as i:
+                length = (count - i).minimum(k.scalar(tiles.LINES, "index"))
                 self._append(GROUPS, GROUP_ROW, first + i, length)
             return
         with k.loop(0, groups) as i:
@@ -392,16 +391,20 @@ class Forward:
             self.act.store(values, to, i)
 
     def _attend(self, layer: Scalar, number: Scalar) -> None:
-        """Each group of rows, KV head and split of the context."""
+        """Each group of rows, KV head and split of the context; with tiles, each query head."""
         k, heads = self.k, self.config.num_kv_heads
         splits, groups = self._number(SPLITS), self._number(GROUPS)
-        with k.phase(self.counters, number, groups * splits * heads) as task:
+        tiled = self.tiled_attention
+        num_tasks = groups * self.config.num_heads if tiled else groups * splits * heads
+        with k.phase(self.counters, number, num_tasks) as task:
+            if tiled:
+                query, group = task % self.config.num_heads, task // self.config.num_heads
+                row, length = self._table(GROUP_ROW, group), self._table(GROUP_LEN, group)
+                tiled.attend_rows(self.workgroup, row, length, query, layer)
+                return
             head, group = task % heads, task // heads // splits
             split = task // heads % splits if self.kind.is_decode else None
             row, length = self._table(GROUP_ROW, group), self._table(GROUP_LEN, group)
-            if self.tiled_attention:
-                self.tiled_attention.attend_rows(self.workgroup, row, length, head, layer)
-                return
             for num_rows in (1,) if self.kind.is_decode else (1, QUERY_ROWS):
                 with k.when(length.equals(num_rows)):
                     self.attention.attend(self.workgroup, row, num_rows, head, split, layer)

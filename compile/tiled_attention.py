@@ -1,7 +1,8 @@
 """Attention of prefill with Intel's tile registers (AMX): 16 rows of a sequence at once.
 
 Pairs of features of 16 keys, and pairs of values, lie in the cache as tiles want them. Names and
-shapes as in `cpu_attention`; the queries of a group are [G, 16 rows].
+shapes as in `cpu_attention`. A task is one query head of a group of rows, so that few rows too are
+work for several threads.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ CONFIG = Config({SHARES: (LINES, LINE_BYTES // 2), VALUES: (LINES // 2, LINE_BYT
 
 
 class TiledAttention(Attention):
-    """Writes `attend` for groups of up to 16 rows."""
-
-    rows = LINES
+    """Writes `attend_rows`, of up to 16 rows."""
 
     def __init__(self, *arguments: object, tiles: Tiles) -> None:
         super().__init__(*arguments)  # type: ignore[arg-type]
         self._tiles = tiles
+
+    @property
+    def most_queries(self) -> int:
+        return LINES
 
     @staticmethod
     def fits(layout: KVLayout) -> bool:
@@ -33,31 +36,28 @@ class TiledAttention(Attention):
         return is_tile and head_dim % COLUMNS == 0 and head_dim <= COLUMNS * len(KEYS)
 
     def attend_rows(
-        self, workgroup: Scalar, row: Scalar, num_rows: Scalar, head: Scalar, layer: Scalar
+        self, workgroup: Scalar, row: Scalar, num_rows: Scalar, query: Scalar, layer: Scalar
     ) -> None:
-        """Attention of rows of one sequence to all of their context."""
-        local = self._open(workgroup, LINES * self.groups)
+        """Attention of one query head of rows of one sequence to all of their context."""
+        local = self._open(workgroup, LINES)
         high = self.position(row + (num_rows - 1)) + 1
         self._tiles.open(CONFIG)
         with self.k.loop(0, high, CHUNK) as start:
-            chunk = Chunk(row, head, layer, start)
+            chunk = Chunk(row, query // self.groups, layer, start)
             count = ((start + CHUNK).minimum(high) - start + (LINES - 1)) // LINES
             with self.k.loop(0, count) as i:
-                self._score_tile(local, chunk, i)
-            for g in range(self.groups):
-                with self.k.loop(0, num_rows) as r:
-                    last = self.position(row + r) - start
-                    self._soften(local, r + g * LINES, last, count)
-                    self._correct(local, r + g * LINES)
-                self._weigh_tiles(local, chunk, g, count)
-        self._tiles.open()
-        for g in range(self.groups):
+                self._score_tile(local, chunk, query, i)
             with self.k.loop(0, num_rows) as r:
-                to = self._partial_at(row + r, self.k.scalar(0, "index"), head * self.groups + g)
-                self._store_query(local, r + g * LINES, to)
+                self._soften(local, r, self.position(row + r) - start, count)
+                self._correct(local, r)
+            self._weigh_tiles(local, chunk, count)
+        self._tiles.open()
+        with self.k.loop(0, num_rows) as r:
+            to = self._partial_at(row + r, self.k.scalar(0, "index"), query)
+            self._store_query(local, r, to)
 
-    def _score_tile(self, local: Local, chunk: Chunk, i: Scalar) -> None:
-        """Scores [G, 16 rows] of the chunk's i-th 16 positions."""
+    def _score_tile(self, local: Local, chunk: Chunk, query: Scalar, i: Scalar) -> None:
+        """Scores [16 rows] of the chunk's i-th 16 positions."""
         t, d, page = self._tiles, self.config.head_dim, self.layout.page_size
         position, steps = chunk.start + i * LINES, d // COLUMNS
         keys, _ = self._starts(chunk, position)
@@ -65,14 +65,12 @@ class TiledAttention(Attention):
         cache, q = self.memory.cache["bf16"], self.memory.q["bf16"]
         for step in range(steps):
             t.load(KEYS[step], cache, at + step * (LINES * LINE_BYTES), LINE_BYTES)
-        for g in range(self.groups):
-            t.zero(SUM)
-            query = (chunk.row * self.width + (chunk.head * self.groups + g) * d) * 2
-            for step in range(steps):
-                t.load(X, q, query + step * LINE_BYTES, self.width * 2)
-                t.multiply_add(SUM, X, KEYS[step])
-            to = (local.scores + g * LINES * CHUNK + i * LINES) * 4
-            t.store(SUM, self.memory.local["f32"], to, CHUNK * 4)
+        t.zero(SUM)
+        x = (chunk.row * self.width + query * d) * 2
+        for step in range(steps):
+            t.load(X, q, x + step * LINE_BYTES, self.width * 2)
+            t.multiply_add(SUM, X, KEYS[step])
+        t.store(SUM, self.memory.local["f32"], (local.scores + i * LINES) * 4, CHUNK * 4)
 
     def _correct(self, local: Local, j: Scalar) -> None:
         """Values of a query so far, times its factor."""
@@ -82,18 +80,18 @@ class TiledAttention(Attention):
             at = local.values + j * self.config.head_dim + i
             memory.store_vector(memory.load_vector(at, lanes) * factor, at)
 
-    def _weigh_tiles(self, local: Local, chunk: Chunk, g: int, count: Scalar) -> None:
+    def _weigh_tiles(self, local: Local, chunk: Chunk, count: Scalar) -> None:
         """Add `count` times 16 values, times the shares of 16 rows."""
         t, d, page = self._tiles, self.config.head_dim, self.layout.page_size
         memory, cache = self.memory.local, self.memory.cache["bf16"]
         for first in range(0, d, 4 * LINES):
             width = min(4, (d - first) // LINES)
-            values = [(local.values + g * LINES * d + first + f * LINES) * 4 for f in range(width)]
+            values = [(local.values + first + f * LINES) * 4 for f in range(width)]
             for f, at in enumerate(values):
                 t.load(f, memory["f32"], at, d * 4)
             with self.k.loop(0, count) as i:
                 position = chunk.start + i * LINES
-                shares = (self._shares_at(local) + g * LINES * CHUNK + i * LINES) * 2
+                shares = (self._shares_at(local) + i * LINES) * 2
                 t.load(SHARES, memory["bf16"], shares, CHUNK * 2)
                 _, start = self._starts(chunk, position)
                 at = (start + position % page * d) * 2 + first * 4
