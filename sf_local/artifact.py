@@ -32,6 +32,7 @@ COMPILER_VERSION = "3.9.0"
 VMFB, WEIGHTS, CONFIG, MANIFEST = "model.vmfb", "weights.irpa", "config.json", "artifact.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 REPAIR = "compile the model again: sf-compile SOURCE -o FOLDER --force"
+NORMALIZATIONS = None, "none", "log_softmax", "softmax"
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 MAX_HASHED_AT_LOAD = 1 << 20
 
@@ -60,7 +61,7 @@ class ModelConfig:
     has_prefill_position: bool = False
     module_name: str = "module"
     module_abi_version: int = 1
-    logits_normalization: str = "none"
+    logits_normalization: str | None = "none"
     top_k: int | None = None
 
     @property
@@ -103,6 +104,12 @@ class ModelConfig:
                 raise ValueError(f"{name} must be an ascending list, found {sizes!r}")
             for size in sizes:
                 _positive_int(name, size)
+        if self.top_k is not None:
+            _positive_int("top_k", self.top_k)
+        if self.logits_normalization not in NORMALIZATIONS:
+            raise ValueError(
+                f"logits_normalization {self.logits_normalization!r}; one of {list(NORMALIZATIONS)}"
+            )
         if cache.kv_cache_dtype not in DTYPE_BYTES:
             raise ValueError(f"kv_cache_dtype {cache.kv_cache_dtype!r}; one of {list(DTYPE_BYTES)}")
         if self.page_elements != self._expected_page_elements:
@@ -157,6 +164,13 @@ class Artifact:
     @property
     def name(self) -> str:
         return self.vmfb.parent.name
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a sequence. A prefill of amdsharktank's that fills the whole context is wrong: it
+        promises the compiler a page less."""
+        longest, page_size = self.config.max_seq_len, self.config.page_size
+        return longest if self.manifest else (-(-longest // page_size) - 1) * page_size
 
     @cached_property
     def num_weight_bytes(self) -> int:

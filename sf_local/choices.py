@@ -10,6 +10,7 @@ from sf_local.errors import EngineError, RequestError
 from sf_local.generation import Output
 from sf_local.radix_cache import common_prefix_len
 from sf_local.request import SamplingParams, shown
+from sf_local.top_k import refusal
 
 if TYPE_CHECKING:
     from sf_local.engine import Engine, Handle
@@ -50,6 +51,8 @@ def score(
     is_list = isinstance(continuations, Sequence) and not isinstance(continuations, str)
     if not (is_list and continuations and all(isinstance(c, str) for c in continuations)):
         raise RequestError(f"choices={shown(continuations)} must be a list of str, not empty")
+    if (k := engine.artifact.config.top_k) is not None:
+        raise refusal("choices", continuations, k)
     prompt_ids = engine.encode(prompt)
     tokens = [engine.encode(prompt, c) for c in continuations]
     starts = [common_prefix_len(prompt_ids, ids) for ids in tokens]

@@ -28,6 +28,7 @@ from sf_local.replicas import Replicas
 from sf_local.request import Request, SamplingParams, shown
 from sf_local.seams import SeamEncoder
 from sf_local.tokenizer import Tokenizer
+from sf_local.top_k import check_params
 
 if TYPE_CHECKING:
     from sf_local.grammar import Grammar, GrammarCompiler
@@ -225,7 +226,8 @@ class Engine:
     def warm(self, prompt: str) -> None:
         """A hint that prompts will begin so: compute it into the cache. Returns at once."""
         with contextlib.suppress(RequestError):
-            self._loop.submit(self._generation(prompt, SamplingParams(max_new_tokens=0)))
+            params = SamplingParams(max_new_tokens=0, temperature=0)
+            self._loop.submit(self._generation(prompt, params))
 
     def stats(self) -> dict[str, float]:
         """Counters since the start, and what is going on.
@@ -284,6 +286,8 @@ class Engine:
 
     def _check_params(self, params: SamplingParams, prompt_len: int) -> None:
         """What depends on the model or the prompt; the rest was checked when they were made."""
+        if self.artifact.config.top_k is not None:
+            check_params(params, self.artifact.config.top_k)
         self._check_tokens("logit_bias", params.logit_bias)
         self._check_tokens("stop_token_ids", params.stop_token_ids)
         if params.top_logprobs_num > self.vocab_size:
@@ -354,8 +358,8 @@ class _Place:
 
     @property
     def max_tokens(self) -> int:
-        config = self.artifact.config
-        return min(config.max_seq_len, (self.num_pages - 1) * config.page_size)
+        artifact = self.artifact
+        return min(artifact.max_tokens, (self.num_pages - 1) * artifact.config.page_size)
 
 
 def _open_loops(places: Sequence[_Place]) -> Loop | Replicas:

@@ -438,8 +438,12 @@ def _limits(artifact: Artifact) -> Limits:
     config = artifact.config
     sizes = config.prefill_batch_sizes, config.decode_batch_sizes
     if not config.has_prefill_position:
-        return Limits(*sizes, prefill_tokens=config.max_seq_len, reuse="nothing")
-    return Limits(*sizes, reuse="tokens" if artifact.manifest else "pages")
+        return Limits(*sizes, prefill_tokens=artifact.max_tokens, reuse="nothing")
+    if artifact.manifest:
+        return Limits(*sizes)
+    most = min(Limits.prefill_tokens, artifact.max_tokens)
+    whole_pages = max(1, most // config.page_size) * config.page_size
+    return Limits(*sizes, prefill_tokens=whole_pages, reuse="pages")
 
 
 def _wants_logits(chunk: Chunk) -> bool:

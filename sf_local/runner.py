@@ -31,7 +31,9 @@ from sf_local.errors import (
     VersionError,
 )
 from sf_local.summary import Floats, Next, summarize
+from sf_local.top_k import spread
 
+MIN_WIDTH = 2  # columns of a page table that amdsharktank's code needs
 VECTOR = 16  # positions that one step of a CPU's attention adds up
 MAX_PENDING = 16  # copies to wait for at a time; IREE's poller aborts at about 64
 
@@ -134,16 +136,18 @@ class ModelRunner:
         inputs = self._prefill_inputs(rows, size)
         if (name := f"prefill_next_bs{size}") in self._functions:
             return await self._call_next(name, size, inputs, len(rows), wanted)
-        [logits] = await self._call(f"prefill_bs{size}", inputs, len(rows), wanted)
-        last = np.stack([logits[i, len(row.tokens) - 1] for i, row in enumerate(rows)])
-        return summarize(last, wanted.scales_of(len(rows)))
+        results = await self._call_prefill(size, inputs, len(rows), wanted)
+        ends = [len(row.tokens) - 1 for row in rows]
+        last = [values[np.arange(len(rows)), ends] for values in results]
+        return self._following(last, wanted)
 
     async def prefill_all(self, rows: Sequence[Row], wanted: Wanted = WANTED) -> list[Floats]:
         """Compute rows of tokens; the logits [len(row), V] after every token of each row."""
         self._check(rows)
         size = _fitting(self.config.prefill_batch_sizes, len(rows))
         inputs = self._prefill_inputs(rows, size)
-        [logits] = await self._call(f"prefill_bs{size}", inputs, len(rows), wanted)
+        [values] = await self._call_prefill(size, inputs, len(rows), wanted)
+        logits = self._logits(values)
         return [logits[i, : len(row.tokens)] for i, row in enumerate(rows)]
 
     async def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -171,14 +175,18 @@ class ModelRunner:
         }
         if (name := f"decode_next_bs{size}") in self._functions:
             return await self._call_next(name, size, inputs, len(rows), wanted)
-        [logits] = await self._call(f"decode_bs{size}", inputs, len(rows), wanted)
-        return summarize(logits[:, 0], wanted.scales_of(len(rows)))
+        results = await self._call(f"decode_bs{size}", inputs, len(rows), wanted)
+        return self._following([values[:, 0] for values in results], wanted)
 
     def _prefill_inputs(self, rows: Sequence[Row], size: int) -> dict[str, _Argument]:
         page = self.config.page_size
         num_pages = -(-max(len(row.tokens) for row in rows) // page)
-        last = max(max(row.start for row in rows) // page + num_pages,
-                   *(len(row.page_ids) for row in rows))  # fmt: skip
+        if self.config.has_prefill_position:
+            last = max(max(row.start for row in rows) // page + num_pages,
+                       *(len(row.page_ids) for row in rows))  # fmt: skip
+            width = self._width(last)
+        else:  # the page table must have exactly the pages of `tokens`
+            width = num_pages = max(MIN_WIDTH, num_pages)
         tokens = self._argument("tokens", (size, num_pages * page))
         for values, row in zip(tokens.values, rows, strict=False):
             values[: len(row.tokens)] = row.tokens
@@ -191,8 +199,34 @@ class ModelRunner:
             raise MismatchError(f"{self.artifact.vmfb}: compiled without has_prefill_position")
         ends = [row.end for row in rows]
         inputs["seq_lens"] = self._fill("seq_lens", (size,), ends, self._unused)
-        inputs["page_ids"] = self._fill_pages((size, self._width(last)), rows)
+        inputs["page_ids"] = self._fill_pages((size, width), rows)
         return inputs
+
+    async def _call_prefill(
+        self, size: int, inputs: dict[str, _Argument], num_rows: int, wanted: Wanted
+    ) -> list[Array]:
+        """Results [num_rows, S, ...]: the logits, or the likeliest tokens' and their ids."""
+        results = await self._call(f"prefill_bs{size}", inputs, num_rows, wanted)
+        if results[0].shape[1] != inputs["tokens"].values.shape[1]:
+            raise MismatchError(
+                f"{self.artifact.vmfb}: exported with --prefill-final-logits, which config.json "
+                "does not tell and which is wrong behind a cached prefix; export it without"
+            )
+        return results
+
+    def _following(self, results: Sequence[Array], wanted: Wanted) -> Next:
+        """From logits [n, V]; or from the likeliest tokens' [n, k], and their ids."""
+        logits = self._logits(results[0])
+        if self.config.top_k is not None:
+            logits = spread(logits, results[1])
+        return summarize(logits, wanted.scales_of(len(logits)))
+
+    def _logits(self, values: Array) -> Floats:
+        """Logits up to a constant a row, of what the model made of them."""
+        if self.config.logits_normalization != "softmax":
+            return values
+        with np.errstate(divide="ignore"):  # what was rounded to 0 is impossible
+            return np.log(values)
 
     async def _call_next(
         self, name: str, size: int, inputs: dict[str, _Argument], num_rows: int, wanted: Wanted
@@ -215,7 +249,7 @@ class ModelRunner:
             wanted.meanwhile()
             await device
             self.call_seconds += time.perf_counter() - started_at
-            if wanted.only_best and len(results) > 1:
+            if wanted.only_best and "_next_" in name:
                 results = [r if i == BEST else None for i, r in enumerate(results)]
             if self._device.kind != "cpu":
                 results = await self._transfer(results)
@@ -239,12 +273,12 @@ class ModelRunner:
         return 0 if self.artifact.manifest else 1
 
     def _width(self, num_pages: int) -> int:
-        """Columns of the page table for `num_pages`, at least the 2 that amdsharktank needs.
+        """Columns of the page table for `num_pages`.
 
         Attention sums whole vectors of positions, so a row comes out the same in any company.
         """
         unit = -(-VECTOR // self.config.page_size)
-        return max(2, -(-num_pages // unit) * unit)
+        return max(MIN_WIDTH, -(-num_pages // unit) * unit)
 
     def _argument(self, name: str, shape: tuple[int, ...], dtype: type = np.int64) -> _Argument:
         """An argument of the next call; those of one shape are the same, with their values."""
@@ -283,7 +317,7 @@ class ModelRunner:
 
     def _check(self, rows: Sequence[Row]) -> None:
         """All but the range of page ids, which `_fill_pages` checks."""
-        page_size, longest = self.config.page_size, self.config.max_seq_len
+        page_size, longest = self.config.page_size, self.artifact.max_tokens
         for row in rows:
             end = row.end
             if not (row.tokens and row.start >= 0 and end <= longest):
@@ -315,7 +349,24 @@ class ModelRunner:
                 f"{self.artifact.vmfb} lacks {', '.join(missing)}, which config.json names; "
                 f"{REPAIR}"
             )
+        for name in wanted:
+            self._check_signature(name, found[name].calling_convention)
         return {name: function for name, function in found.items() if function is not None}
+
+    def _check_signature(self, name: str, convention: str) -> None:
+        """Raise MismatchError unless config.json tells how to call a function.
+
+        The convention is like "0rrrrrrr_r": arguments, of which two may be fences, and results.
+        """
+        config = self.config
+        arguments, results = (len(part) for part in convention.removeprefix("0").split("_"))
+        expected = 5 if config.has_prefill_position or name.startswith("decode") else 4
+        if arguments not in (expected, expected + 2) or results != 1 + (config.top_k is not None):
+            raise MismatchError(
+                f"{self.artifact.vmfb}: {name} is not what config.json says, which has "
+                f"has_prefill_position={config.has_prefill_position} and top_k={config.top_k}; "
+                "use the config.json that was exported with it"
+            )
 
     def _look_up(self, name: str) -> Any:
         try:

@@ -241,7 +241,7 @@ class Scheduler:
         chunks: list[Chunk] = []
         longest = num_slots = 0
         for request in requests[: sizes[-1]]:
-            count = _next_len(request, self.limits.prefill_tokens)
+            count = self._next_len(request)
             padded = -(-max(count, longest) // page) * page
             slots = next(size for size in sizes if size > len(chunks)) * padded
             if chunks and slots > self.limits.prefill_tokens:
@@ -250,13 +250,13 @@ class Scheduler:
             longest, num_slots = max(longest, count), slots
         return chunks, num_slots
 
-
-def _next_len(request: Request, most: int) -> int:
-    """Tokens of the next chunk; those whose logits are wanted begin one of their own."""
-    end = request.num_tokens
-    if request.first_logits is not None and request.num_computed < request.first_logits:
-        end = request.first_logits
-    return min(end - request.num_computed, most)
+    def _next_len(self, request: Request) -> int:
+        """Tokens of the next chunk; where one can start anywhere, those whose logits are wanted
+        begin one of their own."""
+        end, first = request.num_tokens, request.first_logits
+        if self.limits.reuse == "tokens" and first is not None and request.num_computed < first:
+            end = first
+        return min(end - request.num_computed, self.limits.prefill_tokens)
 
 
 def _chunk(request: Request, end: int) -> Chunk:

@@ -159,7 +159,7 @@ def test_a_small_file_that_changed(folder: Path, name: str) -> None:
     expected = file_sha256(folder / name)
     if name == CONFIG:
         text = (folder / name).read_text()
-        (folder / name).write_text(text.replace('"none"', '"some"'))
+        (folder / name).write_text(text.replace('"module"', '"modulo"'))
     else:
         flip_byte(folder / name)
     hashes = f"sha256 {expected} expected, {file_sha256(folder / name)} found"

@@ -9,6 +9,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -557,3 +558,24 @@ def test_a_thousand_wait_beside_ten_thousand_cached_pages() -> None:
     requests = [make_request(chance.choices(range(100), k=10), 3) for _ in range(1000)]
     runner.serve(*requests)
     runner.check_end([*warming, *requests])
+
+
+@pytest.mark.parametrize(
+    ("reuse", "prefill_tokens", "starts"),
+    [("tokens", 16, [0, 5, 21, 37]), ("pages", 16, [0, 16, 32]), ("nothing", 64, [0])],
+)
+def test_prefills_start_where_the_model_can(
+    reuse: Literal["tokens", "pages", "nothing"], prefill_tokens: int, starts: list[int]
+) -> None:
+    """Also where the logits of a prompt are wanted from the middle of a page on."""
+    limits = Limits((1,), (1,), prefill_tokens, reuse=reuse)
+    runner = FakeRunner(20, 4, limits)
+    request = make_request(range(40), 1)
+    request.first_logits = 5
+    runner.scheduler.add(request)
+    found = []
+    while not found or found[-1].end < 40:
+        [[chunk]] = runner.scheduler.next_step().prefills
+        runner.scheduler.computed(chunk)
+        found.append(chunk)
+    assert [chunk.start for chunk in found] == starts
