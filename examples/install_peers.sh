@@ -1,10 +1,26 @@
 #!/usr/bin/env bash
 # Makes the environments of bench_peers.py: install_peers.sh FOLDER
+# Or that of peers/export_amdsharktank.py: install_peers.sh FOLDER amdsharktank
 set -euo pipefail
-[ $# = 1 ] || { echo "usage: install_peers.sh FOLDER (then: bench_peers.py --peers FOLDER)" >&2; exit 2; }
+[ $# = 1 ] || { [ $# = 2 ] && [ "$2" = amdsharktank ]; } || {
+  echo "usage: install_peers.sh FOLDER [amdsharktank] (then: bench_peers.py --peers FOLDER)" >&2
+  exit 2
+}
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
 python=${PYTHON:-python3}
+
+install() { # NAME PIP-ARGUMENTS...
+  echo "+ $1"
+  "$python" -m venv "$folder/$1"
+  "$folder/$1/bin/pip" install --quiet --no-cache-dir "${@:2}"
+}
+if [ $# = 2 ]; then # 1,900 MB, about 2 minutes; it imports wave-lang and does not declare it
+  install amdsharktank "amdsharktank==3.9.0" "iree-turbine==3.9.0" "wave-lang==3.9.1" "torch==2.13.0" \
+    "iree-base-compiler==3.9.0" "iree-base-runtime==3.9.0"
+  echo "done; now: $folder/amdsharktank/bin/python examples/peers/export_amdsharktank.py SOURCE FOLDER"
+  exit
+fi
 
 cat <<EOF
 This makes three Python environments in $folder:
@@ -20,11 +36,6 @@ for compiler in "${CC:-cc}" "${CXX:-c++}"; do
   }
 done
 
-install() { # NAME PIP-ARGUMENTS...
-  echo "+ $1"
-  "$python" -m venv "$folder/$1"
-  "$folder/$1/bin/pip" install --quiet --no-cache-dir "${@:2}"
-}
 # Where llama.cpp's AMX code ends with an illegal instruction (0.3.36 on a virtual Xeon), leave it
 # out: CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON \
 # -DGGML_AVX512_BF16=ON"

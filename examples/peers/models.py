@@ -1,4 +1,7 @@
-"""The demo model as the peers read it, made once and kept in the cache folder."""
+"""The demo model as the peers read it, made once and kept in the cache folder.
+
+`models.py` prints the Hugging Face folder.
+"""
 
 import json
 import os
@@ -26,8 +29,8 @@ def demo_as_gguf(kind: str) -> Path:
 
 
 def demo_as_folder() -> Path:
-    """config.json and model.safetensors in bf16, as transformers reads them."""
-    return kept("SmolLM2-135M-Instruct-bf16", _write_folder)
+    """A Hugging Face folder, in bf16."""
+    return kept("SmolLM2-135M-Instruct-hf", _write_folder)
 
 
 def kept(name: str, write: Callable[[Path], None]) -> Path:
@@ -84,9 +87,14 @@ def _write_folder(folder: Path) -> None:
         "tie_word_embeddings": True,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(fields, indent=2))
+    source.write_tokenizer(folder)
 
 
 def _hf_name(name: str) -> str:
     *layer, part, suffix = name.split(".")
     names = {ours: theirs for theirs, ours in NAMES.items()}
     return f"{f'model.layers.{layer[1]}.' if layer else ''}{names[part]}.{suffix}"
+
+
+if __name__ == "__main__":
+    print(demo_as_folder())

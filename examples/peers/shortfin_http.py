@@ -17,7 +17,7 @@ from worker import seconds, serve
 START_SECONDS = 120
 
 
-def start(artifact: Path, port: int) -> None:
+def start(artifact: Path, port: int) -> subprocess.Popen[bytes]:
     options = {
         "device": "local-task", "host": "127.0.0.1", "port": port,
         "vmfb": artifact / "model.vmfb", "parameters": artifact / "weights.irpa",
@@ -30,7 +30,7 @@ def start(artifact: Path, port: int) -> None:
     while time.monotonic() < end and server.poll() is None:
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
+            return server
         except OSError:
             time.sleep(0.1)
     raise SystemExit(f"shortfin's server is not there after at most {START_SECONDS} s")
@@ -69,5 +69,6 @@ def cached(shared: list[int], one: list[int], other: list[int]) -> float:
 
 artifact, port = Path(sys.argv[1]), free_port()
 tokenizer = Tokenizer.from_file(str(artifact / "tokenizer.json"))
-start(artifact, port)
-serve({f.__name__: f for f in (first, warm, cached)})
+server = start(artifact, port)
+serve({f.__name__: f for f in (first, generate, warm, cached)})
+server.terminate()
