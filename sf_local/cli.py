@@ -12,7 +12,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sf_local.artifact import DTYPE_BYTES, Artifact, compiled_targets, open_artifact, verify
+from sf_local.artifact import (
+    DTYPE_BYTES,
+    Artifact,
+    ModelConfig,
+    compiled_targets,
+    open_artifact,
+    verify,
+)
 from sf_local.device_info import devices, find_device
 from sf_local.errors import SfLocalError
 
@@ -189,6 +196,15 @@ def _bench(args: argparse.Namespace) -> None:
         plot(report, args.plot)
 
 
+def _abi(config: ModelConfig) -> str:
+    parts = ["paged_llm_v1"]
+    if config.has_prefill_position:
+        parts.append("has_prefill_position")
+    if config.top_k is not None:
+        parts.append(f"top_k {config.top_k}")
+    return ", ".join(parts)
+
+
 def describe(artifact: Artifact) -> list[tuple[str, str]]:
     """What an artifact holds, as (name, value) lines."""
     config, manifest = artifact.config, artifact.manifest
@@ -197,7 +213,7 @@ def describe(artifact: Artifact) -> list[tuple[str, str]]:
     lines = [
         ("vmfb", f"{artifact.vmfb} ({artifact.vmfb.stat().st_size / 1e6:.1f} MB)"),
         ("weights", f"{artifact.num_weight_bytes / 1e6:.1f} MB"),
-        ("ABI", "paged_llm_v1" + (", has_prefill_position" * config.has_prefill_position)),
+        ("ABI", _abi(config)),
         ("context", f"{config.max_seq_len} tokens"),
         ("layers", f"{config.transformer_block_count}, {cache.attention_head_count_kv} KV heads "
                    f"of {config.attn_head_dim}"),
