@@ -11,6 +11,7 @@ A page is [L, P, 2, KH, D]: one token of one layer is one contiguous row of keys
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compile import abi
@@ -43,6 +44,7 @@ class Batch:
 class Tables:
     """Index tables, computed once a call and shared by all layers."""
 
+    layers: Sequence[str]  # the number of each, as an index
     write_rows: Tensor  # [L, N*S] i32: row of the cache that each token's K and V go to
     read_pages: Tensor  # [L, N, B] i32: page of the cache, per layer
     rope: Tensor  # [N, S, 2, D/2] f32: cosines, then sines
@@ -114,6 +116,8 @@ class LlamaEmitter:
             pages = abi.import_cache(b, self.page_elements, self.options.kv_dtype)
             slots = self.config.num_layers * self.options.page_size
             cache = b.collapse(b.expand(pages, 1, slots, self.kv_row), 0, 2)
+            # Before all work, which they would cut in pieces
+            self._layer_numbers = [b.hidden(i) for i in range(self.config.num_layers)]
             tokens, num_tokens = args["tokens"], args["tokens"].shape[1]
             if isinstance(num_tokens, str):
                 tokens = b.pad(tokens, 1, self._whole(num_tokens, TILE), 0)
@@ -322,7 +326,7 @@ class LlamaEmitter:
             lambda position: position.less(b.position("c").to("i64")).select(
                 b.scalar(-1e4, dtype), b.scalar(0.0, dtype)),
         )  # fmt: skip
-        return Tables(b.collapse(write_rows, 1, 2), read_pages, rope, mask)
+        return Tables(self._layer_numbers, b.collapse(write_rows, 1, 2), read_pages, rope, mask)
 
     def _whole(self, size: Dim, unit: int) -> Dim:
         """A size, rounded up to a multiple of `unit`."""
@@ -371,7 +375,7 @@ class LlamaEmitter:
         return self.b.extract(x, n, s, *indices, d)
 
     def _store(self, rows: Tensor, cache: Tensor, tables: Tables, i: int) -> Tensor:
-        indices = self.b.slice(tables.write_rows, 0, i, 1, drop=True)
+        indices = self.b.slice(tables.write_rows, 0, tables.layers[i], 1, drop=True)
         return self.b.scatter(rows, self.b.expand(indices, 0, indices.shape[0], 1), cache)
 
     def _context(self, cache: Tensor, tables: Tables, i: int) -> Tensor:
@@ -379,7 +383,7 @@ class LlamaEmitter:
         c, b, page = self.config, self.b, self.options.page_size
         pages = b.index(cache.shape[0]) // page
         by_page = b.collapse(b.expand(cache, 0, pages.name, page), 1, 2)
-        ids = b.slice(tables.read_pages, 0, i, 1, drop=True)
+        ids = b.slice(tables.read_pages, 0, tables.layers[i], 1, drop=True)
         context = b.expand(b.gather(by_page, ids), 2, page, 2, c.num_kv_heads, c.head_dim)
         return b.collapse(context, 1, 2)
 

@@ -186,6 +186,11 @@ class Builder:
         """The index value of a size."""
         return self.scalar(dim, "index") if isinstance(dim, int) else Scalar(self, dim, "index")
 
+    def hidden(self, value: int) -> str:
+        """An index whose value the compiler does not know: kernels that differ by it are one."""
+        constant = self.scalar(value, "index")
+        return self.op(f"util.optimization_barrier {constant.name} : index", "index").name
+
     def product(self, *dims: Dim) -> Dim:
         static = math.prod(d for d in dims if isinstance(d, int))
         dynamic = [Scalar(self, d, "index") for d in dims if isinstance(d, str)]
@@ -265,7 +270,7 @@ class Builder:
             self.emit(f"tensor.yield {fill.name} : {x.dtype}")
         return Tensor(name, shape, x.dtype)
 
-    def slice(self, x: Tensor, axis: int, start: int, size: Dim, *, drop: bool = False) -> Tensor:
+    def slice(self, x: Tensor, axis: int, start: Dim, size: Dim, *, drop: bool = False) -> Tensor:
         """`size` entries of `axis` from `start` on; `drop` removes that (unit) dimension."""
         offsets = ["0"] * len(x.shape)
         offsets[axis] = str(start)
