@@ -271,17 +271,17 @@ def _write_model(folder: Path, emitter: Emitter, target: Target, progress: Progr
     """model.mlir and model.vmfb."""
     progress(f"compiling for {target.name}", None)
     (folder / MLIR).write_text(emitter.emit())
-    _iree_compile(folder / MLIR, folder / VMFB, target)
+    iree_compile(folder / MLIR, folder / VMFB, target)
 
 
-def _iree_compile(mlir: Path, vmfb: Path, target: Target) -> None:
+def iree_compile(mlir: Path, vmfb: Path, target: Target, *flags: str) -> None:
     try:
         from iree.compiler.tools.binaries import find_tool
     except ImportError as error:
         raise CompileError(
             'the compiler is not installed; run: pip install "sf-local[compile]"'
         ) from error
-    command = [find_tool("iree-compile"), str(mlir), *target.flags, "-o", str(vmfb)]
+    command = [find_tool("iree-compile"), str(mlir), *target.flags, *flags, "-o", str(vmfb)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode or not vmfb.exists():
         raise CompileError(

@@ -2,7 +2,8 @@
 
 Matrices are row-major and products plain contractions, in which IREE finds what the chip
 multiplies. Shapes: N rows of a batch, S tokens a row, T = N*S, B pages a row, P tokens a page,
-L layers, G query heads per KV head (KH), D head_dim, C = B*P context positions.
+L layers, G query heads per KV head (KH), D head_dim, C = B*P context positions. Prefill computes
+whole tiles: there S and C are multiples of TILE, the rest padding that nothing reads.
 
 A page is [L, P, 2, KH, D]: one token of one layer is one contiguous row of keys, then values.
 """
@@ -10,12 +11,21 @@ A page is [L, P, 2, KH, D]: one token of one layer is one contiguous row of keys
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compile import abi
 from compile.config import LlamaConfig
 from compile.mlir import Builder, Dim, Scalar, Tensor, tensor_type
 from compile.model import MASKED, SUMMARY, ModelOptions, Parameter
+
+TILE = 128  # IREE chooses tiles by what divides a size, and matrix instructions by tiles
+SUBGROUP = 64  # threads that reduce together: what they do not divide, a single one reduces
+WORKGROUPS = 256  # that keep a large chip busy
+COLUMNS = 64  # of a product that one of them computes, if there are not many rows
+MIN_DEPTH = 512  # of a part of a split product
+FEW = 4  # rows up to which a product is no matter for matrix instructions
+MATRIX = 16  # rows of one
 
 
 @dataclass(frozen=True)
@@ -34,10 +44,11 @@ class Batch:
 class Tables:
     """Index tables, computed once a call and shared by all layers."""
 
-    positions: Tensor  # [N, S] index of each token, clamped to the context
+    layers: Sequence[str]  # the number of each, as an index
     write_rows: Tensor  # [L, N*S] i32: row of the cache that each token's K and V go to
     read_pages: Tensor  # [L, N, B] i32: page of the cache, per layer
     rope: Tensor  # [N, S, 2, D/2] f32: cosines, then sines
+    mask: Tensor  # [N, S, C]: what is added to scores
 
 
 class LlamaEmitter:
@@ -105,7 +116,11 @@ class LlamaEmitter:
             pages = abi.import_cache(b, self.page_elements, self.options.kv_dtype)
             slots = self.config.num_layers * self.options.page_size
             cache = b.collapse(b.expand(pages, 1, slots, self.kv_row), 0, 2)
-            tokens = args["tokens"]
+            # Before all work, which they would cut in pieces
+            self._layer_numbers = [b.hidden(i) for i in range(self.config.num_layers)]
+            tokens, num_tokens = args["tokens"], args["tokens"].shape[1]
+            if isinstance(num_tokens, str):
+                tokens = b.pad(tokens, 1, self._whole(num_tokens, TILE), 0)
             batch = Batch(n, tokens.shape[1], tokens, args["start_pos"], args["seq_lens"],
                           args["seq_block_ids"])  # fmt: skip
             x, cache = self._layers(batch, cache)
@@ -113,7 +128,8 @@ class LlamaEmitter:
                 logits = self._logits(self._last_rows(x, batch))
                 results = [b.expand(logits, 0, n, 1), *self._summaries(logits, args["scales"])]
             else:
-                results = [b.expand(self._logits(x), 0, n, batch.seq_len)]
+                logits = b.expand(self._logits(x), 0, n, batch.seq_len)
+                results = [b.slice(logits, 1, 0, num_tokens)]
             cache = b.collapse(b.expand(cache, 0, pages.shape[0], slots), 1, 2)
             abi.return_results(b, results, cache)
 
@@ -134,27 +150,30 @@ class LlamaEmitter:
         c, b = self.config, self.b
         qkv = self._linear(self._norm(x, f"blk.{i}.attn_norm.weight"), f"blk.{i}.attn_qkv.weight")
         heads = b.expand(qkv, 0, batch.num_rows, batch.seq_len)
-        heads = b.expand(heads, 2, c.num_heads + 2 * c.num_kv_heads, c.head_dim)  # [N, S, h, D]
+        num_heads = c.num_heads + 2 * c.num_kv_heads
+        heads = b.expand(heads, 2, num_heads, 2, c.head_dim // 2)  # [N, S, h, 2, D/2]
         cache = self._store(self._cache_rows(heads, tables), cache, tables, i)
-        q = self._rope(b.slice(heads, 2, 0, c.num_heads), tables)
-        groups = c.num_heads // c.num_kv_heads
-        q = b.expand(q, 2, c.num_kv_heads, groups)  # [N, S, KH, G, D]
-        keys, values = self._context(cache, tables, i)
-        out = self._attend(q, keys, values, tables)  # [N, S, KH, G, D]
+        q = self._queries(heads, tables)
+        out = self._attend(q, self._context(cache, tables, i), tables)  # [N, S, KH, G, D]
         out = b.collapse(b.collapse(out, 2, 3), 0, 2)
-        return self._linear(self._operand(out), f"blk.{i}.attn_output.weight", x), cache
+        return self._linear(out, f"blk.{i}.attn_output.weight", x), cache
 
     def _mlp(self, x: Tensor, i: int) -> Tensor:
         """x + down(silu(gate(norm(x))) * up(norm(x)))"""
+        c, b = self.config, self.b
         y = self._norm(x, f"blk.{i}.ffn_norm.weight")
         gate_up = self._linear(y, f"blk.{i}.ffn_gate_up.weight")  # gate features, then up
-        inner = self.config.intermediate_size
-        gate, up = (self.b.slice(gate_up, 1, j * inner, inner) for j in (0, 1))
-        dtype = self.options.weight_dtype
-        hidden = self.b.generic(
-            "tf,tf->tf", [gate, up], gate.shape, dtype,
-            lambda g, u: (g / ((g * -1.0).math("exp") + 1.0) * u).to(dtype),
-        )  # fmt: skip
+        gate_up = b.expand(gate_up, 1, 2, c.intermediate_size)
+
+        def silu_times() -> Scalar:
+            gate, up = (
+                b.extract(gate_up, b.position("t"), b.scalar(j, "index"), b.position("f"))
+                for j in (0, 1)
+            )
+            return (gate / ((gate * -1.0).math("exp") + 1.0) * up).to(self.options.weight_dtype)
+
+        shape = (x.shape[0], c.intermediate_size)
+        hidden = b.generic("->tf", [], shape, self.options.weight_dtype, silu_times)
         return self._linear(hidden, f"blk.{i}.ffn_down.weight", x)
 
     # Building blocks
@@ -177,20 +196,30 @@ class LlamaEmitter:
         )
 
         def scale(v: Scalar, total: Scalar, w: Scalar) -> Scalar:
-            mean = total / self.config.hidden_size + self.config.rms_eps
-            return (v / mean.math("sqrt") * w).to(dtype)
+            mean = total * (1 / self.config.hidden_size) + self.config.rms_eps
+            return (v * mean.math("rsqrt") * w).to(dtype)
 
         return self.b.generic("th,t,h->th", [x, squares, self._load(name)], x.shape, dtype, scale)
 
-    def _operand(self, x: Tensor) -> Tensor:
-        """x [T, F] f32 as the left operand of a product."""
-        dtype = self.options.weight_dtype
-        return self.b.generic("tf->tf", [x], x.shape, dtype, lambda v: v.to(dtype))
+    def _linear(self, lhs: Tensor, name: str, residual: Tensor | None = None) -> Tensor:
+        """lhs [T, K] times a matrix [N, K], plus `residual`: [T, N] f32.
 
-    def _linear(self, lhs: Tensor, name: str, acc: Tensor | float = 0.0) -> Tensor:
-        """lhs [T, K] times a matrix [N, K], plus `acc`: [T, N] f32."""
-        weight = self._load(name)
-        return self.b.contract("tk,nk->tn", lhs, weight, (lhs.shape[0], weight.shape[0]), acc)
+        The residual is no initial value, which would cost IREE's kernels registers.
+        """
+        b, weight = self.b, self._load(name)
+        (rows, depth), columns = lhs.shape, int(weight.shape[0])
+        parts = _num_parts(rows, int(depth), columns, residual is not None)
+        if parts > 1:
+            lhs, weight = (b.expand(x, 1, parts, int(depth) // parts) for x in (lhs, weight))
+            products = b.contract("tpk,npk->ptn", lhs, weight, (parts, rows, columns))
+            return b.generic(
+                "ptn->tn", [products], (rows, columns), "f32", lambda v, acc: acc + v,
+                0.0 if residual is None else residual,
+            )  # fmt: skip
+        product = b.contract("tk,nk->tn", lhs, weight, (rows, columns))
+        if residual is None:
+            return product
+        return b.generic("tn,tn->tn", [product, residual], product.shape, "f32", Scalar.__add__)
 
     def _last_rows(self, x: Tensor, batch: Batch) -> Tensor:
         """[N, H]: the rows of x [T, H] that belong to each row's last valid token."""
@@ -225,15 +254,28 @@ class LlamaEmitter:
             "nbi,nb,n->nb", [blocks, maxima, scales], maxima.shape, "f32",
             lambda v, top, scale, acc: acc + ((v - top) * scale).math("exp"), init=0.0,
         )  # fmt: skip
-        top = b.generic("nb->n", [maxima], (n,), "f32", lambda v, acc: acc.maximum(v), init=MASKED)
+        return [self._first_largest(blocks, maxima, vocab), maxima, sums]
 
-        def first(v: Scalar, top: Scalar, acc: Scalar) -> Scalar:
-            is_best = b.op(f"arith.cmpf oge, {v.name}, {top.name} : f32", "i1")
-            return is_best.select(acc.minimum(b.position("v").to("i32")), acc)
+    def _first_largest(self, blocks: Tensor, maxima: Tensor, vocab: int) -> Tensor:
+        """[N] i64: of each block [N, b, i] its first largest, then the first of those."""
+        b, (n, num_blocks, size) = self.b, blocks.shape
+        none = b.scalar(vocab - 1, "i32")
 
-        best = b.generic("nv,n->n", [logits, top], (n,), "i32", first, init=vocab - 1)
-        best = b.generic("n->n", [best], (n,), "i64", lambda token: token.to("i64"))
-        return [best, maxima, sums]
+        def first_of_block(v: Scalar, top: Scalar, acc: Scalar) -> Scalar:
+            token = b.position("b") * int(size) + b.position("i")
+            return acc.minimum(v.is_below(top).select(none, token.to("i32")))
+
+        firsts = b.generic(
+            "nbi,nb->nb", [blocks, maxima], maxima.shape, "i32", first_of_block, vocab - 1
+        )
+        whole = -(-int(num_blocks) // SUBGROUP) * SUBGROUP
+        maxima, firsts = b.pad(maxima, 1, whole, MASKED), b.pad(firsts, 1, whole, vocab - 1)
+        top = b.generic("nb->n", [maxima], (n,), "f32", lambda v, acc: acc.maximum(v), MASKED)
+        best = b.generic(
+            "nb,nb,n->n", [maxima, firsts, top], (n,), "i32",
+            lambda v, first, top, acc: acc.minimum(v.is_below(top).select(none, first)), vocab - 1,
+        )  # fmt: skip
+        return b.generic("n->n", [best], (n,), "i64", lambda token: token.to("i64"))
 
     # Building blocks of attention
 
@@ -247,6 +289,9 @@ class LlamaEmitter:
             lambda start: (start + b.position("s").to("i64")).minimum(last),
         )  # fmt: skip
         num_pages = b.index(batch.page_ids.shape[1])
+        width = batch.page_ids.shape[1]
+        if s != 1:
+            width = self._whole(width, max(1, TILE // page))
 
         def write_row(start: Scalar, end: Scalar) -> Scalar:
             position = start + b.position("s").to("i64")
@@ -261,97 +306,122 @@ class LlamaEmitter:
         write_rows = b.generic(
             "n,n->lns", [batch.start, batch.seq_lens], (layers, n, s), "i32", write_row
         )
-        read_pages = b.generic(
-            "nb->lnb", [batch.page_ids], (layers, *batch.page_ids.shape), "i32",
-            lambda page_id: (page_id.to("index") * layers + b.position("l")).to("i32"),
-        )  # fmt: skip
+
+        def read_page() -> Scalar:
+            """Page 0 beyond the table, all of which is masked."""
+            i = b.position("b")
+            page_id = b.extract(batch.page_ids, b.position("n"), i.minimum(num_pages - 1))
+            page_id = i.less(num_pages).select(page_id.to("index"), b.scalar(0, "index"))
+            return (page_id * layers + b.position("l")).to("i32")
+
+        read_pages = b.generic("->lnb", [], (layers, n, width), "i32", read_page)
         table = self._load("rope")
         rope = b.generic(
             "ns->nstd", [positions], (n, s, *table.shape[1:]), "f32",
             lambda p: b.extract(table, p.to("index"), b.position("t"), b.position("d")),
         )  # fmt: skip
-        return Tables(positions, b.collapse(write_rows, 1, 2), read_pages, rope)
-
-    def _halves(self, x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-        split = self.b.expand(x, axis, 2, int(x.shape[axis]) // 2)
-        return self.b.slice(split, axis, 0, 1, drop=True), self.b.slice(
-            split, axis, 1, 1, drop=True
-        )
-
-    def _angles(self, tables: Tables) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, each [N, S, D/2]."""
-        return (
-            self.b.slice(tables.rope, 2, 0, 1, drop=True),
-            self.b.slice(tables.rope, 2, 1, 1, drop=True),
-        )
-
-    def _rotate(self, x0: Scalar, x1: Scalar, cos: Scalar, sin: Scalar) -> Scalar:
-        """One half of a rotated pair; the dimension `t` says which."""
-        first = self.b.position("t").less(self.b.scalar(1, "index"))
-        return first.select(x0 * cos - x1 * sin, x1 * cos + x0 * sin)
-
-    def _rope(self, x: Tensor, tables: Tables) -> Tensor:
-        """Rotary embedding (Su et al. 2021, rotate-half form) of heads [N, S, h, D] f32."""
-        n, s, h, d = x.shape
-        out = self.b.generic(
-            "nshd,nshd,nsd,nsd->nshtd",
-            [*self._halves(x, 3), *self._angles(tables)],
-            (n, s, h, 2, int(d) // 2),
-            "f32",
-            self._rotate,
-        )
-        return self.b.collapse(out, 3, 2)
-
-    def _cache_rows(self, heads: Tensor, tables: Tables) -> Tensor:
-        """Rotated keys, then values, as rows [N*S, 2*KH*D] of the cache."""
-        c, b = self.config, self.b
-        n, s, _, d = heads.shape
-        keys = b.slice(heads, 2, c.num_heads, c.num_kv_heads)
-        values = b.slice(heads, 2, c.num_heads + c.num_kv_heads, c.num_kv_heads)
-        values = b.expand(values, 3, 2, int(d) // 2)
-
-        def key_or_value(x0: Scalar, x1: Scalar, cos: Scalar, sin: Scalar, v: Scalar) -> Scalar:
-            is_key = b.position("v").less(b.scalar(1, "index"))
-            return is_key.select(self._rotate(x0, x1, cos, sin), v).to(self.options.kv_dtype)
-
-        rows = b.generic(
-            "nshd,nshd,nsd,nsd,nshtd->nsvhtd",
-            [*self._halves(keys, 3), *self._angles(tables), values],
-            (n, s, 2, c.num_kv_heads, 2, int(d) // 2),
-            self.options.kv_dtype,
-            key_or_value,
-        )
-        return b.collapse(b.collapse(rows, 2, 4), 0, 2)
-
-    def _store(self, rows: Tensor, cache: Tensor, tables: Tables, i: int) -> Tensor:
-        indices = self.b.slice(tables.write_rows, 0, i, 1, drop=True)
-        return self.b.scatter(rows, self.b.expand(indices, 0, indices.shape[0], 1), cache)
-
-    def _context(self, cache: Tensor, tables: Tables, i: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [N, C, KH, D] of layer `i`, of all pages of each row."""
-        c, b, page = self.config, self.b, self.options.page_size
-        pages = b.index(cache.shape[0]) // page
-        by_page = b.collapse(b.expand(cache, 0, pages.name, page), 1, 2)
-        ids = b.slice(tables.read_pages, 0, i, 1, drop=True)
-        context = b.expand(b.gather(by_page, ids), 2, page, 2, c.num_kv_heads, c.head_dim)
-        context = b.collapse(context, 1, 2)  # [N, C, 2, KH, D]
-        return b.slice(context, 2, 0, 1, drop=True), b.slice(context, 2, 1, 1, drop=True)
-
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, tables: Tables) -> Tensor:
-        """Causal attention: [N, S, KH, G, D]."""
-        b, dtype = self.b, self.options.kv_dtype
-        n, s, _, _, d = q.shape
-        visible = b.generic(
-            "ns->nsc", [tables.positions], (n, s, keys.shape[1]), dtype,
+        dtype = self.options.kv_dtype
+        mask = b.generic(
+            "ns->nsc", [positions], (n, s, b.product(width, page)), dtype,
             lambda position: position.less(b.position("c").to("i64")).select(
                 b.scalar(-1e4, dtype), b.scalar(0.0, dtype)),
         )  # fmt: skip
-        q = b.generic("nshgd->nhgsd", [q], (n, *q.shape[2:4], s, d), dtype, lambda v: v.to(dtype))
-        keys, values = (
-            b.generic("nchd->nhcd", [x], (n, x.shape[2], x.shape[1], d), dtype, lambda v: v)
-            for x in (keys, values)
-        )
-        out = b.attention(
-            "nhgsd,nhcd,nhcv,nsc->nhgsv", q, keys, values, 1 / math.sqrt(int(d)), visible
-        )
-        return b.generic("nhgsd->nshgd", [out], (n, s, *out.shape[1:3], d), "f32", lambda v: v)
+        return Tables(self._layer_numbers, b.collapse(write_rows, 1, 2), read_pages, rope, mask)
+
+    def _whole(self, size: Dim, unit: int) -> Dim:
+        """A size, rounded up to a multiple of `unit`."""
+        whole = (self.b.index(size) + (unit - 1)) // unit * unit
+        return self.b.multiple(whole, unit, abi.MAX_ARGUMENT_SIZE).name
+
+    def _halves(self, x: Tensor, axis: int) -> list[Tensor]:
+        return [self.b.slice(x, axis, i, 1, drop=True) for i in (0, 1)]
+
+    def _queries(self, heads: Tensor, tables: Tables) -> Tensor:
+        """[N, S, KH, G, D]"""
+        c, b, dtype = self.config, self.b, self.options.kv_dtype
+        n, s, _, _, half = heads.shape
+        q = b.generic(
+            "->nshtd", [], (n, s, c.num_heads, 2, half), dtype,
+            lambda: self._rotated(heads, b.position("h"), tables).to(dtype),
+        )  # fmt: skip
+        return b.expand(b.collapse(q, 3, 2), 2, c.num_kv_heads, c.num_heads // c.num_kv_heads)
+
+    def _cache_rows(self, heads: Tensor, tables: Tables) -> Tensor:
+        """Rotated keys, then values, as rows [N*S, 2*KH*D] of the cache."""
+        c, b, dtype = self.config, self.b, self.options.kv_dtype
+        n, s, _, _, half = heads.shape
+
+        def key_or_value() -> Scalar:
+            is_value = b.position("v")
+            head = is_value * c.num_kv_heads + b.position("h") + c.num_heads
+            key = self._rotated(heads, head, tables)
+            value = self._at_token(heads, head, b.position("t"))
+            return is_value.less(b.scalar(1, "index")).select(key, value).to(dtype)
+
+        rows = b.generic("->nsvhtd", [], (n, s, 2, c.num_kv_heads, 2, half), dtype, key_or_value)
+        return b.collapse(b.collapse(rows, 2, 4), 0, 2)
+
+    def _rotated(self, heads: Tensor, head: Scalar, tables: Tables) -> Scalar:
+        """An element of a head of [N, S, h, 2, D/2], rotated (Su et al. 2021, rotate-half form)."""
+        halves = [self.b.scalar(t, "index") for t in (0, 1)]
+        x0, x1 = (self._at_token(heads, head, half) for half in halves)
+        cos, sin = (self._at_token(tables.rope, half) for half in halves)
+        is_first = self.b.position("t").less(halves[1])
+        return is_first.select(x0 * cos - x1 * sin, x1 * cos + x0 * sin)
+
+    def _at_token(self, x: Tensor, *indices: Scalar) -> Scalar:
+        """An element of x [N, S, .., D/2], inside a `generic` body over n, s and d."""
+        n, s, d = (self.b.position(letter) for letter in "nsd")
+        return self.b.extract(x, n, s, *indices, d)
+
+    def _store(self, rows: Tensor, cache: Tensor, tables: Tables, i: int) -> Tensor:
+        indices = self.b.slice(tables.write_rows, 0, tables.layers[i], 1, drop=True)
+        return self.b.scatter(rows, self.b.expand(indices, 0, indices.shape[0], 1), cache)
+
+    def _context(self, cache: Tensor, tables: Tables, i: int) -> Tensor:
+        """[N, C, 2, KH, D]: keys and values of layer `i`, of all pages of each row."""
+        c, b, page = self.config, self.b, self.options.page_size
+        pages = b.index(cache.shape[0]) // page
+        by_page = b.collapse(b.expand(cache, 0, pages.name, page), 1, 2)
+        ids = b.slice(tables.read_pages, 0, tables.layers[i], 1, drop=True)
+        context = b.expand(b.gather(by_page, ids), 2, page, 2, c.num_kv_heads, c.head_dim)
+        return b.collapse(context, 1, 2)
+
+    def _attend(self, q: Tensor, context: Tensor, tables: Tables) -> Tensor:
+        """Causal attention of queries [N, S, KH, G, D], of the same shape.
+
+        Matrix instructions need inner sizes that are known: prefill's S and C are split in tiles.
+        """
+        b, mask = self.b, tables.mask
+        scale, dtype = 1 / math.sqrt(int(q.shape[-1])), self.options.weight_dtype
+        if q.shape[1] == 1:
+            keys, values = self._halves(context, 2)
+            spec = "nshgd,nchd,nchv,nsc->nshgv"
+            return b.attention("nhgsdcv", spec, q, keys, values, scale, mask, dtype)
+        q, context, mask = (self._tiled(x, 1) for x in (q, context, self._tiled(mask, 2)))
+        keys, values = self._halves(context, 3)
+        spec = "noshgd,nbchd,nbchv,nosbc->noshgv"
+        out = b.attention("nhgosdbcv", spec, q, keys, values, scale, mask, "f32")
+        out = b.generic("noshgd->noshgd", [out], out.shape, dtype, lambda v: v.to(dtype))
+        return b.collapse(out, 1, 2)
+
+    def _tiled(self, x: Tensor, axis: int) -> Tensor:
+        """Dimension `axis`, a multiple of TILE, as two."""
+        tiles = self.b.index(x.shape[axis]) // TILE
+        return self.b.expand(x, axis, tiles.name, TILE)
+
+
+def _num_parts(rows: Dim, depth: int, columns: int, has_residual: bool) -> int:
+    """Into how many sums a product of not many rows is split, so that it occupies a whole chip.
+
+    At least two where rows are padded and a residual follows: IREE would fuse it, and spill all
+    registers. Kernels for few rows are others, which take a few columns each.
+    """
+    if isinstance(rows, str) or not FEW < rows <= TILE:
+        return 1
+    parts = 1
+    if has_residual and rows % MATRIX:
+        parts = next((p for p in range(2, 9) if depth % (p * SUBGROUP) == 0), 1)
+    while parts * columns < WORKGROUPS * COLUMNS and depth % (2 * parts * MIN_DEPTH) == 0:
+        parts *= 2
+    return parts

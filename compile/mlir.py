@@ -186,6 +186,11 @@ class Builder:
         """The index value of a size."""
         return self.scalar(dim, "index") if isinstance(dim, int) else Scalar(self, dim, "index")
 
+    def hidden(self, value: int) -> str:
+        """An index whose value the compiler does not know: kernels that differ by it are one."""
+        constant = self.scalar(value, "index")
+        return self.op(f"util.optimization_barrier {constant.name} : index", "index").name
+
     def product(self, *dims: Dim) -> Dim:
         static = math.prod(d for d in dims if isinstance(d, int))
         dynamic = [Scalar(self, d, "index") for d in dims if isinstance(d, str)]
@@ -236,14 +241,25 @@ class Builder:
             x.dtype,
         )
 
-    def pad(self, x: Tensor, axis: int, size: int, value: float) -> Tensor:
+    def multiple(self, size: Scalar, unit: int, limit: int) -> Scalar:
+        """An index that is promised to be a multiple of `unit`, from `unit` to `limit`."""
+        most = limit - limit % unit
+        divisor = f", udiv = {unit}" if unit > 1 else ""
+        return self.op(
+            f"util.assume.int {size.name}<umin = {unit}, umax = {most}{divisor}> : index", "index"
+        )
+
+    def pad(self, x: Tensor, axis: int, size: Dim, value: float) -> Tensor:
         """`x` with `value` behind its entries of `axis`, until there are `size`."""
-        more = size - int(x.shape[axis])
-        if more == 0:
+        if x.shape[axis] == size:
             return x
         shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
         low = ", ".join("0" for _ in shape)
-        high = ", ".join(str(more if i == axis else 0) for i in range(len(shape)))
+        if isinstance(size, int):
+            more = str(size - int(x.shape[axis]))
+        else:
+            more = (self.index(size) - self.index(x.shape[axis])).name
+        high = ", ".join(more if i == axis else "0" for i in range(len(shape)))
         fill, name = self.scalar(value, x.dtype), self.fresh()
         with self.block(
             f"{name} = tensor.pad {x.name} low[{low}] high[{high}] {{",
@@ -254,7 +270,7 @@ class Builder:
             self.emit(f"tensor.yield {fill.name} : {x.dtype}")
         return Tensor(name, shape, x.dtype)
 
-    def slice(self, x: Tensor, axis: int, start: int, size: int, *, drop: bool = False) -> Tensor:
+    def slice(self, x: Tensor, axis: int, start: Dim, size: Dim, *, drop: bool = False) -> Tensor:
         """`size` entries of `axis` from `start` on; `drop` removes that (unit) dimension."""
         offsets = ["0"] * len(x.shape)
         offsets[axis] = str(start)
@@ -357,14 +373,24 @@ class Builder:
         return Tensor(name, dest.shape, dest.dtype)
 
     def attention(
-        self, spec: str, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor
+        self,
+        letters: str,
+        spec: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        mask: Tensor,
+        dtype: str,
     ) -> Tensor:
-        """`iree_linalg_ext.attention`; `spec` names q, k, v, the additive mask, and the output."""
+        """`iree_linalg_ext.attention` over the dimensions `letters`, in this order.
+
+        `spec` names q, k, v, the additive mask, and the output.
+        """
         operands, output = spec.split("->")
         q_map, k_map, v_map, mask_map = operands.split(",")
-        letters = "".join(dict.fromkeys(c for c in q_map + k_map + v_map))
         sizes = dict(zip(q_map + v_map, (*q.shape, *v.shape), strict=True))
-        out = self.empty([sizes[c] for c in output], "f32")
+        out = self.empty([sizes[c] for c in output], dtype)
         factor = self.scalar(scale, "f32")
         name = self.fresh()
         operands_text = ", ".join(x.name for x in (q, k, v, factor, mask))
@@ -378,7 +404,7 @@ class Builder:
             score = self.fresh()
             self.emit(f"^bb0({score}: f32):")
             self.emit(f"iree_linalg_ext.yield {score} : f32")
-        return Tensor(name, out.shape, "f32")
+        return Tensor(name, out.shape, dtype)
 
 
 def _groups(rank: int, axis: int, count: int) -> str:

@@ -17,10 +17,12 @@ from conftest import TINY_OPTIONS, TinyModel
 from compile import BuildOptions, build
 from compile.__main__ import _model_name, main
 from compile.cache import cache_dir
+from compile.target import HIP_CHIPS
 from sf_local import Engine, SamplingParams, cli
 from sf_local.artifact import WEIGHTS, compiled_targets, file_sha256, open_artifact, verify
 from sf_local.errors import OutputError, SourceError, UnsupportedError
 
+SLOW = pytest.mark.slow
 FILES = {
     "artifact.json", "config.json", "model.vmfb", "tokenizer.json", "tokenizer_config.json",
     "weights.irpa",
@@ -54,7 +56,10 @@ def test_two_builds_are_equal(tiny: TinyModel, tmp_path: Path) -> None:
         assert len({file_sha256(folder / name) for folder in folders}) == 1, name
 
 
-@pytest.mark.parametrize("chip", ["gfx90a", "gfx942", "gfx1100", "gfx1201"])
+CHIPS = [c if c in ("gfx942", "gfx1100") else pytest.param(c, marks=SLOW) for c in HIP_CHIPS]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("dtype", [None, "bf16"])
 def test_amd_chips_compile(make_tiny: Callable[..., TinyModel], chip: str, dtype: Any) -> None:
     model = make_tiny(target=chip, weight_dtype=dtype, kv_dtype=dtype)

@@ -40,5 +40,5 @@ def test_example(smollm2: Path, name: str, expected: str) -> None:
 def test_there_is_no_other_example() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "common.py", "multi_turn.py", "streaming.py", "fork.py", "batch.py", "constrained.py",
-        "offline_batch.py", "bench_peers.py",
+        "offline_batch.py", "bench_peers.py", "bench_shape.py", "first_run_on_gpu.py",
     }  # fmt: skip

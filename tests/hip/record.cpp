@@ -66,7 +66,7 @@ bool parse_fault(const std::string& text, Faults* faults) {
 const bool is_configured = [] {
   if (!set_faults(std::getenv("SF_HIP_FAIL"))) die("SF_HIP_FAIL is malformed");
   if (const char* path = std::getenv("SF_HIP_LOG")) {
-    log_file = std::fopen(path, "w");
+    log_file = std::fopen(path, "a");  // shared with child processes
     if (!log_file) die("SF_HIP_LOG cannot be written");
   }
   return true;

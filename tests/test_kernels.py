@@ -1,0 +1,67 @@
+"""What IREE makes of the GPU's code, as `python -m compile.kernels` reads it."""
+
+from __future__ import annotations
+
+import pytest
+
+from compile.config import LlamaConfig
+from compile.kernels import MI300X, Dispatch, Report, compile_shape, table
+
+CONFIG = LlamaConfig(4096, 1024, 2048, 2, 8, 2, 64, 1e-5, 1e4, 1024, True)
+MATRICES = 2 * 2 * (1024 * (512 + 2 * 128) + 512 * 1024 + 3 * 1024 * 2048) + 2 * 4096 * 1024
+PRODUCTS = ("_matmul_like_", "_matvec_like_")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=["gfx942", "gfx1100"])
+def report(request: pytest.FixtureRequest) -> Report:
+    return compile_shape(CONFIG, request.param, "f16", "f16", 1024)
+
+
+def products(dispatches: list[Dispatch]) -> list[Dispatch]:
+    return [d for d in dispatches if any(kind in d.name for kind in PRODUCTS)]
+
+
+def test_prefill_uses_matrix_instructions(report: Report) -> None:
+    """In all products but the head's, which has a single row; and in attention."""
+    step = report.dispatches("prefill_bs1", 1, 256, 256)
+    found = [*products(step), *(d for d in step if "_attention_" in d.name)]
+    assert len(found) == 2 * 5 + 1
+    assert all(report.kernels[d.name].instructions for d in found)
+    assert sum(d.operations for d in products(step)) == 256 * MATRICES
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16])
+def test_a_decode_step_reads_each_weight_once(report: Report, rows: int) -> None:
+    """A product for all rows, no matter how many; activations add little."""
+    found = products(report.dispatches(f"decode_next_bs{rows}", rows, 1, 128))
+    assert len(found) == 2 * 4 + 1
+    assert MATRICES < sum(d.num_bytes for d in found) < MATRICES * (1 + rows / 50)
+    assert all(bool(report.kernels[d.name].instructions) == (rows > 4) for d in found)
+    assert sum(d.operations for d in found) == rows * MATRICES
+
+
+def test_nothing_is_serial_or_spilled(report: Report) -> None:
+    """A single thread touches a few numbers at most, and a workgroup no more than it must."""
+    for function, rows, length in (("decode_next_bs1", 1, 1), ("decode_next_bs8", 8, 1),
+                                   ("prefill_next_bs1", 1, 256)):  # fmt: skip
+        for dispatch in report.dispatches(function, rows, length, 256):
+            kernel = report.kernels[dispatch.name]
+            assert kernel.spilled == 0, dispatch.name
+            assert kernel.threads * dispatch.workgroups >= min(32, dispatch.num_bytes // 256)
+
+
+def test_a_layer_adds_no_kernels(report: Report) -> None:
+    """Those of one layer are those of the other."""
+    step = report.dispatches("decode_next_bs8", 8, 1, 128)
+    once = [d for d in step if step.count(d) == 1]
+    assert len(once) < len(step) / 2
+
+
+def test_table(report: Report) -> None:
+    step = report.dispatches("decode_next_bs1", 1, 1, 128)
+    lines = table(step, report.kernels, MI300X)
+    total = sum(MI300X.seconds(d.num_bytes, d.operations) for d in step) * 1e6
+    assert lines[-1] == f"{len(step):4} dispatches: at least {total:.0f} us"
+    assert any("matvec_like_4096x1024" in line for line in lines)
