@@ -14,7 +14,6 @@ import ctypes
 import platform
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
@@ -26,11 +25,11 @@ from compile.target import resolve_target
 from sf_local import bench
 from sf_local.artifact import open_artifact
 from sf_local.bench_report import table
-from sf_local.device import parse_device
+from sf_local.device_info import DeviceInfo, devices, find_device, hip_library
 from sf_local.engine import Engine
 from sf_local.errors import DeviceError, SfLocalError
 from sf_local.generation import Output
-from sf_local.memory import GIB, _hip_library
+from sf_local.memory import GIB
 from sf_local.request import SamplingParams
 from sf_local.roofline import decode_bytes
 
@@ -43,19 +42,8 @@ PROMPTS = (
 NUM_TOKENS = 32  # of each answer
 NEAR = 0.05  # in log probability: either of two tokens may follow
 WRONG = 0.25  # f16 does not explain a larger difference
-ARCH_AT, PROPERTIES_SIZE = 1160, 4096  # gcnArchName in ROCm 6's hipDeviceProp_t; and room for it
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What the driver says of a card."""
-
-    name: str
-    chip: str
-    memory: int
-    free: int
 
 
 def main() -> int:
@@ -86,57 +74,28 @@ def say(name: str, value: object) -> None:
 # Machine
 
 
-def machine(device: str) -> Gpu:
+def machine(device: str) -> DeviceInfo:
     """The card that is meant; raises DeviceError where there is none."""
     for package in ("sf-local", "shortfin", "iree-base-compiler"):
         say(package, version(package))
     say("python, system", f"{platform.python_version()}, {platform.platform()}")
-    kind, index = parse_device(device)
-    if kind != "hip":
+    gpu = find_device(device)
+    if gpu.kind != "hip":
         raise DeviceError(f"device={device!r} is no GPU; use hip, or hip:N for the N-th")
-    hip = _open_hip()
+    hip = ctypes.CDLL(hip_library())
     say("library", hip._name)
     say("driver, runtime", f"{_number(hip.hipDriverGetVersion)}, "
                            f"{_number(hip.hipRuntimeGetVersion)}")  # fmt: skip
-    gpus = [_gpu(hip, i) for i in range(_number(hip.hipGetDeviceCount))]
-    for i, gpu in enumerate(gpus):
-        memory = f"{gpu.free / GIB:.1f} of {gpu.memory / GIB:.1f} GiB free"
-        say(f"hip:{i}{' *' if i == index else ''}", f"{gpu.name}, {gpu.chip}, {memory}")
-    if index >= len(gpus):
-        raise DeviceError(f"there is no AMD GPU that the driver shows as hip:{index}")
-    return gpus[index]
-
-
-def _open_hip() -> ctypes.CDLL:
-    try:
-        hip = ctypes.CDLL(_hip_library())
-    except OSError as error:
-        raise DeviceError(
-            f"there is no AMD GPU driver here ({error}); install ROCm, or point "
-            "IREE_HIP_DYLIB_PATH at the folder of its libamdhip64.so"
-        ) from error
-    if error := hip.hipInit(0) or hip.hipGetDeviceCount(ctypes.byref(ctypes.c_int())):
-        hip.hipGetErrorName.restype = ctypes.c_char_p
-        raise DeviceError(
-            f"there is no AMD GPU here: the driver says {hip.hipGetErrorName(error).decode()}; if "
-            "there is one, may you use /dev/kfd (groups video and render)?"
-        )
-    return hip
+    for other in devices()[1:]:
+        memory = f"{(other.free_bytes() or 0) / GIB:.1f} of {other.total_bytes / GIB:.1f} GiB free"
+        mark = " *" if other == gpu else ""
+        say(f"{other.name}{mark}", f"{other.description}, {other.chip}, {memory}")
+    return gpu
 
 
 def _number(function: Callable[..., int]) -> int:
     value = ctypes.c_int()
     return 0 if function(ctypes.byref(value)) else value.value
-
-
-def _gpu(hip: ctypes.CDLL, index: int) -> Gpu:
-    properties = ctypes.create_string_buffer(PROPERTIES_SIZE)
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    hip.hipSetDevice(index)
-    hip.hipMemGetInfo(ctypes.byref(free), ctypes.byref(total))
-    hip.hipGetDevicePropertiesR0600(properties, index)
-    chip = properties.raw[ARCH_AT:].split(b"\0")[0].decode().split(":")[0]
-    return Gpu(properties.value.decode(), chip, total.value, free.value)
 
 
 # Artifact

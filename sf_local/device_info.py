@@ -132,12 +132,17 @@ def _gpus() -> list[DeviceInfo]:
     hip, count = _hip(), ctypes.c_int()
     error = hip.hipInit(0) or hip.hipGetDeviceCount(ctypes.byref(count))
     if error or count.value < 1:
-        reason = f"HIP error {error}" if error else "it has no device"
+        reason = _error_name(hip, error) if error else "it has no device"
         raise DeviceError(
-            f"device='hip': {_library()} finds no AMD GPU ({reason}); check rocminfo and your "
+            f"device='hip': {hip_library()} finds no AMD GPU ({reason}); check rocminfo and your "
             "rights to /dev/kfd, or use device='cpu'"
         )
     return [_gpu(hip, index) for index in range(count.value)]
+
+
+def _error_name(hip: ctypes.CDLL, error: int) -> str:
+    hip.hipGetErrorName.restype = ctypes.c_char_p
+    return str(hip.hipGetErrorName(error).decode())
 
 
 def _gpu(hip: ctypes.CDLL, index: int) -> DeviceInfo:
@@ -152,7 +157,7 @@ def _gpu(hip: ctypes.CDLL, index: int) -> DeviceInfo:
             total = int.from_bytes(buffer.raw[memory_at : memory_at + 8], "little")
             name, id_ = _text(buffer.raw), f"GPU-{'-'.join(parts)}"
             return DeviceInfo(f"hip:{index}", chip, name, total, id_)
-    raise DeviceError(f"device='hip:{index}': {_library()} does not tell its chip; update ROCm")
+    raise DeviceError(f"device='hip:{index}': {hip_library()} does not tell its chip; update ROCm")
 
 
 def _text(data: bytes) -> str:
@@ -161,14 +166,14 @@ def _text(data: bytes) -> str:
 
 def _hip() -> ctypes.CDLL:
     try:
-        return ctypes.CDLL(_library())
+        return ctypes.CDLL(hip_library())
     except OSError as error:
         raise DeviceError(
-            f"device='hip': {_library()} cannot be loaded ({error}); {_ROOT_HELP}"
+            f"device='hip': {hip_library()} cannot be loaded ({error}); {_ROOT_HELP}"
         ) from error
 
 
-def _library() -> str:
+def hip_library() -> str:
     """Where IREE looks first: IREE_HIP_DYLIB_PATH is a folder, or file:/a/library.so."""
     place = os.environ.get("IREE_HIP_DYLIB_PATH", "")
     if place.startswith("file:"):

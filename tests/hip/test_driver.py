@@ -141,7 +141,7 @@ def test_what_a_decode_step_calls(run_model: Callable[..., Any]) -> None:
     assert 20 <= len(launches) <= 38
     assert 1 <= len(between(copies, "host", "device")) <= 5
     assert 1 <= len(between(copies, "device", "host")) <= 4
-    assert len(between(copies, "device", "device")) <= 3
+    assert len(between(copies, "device", "device")) <= 4
     assert all(call.result in ("hipSuccess", "hipErrorNotReady") for call in step)
 
 

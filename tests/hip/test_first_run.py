@@ -64,8 +64,8 @@ def test_it_compiles_for_the_chip(
 @pytest.mark.parametrize(
     ("arguments", "devices", "expected"),
     [
-        ([], "", "no AMD GPU here: the driver says hipErrorNoDevice"),
-        (["--device", "hip:2"], "gfx942:1GiB", "no AMD GPU that the driver shows as hip:2"),
+        ([], "", "no AMD GPU (hipErrorNoDevice)"),
+        (["--device", "hip:2"], "gfx942:1GiB", "device='hip:2': there are hip:0 (gfx942"),
         (["--device", "cpu"], "gfx942:1GiB", "device='cpu' is no GPU"),
     ],
 )
