@@ -218,7 +218,7 @@ def _emitter(source: Source, options: BuildOptions, target: Target) -> Emitter:
             f"multiple of {GROUP}; use bf16 or f16"
         )
     if target.vectors is None or options.row_major:
-        return LlamaEmitter(source.config, model)
+        return LlamaEmitter(source.config, model, target.tile)
     return CpuLlamaEmitter(source.config, model, target.vectors)
 
 

@@ -143,13 +143,14 @@ def compile_shape(
         weights, kv, default.page_size, default.prefill_batch_sizes, default.decode_batch_sizes,
         max_seq_len,
     )  # fmt: skip
-    emitter = LlamaEmitter(config, options)
+    target = resolve_target(chip)
+    emitter = LlamaEmitter(config, options, target.tile)
     with tempfile.TemporaryDirectory(prefix="sf-kernels-") as name:
         folder = Path(name)
         (folder / "model.mlir").write_text(emitter.emit())
         started_at = _cpu_seconds()
         iree_compile(
-            folder / "model.mlir", folder / "model.vmfb", resolve_target(chip),
+            folder / "model.mlir", folder / "model.vmfb", target,
             f"--dump-compilation-phases-to={folder}",
             f"--iree-hal-dump-executable-intermediates-to={folder}",
         )  # fmt: skip

@@ -3,7 +3,8 @@
 Matrices are row-major and products plain contractions, in which IREE finds what the chip
 multiplies. Shapes: N rows of a batch, S tokens a row, T = N*S, B pages a row, P tokens a page,
 L layers, G query heads per KV head (KH), D head_dim, C = B*P context positions. Prefill computes
-whole tiles: there S and C are multiples of TILE, the rest padding that nothing reads.
+whole tiles: there S and C are multiples of a tile's size, the rest padding that nothing reads. By
+what divides a size, IREE chooses its tiles, and by these matrix instructions.
 
 A page is [L, P, 2, KH, D]: one token of one layer is one contiguous row of keys, then values.
 """
@@ -19,12 +20,12 @@ from compile.config import LlamaConfig
 from compile.mlir import Builder, Dim, Scalar, Tensor, tensor_type
 from compile.model import MASKED, SUMMARY, ModelOptions, Parameter
 
-TILE = 128  # IREE chooses tiles by what divides a size, and matrix instructions by tiles
 SUBGROUP = 64  # threads that reduce together: what they do not divide, a single one reduces
 WORKGROUPS = 256  # that keep a large chip busy
 COLUMNS = 64  # of a product that one of them computes, if there are not many rows
 MIN_DEPTH = 512  # of a part of a split product
 FEW = 4  # rows up to which a product is no matter for matrix instructions
+MANY = 128  # rows from which on it needs no splitting
 MATRIX = 16  # rows of one
 
 
@@ -54,8 +55,8 @@ class Tables:
 class LlamaEmitter:
     """Writes one module for `config` and `options`; `emit()` returns its text."""
 
-    def __init__(self, config: LlamaConfig, options: ModelOptions) -> None:
-        self.config, self.options = config, options
+    def __init__(self, config: LlamaConfig, options: ModelOptions, tile: int = 64) -> None:
+        self.config, self.options, self.tile = config, options, tile
         self.b = Builder()
         self.parameters: dict[str, Parameter] = {}
         self.kv_row = 2 * config.num_kv_heads * config.head_dim
@@ -120,7 +121,7 @@ class LlamaEmitter:
             self._layer_numbers = [b.hidden(i) for i in range(self.config.num_layers)]
             tokens, num_tokens = args["tokens"], args["tokens"].shape[1]
             if isinstance(num_tokens, str):
-                tokens = b.pad(tokens, 1, self._whole(num_tokens, TILE), 0)
+                tokens = b.pad(tokens, 1, self._whole(num_tokens, self.tile), 0)
             batch = Batch(n, tokens.shape[1], tokens, args["start_pos"], args["seq_lens"],
                           args["seq_block_ids"])  # fmt: skip
             x, cache = self._layers(batch, cache)
@@ -291,7 +292,7 @@ class LlamaEmitter:
         num_pages = b.index(batch.page_ids.shape[1])
         width = batch.page_ids.shape[1]
         if s != 1:
-            width = self._whole(width, max(1, TILE // page))
+            width = self._whole(width, max(1, self.tile // page))
 
         def write_row(start: Scalar, end: Scalar) -> Scalar:
             position = start + b.position("s").to("i64")
@@ -406,9 +407,9 @@ class LlamaEmitter:
         return b.collapse(out, 1, 2)
 
     def _tiled(self, x: Tensor, axis: int) -> Tensor:
-        """Dimension `axis`, a multiple of TILE, as two."""
-        tiles = self.b.index(x.shape[axis]) // TILE
-        return self.b.expand(x, axis, tiles.name, TILE)
+        """Dimension `axis`, a multiple of a tile, as two."""
+        tiles = self.b.index(x.shape[axis]) // self.tile
+        return self.b.expand(x, axis, tiles.name, self.tile)
 
 
 def _num_parts(rows: Dim, depth: int, columns: int, has_residual: bool) -> int:
@@ -417,7 +418,7 @@ def _num_parts(rows: Dim, depth: int, columns: int, has_residual: bool) -> int:
     At least two where rows are padded and a residual follows: IREE would fuse it, and spill all
     registers. Kernels for few rows are others, which take a few columns each.
     """
-    if isinstance(rows, str) or not FEW < rows <= TILE:
+    if isinstance(rows, str) or not FEW < rows <= MANY:
         return 1
     parts = 1
     if has_residual and rows % MATRIX:

@@ -54,6 +54,11 @@ class Target:
         return "f16" if "f16c" in self.cpu_features else "f32"
 
     @property
+    def tile(self) -> int:
+        """Tokens that a GPU's prefill computes together, as far as the chips' local memory goes."""
+        return 128 if self.name.startswith("gfx9") else 64
+
+    @property
     def vectors(self) -> Vectors | None:
         """What CPU kernels are written for; None for a GPU."""
         if self.device == "hip":
