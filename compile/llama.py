@@ -34,7 +34,7 @@ class Batch:
 class Tables:
     """Index tables, computed once a call and shared by all layers."""
 
-    positions: Tensor  # [N, S] index of each token, clamped to the context
+    positions: Tensor  # [N, S] i32: of each token; padding may lie behind the context
     write_rows: Tensor  # [L, N*S] i32: row of the cache that each token's K and V go to
     read_pages: Tensor  # [L, N, B] i32: page of the cache, per layer
     rope: Tensor  # [N, S, 2, D/2] f32: cosines, then sines
@@ -101,7 +101,7 @@ class LlamaEmitter:
     def _function(self, name: str, n: int) -> None:
         """One that returns all logits, or the last ones of each row with what sums them up."""
         b = self.b
-        with abi.function(b, name, n, self.options.page_size) as (args, is_next):
+        with abi.function(b, name, n, self.options.page_size, num_summed=2) as (args, is_next):
             pages = abi.import_cache(b, self.page_elements, self.options.kv_dtype)
             slots = self.config.num_layers * self.options.page_size
             cache = b.collapse(b.expand(pages, 1, slots, self.kv_row), 0, 2)
@@ -111,7 +111,7 @@ class LlamaEmitter:
             x, cache = self._layers(batch, cache)
             if is_next:
                 logits = self._logits(self._last_rows(x, batch))
-                results = [b.expand(logits, 0, n, 1), *self._summaries(logits, args["scales"])]
+                results = [b.expand(logits, 0, n, 1), self._sums(logits, args["scales"])]
             else:
                 results = [b.expand(self._logits(x), 0, n, batch.seq_len)]
             cache = b.collapse(b.expand(cache, 0, pages.shape[0], slots), 1, 2)
@@ -209,9 +209,11 @@ class LlamaEmitter:
         head = "token_embd.weight" if self.config.tied_embeddings else "output.weight"
         return self._linear(self._norm(x, "output_norm.weight"), head)
 
-    def _summaries(self, logits: Tensor, scales: Tensor) -> list[Tensor]:
-        """Of logits [N, V]: the first largest; of each block the maximum, and the sum of
-        exp((logit - maximum) * scale)."""
+    def _sums(self, logits: Tensor, scales: Tensor) -> Tensor:
+        """What sums up logits [N, V], in one small array that is copied to the host: the first of
+        the likeliest tokens, then of each block the maximum, then the sum of
+        exp((logit - maximum) * scale).
+        """
         b, (n, vocab) = self.b, logits.shape
         assert isinstance(vocab, int)
         num_blocks = -(-vocab // SUMMARY)
@@ -232,8 +234,18 @@ class LlamaEmitter:
             return is_best.select(acc.minimum(b.position("v").to("i32")), acc)
 
         best = b.generic("nv,n->n", [logits, top], (n,), "i32", first, init=vocab - 1)
-        best = b.generic("n->n", [best], (n,), "i64", lambda token: token.to("i64"))
-        return [best, maxima, sums]
+
+        def entry() -> Scalar:
+            place, row = b.position("k"), b.position("n")
+            of_maximum = (place - 1).clamp(0, b.scalar(num_blocks - 1, "index"))
+            of_sum = (place - 1 - num_blocks).clamp(0, b.scalar(num_blocks - 1, "index"))
+            block = place.less(b.scalar(1 + num_blocks, "index")).select(
+                b.extract(maxima, row, of_maximum), b.extract(sums, row, of_sum)
+            )
+            token = b.extract(best, row).to("f32")  # exact below 2^24
+            return place.less(b.scalar(1, "index")).select(token, block)
+
+        return b.generic("->nk", [], (n, 1 + 2 * num_blocks), "f32", entry)
 
     # Building blocks of attention
 
@@ -241,35 +253,33 @@ class LlamaEmitter:
         c, b = self.config, self.b
         n, s, page = batch.num_rows, batch.seq_len, self.options.page_size
         layers = c.num_layers
-        last = b.scalar(self.options.max_seq_len - 1, "i64")
         positions = b.generic(
-            "n->ns", [batch.start], (n, s), "i64",
-            lambda start: (start + b.position("s").to("i64")).minimum(last),
+            "n->ns", [batch.start], (n, s), "i32",
+            lambda start: (start + b.position("s").to("i64")).to("i32"),
         )  # fmt: skip
-        num_pages = b.index(batch.page_ids.shape[1])
-
-        def write_row(start: Scalar, end: Scalar) -> Scalar:
-            position = start + b.position("s").to("i64")
-            slot = position.to("index")
-            page_id = b.extract(
-                batch.page_ids, b.position("n"), (slot // page).minimum(num_pages - 1)
-            ).to("index")
-            page_id = position.less(end).select(page_id, b.scalar(0, "index"))
-            row = (page_id * layers + b.position("l")) * page + slot % page
-            return row.to("i32")
-
-        write_rows = b.generic(
-            "n,n->lns", [batch.start, batch.seq_lens], (layers, n, s), "i32", write_row
-        )
         read_pages = b.generic(
             "nb->lnb", [batch.page_ids], (layers, *batch.page_ids.shape), "i32",
             lambda page_id: (page_id.to("index") * layers + b.position("l")).to("i32"),
         )  # fmt: skip
+        num_pages, last = b.index(batch.page_ids.shape[1]), b.index(self.options.max_seq_len - 1)
+
+        def write_row(position: Scalar, end: Scalar) -> Scalar:
+            slot, layer = position.to("index"), b.position("l")
+            place = (slot // page).minimum(num_pages - 1)
+            page_id = b.extract(read_pages, layer, b.position("n"), place).to("index")
+            page_id = position.to("i64").less(end).select(page_id, layer)  # else page 0
+            return (page_id * page + slot % page).to("i32")
+
+        write_rows = b.generic(
+            "ns,n->lns", [positions, batch.seq_lens], (layers, n, s), "i32", write_row
+        )
         table = self._load("rope")
-        rope = b.generic(
-            "ns->nstd", [positions], (n, s, *table.shape[1:]), "f32",
-            lambda p: b.extract(table, p.to("index"), b.position("t"), b.position("d")),
-        )  # fmt: skip
+
+        def angle(position: Scalar) -> Scalar:
+            row = position.to("index").minimum(last)
+            return b.extract(table, row, b.position("t"), b.position("d"))
+
+        rope = b.generic("ns->nstd", [positions], (n, s, *table.shape[1:]), "f32", angle)
         return Tables(positions, b.collapse(write_rows, 1, 2), read_pages, rope)
 
     def _halves(self, x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
@@ -343,7 +353,7 @@ class LlamaEmitter:
         n, s, _, _, d = q.shape
         visible = b.generic(
             "ns->nsc", [tables.positions], (n, s, keys.shape[1]), dtype,
-            lambda position: position.less(b.position("c").to("i64")).select(
+            lambda position: position.less(b.position("c").to("i32")).select(
                 b.scalar(-1e4, dtype), b.scalar(0.0, dtype)),
         )  # fmt: skip
         q = b.generic("nshgd->nhgsd", [q], (n, *q.shape[2:4], s, d), dtype, lambda v: v.to(dtype))
