@@ -101,8 +101,8 @@ def nothing() -> Array:
     return np.empty(0, np.float32)
 
 
-def upload_bytes(*num_elements: int) -> int:
-    """What an `Upload` needs for arguments of so many elements, of up to 8 bytes each."""
+def buffer_bytes(*num_elements: int) -> int:
+    """The size of a buffer for arrays of so many elements, of up to 8 bytes each."""
     return sum(ALIGNMENT + 8 * count for count in num_elements)
 
 

@@ -25,7 +25,7 @@ from sf_local.errors import DeviceError
 # token against 10.0). amdsharktank's CPU code needs more than the default 128 KiB of stack.
 IREE_FLAGS = ("--task_worker_spin_us=20", "--task_worker_stack_size=4194304")
 PATIENCE = 120.0  # seconds: a GPU that has not finished a call by then has failed
-GRACE = 2.0  # seconds for the threads of a failed GPU to end
+GRACE = 2.0  # seconds for the worker of a failed GPU to go to sleep
 ALLOWED = '"cpu", "hip", or "hip:N" for the N-th AMD GPU'
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 
@@ -115,11 +115,19 @@ class Device:
                     owner.discard(reference)
 
     def lose(self, *objects: object) -> None:
-        """`abandon` a GPU that failed, and end the threads that can be ended; IREE's may not."""
+        """`abandon` a GPU that failed; its threads cannot all be ended.
+
+        The worker sleeps for ever, or it would want the interpreter when that is gone.
+        """
         self.forget(*objects)
-        ending = threading.Thread(target=self.system.shutdown, name="sf_local-lost", daemon=True)
-        ending.start()
-        ending.join(GRACE)
+        asleep, never = threading.Event(), threading.Event()
+
+        def sleep() -> None:
+            asleep.set()
+            never.wait()
+
+        self.worker.call_threadsafe(sleep)
+        asleep.wait(GRACE)
 
     def close(self) -> None:
         del self.scoped, self.fiber, self.worker

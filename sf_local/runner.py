@@ -17,7 +17,7 @@ import numpy as np
 import shortfin as sf
 import shortfin.array as sfnp
 
-from sf_local.arrays import NUMPY_DTYPES, Argument, Array, Download, Upload, read, upload_bytes
+from sf_local.arrays import NUMPY_DTYPES, Argument, Array, Download, Upload, buffer_bytes, read
 from sf_local.artifact import COMPILER_VERSION, REPAIR, Artifact, check_target
 from sf_local.device import Device, allow_tiles, reason
 from sf_local.errors import (
@@ -265,7 +265,7 @@ class ModelRunner:
         num_rows = max(*config.prefill_batch_sizes, *config.decode_batch_sizes)
         num_tokens = config.prefill_batch_sizes[-1] * num_pages * config.page_size
         table = num_rows * self._width(2 * num_pages)  # of a prefill that ends with the context
-        return upload_bytes(num_tokens, table, *[num_rows] * 3)
+        return buffer_bytes(num_tokens, table, *[num_rows] * 3)
 
     def _download_bytes(self) -> int:
         """For the results of the largest call that sums up logits."""
@@ -273,7 +273,7 @@ class ModelRunner:
         vocab_size = manifest.vocab_size if manifest else 1
         num_rows = max(*config.prefill_batch_sizes, *config.decode_batch_sizes)
         row = vocab_size + 1 + 2 * -(-vocab_size // BLOCK)
-        return upload_bytes(num_rows * row)
+        return buffer_bytes(num_rows * row)
 
     def _argument(self, name: str, shape: tuple[int, ...], dtype: type = np.int64) -> Argument:
         """An argument of the next call; those of one shape are the same, with their values."""
