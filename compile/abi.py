@@ -12,15 +12,16 @@ MAX_ARGUMENT_SIZE = 1 << 22
 
 @contextmanager
 def function(
-    b: Builder, name: str, n: int, page_size: int
+    b: Builder, name: str, n: int, page_size: int, num_summed: int
 ) -> Iterator[tuple[dict[str, Tensor], bool]]:
     """`prefill` or `decode` for n rows; with `_next`, one that takes scales and sums logits up.
 
-    Yields the arguments but the cache, and whether it is such a one.
+    Yields the arguments but the cache, and whether it is such a one: then it has `num_summed`
+    results.
     """
     is_next = name.endswith("_next")
     shapes = _shapes(name, n, page_size)
-    num_results = 4 if is_next else 1
+    num_results = num_summed if is_next else 1
     signature = ", ".join(f"%{a}: !hal.buffer_view" for a in [*shapes, "cache"])
     with b.block(
         f'util.func public @"{name}_bs{n}$async"({signature}, %wait: !hal.fence, '

@@ -53,7 +53,7 @@ class CpuLlamaEmitter:
         return "\n".join([*(kernel.layout() for kernel in kernels), b.text("module")])
 
     def _function(self, b: Builder, name: str, n: int, kernel: Forward) -> None:
-        with abi.function(b, name, n, self.options.page_size) as (args, is_next):
+        with abi.function(b, name, n, self.options.page_size, num_summed=4) as (args, is_next):
             cache = abi.import_cache(b, self.page_elements, self.options.kv_dtype)
             weights = b.tensor(
                 f"util.global.load @weights : tensor<{self.num_weight_bytes}xi8>",

@@ -113,7 +113,7 @@ class LlamaEmitter:
     def _function(self, name: str, n: int) -> None:
         """One that returns all logits, or the last ones of each row with what sums them up."""
         b = self.b
-        with abi.function(b, name, n, self.options.page_size) as (args, is_next):
+        with abi.function(b, name, n, self.options.page_size, num_summed=2) as (args, is_next):
             pages = abi.import_cache(b, self.page_elements, self.options.kv_dtype)
             slots = self.config.num_layers * self.options.page_size
             cache = b.collapse(b.expand(pages, 1, slots, self.kv_row), 0, 2)
@@ -127,7 +127,7 @@ class LlamaEmitter:
             x, cache = self._layers(batch, cache)
             if is_next:
                 logits = self._logits(self._last_rows(x, batch))
-                results = [b.expand(logits, 0, n, 1), *self._summaries(logits, args["scales"])]
+                results = [b.expand(logits, 0, n, 1), self._sums(logits, args["scales"])]
             else:
                 logits = b.expand(self._logits(x), 0, n, batch.seq_len)
                 results = [b.slice(logits, 1, 0, num_tokens)]
@@ -239,9 +239,11 @@ class LlamaEmitter:
         head = "token_embd.weight" if self.config.tied_embeddings else "output.weight"
         return self._linear(self._norm(x, "output_norm.weight"), head)
 
-    def _summaries(self, logits: Tensor, scales: Tensor) -> list[Tensor]:
-        """Of logits [N, V]: the first largest; of each block the maximum, and the sum of
-        exp((logit - maximum) * scale)."""
+    def _sums(self, logits: Tensor, scales: Tensor) -> Tensor:
+        """What sums up logits [N, V], in one small array that is copied to the host: the first of
+        the likeliest tokens, then of each block the maximum, then the sum of
+        exp((logit - maximum) * scale).
+        """
         b, (n, vocab) = self.b, logits.shape
         assert isinstance(vocab, int)
         num_blocks = -(-vocab // SUMMARY)
@@ -255,10 +257,22 @@ class LlamaEmitter:
             "nbi,nb,n->nb", [blocks, maxima, scales], maxima.shape, "f32",
             lambda v, top, scale, acc: acc + ((v - top) * scale).math("exp"), init=0.0,
         )  # fmt: skip
-        return [self._first_largest(blocks, maxima, vocab), maxima, sums]
+        best = self._first_largest(blocks, maxima, vocab)
+
+        def entry() -> Scalar:
+            place, row = b.position("k"), b.position("n")
+            of_maximum = (place - 1).clamp(0, b.scalar(num_blocks - 1, "index"))
+            of_sum = (place - 1 - num_blocks).clamp(0, b.scalar(num_blocks - 1, "index"))
+            block = place.less(b.scalar(1 + num_blocks, "index")).select(
+                b.extract(maxima, row, of_maximum), b.extract(sums, row, of_sum)
+            )
+            token = b.extract(best, row).to("f32")  # exact below 2^24
+            return place.less(b.scalar(1, "index")).select(token, block)
+
+        return b.generic("->nk", [], (n, 1 + 2 * num_blocks), "f32", entry)
 
     def _first_largest(self, blocks: Tensor, maxima: Tensor, vocab: int) -> Tensor:
-        """[N] i64: of each block [N, b, i] its first largest, then the first of those."""
+        """[N] i32: of each block [N, b, i] its first largest, then the first of those."""
         b, (n, num_blocks, size) = self.b, blocks.shape
         none = b.scalar(vocab - 1, "i32")
 
@@ -272,11 +286,10 @@ class LlamaEmitter:
         whole = -(-int(num_blocks) // SUBGROUP) * SUBGROUP
         maxima, firsts = b.pad(maxima, 1, whole, MASKED), b.pad(firsts, 1, whole, vocab - 1)
         top = b.generic("nb->n", [maxima], (n,), "f32", lambda v, acc: acc.maximum(v), MASKED)
-        best = b.generic(
+        return b.generic(
             "nb,nb,n->n", [maxima, firsts, top], (n,), "i32",
             lambda v, first, top, acc: acc.minimum(v.is_below(top).select(none, first)), vocab - 1,
         )  # fmt: skip
-        return b.generic("n->n", [best], (n,), "i64", lambda token: token.to("i64"))
 
     # Building blocks of attention
 
@@ -284,10 +297,9 @@ class LlamaEmitter:
         c, b = self.config, self.b
         n, s, page = batch.num_rows, batch.seq_len, self.options.page_size
         layers = c.num_layers
-        last = b.scalar(self.options.max_seq_len - 1, "i64")
         positions = b.generic(
-            "n->ns", [batch.start], (n, s), "i64",
-            lambda start: (start + b.position("s").to("i64")).minimum(last),
+            "n->ns", [batch.start], (n, s), "i32",
+            lambda start: (start + b.position("s").to("i64")).to("i32"),
         )  # fmt: skip
         num_pages = b.index(batch.page_ids.shape[1])
         width = batch.page_ids.shape[1]

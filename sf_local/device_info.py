@@ -22,6 +22,8 @@ _ROOT_HELP = (
 # Where a device's properties have its memory and its chip: ROCm 6's layout, and the one before.
 _PROPERTIES = (("hipGetDevicePropertiesR0600", 288, 1160), ("hipGetDeviceProperties", 256, 396))
 
+_HOST_TO_DEVICE = 1  # hipMemcpyHostToDevice
+
 
 @dataclass(frozen=True)
 class DeviceInfo:
@@ -54,6 +56,26 @@ class DeviceInfo:
             ctypes.byref(free), ctypes.byref(total)
         )
         return None if failed else free.value
+
+    def try_out(self, num_bytes: int) -> str | None:
+        """Allocate so many bytes on a GPU and copy to them; which of it failed, and how."""
+        hip, device, host = _hip(), ctypes.c_void_p(), ctypes.c_void_p()
+        size = ctypes.c_size_t(min(num_bytes, 4096))
+        calls = (
+            (hip.hipSetDevice, self.index),
+            (hip.hipMalloc, ctypes.byref(device), ctypes.c_size_t(num_bytes)),
+            (hip.hipHostMalloc, ctypes.byref(host), size, 0),
+            (hip.hipMemcpyAsync, device, host, size, _HOST_TO_DEVICE, None),
+            (hip.hipStreamSynchronize, None),
+        )
+        failed = None
+        for function, *arguments in calls:
+            if error := function(*arguments):
+                failed = f"{function.__name__} failed with {_error_name(hip, error)}"
+                break
+        hip.hipHostFree(host)
+        hip.hipFree(device)
+        return failed
 
 
 def devices() -> list[DeviceInfo]:

@@ -76,6 +76,11 @@ class Generation:
         self._first_token_at = self._started_at
         self.deadline = None if params.timeout is None else self._started_at + params.timeout
 
+    @property
+    def takes_the_best(self) -> bool:
+        """Whether the likeliest token is all that is asked for."""
+        return self.grammar is None and self.sampler.takes_the_best
+
     def accept(self, sampled: Sampled, can_jump: bool) -> str | None:
         """Take a sampled token; the reason, if it ends the generation.
 

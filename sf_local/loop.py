@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from sf_local.artifact import Artifact
-from sf_local.device import Device
+from sf_local.device import Device, reason
 from sf_local.errors import DeviceError, EngineError, SfLocalError
 from sf_local.generation import Generation
 from sf_local.masks import Masks
@@ -71,18 +71,18 @@ class Loop:
         self._started, self._ended = threading.Event(), threading.Event()
         self._close_lock, self._fail_lock = threading.Lock(), threading.Lock()
         self._process_id, self._thread_id = os.getpid(), 0
+        self._name = f"device={device!r}"
         self._device = Device(device)
         try:
             self._runner = ModelRunner(artifact, self._device, num_pages)
-        except BaseException:
-            self._device.close()
-            raise
+        except BaseException as error:
+            raise self._not_started(error) from error
         _open.add(self)
         self._device.run(self._run())
         self._started.wait()
         if self._failure is not None:
             self.close()
-            raise DeviceError(f"device={device!r} failed at start: {self._failure}")
+            raise self._not_started(self._failure) from self._failure
 
     # Called from any thread
 
@@ -157,13 +157,42 @@ class Loop:
             self._is_closing = True
             self._device.worker.call_threadsafe(self._end_idling)
             self._ended.wait()
-            if self._runner.has_ever_failed:
+            if self._runner.has_ever_failed and not self._device.shares_memory:
+                self._device.lose(self._runner)
+            elif self._runner.has_ever_failed:
                 self._device.abandon(self._runner)
             else:
                 self._runner.close()
                 self._device.close()
             del self._runner
             self._device = None  # type: ignore[assignment]
+
+    def _not_started(self, error: BaseException) -> BaseException:
+        """The error to raise, once the device is out of the way."""
+        is_known = isinstance(error, SfLocalError) and not isinstance(error, DeviceError)
+        if self._device is not None and (self._device.shares_memory or is_known):
+            self._device.close()
+        elif self._device is not None:
+            self._device.lose(error)  # whose traceback holds what lies on it
+        if is_known or not isinstance(error, Exception):
+            return error
+        return self._lost("failed at start", error)
+
+    def _lost(self, what: str, error: BaseException) -> DeviceError:
+        text = reason(error)
+        remedy = " with a smaller kv_memory" if "OutOfMemory" in text else ""
+        lost = DeviceError(
+            f"{self._name} {what}: {text}; it is lost to this process: start the program "
+            f"again{remedy}, or make an engine with device='cpu'"
+        )
+        lost.__cause__ = error
+        return lost
+
+    def _closed(self) -> SfLocalError:
+        if isinstance(self._failure, DeviceError) and self._failure.__cause__ is not None:
+            return self._lost("failed", self._failure.__cause__)
+        cause = f": {reason(self._failure)}" if self._failure else ""
+        return EngineError(f"the engine is closed{cause}; make a new one")
 
     def _ask(self, action: Callable[[], None]) -> None:
         """Let the loop do something between two steps."""
@@ -181,11 +210,11 @@ class Loop:
             )
 
     def check_usable(self) -> None:
-        """Raise EngineError in a forked child, and once the engine is closed or closing."""
+        """Raise EngineError in a forked child and once the engine is closed or closing, DeviceError
+        once the device is lost."""
         self.check_process()
         if not self.is_usable:
-            cause = f": {self._failure}" if self._failure else ""
-            raise EngineError(f"the engine is closed{cause}; make a new one")
+            raise self._closed()
 
     # On the loop's thread
 
@@ -253,16 +282,17 @@ class Loop:
         chunks = [c for c in chunks if c.request.status is RequestStatus.RUNNING]
         if not chunks:
             return
+        chunks.sort(key=self._needs_logits, reverse=True)
         rows = [self._row(chunk) for chunk in chunks]
         generations = [self._generations[chunk.request] for chunk in chunks]
         samplers = [generation.sampler for generation in generations]
         grammars = [generation.grammar for generation in generations]
-        are_last = [chunk.end == chunk.request.num_tokens for chunk in chunks]
+        are_last = [_is_last(chunk) for chunk in chunks]
         needed = [a and s.needs_mask for a, s in zip(are_last, samplers, strict=True)]
         masks = Masks(grammars, needed)
         wanted = Wanted(
             [sampler.scale for sampler in samplers],
-            only_best=not any(grammars) and all(sampler.takes_the_best for sampler in samplers),
+            num_logits=sum(map(self._needs_logits, chunks)),
             copy=False,
             meanwhile=lambda: self._work_beside(masks),
         )
@@ -275,6 +305,10 @@ class Loop:
             self._scheduler.computed(chunk)
         last = [c.request if a else None for c, a in zip(chunks, are_last, strict=True)]
         self._sample(last, following, masks)
+
+    def _needs_logits(self, chunk: Chunk) -> bool:
+        """Whether the best token is not enough to go on from a chunk."""
+        return _is_last(chunk) and not self._generations[chunk.request].takes_the_best
 
     def _work_beside(self, masks: Masks) -> None:
         """What the host does while the device computes: the last step's text, this one's masks."""
@@ -371,15 +405,14 @@ class Loop:
 
         A GPU is lost with all that lies on it: IREE ends the process when it is used again.
         """
+        if self._runner.is_broken and not self._device.shares_memory:
+            self._device.abandon(self._runner, error)  # whose traceback holds the call's arrays
+            raise self._lost("failed", error)
         for request in requests:
             self._end(request, "abort", _step_error(error))
-        if not self._runner.is_broken:
-            return
-        if self._device.kind != "cpu":
-            self._device.abandon(self._runner, error)  # whose traceback holds the call's arrays
-            raise DeviceError(f"the device failed: {error}") from error
-        await self._runner.recover()
-        self._scheduler.reset()
+        if self._runner.is_broken:
+            await self._runner.recover()
+            self._scheduler.reset()
 
     def _take(self, generation: Generation) -> None:
         request = generation.request
@@ -418,9 +451,8 @@ class Loop:
 
     def _fail_all(self) -> None:
         self._do_what_was_asked()
-        cause = f": {self._failure}" if self._failure else ""
         for request in list(self._generations):
-            self._end(request, "abort", EngineError(f"the engine is closed{cause}; make a new one"))
+            self._end(request, "abort", self._closed())
 
     async def _wait_for_work(self) -> None:
         self._idle = self._device.worker.loop.create_future()
@@ -446,6 +478,11 @@ def _limits(artifact: Artifact) -> Limits:
     return Limits(*sizes, prefill_tokens=whole_pages, reuse="pages")
 
 
+def _is_last(chunk: Chunk) -> bool:
+    """Whether the next token is sampled after a chunk."""
+    return chunk.end == chunk.request.num_tokens
+
+
 def _wants_logits(chunk: Chunk) -> bool:
     """Whether a generation wants all logits of a chunk, not only those after its last token."""
     return chunk.request.first_logits is not None and chunk.end > chunk.request.first_logits
@@ -454,6 +491,6 @@ def _wants_logits(chunk: Chunk) -> bool:
 def _step_error(error: Exception) -> SfLocalError:
     if isinstance(error, SfLocalError):
         return error
-    failure = EngineError(f"the step failed: {error}")
+    failure = EngineError(f"the step failed: {reason(error)}")
     failure.__cause__ = error
     return failure

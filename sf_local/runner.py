@@ -1,6 +1,6 @@
 """ModelRunner: the compiled program, its KV pages on the device, padding, and the calls.
 
-The other file that imports shortfin. Everything that is async runs on the device's worker thread,
+Everything that is async runs on the device's worker thread,
 one call at a time. Page ids and lengths are checked here before every call: inside a VMFB a wrong
 one is memory corruption.
 """
@@ -8,19 +8,18 @@ one is memory corruption.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import ml_dtypes
 import numpy as np
 import shortfin as sf
 import shortfin.array as sfnp
-from numpy.typing import NDArray
 
+from sf_local.arrays import NUMPY_DTYPES, Argument, Array, Download, Upload, buffer_bytes, read
 from sf_local.artifact import COMPILER_VERSION, REPAIR, Artifact, check_target
-from sf_local.device import Device, allow_tiles
+from sf_local.device import Device, allow_tiles, reason
 from sf_local.errors import (
     ArtifactError,
     CorruptFileError,
@@ -30,21 +29,18 @@ from sf_local.errors import (
     TargetError,
     VersionError,
 )
-from sf_local.summary import Floats, Next, summarize
+from sf_local.summary import BLOCK, Floats, Next, summarize, unpack
 from sf_local.top_k import spread
 
 MIN_WIDTH = 2  # columns of a page table that amdsharktank's code needs
 VECTOR = 16  # positions that one step of a CPU's attention adds up
 MAX_PENDING = 16  # copies to wait for at a time; IREE's poller aborts at about 64
 
-BEST = 1  # which result of a function that sums up logits is the best token
-_NUMPY_DTYPES = {
-    "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16,
-    "int64": np.int64,
-}  # fmt: skip
+# What the AMD driver says to code for another chip.
+OTHER_CHIP = ("hipErrorNoBinaryForGpu", "hipErrorInvalidImage", "hipErrorInvalidKernelFile")
 
+T = TypeVar("T")
 Meanwhile = Callable[[], None]
-Array = NDArray[Any]
 
 
 def _nothing() -> None:
@@ -68,13 +64,13 @@ class Row:
 class Wanted:
     """What a call is for.
 
-    scales: by which each row's logits are summed up; None for 1. only_best: the best tokens are
-    enough. copy: else results may lie in device memory: let go of them
-    before the next call. meanwhile: called while the device runs.
+    scales: by which each row's logits are summed up; None for 1. num_logits: rows, from the first
+    on, whose logits are needed; None for all; the best token is enough for the others. copy: else
+    results are let go of before the next call. meanwhile: called while the device runs.
     """
 
     scales: Sequence[float] | None = None
-    only_best: bool = False
+    num_logits: int | None = None
     copy: bool = True
     meanwhile: Meanwhile = _nothing
 
@@ -103,14 +99,26 @@ class ModelRunner:
         self.call_seconds = 0.0  # spent in compiled functions, and waiting for them
         self._program = _load_program(artifact, device)
         self._functions = self._look_up_functions()
-        self._arguments: dict[tuple[str, tuple[int, ...]], _Argument] = {}
+        self._arguments: dict[tuple[str, tuple[int, ...]], Argument] = {}
+        self._upload: Upload | None = None
+        self._download: Download | None = None
+        if not device.shares_memory:
+            self._upload = Upload(device, self._upload_bytes())
+            self._download = Download(device, self._download_bytes())
         self._allocate_cache()
 
     async def start(self) -> None:
         """Zero the cache: attention multiplies what it masks by zero, and NaN survives that."""
+        await self._use_device(self._zero_cache())
+
+    async def _zero_cache(self) -> None:
+        self._cache.fill(np.zeros(1, NUMPY_DTYPES[self._cache_dtype]).tobytes())
+        await self._device.scoped
+
+    async def _use_device(self, work: Coroutine[Any, Any, T]) -> T:
+        """What comes of work on the device, which is broken if it fails."""
         try:
-            self._cache.fill(np.zeros(1, _NUMPY_DTYPES[self._cache_dtype]).tobytes())
-            await self._device.scoped
+            return await self._device.finish(work)
         except Exception:
             self.is_broken = self.has_ever_failed = True
             raise
@@ -127,6 +135,7 @@ class ModelRunner:
     def close(self) -> None:
         self._arguments.clear()
         self._functions.clear()
+        self._upload = self._download = None
         del self._cache, self._program
 
     async def prefill(self, rows: Sequence[Row], wanted: Wanted = WANTED) -> Next:
@@ -152,14 +161,13 @@ class ModelRunner:
 
     async def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages on the device, in order: (source, destination)."""
-        try:
-            for start in range(0, len(copies), MAX_PENDING):
-                for source, destination in copies[start : start + MAX_PENDING]:
-                    self._cache.view(destination).copy_from(self._cache.view(source))
-                await self._device.scoped
-        except Exception:
-            self.is_broken = self.has_ever_failed = True
-            raise
+        await self._use_device(self._copy_pages(copies))
+
+    async def _copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        for start in range(0, len(copies), MAX_PENDING):
+            for source, destination in copies[start : start + MAX_PENDING]:
+                self._cache.view(destination).copy_from(self._cache.view(source))
+            await self._device.scoped
 
     async def decode(self, rows: Sequence[Row], wanted: Wanted = WANTED) -> Next:
         """Compute one token a row; what follows it."""
@@ -178,9 +186,9 @@ class ModelRunner:
         results = await self._call(f"decode_bs{size}", inputs, len(rows), wanted)
         return self._following([values[:, 0] for values in results], wanted)
 
-    def _prefill_inputs(self, rows: Sequence[Row], size: int) -> dict[str, _Argument]:
+    def _prefill_inputs(self, rows: Sequence[Row], size: int) -> dict[str, Argument]:
         page = self.config.page_size
-        num_pages = -(-max(len(row.tokens) for row in rows) // page)
+        num_pages = self._num_padded(-(-max(len(row.tokens) for row in rows) // page))
         if self.config.has_prefill_position:
             last = max(max(row.start for row in rows) // page + num_pages,
                        *(len(row.page_ids) for row in rows))  # fmt: skip
@@ -203,7 +211,7 @@ class ModelRunner:
         return inputs
 
     async def _call_prefill(
-        self, size: int, inputs: dict[str, _Argument], num_rows: int, wanted: Wanted
+        self, size: int, inputs: dict[str, Argument], num_rows: int, wanted: Wanted
     ) -> list[Array]:
         """Results [num_rows, S, ...]: the logits, or the likeliest tokens' and their ids."""
         results = await self._call(f"prefill_bs{size}", inputs, num_rows, wanted)
@@ -229,48 +237,55 @@ class ModelRunner:
             return np.log(values)
 
     async def _call_next(
-        self, name: str, size: int, inputs: dict[str, _Argument], num_rows: int, wanted: Wanted
+        self, name: str, size: int, inputs: dict[str, Argument], num_rows: int, wanted: Wanted
     ) -> Next:
         """A function that sums the logits up."""
         scales = wanted.scales_of(num_rows)
         inputs["scales"] = self._fill("scales", (size,), scales, 1, np.float32)
         logits, *sums = await self._call(name, inputs, num_rows, wanted)
-        return Next(logits[:, 0] if len(logits) else logits, *sums)
+        logits = logits[:, 0] if len(logits) else logits
+        return unpack(logits, *sums) if len(sums) == 1 else Next(logits, *sums)
 
     async def _call(
-        self, name: str, inputs: dict[str, _Argument], num_rows: int, wanted: Wanted
+        self, name: str, inputs: dict[str, Argument], num_rows: int, wanted: Wanted
     ) -> list[Array]:
-        """The results' first `num_rows` rows; the others are padding."""
-        device = self._device.scoped
-        arguments = [argument.send() for argument in inputs.values()]
+        """What is needed of the results; the others are empty."""
         started_at = time.perf_counter()
-        try:
-            results = await self._functions[name](*arguments, self._cache, fiber=self._device.fiber)
-            wanted.meanwhile()
-            await device
-            self.call_seconds += time.perf_counter() - started_at
-            if wanted.only_best and "_next_" in name:
-                results = [r if i == BEST else None for i, r in enumerate(results)]
-            if self._device.kind != "cpu":
-                results = await self._transfer(results)
-            return [_read(array, num_rows, wanted.copy) for array in results]
-        except Exception:
-            self.is_broken = self.has_ever_failed = True
-            raise
+        values = await self._use_device(self._invoke(name, inputs, num_rows, wanted))
+        self.call_seconds += time.perf_counter() - started_at
+        return [_usual(array, wanted.copy) for array in values]
 
-    async def _transfer(self, results: Sequence[Any]) -> list[Any]:
-        """Copies in host memory."""
-        copies = [result and result.for_transfer() for result in results]
-        for result, copy in zip(results, copies, strict=True):
-            if copy is not None:
-                copy.copy_from(result)
+    async def _invoke(
+        self, name: str, inputs: dict[str, Argument], num_rows: int, wanted: Wanted
+    ) -> list[Array]:
+        arguments = self._send(inputs.values())
+        results = await self._functions[name](*arguments, self._cache, fiber=self._device.fiber)
+        results = _needed(results, num_rows, wanted, "_next_" in name)
+        fetched = self._download and self._download.fetch(results)
+        wanted.meanwhile()
         await self._device.scoped
-        return copies
+        return fetched or [read(result) for result in results]
+
+    def _send(self, arguments: Iterable[Argument]) -> list[Any]:
+        """The arrays that hold them once the call begins."""
+        if self._upload is None:
+            return [argument.array for argument in arguments]
+        return self._upload.send(arguments)
 
     @property
     def _unused(self) -> int:
         """The length of rows that only pad a batch: our own code skips those that are empty."""
         return 0 if self.artifact.manifest else 1
+
+    def _num_padded(self, num_pages: int) -> int:
+        """Pages that a call computes instead of `num_pages`: on a GPU a power of two.
+
+        There memory that a call has let go of is kept for another call of the same shapes. Only our
+        own code takes positions behind the context.
+        """
+        if self._device.shares_memory or not self.artifact.manifest:
+            return num_pages
+        return 1 << (num_pages - 1).bit_length()
 
     def _width(self, num_pages: int) -> int:
         """Columns of the page table for `num_pages`.
@@ -278,13 +293,30 @@ class ModelRunner:
         Attention sums whole vectors of positions, so a row comes out the same in any company.
         """
         unit = -(-VECTOR // self.config.page_size)
-        return max(MIN_WIDTH, -(-num_pages // unit) * unit)
+        return max(MIN_WIDTH, self._num_padded(-(-num_pages // unit)) * unit)
 
-    def _argument(self, name: str, shape: tuple[int, ...], dtype: type = np.int64) -> _Argument:
+    def _upload_bytes(self) -> int:
+        """For the arguments of the largest call."""
+        config = self.config
+        num_pages = self._num_padded(-(-config.max_seq_len // config.page_size))
+        num_rows = max(*config.prefill_batch_sizes, *config.decode_batch_sizes)
+        num_tokens = config.prefill_batch_sizes[-1] * num_pages * config.page_size
+        table = num_rows * self._width(2 * num_pages)  # of a prefill that ends with the context
+        return buffer_bytes(num_tokens, table, *[num_rows] * 3)
+
+    def _download_bytes(self) -> int:
+        """For the results of the largest call that sums up logits."""
+        manifest, config = self.artifact.manifest, self.config
+        vocab_size = manifest.vocab_size if manifest else 1
+        num_rows = max(*config.prefill_batch_sizes, *config.decode_batch_sizes)
+        row = vocab_size + 1 + 2 * -(-vocab_size // BLOCK)
+        return buffer_bytes(num_rows * row)
+
+    def _argument(self, name: str, shape: tuple[int, ...], dtype: type = np.int64) -> Argument:
         """An argument of the next call; those of one shape are the same, with their values."""
         key = (name, shape)
         if key not in self._arguments:
-            self._arguments[key] = _Argument(self._device, shape, dtype)
+            self._arguments[key] = Argument(self._device, shape, dtype)
         return self._arguments[key]
 
     def _fill(
@@ -294,14 +326,14 @@ class ModelRunner:
         values: Any,
         padding: int = 0,
         dtype: type = np.int64,
-    ) -> _Argument:
+    ) -> Argument:
         """An argument with values for the first rows, and `padding` in the others."""
         argument = self._argument(name, shape, dtype)
         argument.values[: len(values)] = values
         argument.values[len(values) :] = padding
         return argument
 
-    def _fill_pages(self, shape: tuple[int, int], rows: Sequence[Row]) -> _Argument:
+    def _fill_pages(self, shape: tuple[int, int], rows: Sequence[Row]) -> Argument:
         """The page table; rows that have not changed since the last call are there already."""
         table = self._argument("page_ids", shape)
         for i in range(shape[0]):
@@ -375,42 +407,25 @@ class ModelRunner:
             return None
 
 
-class _Argument:
-    """An argument on the device, and its values in host memory, which on a CPU is the same.
-
-    rows: what the rows of a page table hold.
-    """
-
-    def __init__(self, device: Device, shape: tuple[int, ...], dtype: type) -> None:
-        kind = getattr(sfnp, np.dtype(dtype).name)
-        self._array = sfnp.device_array.for_device(device.scoped, list(shape), kind)
-        self._staging = None if device.kind == "cpu" else self._array.for_transfer()
-        self.values: NDArray[Any] = np.zeros(shape, dtype)
-        if self._staging is None:
-            mapping = self._array.map(write=True, read=True)
-            self.values = np.frombuffer(mapping, dtype).reshape(shape)
-            self.values[:] = 0
-        self.rows: dict[int, Sequence[int]] = {}
-
-    def send(self) -> Any:
-        """The array with the values, for a call."""
-        if self._staging is not None:
-            with self._staging.map(discard=True) as mapping:
-                np.frombuffer(mapping, self.values.dtype)[:] = self.values.reshape(-1)
-            self._array.copy_from(self._staging)
-        return self._array
+def _needed(
+    results: Sequence[Any], num_rows: int, wanted: Wanted, are_summed_up: bool
+) -> list[Any]:
+    """The first rows of the results, or None; the others are padding."""
+    if not are_summed_up:
+        return [array.view(slice(0, num_rows)) for array in results]
+    logits, *sums = results
+    num_logits = num_rows if wanted.num_logits is None else wanted.num_logits
+    needed = [logits.view(slice(0, num_logits)) if num_logits else None]
+    for i, array in enumerate(sums):
+        is_wanted = num_logits or i == 0  # the first has the best tokens
+        needed.append(array.view(slice(0, num_rows)) if is_wanted else None)
+    return needed
 
 
-def _read(array: Any, num_rows: int, copy: bool) -> Array:
-    """The first rows of an array in host memory, floats as f32; none of None.
-
-    Without `copy` a view where possible: it keeps the mapping alive, and that the array's memory.
-    """
-    if array is None:
-        return np.empty(0, np.float32)
-    dtype = _NUMPY_DTYPES[array.dtype.name]
-    values = np.frombuffer(array.map(read=True), dtype).reshape(array.shape)[:num_rows]
-    return values.astype(dtype if dtype is np.int64 else np.float32, copy=copy)
+def _usual(values: Array, copy: bool) -> Array:
+    """Floats as f32; without `copy` in the same memory where possible."""
+    dtype = values.dtype if values.dtype == np.int64 else np.float32
+    return values.astype(dtype, copy=copy)
 
 
 def _fitting(sizes: Sequence[int], count: int) -> int:
@@ -445,9 +460,12 @@ def _load_error(
     """What IREE's message means for the user."""
     text = str(error)
     vmfb: Path = artifact.vmfb
+    is_of_gpu = "HIP driver error" in text or "semaphore was aborted" in text
+    if is_of_gpu and not any(name in text for name in OTHER_CHIP):
+        return DeviceError(f"{vmfb} cannot be loaded ({reason(error)})")
     if "RESOURCE_EXHAUSTED" in text:
         return DeviceError(
-            f"{vmfb.parent}: the device has no room for the weights ({_innermost(text)}); free "
+            f"{vmfb.parent}: the device has no room for the weights ({reason(error)}); free "
             "some of its memory, or use a smaller model"
         )
     if "required module features" in text or "bytecode version" in text:
@@ -455,7 +473,7 @@ def _load_error(
             f"{vmfb}: made by another iree-compile; shortfin runs only what {COMPILER_VERSION} "
             f"made; {REPAIR}"
         )
-    if "HAL device" in text or "mismatched target chip" in text or "INCOMPATIBLE" in text:
+    if is_of_gpu or "HAL device" in text or "INCOMPATIBLE" in text:
         return TargetError(
             f"{vmfb}: compiled for another device than {device.kind!r}; {REPAIR} --target "
             f"{'cpu' if device.kind == 'cpu' else 'CHIP'}"
@@ -463,10 +481,6 @@ def _load_error(
     if "parameter" in text.lower():
         return MismatchError(
             f"{', '.join(map(str, artifact.weights))}: these weights do not fit {vmfb} "
-            f"({_innermost(text)}); {REPAIR}"
+            f"({reason(error)}); {REPAIR}"
         )
-    return CorruptFileError(f"{vmfb}: cannot be loaded ({_innermost(text)}); {REPAIR}")
-
-
-def _innermost(text: str) -> str:
-    return text.strip().splitlines()[0][:300] if text.strip() else "no reason given"
+    return CorruptFileError(f"{vmfb}: cannot be loaded ({reason(error)}); {REPAIR}")

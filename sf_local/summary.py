@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Next:
-    """Logits [n, V] after the last token of each row; those that take the best may have none.
+    """Logits [n, V] after the last token of each row; the last rows may have none.
 
     best [n]: the first of the likeliest tokens. maxima, sums [n, ceil(V / BLOCK)]: of each block of
     tokens, the largest logit, and the sum of exp((logit - maximum) * scale) by the row's scale.
@@ -32,10 +33,22 @@ class Next:
 
     def take(self, rows: Sequence[int] | slice) -> Next:
         """Some rows, by number."""
-        logits, maxima, sums = (
-            array[rows] if len(array) else array for array in (self.logits, self.maxima, self.sums)
-        )
-        return Next(logits, self.best[rows], maxima, sums)
+        arrays = (self.logits, self.best, self.maxima, self.sums)
+        return Next(*(_rows(array, rows) for array in arrays))
+
+
+def _rows(array: NDArray[Any], rows: Sequence[int] | slice) -> NDArray[Any]:
+    """Those of the rows that the array has."""
+    if isinstance(rows, slice) or not rows or rows[-1] < len(array):
+        return array[rows]
+    return array[[i for i in rows if i < len(array)]]
+
+
+def unpack(logits: Floats, packed: Floats) -> Next:
+    """From logits, and one array of the best tokens, the maxima and the sums, as GPUs return."""
+    num_blocks = packed.shape[1] // 2
+    best = packed[:, 0].astype(np.int64)
+    return Next(logits, best, packed[:, 1 : 1 + num_blocks], packed[:, 1 + num_blocks :])
 
 
 def summarize(logits: Floats, scales: Floats) -> Next:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,29 @@ class FakeHip:
 
     count = 2
     chips = (b"gfx942:sramecc+:xnack-", b"gfx1100")
+    broken = ""  # the function that fails
+    in_use = 0
 
     def __init__(self, path: str) -> None:
         if not path.endswith("libamdhip64.so") or path.startswith("/nowhere"):
             raise OSError(path)
+        self.hipGetErrorName = lambda error: b"hipErrorOutOfMemory"
+        for name in ("hipMalloc", "hipHostMalloc", "hipMemcpyAsync", "hipStreamSynchronize"):
+            setattr(self, name, self._function(name))
+
+    def _function(self, name: str) -> Callable[..., int]:
+        def call(*_: Any) -> int:
+            FakeHip.in_use += name.endswith("Malloc")
+            return 2 if name == self.broken else 0
+
+        call.__name__ = name
+        return call
+
+    def hipFree(self, _: Any) -> None:
+        FakeHip.in_use -= 1
+
+    def hipHostFree(self, _: Any) -> None:
+        FakeHip.in_use -= 1
 
     def hipInit(self, flags: int) -> int:
         return 0
@@ -142,3 +162,17 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["devices"]) == 0
     output = capsys.readouterr().out
     assert output.startswith("cpu ") and "install ROCm" in output and "shortfin 3.9.0" in output
+
+
+@pytest.mark.usefixtures("hip")
+def test_what_is_tried_out_is_freed() -> None:
+    assert find_device("hip:0").try_out(1 << 30) is None
+    assert FakeHip.in_use == 0
+
+
+@pytest.mark.usefixtures("hip")
+@pytest.mark.parametrize("name", ["hipMalloc", "hipMemcpyAsync", "hipStreamSynchronize"])
+def test_a_gpu_that_does_not_work(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(FakeHip, "broken", name)
+    failed = find_device("hip:0").try_out(1 << 30)
+    assert failed == f"{name} failed with hipErrorOutOfMemory"

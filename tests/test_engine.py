@@ -246,7 +246,8 @@ try:
     engine.generate([5, 6], params)
     raise SystemExit("no error")
 except EngineError as error:
-    assert "the step failed" in str(error)
+    assert "the step failed" in str(error) and len(str(error).splitlines()) == 1
+    assert "iree" not in str(error) and "iree" in str(error.__cause__)
 engine._loop._runner._call = shuffled
 functions["decode_next_bs1"] = good
 assert engine.generate([5, 6], params).token_ids == expected
