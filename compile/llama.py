@@ -297,9 +297,10 @@ class LlamaEmitter:
         c, b = self.config, self.b
         n, s, page = batch.num_rows, batch.seq_len, self.options.page_size
         layers = c.num_layers
+        last = b.scalar(self.options.max_seq_len - 1, "i64")
         positions = b.generic(
-            "n->ns", [batch.start], (n, s), "i32",
-            lambda start: (start + b.position("s").to("i64")).to("i32"),
+            "n->ns", [batch.start], (n, s), "i64",
+            lambda start: (start + b.position("s").to("i64")).minimum(last),
         )  # fmt: skip
         num_pages = b.index(batch.page_ids.shape[1])
         width = batch.page_ids.shape[1]
