@@ -12,32 +12,48 @@ MAX_ARGUMENT_SIZE = 1 << 22
 
 @contextmanager
 def function(
-    b: Builder, name: str, n: int, page_size: int, num_summed: int
+    b: Builder, name: str, n: int, page_size: int, hidden_size: int, num_summed: int
 ) -> Iterator[tuple[dict[str, Tensor], bool]]:
-    """`prefill` or `decode` for n rows; with `_next`, one that takes scales and sums logits up.
+    """`prefill` or `decode` for n rows; with `_next`, one that takes scales and sums logits up;
+    with `_embeds`, one that takes embeddings, for tokens that are negative.
 
-    Yields the arguments but the cache, and whether it is such a one: then it has `num_summed`
-    results.
+    Yields the arguments but the cache, and whether it sums up: then it has `num_summed` results.
     """
     is_next = name.endswith("_next")
-    shapes = _shapes(name, n, page_size)
-    num_results = num_summed if is_next else 1
-    signature = ", ".join(f"%{a}: !hal.buffer_view" for a in [*shapes, "cache"])
+    shapes = _shapes(name, n, page_size, hidden_size)
+    with _function(b, f"{name}_bs{n}", [*shapes, "cache"], num_summed if is_next else 1):
+        yield {a: _import_tensor(b, a, *s) for a, s in shapes.items()}, is_next
+
+
+@contextmanager
+def image_function(b: Builder, n: int, image_size: int) -> Iterator[Tensor]:
+    """`encode_image`, which makes embeddings of n tiles: yields their pixels [n, 3, size, size]."""
+    with _function(b, f"encode_image_bs{n}", ["pixels"], 1):
+        yield _import_tensor(b, "pixels", (n, 3, image_size, image_size), "f32")
+
+
+@contextmanager
+def _function(b: Builder, name: str, arguments: Sequence[str], num_results: int) -> Iterator[None]:
+    signature = ", ".join(f"%{a}: !hal.buffer_view" for a in arguments)
     with b.block(
-        f'util.func public @"{name}_bs{n}$async"({signature}, %wait: !hal.fence, '
+        f'util.func public @"{name}$async"({signature}, %wait: !hal.fence, '
         f"%signal: !hal.fence) -> ({', '.join(['!hal.buffer_view'] * num_results)}) attributes "
         f'{{inlining_policy = #util.inline.never, iree.abi.model = "coarse-fences", '
         f"iree.abi.stub}} {{"
     ):
-        yield {a: _import_tensor(b, a, *s) for a, s in shapes.items()}, is_next
+        yield
 
 
-def _shapes(name: str, n: int, page_size: int) -> dict[str, tuple[tuple[Dim, ...], str]]:
+def _shapes(
+    name: str, n: int, page_size: int, hidden_size: int
+) -> dict[str, tuple[tuple[Dim, ...], str]]:
     """Shapes and dtypes in order; "%8" is a dynamic size that is a multiple of 8."""
     is_decode = name.startswith("decode")
     shapes: dict[str, tuple[tuple[Dim, ...], str]] = {
         "tokens": ((n, 1 if is_decode else f"%{page_size}"), "i64")
     }
+    if "_embeds" in name:
+        shapes["embeds"] = ((n, f"%{page_size}", hidden_size), "f32")
     for lens in ("seq_lens", "start_pos") if is_decode else ("start_pos", "seq_lens"):
         shapes[lens] = ((n,), "i64")
     shapes["seq_block_ids"] = ((n, "%1"), "i64")
@@ -83,25 +99,30 @@ def import_cache(b: Builder, page_elements: int, dtype: str) -> Tensor:
     )
 
 
-def return_results(b: Builder, results: Sequence[Tensor], cache: Tensor) -> None:
-    """Store the cache [pages, page_elements] back into its argument; return when all is ready."""
-    alias = b.fresh()
-    b.emit(
-        f"{alias} = hal.tensor.alias wait(%wait) => {cache.name} : {cache.type}"
-        f"{{{cache.shape[0]}}} to %cache : !hal.buffer_view"
+def store_cache(b: Builder, cache: Tensor) -> Tensor:
+    """The cache [pages, page_elements], stored back into its argument."""
+    return b.tensor(
+        f"hal.tensor.alias wait(%wait) => {cache.name} : {cache.type}"
+        f"{{{cache.shape[0]}}} to %cache : !hal.buffer_view",
+        cache.shape,
+        cache.dtype,
     )
-    ready = b.fresh()
+
+
+def return_results(b: Builder, results: Sequence[Tensor], *stored: Tensor) -> None:
+    """Return when the results, and what was stored, are ready."""
+    ready, joined = b.fresh(), [*results, *stored]
+    count = f":{len(joined)}" if len(joined) > 1 else ""
     b.emit(
-        f"{ready}:{len(results) + 1} = hal.tensor.barrier join("
-        f"{', '.join([*(r.name for r in results), alias])} : "
-        f"{', '.join([*(r.type for r in results), cache.type])}) => %signal : !hal.fence"
+        f"{ready}{count} = hal.tensor.barrier join({', '.join(t.name for t in joined)} : "
+        f"{', '.join(t.type for t in joined)}) => %signal : !hal.fence"
     )
     views = []
     for i, result in enumerate(results):
         dynamic = ", ".join(d for d in result.shape if isinstance(d, str))
         views.append(b.fresh())
         b.emit(
-            f"{views[-1]} = hal.tensor.export {ready}#{i} : {result.type}"
+            f"{views[-1]} = hal.tensor.export {ready}{f'#{i}' if count else ''} : {result.type}"
             f"{f'{{{dynamic}}}' if dynamic else ''} -> !hal.buffer_view"
         )
     b.emit(f"util.return {', '.join(views)} : {', '.join(['!hal.buffer_view'] * len(views))}")

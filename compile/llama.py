@@ -16,17 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compile import abi
-from compile.config import LlamaConfig
-from compile.mlir import Builder, Dim, Scalar, Tensor, tensor_type
+from compile.config import LlamaConfig, VisionConfig
+from compile.mlir import Builder, Dim, Scalar, Tensor
 from compile.model import MASKED, SUMMARY, ModelOptions, Parameter
-
-SUBGROUP = 64  # threads that reduce together: what they do not divide, a single one reduces
-WORKGROUPS = 256  # that keep a large chip busy
-COLUMNS = 64  # of a product that one of them computes, if there are not many rows
-MIN_DEPTH = 512  # of a part of a split product
-FEW = 4  # rows up to which a product is no matter for matrix instructions
-MANY = 128  # rows from which on it needs no splitting
-MATRIX = 16  # rows of one
+from compile.row_major import SUBGROUP, Weights
+from compile.vision import VisionEmitter
 
 
 @dataclass(frozen=True)
@@ -39,6 +33,7 @@ class Batch:
     start: Tensor  # [N] i64
     seq_lens: Tensor  # [N] i64
     page_ids: Tensor  # [N, B] i64
+    embeds: Tensor | None  # [N, S, H] f32, of tokens that are negative
 
 
 @dataclass(frozen=True)
@@ -55,25 +50,33 @@ class Tables:
 class LlamaEmitter:
     """Writes one module for `config` and `options`; `emit()` returns its text."""
 
-    def __init__(self, config: LlamaConfig, options: ModelOptions, tile: int = 64) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        options: ModelOptions,
+        tile: int = 64,
+        vision: VisionConfig | None = None,
+    ) -> None:
         self.config, self.options, self.tile = config, options, tile
         self.b = Builder()
-        self.parameters: dict[str, Parameter] = {}
+        self.weights = Weights(self.b, options.weight_dtype)
         self.kv_row = 2 * config.num_kv_heads * config.head_dim
         self.page_elements = config.num_layers * options.page_size * self.kv_row
         self._declare_parameters()
+        self._vision = vision and VisionEmitter(vision, config.hidden_size, self.weights, tile)
+
+    @property
+    def parameters(self) -> dict[str, Parameter]:
+        return self.weights.parameters
 
     def emit(self) -> str:
-        for parameter in self.parameters.values():
-            self.b.emit(
-                f'util.global private @"{parameter.name}" = #flow.parameter.named<"model"::'
-                f'"{parameter.name}"> : {tensor_type(parameter.shape, parameter.dtype)}'
-            )
-        for kind in ("", "_next"):
-            for size in self.options.prefill_batch_sizes:
-                self._function(f"prefill{kind}", size)
-            for size in self.options.decode_batch_sizes:
-                self._function(f"decode{kind}", size)
+        self.weights.declare()
+        for name, size in self.options.calls:
+            self._function(name, size)
+        if self._vision:
+            for size in self.options.image_batch_sizes:
+                with abi.image_function(self.b, size, self._vision.config.image_size) as pixels:
+                    abi.return_results(self.b, [self._vision.encode(pixels)])
         return self.b.text("module")
 
     # Parameters
@@ -82,38 +85,26 @@ class LlamaEmitter:
         c = self.config
         hidden, inner = c.hidden_size, c.intermediate_size
         qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-        self._matrix("token_embd.weight", c.vocab_size, hidden)
-        self._vector("rope", self.options.max_seq_len, 2, c.head_dim // 2)
+        self.weights.matrix("token_embd.weight", c.vocab_size, hidden)
+        self.weights.vector("rope", self.options.max_seq_len, 2, c.head_dim // 2)
         for i in range(c.num_layers):
-            self._vector(f"blk.{i}.attn_norm.weight", hidden)
-            self._matrix(f"blk.{i}.attn_qkv.weight", qkv, hidden)
-            self._matrix(f"blk.{i}.attn_output.weight", hidden, c.num_heads * c.head_dim)
-            self._vector(f"blk.{i}.ffn_norm.weight", hidden)
-            self._matrix(f"blk.{i}.ffn_gate_up.weight", 2 * inner, hidden)
-            self._matrix(f"blk.{i}.ffn_down.weight", hidden, inner)
-        self._vector("output_norm.weight", hidden)
+            self.weights.vector(f"blk.{i}.attn_norm.weight", hidden)
+            self.weights.matrix(f"blk.{i}.attn_qkv.weight", qkv, hidden)
+            self.weights.matrix(f"blk.{i}.attn_output.weight", hidden, c.num_heads * c.head_dim)
+            self.weights.vector(f"blk.{i}.ffn_norm.weight", hidden)
+            self.weights.matrix(f"blk.{i}.ffn_gate_up.weight", 2 * inner, hidden)
+            self.weights.matrix(f"blk.{i}.ffn_down.weight", hidden, inner)
+        self.weights.vector("output_norm.weight", hidden)
         if not c.tied_embeddings:
-            self._matrix("output.weight", c.vocab_size, hidden)
-
-    def _matrix(self, name: str, rows: int, cols: int) -> None:
-        self.parameters[name] = Parameter(name, (rows, cols), self.options.weight_dtype)
-
-    def _vector(self, name: str, *shape: int) -> None:
-        self.parameters[name] = Parameter(name, shape, "f32")
-
-    def _load(self, name: str) -> Tensor:
-        parameter = self.parameters[name]
-        kind = tensor_type(parameter.shape, parameter.dtype)
-        return self.b.tensor(
-            f'util.global.load @"{name}" : {kind}', parameter.shape, parameter.dtype
-        )
+            self.weights.matrix("output.weight", c.vocab_size, hidden)
 
     # Functions of the ABI
 
     def _function(self, name: str, n: int) -> None:
         """One that returns all logits, or the last ones of each row with what sums them up."""
         b = self.b
-        with abi.function(b, name, n, self.options.page_size, num_summed=2) as (args, is_next):
+        size = self.options.page_size, self.config.hidden_size
+        with abi.function(b, name, n, *size, num_summed=2) as (args, is_next):
             pages = abi.import_cache(b, self.page_elements, self.options.kv_dtype)
             slots = self.config.num_layers * self.options.page_size
             cache = b.collapse(b.expand(pages, 1, slots, self.kv_row), 0, 2)
@@ -123,7 +114,7 @@ class LlamaEmitter:
             if isinstance(num_tokens, str):
                 tokens = b.pad(tokens, 1, self._whole(num_tokens, self.tile), 0)
             batch = Batch(n, tokens.shape[1], tokens, args["start_pos"], args["seq_lens"],
-                          args["seq_block_ids"])  # fmt: skip
+                          args["seq_block_ids"], args.get("embeds"))  # fmt: skip
             x, cache = self._layers(batch, cache)
             if is_next:
                 logits = self._logits(self._last_rows(x, batch))
@@ -132,7 +123,7 @@ class LlamaEmitter:
                 logits = b.expand(self._logits(x), 0, n, batch.seq_len)
                 results = [b.slice(logits, 1, 0, num_tokens)]
             cache = b.collapse(b.expand(cache, 0, pages.shape[0], slots), 1, 2)
-            abi.return_results(b, results, cache)
+            abi.return_results(b, results, abi.store_cache(b, cache))
 
     # The model
 
@@ -149,7 +140,9 @@ class LlamaEmitter:
         self, x: Tensor, cache: Tensor, batch: Batch, tables: Tables, i: int
     ) -> tuple[Tensor, Tensor]:
         c, b = self.config, self.b
-        qkv = self._linear(self._norm(x, f"blk.{i}.attn_norm.weight"), f"blk.{i}.attn_qkv.weight")
+        qkv = self.weights.linear(
+            self._norm(x, f"blk.{i}.attn_norm.weight"), f"blk.{i}.attn_qkv.weight"
+        )
         heads = b.expand(qkv, 0, batch.num_rows, batch.seq_len)
         num_heads = c.num_heads + 2 * c.num_kv_heads
         heads = b.expand(heads, 2, num_heads, 2, c.head_dim // 2)  # [N, S, h, 2, D/2]
@@ -157,13 +150,13 @@ class LlamaEmitter:
         q = self._queries(heads, tables)
         out = self._attend(q, self._context(cache, tables, i), tables)  # [N, S, KH, G, D]
         out = b.collapse(b.collapse(out, 2, 3), 0, 2)
-        return self._linear(out, f"blk.{i}.attn_output.weight", x), cache
+        return self.weights.linear(out, f"blk.{i}.attn_output.weight", x), cache
 
     def _mlp(self, x: Tensor, i: int) -> Tensor:
         """x + down(silu(gate(norm(x))) * up(norm(x)))"""
         c, b = self.config, self.b
         y = self._norm(x, f"blk.{i}.ffn_norm.weight")
-        gate_up = self._linear(y, f"blk.{i}.ffn_gate_up.weight")  # gate features, then up
+        gate_up = self.weights.linear(y, f"blk.{i}.ffn_gate_up.weight")  # gate features, then up
         gate_up = b.expand(gate_up, 1, 2, c.intermediate_size)
 
         def silu_times() -> Scalar:
@@ -175,19 +168,26 @@ class LlamaEmitter:
 
         shape = (x.shape[0], c.intermediate_size)
         hidden = b.generic("->tf", [], shape, self.options.weight_dtype, silu_times)
-        return self._linear(hidden, f"blk.{i}.ffn_down.weight", x)
+        return self.weights.linear(hidden, f"blk.{i}.ffn_down.weight", x)
 
     # Building blocks
 
     def _embed(self, batch: Batch) -> Tensor:
-        """The residual stream [T, H] f32, read from the rows of the embedding."""
-        table, tokens = self._load("token_embd.weight"), self.b.collapse(batch.tokens, 0, 2)
+        """The residual stream [T, H] f32: rows of the embedding, or those that were given."""
+        b, table, embeds = self.b, self.weights.load("token_embd.weight"), batch.embeds
 
         def lookup(token: Scalar) -> Scalar:
-            return self.b.extract(table, token.to("index"), self.b.position("h")).to("f32")
+            h, none = b.position("h"), b.scalar(0, "i64")
+            row = token.to("index").clamp(0, b.scalar(self.config.vocab_size - 1, "index"))
+            x = b.extract(table, row, h).to("f32")
+            if embeds is None:
+                return x
+            is_given = token.less(none)
+            s = is_given.select(b.position("s"), b.scalar(0, "index"))
+            return is_given.select(b.extract(embeds, b.position("n"), s, h), x)
 
-        shape = (tokens.shape[0], self.config.hidden_size)
-        return self.b.generic("t->th", [tokens], shape, "f32", lookup)
+        shape = (*batch.tokens.shape, self.config.hidden_size)
+        return b.collapse(b.generic("ns->nsh", [batch.tokens], shape, "f32", lookup), 0, 2)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         """RMS norm of x [T, H], as the left operand of a product."""
@@ -200,27 +200,9 @@ class LlamaEmitter:
             mean = total * (1 / self.config.hidden_size) + self.config.rms_eps
             return (v * mean.math("rsqrt") * w).to(dtype)
 
-        return self.b.generic("th,t,h->th", [x, squares, self._load(name)], x.shape, dtype, scale)
-
-    def _linear(self, lhs: Tensor, name: str, residual: Tensor | None = None) -> Tensor:
-        """lhs [T, K] times a matrix [N, K], plus `residual`: [T, N] f32.
-
-        The residual is no initial value, which would cost IREE's kernels registers.
-        """
-        b, weight = self.b, self._load(name)
-        (rows, depth), columns = lhs.shape, int(weight.shape[0])
-        parts = _num_parts(rows, int(depth), columns, residual is not None)
-        if parts > 1:
-            lhs, weight = (b.expand(x, 1, parts, int(depth) // parts) for x in (lhs, weight))
-            products = b.contract("tpk,npk->ptn", lhs, weight, (parts, rows, columns))
-            return b.generic(
-                "ptn->tn", [products], (rows, columns), "f32", lambda v, acc: acc + v,
-                0.0 if residual is None else residual,
-            )  # fmt: skip
-        product = b.contract("tk,nk->tn", lhs, weight, (rows, columns))
-        if residual is None:
-            return product
-        return b.generic("tn,tn->tn", [product, residual], product.shape, "f32", Scalar.__add__)
+        return self.b.generic(
+            "th,t,h->th", [x, squares, self.weights.load(name)], x.shape, dtype, scale
+        )
 
     def _last_rows(self, x: Tensor, batch: Batch) -> Tensor:
         """[N, H]: the rows of x [T, H] that belong to each row's last valid token."""
@@ -237,7 +219,7 @@ class LlamaEmitter:
     def _logits(self, x: Tensor) -> Tensor:
         """[T, V] f32"""
         head = "token_embd.weight" if self.config.tied_embeddings else "output.weight"
-        return self._linear(self._norm(x, "output_norm.weight"), head)
+        return self.weights.linear(self._norm(x, "output_norm.weight"), head)
 
     def _sums(self, logits: Tensor, scales: Tensor) -> Tensor:
         """What sums up logits [N, V], in one small array that is copied to the host: the first of
@@ -329,7 +311,7 @@ class LlamaEmitter:
             return (page_id * layers + b.position("l")).to("i32")
 
         read_pages = b.generic("->lnb", [], (layers, n, width), "i32", read_page)
-        table = self._load("rope")
+        table = self.weights.load("rope")
         rope = b.generic(
             "ns->nstd", [positions], (n, s, *table.shape[1:]), "f32",
             lambda p: b.extract(table, p.to("index"), b.position("t"), b.position("d")),
@@ -423,19 +405,3 @@ class LlamaEmitter:
         """Dimension `axis`, a multiple of a tile, as two."""
         tiles = self.b.index(x.shape[axis]) // self.tile
         return self.b.expand(x, axis, tiles.name, self.tile)
-
-
-def _num_parts(rows: Dim, depth: int, columns: int, has_residual: bool) -> int:
-    """Into how many sums a product of not many rows is split, so that it occupies a whole chip.
-
-    At least two where rows are padded and a residual follows: IREE would fuse it, and spill all
-    registers. Kernels for few rows are others, which take a few columns each.
-    """
-    if isinstance(rows, str) or not FEW < rows <= MANY:
-        return 1
-    parts = 1
-    if has_residual and rows % MATRIX:
-        parts = next((p for p in range(2, 9) if depth % (p * SUBGROUP) == 0), 1)
-    while parts * columns < WORKGROUPS * COLUMNS and depth % (2 * parts * MIN_DEPTH) == 0:
-        parts *= 2
-    return parts

@@ -380,24 +380,25 @@ class Builder:
         k: Tensor,
         v: Tensor,
         scale: float,
-        mask: Tensor,
+        mask: Tensor | None,
         dtype: str,
     ) -> Tensor:
         """`iree_linalg_ext.attention` over the dimensions `letters`, in this order.
 
-        `spec` names q, k, v, the additive mask, and the output.
+        `spec` names q, k, v, the additive mask if there is one, and the output.
         """
         operands, output = spec.split("->")
-        q_map, k_map, v_map, mask_map = operands.split(",")
+        q_map, k_map, v_map, *mask_map = operands.split(",")
+        masks = [] if mask is None else [mask]
         sizes = dict(zip(q_map + v_map, (*q.shape, *v.shape), strict=True))
         out = self.empty([sizes[c] for c in output], dtype)
         factor = self.scalar(scale, "f32")
         name = self.fresh()
-        operands_text = ", ".join(x.name for x in (q, k, v, factor, mask))
-        types = ", ".join((q.type, k.type, v.type, "f32", mask.type))
+        operands_text = ", ".join(x.name for x in (q, k, v, factor, *masks))
+        types = ", ".join((q.type, k.type, v.type, "f32", *(x.type for x in masks)))
         header = (
             f"{name} = iree_linalg_ext.attention {{indexing_maps = "
-            f"[{_affine_maps(letters, [q_map, k_map, v_map, '', mask_map, output])}]}} "
+            f"[{_affine_maps(letters, [q_map, k_map, v_map, '', *mask_map, output])}]}} "
             f"ins({operands_text} : {types}) outs({out.name} : {out.type}) {{"
         )
         with self.block(header, f"}} -> {out.type}"):

@@ -23,17 +23,24 @@ class ModelOptions:
     prefill_batch_sizes: tuple[int, ...]
     decode_batch_sizes: tuple[int, ...]
     max_seq_len: int
+    image_batch_sizes: tuple[int, ...] = ()  # tiles of images; none without a vision tower
+
+    @property
+    def calls(self) -> list[tuple[str, int]]:
+        """Functions of the language model and their batch sizes: with each of the ABI's, the one
+        that sums logits up."""
+        prefills = ["prefill", "prefill_embeds"] if self.image_batch_sizes else ["prefill"]
+        kinds = [(name, self.prefill_batch_sizes) for name in prefills]
+        kinds.append(("decode", self.decode_batch_sizes))
+        return [
+            (f"{name}{kind}", size) for name, sizes in kinds for size in sizes
+            for kind in ("", "_next")
+        ]  # fmt: skip
 
     @property
     def function_names(self) -> list[str]:
-        """Those of the ABI, and with each the one that sums logits up."""
-        prefill, decode = self.prefill_batch_sizes, self.decode_batch_sizes
-        return [
-            f"{name}{kind}_bs{size}"
-            for name, sizes in (("prefill", prefill), ("decode", decode))
-            for size in sizes
-            for kind in ("", "_next")
-        ]
+        images = [("encode_image", size) for size in self.image_batch_sizes]
+        return [f"{name}_bs{size}" for name, size in [*self.calls, *images]]
 
 
 @dataclass(frozen=True)

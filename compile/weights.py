@@ -143,7 +143,8 @@ def _parameter_blocks(source: Source, parameter: Parameter) -> Iterator[Array]:
         return
     segments = _segments(source.tensors, parameter)
     if len(parameter.shape) == 1:
-        vector = segments[0].tensor.read(slice(None)).astype(np.float32)
+        parts = [segment.tensor.read(slice(None)).astype(np.float32) for segment in segments]
+        vector = np.concatenate(parts)
         yield np.pad(vector, (0, parameter.shape[0] - len(vector)))
         return
     yield from _matrix_blocks(segments, parameter)
