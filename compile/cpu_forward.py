@@ -14,24 +14,21 @@ from dataclasses import dataclass
 from compile import tiles
 from compile.config import LlamaConfig
 from compile.cpu_attention import QUERY_ROWS, SPLIT, Attention, AttentionMemory, KVLayout
-from compile.kernel import LINE, KernelBuilder, Memory, Views, vector_type
-from compile.matmul import TILES, Activations, Format, Vectors
-from compile.mlir import Builder, Dim, Scalar, Tensor, tensor_type
+from compile.cpu_matrix import WORKGROUPS, MatrixKernel, padded
+from compile.kernel import LINE, Memory, Views, vector_type
+from compile.matmul import Format, Vectors
+from compile.mlir import Builder, Dim, Scalar, Tensor
 from compile.model import MASKED, SUMMARY, ModelOptions, Parameter
 from compile.quantize import GROUP
 from compile.tiled_attention import TiledAttention
 from compile.tiles import Tiles
 
-WORKGROUPS = 64  # at least one a thread; those that find all done return at once
-MIN_TASKS = 16  # of a matrix, or some threads would wait for others
 SUMMARY_TASK = 16  # such blocks
 PHASES = 10  # a layer
 
 # Numbers in the header, then columns of the table: of rows, of groups of rows, of outputs.
 ROWS, GROUPS, OUTPUTS, SPLITS = range(4)
 SEQUENCE, POSITION, TOKEN, GROUP_ROW, GROUP_LEN, OUTPUT_ROW, OUTPUT_TO = range(7)
-
-Size = int | str  # "n" | "seq_len" | "rows" | "tiled" | "splits": known when it is called
 
 
 @dataclass(frozen=True)
@@ -55,6 +52,7 @@ class Shape:
     hidden: int
     inner: int
     offsets: dict[str, int]  # of parameters, in bytes
+    takes_embeds: bool = False  # for tokens that are negative
 
     @classmethod
     def of(cls, config: LlamaConfig, options: ModelOptions, vectors: Vectors) -> Shape:
@@ -100,45 +98,17 @@ class Shape:
         return found
 
 
-@dataclass(frozen=True)
-class Task:
-    """Rows low .. high - 1 of x [M, K] times blocks first .. last - 1 of a matrix [N, K].
-
-    use(sums, row, block): what becomes of a block's outputs, two f32 vectors a row.
-    """
-
-    format: Format
-    weight: Scalar  # the matrix's first byte
-    cols: int
-    x: Activations
-    first: Scalar
-    last: Scalar
-    low: Scalar
-    high: Scalar
-    use: Callable[[list[Scalar], Scalar, Scalar], None]
-
-    def block_at(self, block: Scalar) -> Scalar:
-        return self.weight + block * self.format.block_bytes(self.cols)
-
-
-class Forward:
+class Forward(MatrixKernel):
     """The kernel of one kind: `write` it into a module, `call` it from functions."""
 
     def __init__(self, shape: Shape, kind: Kind) -> None:
+        super().__init__(kind.name, shape.layers)
         self.shape, self.kind, self.config = shape, kind, shape.config
-        self.vectors = shape.vectors
-        self.k = KernelBuilder()
-        self._outputs: list[tuple[tuple[Size, ...], str]] = []
+        self._takes_embeds = shape.takes_embeds and not kind.is_decode
         self._bind()
         self._write()
 
     # Outside
-
-    def write(self, b: Builder) -> None:
-        self.k.write(b, self.kind.name, WORKGROUPS)
-
-    def layout(self) -> str:
-        return f"#{self.kind.name}_layout = {self.k.layout()}"
 
     def call(
         self, b: Builder, args: dict[str, Tensor], weights: Tensor, cache: Tensor
@@ -155,27 +125,14 @@ class Forward:
             f"flow.tensor.splat {zero.name} : tensor<{num_counters}xi32>", (num_counters,), "i32"
         )
         inputs = [weights, args["tokens"], args["start_pos"], args["seq_lens"],
-                  args["seq_block_ids"], args["scales"], counters, cache]  # fmt: skip
-        constants = [b.index(d).to("i32") for d in (n, seq_len, num_pages, splits)]
+                  args["seq_block_ids"], args["scales"],
+                  *([args["embeds"]] if self._takes_embeds else [])]  # fmt: skip
         rows = b.product(n, seq_len)
         tiled = (b.index(rows) + (tiles.MOST * tiles.LINES - 1)).name  # tiles reach beyond the rows
         sizes = {"n": n, "seq_len": seq_len, "rows": rows, "tiled": tiled, "splits": splits}
-        outputs = [
-            Tensor("", tuple(sizes[d] if isinstance(d, str) else d for d in dims), dtype)
-            for dims, dtype in self._outputs
-        ]
-        name = b.fresh()
-        operands = ", ".join([*(x.name for x in constants), *(x.name for x in inputs)])
-        types = ", ".join(["i32"] * len(constants) + [_sized(x) for x in inputs])
-        results = ", ".join(
-            [counters.name, f"{cache.name}{{{cache.shape[0]}}}", *(_sized(t) for t in outputs)]
-        )
-        b.emit(
-            f"{name}:{len(outputs) + 2} = flow.dispatch @{self.kind.name}::@{self.kind.name}"
-            f"({operands}) : ({types}) -> ({results})"
-        )
-        returned = [Tensor(f"{name}#{i + 2}", t.shape, t.dtype) for i, t in enumerate(outputs[:4])]
-        return returned, Tensor(f"{name}#1", cache.shape, cache.dtype)
+        constants = n, seq_len, num_pages, splits
+        _, cache, *outputs = self.dispatch(b, constants, inputs, [counters, cache], sizes)
+        return outputs[:4], cache
 
     # Memory
 
@@ -188,6 +145,8 @@ class Forward:
             k.view(k.binding(read_only=True), "i64") for _ in range(4)
         )
         self.scales = k.view(k.binding(read_only=True), "f32")
+        if self._takes_embeds:
+            self.embeds = k.view(k.binding(read_only=True), "f32")
         self.counters = k.view(k.binding(), "i32")
         kv = KVLayout(c, s.options.page_size, s.options.kv_dtype, self.vectors)
         op = kv.operand
@@ -223,18 +182,6 @@ class Forward:
             self.tiled_attention = TiledAttention(*arguments, tiles=self.tiles)
         self.attention = self.tiled_attention or Attention(*arguments)
         self._outputs.append(((WORKGROUPS, self.attention.local_size), "f32"))
-
-    def _output(self, dims: tuple[Size, ...], dtype: str = "f32") -> Views:
-        self._outputs.append((dims, dtype))
-        return Views(self.k, self.k.binding())
-
-    def _result(self, dims: tuple[Size, ...], dtype: str = "f32") -> Memory:
-        return self._output(dims, dtype).open(dtype)[dtype]
-
-    def _activations(self, width: int) -> Activations:
-        layers = self.shape.layers
-        views = self._output(("tiled", Activations.bytes_of_row(layers, width)), "i8")
-        return Activations(self.k, views, layers, width)
 
     def _at(self, name: str, layer: Scalar | None = None) -> Scalar:
         """Where a parameter begins, in bytes; of a layer, given its name in layer 0."""
@@ -304,7 +251,8 @@ class Forward:
 
     def _set_row(self, row: Scalar, sequence: Scalar, position: Scalar, token: Scalar) -> None:
         last = self.k.scalar(self.shape.options.max_seq_len - 1, "index")
-        token = token.to("index").clamp(0, self.k.scalar(self.config.vocab_size - 1, "index"))
+        lowest = -1 if self._takes_embeds else 0
+        token = token.to("index").clamp(lowest, self.k.scalar(self.config.vocab_size - 1, "index"))
         values = {SEQUENCE: sequence, POSITION: position.minimum(last), TOKEN: token}
         for column, value in values.items():
             self.table.store(value.to("i32"), self.max_rows * column + row)
@@ -336,12 +284,33 @@ class Forward:
         self.header.store((at + 1).to("i32"), counter)
 
     def _embed(self, row: Scalar) -> None:
-        """The residual [M, H] of a row: its token's row of the embedding."""
-        k, s = self.k, self.shape
-        token, start = self._table(TOKEN, row), self._at("token_embd.weight")
+        """The residual [M, H] of a row: its token's row of the embedding, or what was given."""
+        k, token = self.k, self._table(TOKEN, row)
+        if not self._takes_embeds:
+            self._look_up(token, row)
+            return
+        zero = k.scalar(0, "index")
+        is_given = token.less(zero)
+        with k.when(is_given):
+            self._take_given(row)
+        with k.when(zero.less(token + 1)):
+            self._look_up(token, row)
+
+    def _look_up(self, token: Scalar, row: Scalar) -> None:
+        k, s, start = self.k, self.shape, self._at("token_embd.weight")
         with k.loop(0, s.hidden) as i:
             value = s.ends.element(k, self.weights, start, s.hidden, token, i)
             self.residual.store(value, row * s.hidden + i)
+
+    def _take_given(self, row: Scalar) -> None:
+        """Embeddings [N, S, H], without the padding of features that the residual has."""
+        k, hidden, sequence = self.k, self.config.hidden_size, self._table(SEQUENCE, row)
+        s = self._position(row) - self.start.load(sequence).to("index")
+        start, zero = (sequence * self.seq_len + s) * hidden, k.scalar(0.0, "f32")
+        with k.loop(0, hidden) as i:
+            self.residual.store(self.embeds.load(start + i), row * self.shape.hidden + i)
+        with k.loop(hidden, self.shape.hidden) as i:
+            self.residual.store(zero, row * self.shape.hidden + i)
 
     def _layer(self, layer: Scalar, number: Scalar) -> None:
         k, s, c, rows = self.k, self.shape, self.config, self.num_rows
@@ -409,92 +378,7 @@ class Forward:
                 with k.when(length.equals(num_rows)):
                     self.attention.attend(self.workgroup, row, num_rows, head, split, layer)
 
-    # Matrix products
-
-    def _matmul(
-        self,
-        number: Scalar,
-        weight: Scalar,
-        size: tuple[int, int],
-        x: Activations,
-        num_rows: Scalar,
-        use: Callable[[list[Scalar], Scalar, Scalar], None],
-        format_: Format | None = None,
-    ) -> None:
-        """Rows of x [M, K] times a matrix [N, K]: `use(sums, row, block)`, two vectors a row."""
-        k, format_ = self.k, format_ or self.shape.layers
-        num_blocks, block_bytes = -(-size[0] // self.vectors.block), format_.block_bytes(size[1])
-        tuning = self.vectors.tuning
-        # One long stream of weights is read faster than several short ones.
-        run = max(1, min(tuning.task_bytes // block_bytes, num_blocks // MIN_TASKS))
-        num_runs, row_chunk = -(-num_blocks // run), tuning.row_chunk
-
-        chunks = (num_rows + (row_chunk - 1)) // row_chunk
-        with k.phase(self.counters, number, chunks * num_runs) as number_of_task:
-            first, low = number_of_task % num_runs * run, number_of_task // num_runs * row_chunk
-            high = (low + row_chunk).minimum(num_rows)
-            last = (first + run).minimum(k.scalar(num_blocks, "index"))
-            task = Task(format_, weight, size[1], x, first, last, low, high, use)
-            if format_.is_tiled and size[1] % tiles.COLUMNS == 0:
-                self._multiply_tiles(task)
-            else:
-                self._multiply_vectors(task)
-
-    def _multiply_vectors(self, task: Task) -> None:
-        def multiply(row: Scalar, num_rows: int, block: Scalar, count: int) -> None:
-            rows = [row + r for r in range(num_rows)]
-            starts = [task.block_at(block + i) for i in range(count)]
-            sums = task.format.product(self.k, self.weights, starts, task.cols, task.x, rows)
-            for i in range(count):
-                task.use(sums[i * TILES :][: TILES * num_rows], row, block + i)
-
-        single = task.low + (task.high - task.low) // 2 * 2
-        with self.k.loop(task.first, task.last) as block:
-            self._in_groups(
-                task.low, single, task.format.max_rows, 2, lambda i, n: multiply(i, n, block, 1)
-            )
-        with self.k.loop(single, task.high) as row:
-            self._in_groups(
-                task.first, task.last, task.format.blocks_at_once, 1,
-                lambda i, n: multiply(row, 1, i, n),
-            )  # fmt: skip
-
-    def _multiply_tiles(self, task: Task) -> None:
-        assert self.tiles is not None
-        used = self.tiles
-
-        def multiply(first: Scalar, count: int, block: Scalar) -> None:
-            start = task.block_at(block)
-            rows = count // tiles.LINES
-            used.multiply(task.format, self.weights, start, task.cols, task.x, first, rows)
-            with self.k.loop(0, (task.high - first).minimum(self.k.scalar(count, "index"))) as row:
-                task.use(used.sums(row), first + row, block)
-
-        height = (task.high - task.low + (tiles.LINES - 1)) // tiles.LINES * tiles.LINES
-        with self.k.loop(task.first, task.last) as block:
-            self._in_groups(
-                task.low, task.low + height, tiles.MOST * tiles.LINES, tiles.LINES,
-                lambda first, count: multiply(first, count, block),
-            )  # fmt: skip
-
-    def _in_groups(
-        self, low: Scalar, high: Scalar, most: int, least: int, do: Callable[[Scalar, int], None]
-    ) -> None:
-        """From `low` to `high` in groups of `most`, then of half as many, down to `least`."""
-        while most >= least:
-            count = (high - low) // most
-            with self.k.loop(0, count) as i:
-                do(low + i * most, most)
-            low = low + count * most
-            most //= 2
-
-    def _each(self, sums: list[Scalar], row: Scalar, block: Scalar) -> list[tuple[Scalar, ...]]:
-        """(value, row, first output feature) of each vector."""
-        lanes = self.vectors.lanes
-        return [
-            (value, row + i // 2, block * self.vectors.block + i % 2 * lanes)
-            for i, value in enumerate(sums)
-        ]
+    # What becomes of products
 
     def _store_qkv(self, sums: list[Scalar], row: Scalar, block: Scalar) -> None:
         for value, r, feature in self._each(sums, row, block):
@@ -604,14 +488,3 @@ class Forward:
         count = (k.scalar(vocab, "index") - first).minimum(k.scalar(SUMMARY, "index"))
         [token, _] = k.fold(0, count, state, better(self.logits, row * vocab + first))
         self.best.store((first + token).to("i64"), row)
-
-
-def padded(size: int, unit: int) -> int:
-    """The next multiple of `unit`."""
-    return -(-size // unit) * unit
-
-
-def _sized(x: Tensor) -> str:
-    """Its type with the sizes of dynamic dimensions."""
-    dynamic = ", ".join(d for d in x.shape if isinstance(d, str))
-    return tensor_type(x.shape, x.dtype) + (f"{{{dynamic}}}" if dynamic else "")

@@ -44,16 +44,15 @@ class CpuLlamaEmitter:
         for kernel in kernels:
             kernel.write(b)
         prefill, prefill_next, decode_next = kernels
-        for size in self.options.prefill_batch_sizes:
-            self._function(b, "prefill", size, prefill)
-            self._function(b, "prefill_next", size, prefill_next)
-        for size in self.options.decode_batch_sizes:
-            self._function(b, "decode", size, decode_next)
-            self._function(b, "decode_next", size, decode_next)
+        for name, size in self.options.calls:
+            plain = prefill_next if name.endswith("_next") else prefill
+            self._function(b, name, size, decode_next if name.startswith("decode") else plain)
         return "\n".join([*(kernel.layout() for kernel in kernels), b.text("module")])
 
     def _function(self, b: Builder, name: str, n: int, kernel: Forward) -> None:
-        with abi.function(b, name, n, self.options.page_size, num_summed=4) as (args, is_next):
+        hidden = self.config.hidden_size
+        size = self.options.page_size, hidden
+        with abi.function(b, name, n, *size, num_summed=4) as (args, is_next):
             cache = abi.import_cache(b, self.page_elements, self.options.kv_dtype)
             weights = b.tensor(
                 f"util.global.load @weights : tensor<{self.num_weight_bytes}xi8>",
@@ -62,5 +61,8 @@ class CpuLlamaEmitter:
             )
             if not is_next:
                 args["scales"] = b.fill(1.0, (n,), "f32")
+            if self._shape.takes_embeds and not kernel.kind.is_decode and "embeds" not in args:
+                args["embeds"] = b.fill(0.0, (1, 1, hidden), "f32")
             results, cache = kernel.call(b, args, weights, cache)
-            abi.return_results(b, results if is_next else results[:1], cache)
+            results = results if is_next else results[:1]
+            abi.return_results(b, results, abi.store_cache(b, cache))

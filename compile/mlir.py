@@ -394,7 +394,7 @@ class Builder:
         out = self.empty([sizes[c] for c in output], dtype)
         factor = self.scalar(scale, "f32")
         name = self.fresh()
-        operands_text = ", ".join(x.name for x in (q, k, v, factor, *masks))
+        operands_text = ", ".join([q.name, k.name, v.name, factor.name, *(x.name for x in masks)])
         types = ", ".join((q.type, k.type, v.type, "f32", *(x.type for x in masks)))
         header = (
             f"{name} = iree_linalg_ext.attention {{indexing_maps = "
