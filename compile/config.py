@@ -1,6 +1,20 @@
 """LlamaConfig: the shape of one Llama, whatever format its weights came in."""
 
 from dataclasses import dataclass
+from typing import Protocol
+
+
+class Heads(Protocol):
+    """What attention must know of a model."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
 
 
 @dataclass(frozen=True)

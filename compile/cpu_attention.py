@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from compile.config import LlamaConfig
+from compile.config import Heads
 from compile.kernel import LINE, KernelBuilder, Memory, Views, lanes_of, vector_type
 from compile.matmul import (
     Activations,
@@ -32,9 +32,7 @@ SPLIT = 512  # positions of a task in decode, so that several threads share a lo
 class KVLayout:
     """Where keys and values of a token lie in the cache; `operand`: how they are multiplied."""
 
-    def __init__(
-        self, config: LlamaConfig, page_size: int, kv_dtype: str, vectors: Vectors
-    ) -> None:
+    def __init__(self, config: Heads, page_size: int, kv_dtype: str, vectors: Vectors) -> None:
         self.config, self.page_size = config, page_size
         self.position_lanes = math.gcd(page_size, vectors.lanes)
         self.head_lanes = math.gcd(config.head_dim, vectors.lanes)
@@ -161,6 +159,30 @@ class Attention:
         value_row = start + (head + c.num_heads + c.num_kv_heads) * d
         for i in range(0, d, lanes):
             self._scatter(self.memory.qkv.load_vector(value_row + i, lanes), i, value)
+
+    def store_query(self, row: Scalar, query: Scalar) -> None:
+        """A query as it is, scaled."""
+        d, lanes = self.config.head_dim, self.layout.head_lanes
+        start = row * self.memory.qkv_width + query * d
+        for i in range(0, d, lanes):
+            x = self.memory.qkv.load_vector(start + i, lanes) * (1 / math.sqrt(d))
+            self._store_as(self.memory.q[self._other], x, row * self.width + query * d + i)
+
+    def store_key_value(self, row: Scalar, position: Scalar, head: Scalar) -> None:
+        """A key and a value as they are, to their page."""
+        c, d, lanes = self.config, self.config.head_dim, self.layout.head_lanes
+        key, value = self._slots(row, position, self.k.scalar(0, "index"), head)
+        for first, at in ((c.num_heads, key), (c.num_heads + c.num_kv_heads, value)):
+            start = row * self.memory.qkv_width + (head + first) * d
+            for i in range(0, d, lanes):
+                self._scatter(self.memory.qkv.load_vector(start + i, lanes), i, at)
+
+    def store_zero_value(self, row: Scalar, position: Scalar, head: Scalar) -> None:
+        """Behind the last position of a page that is read: shares of nothing must not be NaN."""
+        _, value = self._slots(row, position, self.k.scalar(0, "index"), head)
+        lanes = self.layout.head_lanes
+        for i in range(0, self.config.head_dim, lanes):
+            self._scatter(self.k.scalar(0.0, vector_type(lanes, "f32")), i, value)
 
     def _rotated(self, row: Scalar, angles: Scalar, i: int, lanes: int) -> tuple[Scalar, Scalar]:
         half = self.config.head_dim // 2

@@ -87,7 +87,10 @@ class MatrixKernel:
         return self._output(dims, dtype).open(dtype)[dtype]
 
     def _activations(self, width: int) -> Activations:
-        views = self._output(("tiled", Activations.bytes_of_row(self.layers, width)), "i8")
+        return self._activations_of("tiled", width)
+
+    def _activations_of(self, rows: Size, width: int) -> Activations:
+        views = self._output((rows, Activations.bytes_of_row(self.layers, width)), "i8")
         return Activations(self.k, views, self.layers, width)
 
     # Matrix products

@@ -28,6 +28,10 @@ def activation(x: Scalar, name: str) -> Scalar:
     return x / ((z * -1.0).math("exp") + 1.0)
 
 
+def gelu(x: Scalar) -> Scalar:
+    return x * 0.5 * ((x * math.sqrt(0.5)).math("erf") + 1.0)
+
+
 class VisionEmitter:
     """Declares a tower's parameters among `weights`; `encode` writes it."""
 
@@ -153,7 +157,7 @@ class VisionEmitter:
             x = b.slice(x, 1, 1, c.num_patches)
             x = b.generic("nth->nth", [x], x.shape, dtype, lambda v: v.to(dtype))
             x = self._linear(b.collapse(x, 0, 2), "mm.1")
-            x = b.generic("tk->tk", [x], x.shape, dtype, lambda v: _gelu(v).to(dtype))
+            x = b.generic("tk->tk", [x], x.shape, dtype, lambda v: gelu(v).to(dtype))
             return self._linear(x, "mm.2")
         x = b.expand(self._norm(b.collapse(x, 0, 2), "v.post_ln", dtype), 0, n, self.num_padded)
         return self.w.linear(b.collapse(self._shuffle(x), 0, 2), "mm.fc.weight")
@@ -197,7 +201,3 @@ class VisionEmitter:
         product = self.w.linear(x, f"{name}.weight", residual)
         bias = self.w.load(f"{name}.bias")
         return self.b.generic("tn,n->tn", [product, bias], product.shape, "f32", Scalar.__add__)
-
-
-def _gelu(x: Scalar) -> Scalar:
-    return x * 0.5 * ((x * math.sqrt(0.5)).math("erf") + 1.0)
