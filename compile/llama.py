@@ -23,7 +23,7 @@ from compile.model import MASKED, SUMMARY, ModelOptions, Parameter
 SUBGROUP = 64  # threads that reduce together: what they do not divide, a single one reduces
 WORKGROUPS = 256  # that keep a large chip busy
 COLUMNS = 64  # of a product that one of them computes, if there are not many rows
-MIN_DEPTH = 512  # of a part of a split product
+MIN_DEPTH = 256  # of a part of a split product; of 512, a gfx1100 runs out of registers
 FEW = 4  # rows up to which a product is no matter for matrix instructions
 MANY = 128  # rows from which on it needs no splitting
 MATRIX = 16  # rows of one
@@ -121,7 +121,7 @@ class LlamaEmitter:
             self._layer_numbers = [b.hidden(i) for i in range(self.config.num_layers)]
             tokens, num_tokens = args["tokens"], args["tokens"].shape[1]
             if isinstance(num_tokens, str):
-                tokens = b.pad(tokens, 1, self._whole(num_tokens, self.tile), 0)
+                tokens = b.pad(tokens, 1, self._whole(num_tokens, self._row_tile(n)), 0)
             batch = Batch(n, tokens.shape[1], tokens, args["start_pos"], args["seq_lens"],
                           args["seq_block_ids"])  # fmt: skip
             x, cache = self._layers(batch, cache)
@@ -412,17 +412,25 @@ class LlamaEmitter:
             keys, values = self._halves(context, 2)
             spec = "nshgd,nchd,nchv,nsc->nshgv"
             return b.attention("nhgsdcv", spec, q, keys, values, scale, mask, dtype)
-        q, context, mask = (self._tiled(x, 1) for x in (q, context, self._tiled(mask, 2)))
+        rows = self._row_tile(int(q.shape[0]))
+        q, mask = self._tiled(q, 1, rows), self._tiled(self._tiled(mask, 2, self.tile), 1, rows)
+        context = self._tiled(context, 1, self.tile)
         keys, values = self._halves(context, 3)
         spec = "noshgd,nbchd,nbchv,nosbc->noshgv"
         out = b.attention("nhgosdbcv", spec, q, keys, values, scale, mask, "f32")
         out = b.generic("noshgd->noshgd", [out], out.shape, dtype, lambda v: v.to(dtype))
         return b.collapse(out, 1, 2)
 
-    def _tiled(self, x: Tensor, axis: int) -> Tensor:
+    def _row_tile(self, n: int) -> int:
+        """Tokens of each of n rows that are computed together: T is a multiple of one tile.
+
+        Of more, IREE would make tiles that local memory has no room for.
+        """
+        return max(1, self.tile // n)
+
+    def _tiled(self, x: Tensor, axis: int, tile: int) -> Tensor:
         """Dimension `axis`, a multiple of a tile, as two."""
-        tiles = self.b.index(x.shape[axis]) // self.tile
-        return self.b.expand(x, axis, tiles.name, self.tile)
+        return self.b.expand(x, axis, (self.b.index(x.shape[axis]) // tile).name, tile)
 
 
 def _num_parts(rows: Dim, depth: int, columns: int, has_residual: bool) -> int:
