@@ -112,7 +112,7 @@ class LlamaEmitter:
             self._layer_numbers = [b.hidden(i) for i in range(self.config.num_layers)]
             tokens, num_tokens = args["tokens"], args["tokens"].shape[1]
             if isinstance(num_tokens, str):
-                tokens = b.pad(tokens, 1, self._whole(num_tokens, self.tile), 0)
+                tokens = b.pad(tokens, 1, self._whole(num_tokens, self._row_tile(n)), 0)
             batch = Batch(n, tokens.shape[1], tokens, args["start_pos"], args["seq_lens"],
                           args["seq_block_ids"], args.get("embeds"))  # fmt: skip
             x, cache = self._layers(batch, cache)
@@ -394,14 +394,22 @@ class LlamaEmitter:
             keys, values = self._halves(context, 2)
             spec = "nshgd,nchd,nchv,nsc->nshgv"
             return b.attention("nhgsdcv", spec, q, keys, values, scale, mask, dtype)
-        q, context, mask = (self._tiled(x, 1) for x in (q, context, self._tiled(mask, 2)))
+        rows = self._row_tile(int(q.shape[0]))
+        q, mask = self._tiled(q, 1, rows), self._tiled(self._tiled(mask, 2, self.tile), 1, rows)
+        context = self._tiled(context, 1, self.tile)
         keys, values = self._halves(context, 3)
         spec = "noshgd,nbchd,nbchv,nosbc->noshgv"
         out = b.attention("nhgosdbcv", spec, q, keys, values, scale, mask, "f32")
         out = b.generic("noshgd->noshgd", [out], out.shape, dtype, lambda v: v.to(dtype))
         return b.collapse(out, 1, 2)
 
-    def _tiled(self, x: Tensor, axis: int) -> Tensor:
+    def _row_tile(self, n: int) -> int:
+        """Tokens of each of n rows that are computed together: T is a multiple of one tile.
+
+        Of more, IREE would make tiles that local memory has no room for.
+        """
+        return max(1, self.tile // n)
+
+    def _tiled(self, x: Tensor, axis: int, tile: int) -> Tensor:
         """Dimension `axis`, a multiple of a tile, as two."""
-        tiles = self.b.index(x.shape[axis]) // self.tile
-        return self.b.expand(x, axis, tiles.name, self.tile)
+        return self.b.expand(x, axis, (self.b.index(x.shape[axis]) // tile).name, tile)

@@ -8,7 +8,7 @@ from compile.model import Parameter
 SUBGROUP = 64  # threads that reduce together: what they do not divide, a single one reduces
 WORKGROUPS = 256  # that keep a large chip busy
 COLUMNS = 64  # of a product that one of them computes, if there are not many rows
-MIN_DEPTH = 512  # of a part of a split product
+MIN_DEPTH = 256  # of a part of a split product; of 512, a gfx1100 runs out of registers
 FEW = 4  # rows up to which a product is no matter for matrix instructions
 MANY = 128  # rows from which on it needs no splitting
 MATRIX = 16  # rows of one
