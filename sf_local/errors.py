@@ -9,7 +9,8 @@ SfLocalError
 │   └── MismatchError       files of the artifact that disagree with each other
 ├── DeviceError             the device is unknown, absent, or failed
 ├── RequestError            a request that cannot be served as asked (also a ValueError)
-│   └── GrammarError        a grammar that cannot be compiled
+│   ├── GrammarError        a grammar that cannot be compiled
+│   └── ImageError          an image that cannot be opened, or not with this model
 ├── ChatTemplateError       the model's chat template cannot be used
 ├── EngineError             the engine is closed or failed
 └── CompileError            weights that cannot be turned into an artifact
@@ -57,6 +58,10 @@ class RequestError(SfLocalError, ValueError):
 
 class GrammarError(RequestError):
     """A grammar that cannot be compiled."""
+
+
+class ImageError(RequestError):
+    """An image that cannot be opened, or not with this model."""
 
 
 class ChatTemplateError(SfLocalError):

@@ -1,0 +1,219 @@
+"""Opening images: from what a user gives to RGB pixels, and a key that tells contents apart.
+
+Knows nothing of models. What is opened is untrusted: sizes are checked before anything is decoded,
+and no format is read for which Pillow runs other programs. Pillow itself is imported with the first
+image.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import os
+import stat
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sf_local.errors import ImageError
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | PIL.Image.Image"
+
+MAX_PIXELS = 64_000_000
+MAX_ASPECT = 200
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_REMEDY = (
+    "Give a path, the bytes of a file, a PIL image or a base64 data URL; of a whole image in one "
+    f"of the formats {', '.join(_FORMATS)}, of at most {MAX_PIXELS // 10**6} megapixels and "
+    f"{MAX_ASPECT}:1."
+)
+_MAX_FILE_BYTES = 256 << 20  # 64 megapixels of RGBA
+_MAX_URL_BYTES = 64 << 20
+_URL_SECONDS = 30
+
+_PILLOW_LOCK = threading.Lock()  # over images of callers, who may share them between threads
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """An opened image.
+
+    pixels: uint8 [height, width, 3], RGB, read-only. key: 16 bytes that only images of the same
+    content share.
+    """
+
+    pixels: NDArray[np.uint8]
+    key: bytes
+
+
+def open_image(image: ImageInput, *, allow_urls: bool = False) -> Picture:
+    """Decode an image, upright and over white where it is transparent; usable from any thread.
+
+    Of an animated file this is the first frame, with a UserWarning.
+
+    Args:
+        image: a path, the bytes of a file, a PIL image, a base64 data URL, or an http(s) URL.
+        allow_urls: fetch http(s) URLs, within 30 s and 64 MiB.
+
+    Raises:
+        ImageError: it is none of these, cannot be read or decoded, or is too large.
+    """
+    with _refusals(image):
+        content = _content(image, allow_urls)
+        pixels = _pixels(content)
+        return Picture(pixels, _key(content if isinstance(content, bytes) else pixels))
+
+
+def image_key(image: ImageInput, *, allow_urls: bool = False) -> bytes:
+    """The key of `open_image(image)`, without decoding it; raises ImageError.
+
+    It hashes the bytes of a file, or the pixels of a PIL image: the same picture has another key in
+    another format.
+    """
+    with _refusals(image):
+        content = _content(image, allow_urls)
+        return _key(content if isinstance(content, bytes) else _pixels(content))
+
+
+@contextmanager
+def _refusals(image: object) -> Iterator[None]:
+    """Whatever goes wrong, as an ImageError that says what was given and what can be."""
+    try:
+        yield
+    except Exception as error:  # anything may come out of Pillow's decoders
+        reason = (str(error) or type(error).__name__).rstrip(".")
+        raise ImageError(
+            f"image={_shown(image)} cannot be used: {reason[:200]}. {_REMEDY}"
+        ) from error
+
+
+def _shown(image: object) -> str:
+    if isinstance(image, (str, os.PathLike)):
+        text = str(image)
+        return repr(text) if len(text) <= 80 else f"{text[:80]!r}..."
+    size = f" of {len(image)} bytes" if isinstance(image, (bytes, bytearray)) else ""
+    return f"<{type(image).__name__}{size}>"
+
+
+def _content(image: object, allow_urls: bool) -> bytes | PIL.Image.Image:
+    """The bytes of a file, or the PIL image that was given."""
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return bytes(image)
+    if isinstance(image, str) and image.startswith("data:"):
+        return _decode_data_url(image)
+    if isinstance(image, str) and image[:8].lower().startswith(("http://", "https://")):
+        if not allow_urls:
+            raise ValueError("URLs are fetched only with allow_urls=True")
+        return _fetch(image)
+    if isinstance(image, (str, os.PathLike)):
+        return _read(Path(os.path.expanduser(os.fsdecode(image))))
+    raise TypeError("it is not an image")
+
+
+def _decode_data_url(url: str) -> bytes:
+    header, _, payload = url.partition(",")
+    if not header.endswith(";base64"):
+        raise ValueError("it is a data URL that does not begin as data:image/png;base64, does")
+    return base64.b64decode("".join(payload.split()), validate=True)
+
+
+def _fetch(url: str) -> bytes:
+    from urllib.request import Request, urlopen  # 40 ms
+
+    deadline = time.monotonic() + _URL_SECONDS
+    data = bytearray()
+    # some servers refuse urllib's own name
+    request = Request(url, headers={"User-Agent": "sf-local"})
+    with urlopen(request, timeout=_URL_SECONDS) as response:
+        while piece := response.read1(1 << 16):
+            data += piece
+            if len(data) > _MAX_URL_BYTES:
+                raise ValueError(f"it has more than {_MAX_URL_BYTES >> 20} MiB")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"it takes more than {_URL_SECONDS} s to fetch")
+    return bytes(data)
+
+
+def _read(file: Path) -> bytes:
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may not end
+        raise ValueError("it is not a file")
+    if status.st_size > _MAX_FILE_BYTES:
+        raise ValueError(f"it has more than {_MAX_FILE_BYTES >> 20} MiB")
+    return file.read_bytes()
+
+
+def _key(content: bytes | NDArray[np.uint8]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    if not isinstance(content, bytes):
+        digest.update(repr(content.shape).encode())
+    digest.update(content if isinstance(content, bytes) else content.data)
+    return digest.digest()
+
+
+def _pixels(content: bytes | PIL.Image.Image) -> NDArray[np.uint8]:
+    """uint8 [height, width, 3]"""
+    if not isinstance(content, bytes):
+        with _PILLOW_LOCK:  # one that was opened lazily is read at its first use
+            return _rgb(content)
+    image = _identified(content)
+    pixels = _rgb(image)
+    # the further images of an MPO, a JPEG file, are previews and maps of depth
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        warnings.warn("only the first frame of the image is used", UserWarning, stacklevel=3)
+    return pixels
+
+
+def _identified(data: bytes) -> PIL.Image.Image:
+    """Image.open of our formats, without its check of the size.
+
+    That one warns, and warnings cannot be silenced in one thread alone.
+    """
+    from PIL import Image
+
+    Image.preinit()
+    for name in _FORMATS:
+        if name not in Image.OPEN:
+            Image.init()
+        factory, accept = Image.OPEN[name]
+        if accept and accept(data[:16]) is True:
+            return factory(io.BytesIO(data), "")
+    raise ValueError("its format is unknown")
+
+
+def _rgb(image: PIL.Image.Image) -> NDArray[np.uint8]:
+    """uint8 [height, width, 3], upright, over white: what transformers makes of an image."""
+    from PIL import Image, ImageOps
+
+    _check(image)
+    image = ImageOps.exif_transpose(image)
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _check(image: PIL.Image.Image) -> None:
+    width, height = image.size
+    if not 0 < width * height <= MAX_PIXELS:
+        raise ValueError(f"it has {width} x {height} pixels")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"it has {width} x {height} pixels, more than {MAX_ASPECT}:1")
+    if image.mode.startswith(("I", "F")):  # which Pillow would clip to white
+        raise ValueError(f"it has more than 8 bits a channel (mode {image.mode}); convert it first")

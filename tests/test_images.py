@@ -1,0 +1,310 @@
+"""Opening images: every way to give one, what is refused, and keys. The oracle is transformers."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import os
+import socketserver
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+from transformers.image_transforms import convert_to_rgb
+
+from sf_local.errors import ImageError, RequestError
+from sf_local.images import image_key, open_image
+
+FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]
+ORIENTATION = 0x0112
+
+
+def picture(width: int = 40, height: int = 30, mode: str = "RGB") -> PIL.Image.Image:
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    channels = [(x * 6 + 3 * n + y * (n + 1)) % 256 for n in range(4)]
+    image = PIL.Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))  # RGBA
+    return image.convert("RGB").convert(mode) if mode != "RGBA" else image
+
+
+def encoded(image: PIL.Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of that size without its pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = b"IDAT"
+    chunks = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c))
+              for c in (header, data)]  # fmt: skip
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def refused(image: Any, message: str, **options: Any) -> str:
+    with pytest.raises(ImageError, match=message) as caught:
+        open_image(image, **options)
+    text = str(caught.value)
+    assert isinstance(caught.value, RequestError)
+    assert text.startswith("image=") and "Give a path" in text and len(text) < 700
+    return text
+
+
+def test_every_way_to_give_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file, data = tmp_path / "a.png", encoded(picture())
+    file.write_bytes(data)
+    url = "data:image/png;base64," + base64.b64encode(data).decode()
+    given: list[Any] = [file, str(file), "~/a.png", data, bytearray(data), memoryview(data), url]
+    for image in given:
+        opened = open_image(image)
+        assert np.array_equal(opened.pixels, np.asarray(picture()))
+        assert opened.pixels.dtype == np.uint8 and not opened.pixels.flags.writeable
+        assert opened.key == image_key(image) == open_image(file).key and len(opened.key) == 16
+    assert np.array_equal(open_image(picture()).pixels, np.asarray(picture()))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_formats(format: str) -> None:
+    data = encoded(picture(), format)
+    expected = PIL.Image.open(io.BytesIO(data)).convert("RGB")
+    assert np.array_equal(open_image(data).pixels, np.asarray(expected))
+    with pytest.raises(ImageError, match="cannot be used"):  # whatever the decoder says
+        open_image(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "HSV"])
+def test_modes_are_converted_as_transformers_does(mode: str) -> None:
+    image = picture(mode="RGBA" if mode in ("LA", "PA", "RGBA") else mode)
+    image = image.convert(mode) if image.mode != mode else image
+    assert np.array_equal(open_image(image).pixels, convert_to_rgb(image, return_numpy=True))
+
+
+def test_a_transparent_color_is_white() -> None:
+    image = PIL.Image.new("P", (2, 1), 0)
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    data = encoded(image, transparency=0)
+    assert open_image(data).pixels.tolist() == [[[255, 255, 255], [40, 50, 60]]]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation(orientation: int) -> None:
+    exif = PIL.Image.Exif()
+    exif[ORIENTATION] = orientation
+    stored = picture()
+    data = encoded(stored, exif=exif)
+    turned = [
+        None,
+        PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+        PIL.Image.Transpose.ROTATE_180,
+        PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+        PIL.Image.Transpose.TRANSPOSE,
+        PIL.Image.Transpose.ROTATE_270,
+        PIL.Image.Transpose.TRANSVERSE,
+        PIL.Image.Transpose.ROTATE_90,
+    ][orientation - 1]
+    upright = stored if turned is None else stored.transpose(turned)
+    for image in (data, PIL.Image.open(io.BytesIO(data))):
+        assert np.array_equal(open_image(image).pixels, np.asarray(upright))
+
+
+def test_keys() -> None:
+    palette = PIL.Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    recolored = palette.copy()
+    recolored.putpalette([0, 0, 0, 8, 8, 8])
+    turned = picture(4, 4)
+    turned.getexif()[ORIENTATION] = 3
+    images: list[Any] = [
+        palette, recolored, turned, picture(4, 4), picture(2, 8), picture(8, 2), picture(),
+        encoded(picture()), encoded(picture(), "BMP"),
+    ]  # fmt: skip
+    assert len({image_key(image) for image in images}) == len(images)
+    for image in images:
+        assert image_key(image) == open_image(image).key
+    assert image_key(picture()) == image_key(picture().copy())
+    assert image_key(b"not decoded")  # the content alone counts
+
+
+def test_the_image_of_the_caller_is_left_alone() -> None:
+    for mode in ("RGB", "P"):
+        image = picture(mode=mode)
+        image.getexif()[ORIENTATION] = 6
+        before = (image.mode, image.size, image.tobytes(), dict(image.info), dict(image.getexif()))
+        opened = open_image(image)
+        assert opened.pixels.shape == (40, 30, 3)
+        assert before == (
+            image.mode, image.size, image.tobytes(), dict(image.info), dict(image.getexif())
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_several_frames_the_first(format: str) -> None:
+    frames = [picture(), PIL.Image.new("RGB", (40, 30), "red")]
+    data = encoded(frames[0], format, save_all=True, append_images=frames[1:])
+    with pytest.warns(UserWarning, match="only the first frame") as caught:
+        opened = open_image(data)
+    assert caught[0].filename == __file__
+    first = PIL.Image.open(io.BytesIO(data)).convert("RGB")
+    assert np.array_equal(opened.pixels, np.asarray(first))
+
+
+@pytest.mark.filterwarnings("error")
+def test_previews_of_a_jpeg_are_no_frames() -> None:
+    data = encoded(picture(), "MPO", save_all=True, append_images=[picture(20, 15)])
+    assert open_image(data).pixels.shape == (30, 40, 3)
+
+
+@pytest.mark.parametrize("image", [None, 3, ["a.png"], object(), np.zeros((2, 2, 3))], ids=repr)
+def test_what_is_no_image(image: Any) -> None:
+    text = refused(image, "it is not an image")
+    assert f"image=<{type(image).__name__}>" in text
+
+
+def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
+    refused(str(tmp_path / "no.png"), r"image='.*no\.png' .*No such file")
+    refused("file:///no.png", "No such file")
+    refused("", "it is not a file")
+    refused("a\0b", "null")
+    refused("x" * 100_000, "image='x+'[.]{3} .*too long")
+    refused(tmp_path, "it is not a file")
+    os.mkfifo(tmp_path / "pipe")
+    refused(tmp_path / "pipe", "it is not a file")
+    refused("/dev/zero", "it is not a file")
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate((256 << 20) + 1)
+    refused(tmp_path / "huge.png", "more than 256 MiB")
+
+
+def test_files_that_are_no_images(tmp_path: Path) -> None:
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
+    contents = [b"", b"some text", postscript, b"%PDF-1.4", encoded(picture(16, 16), "ICO")]
+    for content in contents:
+        file = tmp_path / "a.png"
+        file.write_bytes(content)
+        refused(file, "its format is unknown")
+        refused(content, f"image=<bytes of {len(content)} bytes> ")
+
+
+def test_truncated_anywhere() -> None:
+    for format in ("PNG", "JPEG"):
+        data = encoded(picture(), format)
+        for length in range(0, len(data) - 20, 97):
+            refused(data[:length], "cannot be used")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("side", [8001, 10_000, 12_000, 30_000, 2**31 - 1])
+def test_too_many_pixels(side: int) -> None:
+    refused(png_header(side, side), f"it has {side} x {side} pixels.*at most 64 megapixels")
+
+
+def test_too_many_pixels_before_they_are_decoded() -> None:
+    image = PIL.Image.open(io.BytesIO(png_header(8001, 8001)))
+    refused(image, "it has 8001 x 8001 pixels")
+
+
+def test_shapes() -> None:
+    refused(picture(1, 5000), "it has 1 x 5000 pixels, more than 200:1")
+    refused(encoded(picture(201, 1)), "it has 201 x 1 pixels, more than 200:1")
+    refused(PIL.Image.new("RGB", (0, 5)), "it has 0 x 5 pixels")
+    assert open_image(picture(1, 200)).pixels.shape == (200, 1, 3)
+    assert open_image(picture(1, 1)).pixels.shape == (1, 1, 3)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_more_than_8_bits(dtype: type) -> None:
+    refused(PIL.Image.fromarray(np.ones((4, 4), dtype)), "more than 8 bits a channel")
+
+
+def test_a_closed_image() -> None:
+    image = PIL.Image.open(io.BytesIO(encoded(picture())))
+    image.close()
+    refused(image, "closed image")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "data:image/png;base64,!!!",
+        "data:image/png;base64,QUJD",
+        "data:image/png,abc",
+        "data:",
+        "data:,é",
+    ],
+)
+def test_data_urls_that_hold_no_image(url: str) -> None:
+    refused(url, "cannot be used")
+    assert len(refused(url + "A" * 100_000, "cannot be used")) < 700
+
+
+class Web(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/a.png" else 404)
+        self.end_headers()
+        self.wfile.write(encoded(picture()))
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socketserver.TCPServer(("127.0.0.1", 0), Web) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def test_urls(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"{web}/a.png"
+    refused(url, "only with allow_urls=True")
+    refused("HTTPS://example.com/a.png", "only with allow_urls=True")
+    assert np.array_equal(open_image(url, allow_urls=True).pixels, np.asarray(picture()))
+    assert image_key(url, allow_urls=True) == image_key(encoded(picture()))
+    refused(f"{web}/none", "404", allow_urls=True)
+    refused("http://", "no host", allow_urls=True)
+    refused("http://127.0.0.1:9/", "refused", allow_urls=True)
+    clock = SimpleNamespace(monotonic=itertools.count(0, 31).__next__)
+    monkeypatch.setattr("sf_local.images.time", clock)
+    refused(url, "more than 30 s", allow_urls=True)
+    monkeypatch.setattr("sf_local.images._MAX_URL_BYTES", 100)
+    refused(url, "more than 0 MiB", allow_urls=True)
+
+
+def test_threads() -> None:
+    """Of files, and of one image that all of them read lazily."""
+    data = encoded(picture(1500, 1500), compress_level=0)
+    expected = open_image(data).pixels
+    for _ in range(5):
+        shared = PIL.Image.open(io.BytesIO(data))
+        with ThreadPoolExecutor(8) as pool:
+            for opened in pool.map(open_image, [shared] * 8 + [data]):
+                assert np.array_equal(opened.pixels, expected)
+
+
+def test_pillow_is_imported_with_the_first_image() -> None:
+    program = """
+import sys, sf_local.images, sf_local.image_processor
+print({"PIL", "transformers", "torch", "urllib.request"} & set(sys.modules))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == "set()", done.stderr
