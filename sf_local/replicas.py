@@ -9,7 +9,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from sf_local.errors import EngineError
+from sf_local.errors import SfLocalError
 from sf_local.generation import Generation
 from sf_local.loop import Loop
 
@@ -92,13 +92,13 @@ class Replicas:
         self._loops[0].check_process()
 
     def check_usable(self) -> None:
-        """Raise EngineError once no replica is left."""
+        """Raise what the loops raise, once no replica is left."""
         self.check_process()
         if not any(loop.is_usable for loop in self._loops):
-            causes: list[str] = []
+            causes: list[SfLocalError] = []
             for loop in self._loops:
                 try:
                     loop.check_usable()
-                except EngineError as error:
-                    causes.append(str(error))
-            raise EngineError("; ".join(dict.fromkeys(causes)))
+                except SfLocalError as error:
+                    causes.append(error)
+            raise type(causes[0])("; ".join(dict.fromkeys(map(str, causes))))
