@@ -47,14 +47,17 @@ class Upload:
     """The way of arguments to a GPU: of one call at a time."""
 
     def __init__(self, device: Device, num_bytes: int) -> None:
-        self._array = sfnp.device_array.for_device(device.scoped, [num_bytes], sfnp.uint8)
-        self._staging = sfnp.device_array.for_host(device.scoped, [num_bytes], sfnp.uint8)
-        self._bytes = _mapped(self._staging)
+        self._device = device
+        self._reserve(num_bytes)
 
     def send(self, arguments: Iterable[Argument]) -> list[Any]:
         """Queue the copy; the arrays that it will fill."""
+        every = [argument.values for argument in arguments]
+        needed = sum(ALIGNMENT + values.nbytes for values in every)
+        if needed > len(self._bytes):  # images
+            self._reserve(needed)
         arrays, end = [], 0
-        for values in (argument.values for argument in arguments):
+        for values in every:
             begin, end = _place_behind(end, values.nbytes)
             self._bytes[begin:end] = values.reshape(-1).view(np.uint8)
             kind = getattr(sfnp, values.dtype.name)
@@ -62,6 +65,12 @@ class Upload:
         used = slice(0, end)
         self._array.view(used).copy_from(self._staging.view(used))
         return arrays
+
+    def _reserve(self, num_bytes: int) -> None:
+        scoped = self._device.scoped
+        self._array = sfnp.device_array.for_device(scoped, [num_bytes], sfnp.uint8)
+        self._staging = sfnp.device_array.for_host(scoped, [num_bytes], sfnp.uint8)
+        self._bytes = _mapped(self._staging)
 
 
 class Download:

@@ -24,6 +24,7 @@ from sf_local.errors import (
     TargetError,
     VersionError,
 )
+from sf_local.image_processor import ImageSettings
 
 T = TypeVar("T")
 
@@ -138,6 +139,7 @@ class Manifest:
     config: Mapping[str, Any]  # config.json as it was made
     parameters_sha256: str
     files: Mapping[str, Mapping[str, Any]]  # name -> size, sha256
+    images: Mapping[str, Any] | None = None  # fields of ImageSettings, of a model that sees
 
     def check(self) -> None:
         """Raise TypeError or KeyError where a value is not of its type."""
@@ -149,6 +151,14 @@ class Manifest:
         _instance("vocab_size", self.vocab_size, int)
         _instance("source", self.source["name"], str)
         _instance("config", self.config, dict)
+        if self.images is not None:
+            ImageSettings(**self.images).check()
+
+    @property
+    def image_batch_sizes(self) -> list[int]:
+        """Tiles that are encoded together."""
+        found = (re.fullmatch(r"encode_image_bs(\d+)", name) for name in self.functions)
+        return sorted(int(match[1]) for match in found if match)
 
 
 @dataclass(frozen=True)
@@ -313,7 +323,7 @@ def _read_manifest(path: Path) -> Manifest | None:
     try:
         manifest = _from_dict(Manifest, data)
         manifest.check()
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CorruptFileError(f"{path}: not a manifest: {error}; {REPAIR}") from error
     if manifest.compiler_version != COMPILER_VERSION:
         raise VersionError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import threading
 from collections.abc import Iterator, Sequence
@@ -126,7 +127,7 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
         With n > 1 both are lists; SGLang continues the program with the first text.
         """
         params = to_params(sampling_params, self._defaults)
-        outputs = self.engine.samples(_prompt(s), params)
+        outputs = self.engine.samples(str(s.text_), params, images=_images(s))
         self.token_usage.add(outputs)
         infos = [meta_info(o, self.engine.tokenizer, sampling_params) for o in outputs]
         if params.n == 1:
@@ -140,7 +141,8 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
         params = to_params(sampling_params, self._defaults)
         if params.n > 1:
             raise RequestError(f"n={params.n}: a stream is one text; use n=1, or stream=False")
-        for delta, output in self.engine.submit(_prompt(s), params).deltas():
+        handle = self.engine.submit(str(s.text_), params, images=_images(s))
+        for delta, output in handle.deltas():
             if output is None:
                 yield delta, {"finish_reason": None}
             else:
@@ -166,8 +168,9 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
             )
         unconditional = choices_method.requires_unconditional_logprobs
         scores = self.engine.score(
-            _prompt(s), choices, unconditional=unconditional, params=self._defaults
-        )
+            str(s.text_), choices, unconditional=unconditional, params=self._defaults,
+            images=_images(s),
+        )  # fmt: skip
         self.token_usage.add(scores)
         tokenizer = self.engine.tokenizer
         return choices_method(
@@ -197,7 +200,7 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
 
     def commit_lazy_operations(self, s: StreamExecutor) -> None:
         """A hint from SGLang: the text so far is about to be forked."""
-        self.engine.warm(str(s.text_))
+        self.engine.warm(str(s.text_), images=_images(s))
 
     def flush_cache(self) -> None:
         """Free all KV pages that no request uses."""
@@ -230,10 +233,9 @@ class _NoTemplate(ChatTemplate):  # type: ignore[misc]
         )
 
 
-def _prompt(s: StreamExecutor) -> str:
-    if s.images_:
-        raise RequestError("images are not supported yet; remove sgl.image() from the program")
-    return str(s.text_)
+def _images(s: StreamExecutor) -> list[bytes]:
+    """The files that a program has shown so far; SGLang has read them already."""
+    return [base64.b64decode(data) for _, data in s.images_]
 
 
 sglang.ShortfinLocal = ShortfinLocal

@@ -14,6 +14,7 @@ from sf_local.top_k import refusal
 
 if TYPE_CHECKING:
     from sf_local.engine import Engine, Handle
+    from sf_local.images import ImageInput
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def score(
     continuations: Sequence[str],
     unconditional: bool,
     params: SamplingParams,
+    images: Sequence[ImageInput] = (),
 ) -> list[Score]:
     """Score all continuations at once; the prompt is computed once, if it is not cached.
 
@@ -53,25 +55,25 @@ def score(
         raise RequestError(f"choices={shown(continuations)} must be a list of str, not empty")
     if (k := engine.artifact.config.top_k) is not None:
         raise refusal("choices", continuations, k)
-    prompt_ids = engine.encode(prompt)
-    tokens = [engine.encode(prompt, c) for c in continuations]
-    starts = [common_prefix_len(prompt_ids, ids) for ids in tokens]
-    for index, (ids, start) in enumerate(zip(tokens, starts, strict=True)):
-        if not 0 < start < len(ids):
+    before = engine.prepare(engine.encode(prompt), images) if prompt else None
+    prompts = [engine.prepare(engine.encode(prompt, c), images) for c in continuations]
+    starts = [0 if before is None else common_prefix_len(before.ids, p.ids) for p in prompts]
+    for index, (ready, start) in enumerate(zip(prompts, starts, strict=True)):
+        if not 0 < start < len(ready.ids):
             problem = "has no text before it" if not start else "adds no token to the prompt"
             raise RequestError(f"choices[{index}]={shown(continuations[index])} {problem}")
     params = SamplingParams(
         max_new_tokens=0, return_logprob=True, priority=params.priority, timeout=params.timeout
     )
     given = [
-        engine.submit(ids, replace(params, logprob_start_len=start - 1))
-        for ids, start in zip(tokens, starts, strict=True)
+        engine.submit(ready, replace(params, logprob_start_len=start - 1))
+        for ready, start in zip(prompts, starts, strict=True)
     ]
     alone: list[Handle | None] = [None] * len(given)
     if unconditional:
         params = replace(params, logprob_start_len=0)
-        pairs = zip(tokens, starts, strict=True)
-        alone = [engine.submit(ids[start:], params) for ids, start in pairs]
+        pairs = zip(prompts, starts, strict=True)
+        alone = [engine.submit(ready.ids[start:], params) for ready, start in pairs]
     return [
         _score(_finished(a), None if b is None else _finished(b))
         for a, b in zip(given, alone, strict=True)

@@ -21,9 +21,12 @@ from sf_local.choices import Score, score
 from sf_local.device_info import DeviceInfo, check_name, find_device
 from sf_local.errors import DeviceError, RequestError
 from sf_local.generation import Delivery, Generation, Output
-from sf_local.kv_size import num_kv_pages
+from sf_local.image_processor import ImageSettings
+from sf_local.images import ImageInput
+from sf_local.kv_size import memory_bytes, num_kv_pages
 from sf_local.loop import Loop
 from sf_local.memory import memory_left
+from sf_local.prompt import ImageReader, Prompt
 from sf_local.replicas import Replicas
 from sf_local.request import Request, SamplingParams, shown
 from sf_local.seams import SeamEncoder
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
     from sf_local.grammar import Grammar, GrammarCompiler
 
 __all__ = ["Engine", "Handle", "Output"]
+
+PromptInput = str | Sequence[int] | Prompt
 
 
 class Handle:
@@ -102,6 +107,9 @@ class Engine:
         kv_memory: the same as bytes, "2GiB", or "50%" of the free memory. By default one full
             context times the largest compiled batch, at most 1 GiB; on a GPU 80% of what the
             weights leave free.
+        image_memory: bytes, or such as "256MiB", for images that were seen, so that they need not
+            be encoded again.
+        allow_urls: whether images may be fetched from http(s) URLs.
 
     Any number of generations run at once, from any thread. A generation depends only on its prompt
     (as token ids) and parameters, not on its company. Raises ArtifactError or DeviceError.
@@ -117,7 +125,10 @@ class Engine:
         tokenizer: str | Path | None = None,
         kv_pages: int | None = None,
         kv_memory: int | str | None = None,
+        image_memory: int | str = "256MiB",
+        allow_urls: bool = False,
     ) -> None:
+        image_bytes = memory_bytes("image_memory", image_memory, None)
         specs = [device] if isinstance(device, str) else device
         if not isinstance(specs, Sequence) or not specs:
             raise DeviceError(f"device={device!r} must be a name, or a list of them")
@@ -134,6 +145,7 @@ class Engine:
         self.devices = [place.name for place in places]
         self.artifact = opened[0].artifact
         self.tokenizer = Tokenizer(self.artifact.tokenizer)
+        self._images = _image_reader(self.artifact, self.tokenizer, image_bytes, allow_urls)
         self._loop = _open_loops(opened)
         self._finalizer = weakref.finalize(self, self._loop.close)
         self._eos_ids = _eos_ids(self.artifact, self.tokenizer)
@@ -148,35 +160,64 @@ class Engine:
 
         return GrammarCompiler(self.tokenizer, self.vocab_size, self._eos_ids)
 
-    def submit(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Handle:
-        """Start a generation; raises RequestError for a prompt or parameters that cannot work."""
-        return Handle(self, self._generation(prompt, params))
+    def submit(
+        self,
+        prompt: PromptInput,
+        params: SamplingParams | None = None,
+        *,
+        images: Sequence[ImageInput] = (),
+    ) -> Handle:
+        """Start a generation; raises RequestError for a prompt or parameters that cannot work.
 
-    def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Output:
-        """The whole answer to a prompt, given as text or as token ids."""
-        return self.submit(prompt, params).result()
+        images: one for each image marker of the prompt (such as "<image>"): a path, the bytes of a
+        file, a PIL image, or a data URL.
+        """
+        return Handle(self, self._generation(prompt, params, images))
+
+    def generate(
+        self,
+        prompt: PromptInput,
+        params: SamplingParams | None = None,
+        *,
+        images: Sequence[ImageInput] = (),
+    ) -> Output:
+        """The whole answer to a prompt, given as text or as token ids; images as for `submit`."""
+        return self.submit(prompt, params, images=images).result()
 
     def samples(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None
+        self,
+        prompt: PromptInput,
+        params: SamplingParams | None = None,
+        *,
+        images: Sequence[ImageInput] = (),
     ) -> list[Output]:
         """`params.n` answers to one prompt, whose pages they share; seeds count up."""
         params = SamplingParams() if params is None else params
         first = params.seed
         seeds = [None if first is None else (first + i) % 2**64 for i in range(params.n)]
-        handles = [self.submit(prompt, replace(params, seed=seed, n=1)) for seed in seeds]
+        ready = self.prepare(prompt, images)
+        handles = [self.submit(ready, replace(params, seed=seed, n=1)) for seed in seeds]
         return [handle.result() for handle in handles]
 
     def stream(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None
+        self,
+        prompt: PromptInput,
+        params: SamplingParams | None = None,
+        *,
+        images: Sequence[ImageInput] = (),
     ) -> Iterator[str]:
         """The answer's text, as it grows; mistakes raise here, not at the first delta."""
-        return iter(self.submit(prompt, params))
+        return iter(self.submit(prompt, params, images=images))
 
     async def agenerate(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None
+        self,
+        prompt: PromptInput,
+        params: SamplingParams | None = None,
+        *,
+        images: Sequence[ImageInput] = (),
     ) -> Output:
         """`generate` for asyncio; cancelling the task cancels the generation."""
-        generation = self._generation(prompt, params)
+        generation = self._generation(prompt, params, images)
         generation.is_streamed = False
         async for _, output in self._adeltas(generation):
             if output is not None:
@@ -184,10 +225,14 @@ class Engine:
         raise AssertionError("a generation ends with an output")
 
     async def astream(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None
+        self,
+        prompt: PromptInput,
+        params: SamplingParams | None = None,
+        *,
+        images: Sequence[ImageInput] = (),
     ) -> AsyncIterator[str]:
         """`stream` for asyncio: `async for text in engine.astream(prompt)`."""
-        async for text, _ in self._adeltas(self._generation(prompt, params)):
+        async for text, _ in self._adeltas(self._generation(prompt, params, images)):
             if text:
                 yield text
 
@@ -219,15 +264,17 @@ class Engine:
         *,
         unconditional: bool = False,
         params: SamplingParams | None = None,
+        images: Sequence[ImageInput] = (),
     ) -> list[Score]:
         """Log probabilities of texts that could continue a prompt; see `choices.score`."""
-        return score(self, prompt, continuations, unconditional, params or SamplingParams())
+        params = params or SamplingParams()
+        return score(self, prompt, continuations, unconditional, params, images)
 
-    def warm(self, prompt: str) -> None:
+    def warm(self, prompt: str, *, images: Sequence[ImageInput] = ()) -> None:
         """A hint that prompts will begin so: compute it into the cache. Returns at once."""
         with contextlib.suppress(RequestError):
             params = SamplingParams(max_new_tokens=0, temperature=0)
-            self._loop.submit(self._generation(prompt, params))
+            self._loop.submit(self._generation(prompt, params, images))
 
     def stats(self) -> dict[str, float]:
         """Counters since the start, and what is going on.
@@ -237,6 +284,7 @@ class Engine:
         cache had. forced_tokens: of the completion, known from a grammar without decoding.
         preemptions, steps; step_seconds: time spent in steps, call_seconds of it inside the
         compiled functions, where mask_seconds of CPU time for grammars are hidden; sample_seconds.
+        encoded_tiles: of images.
         """
         return self._loop.stats()
 
@@ -260,21 +308,44 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def _generation(self, prompt: str | Sequence[int], params: SamplingParams | None) -> Generation:
+    def prepare(self, prompt: PromptInput, images: Sequence[ImageInput] = ()) -> Prompt:
+        """A prompt that can be submitted many times, and is encoded and checked only here.
+
+        Raises RequestError as `submit` does, ImageError for an image that cannot be used.
+        """
+        if isinstance(prompt, Prompt):
+            return prompt
+        if not isinstance(images, Sequence) or isinstance(images, str | bytes | bytearray):
+            raise RequestError(f"images={shown(images)} must be a list; put a single one in []")
+        ids = self._prompt_ids(prompt)
+        if self._images is not None:
+            return self._fitting(self._images.expand(ids, images, self.max_tokens))
+        if images:
+            raise RequestError(
+                f"images: {len(images)} given, but {self.artifact.name} is a text model; compile "
+                "one that sees, such as SmolVLM or LLaVA-1.5"
+            )
+        return self._fitting(Prompt(ids, ids))
+
+    def _generation(
+        self, prompt: PromptInput, params: SamplingParams | None, images: Sequence[ImageInput] = ()
+    ) -> Generation:
         self._loop.check_usable()
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params={shown(params)} must be SamplingParams")
         if params.n != 1:
             raise RequestError(f"n={params.n}: several answers to one prompt come from `samples`")
-        ids = self._prompt_ids(prompt)
-        self._check_params(params, len(ids))
-        max_new_tokens = min(params.max_new_tokens, self.max_tokens - len(ids))
-        request = Request(ids, params, max_new_tokens)
+        ready = self.prepare(prompt, images)
+        self._check_params(params, len(ready.ids))
+        max_new_tokens = min(params.max_new_tokens, self.max_tokens - len(ready.ids))
+        request = Request(
+            ready.ids, params, max_new_tokens, spans=ready.spans, prompt_keys=ready.keys
+        )
         grammar = self._grammar(params)
         generation = Generation(request, self.tokenizer, self._eos_ids, grammar)
         if isinstance(prompt, str):
-            generation.remember = functools.partial(self._encode.remember, prompt, ids)
+            generation.remember = functools.partial(self._encode.remember, prompt, ready.plain)
         return generation
 
     def _grammar(self, params: SamplingParams) -> Grammar | None:
@@ -327,12 +398,18 @@ class Engine:
         if not ids:
             raise RequestError("prompt is empty; give at least one token (a BOS, or a space)")
         self._check_tokens("prompt", ids)
-        if len(ids) >= self.max_tokens:
-            raise RequestError(
-                f"prompt: {len(ids)} tokens leave no room for an answer in a context of "
-                f"{self.max_tokens}; shorten it, or raise kv_pages or the model's max_seq_len"
-            )
         return ids
+
+    def _fitting(self, prompt: Prompt) -> Prompt:
+        """The prompt; RequestError if the context has no room for it and an answer."""
+        if len(prompt.ids) >= self.max_tokens:
+            of_images = sum(span.end - span.start for span in prompt.spans)
+            whose = f" ({of_images} of images)" if of_images else ""
+            raise RequestError(
+                f"prompt: {len(prompt.ids)} tokens{whose} leave no room for an answer in a context "
+                f"of {self.max_tokens}; shorten it, or raise kv_pages or the model's max_seq_len"
+            )
+        return prompt
 
 
 @dataclass(frozen=True)
@@ -372,6 +449,16 @@ def _open_loops(places: Sequence[_Place]) -> Loop | Replicas:
             loop.close()
         raise
     return loops[0] if len(loops) == 1 else Replicas(loops)
+
+
+def _image_reader(
+    artifact: Artifact, tokenizer: Tokenizer, max_bytes: int, allow_urls: bool
+) -> ImageReader | None:
+    """None for a text model."""
+    settings = artifact.manifest and artifact.manifest.images
+    if not settings:
+        return None
+    return ImageReader(ImageSettings(**settings), tokenizer, max_bytes, allow_urls)
 
 
 def _eos_ids(artifact: Artifact, tokenizer: Tokenizer) -> frozenset[int]:

@@ -28,7 +28,7 @@ def num_kv_pages(
     if pages is None and memory is None:
         return max(1, _default_pages(config, device, available))
     if pages is None:
-        pages = _memory_bytes(memory, available) // config.page_bytes
+        pages = memory_bytes("kv_memory", memory, available) // config.page_bytes
         name, low = f"kv_memory={memory!r}", f"one page of {config.page_bytes} bytes"
     else:
         name, low = f"kv_pages={pages!r}", "1"
@@ -51,18 +51,16 @@ def _default_pages(config: ModelConfig, device: str, available: int | None) -> i
     return min(contexts, most // config.page_bytes)
 
 
-def _memory_bytes(memory: int | str | None, available: int | None) -> int:
-    """Bytes of 1073741824, "1GiB", "512MiB" or "50%"."""
-    if isinstance(memory, int) and not isinstance(memory, bool):
+def memory_bytes(name: str, memory: int | str | None, available: int | None) -> int:
+    """Bytes of 1073741824, "1GiB", "512MiB" or, of what is available, "50%"."""
+    if isinstance(memory, int) and not isinstance(memory, bool) and memory >= 0:
         return memory
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]iB|B)", str(memory).strip())
     if not match:
-        raise RequestError(f'kv_memory={memory!r} must be bytes, "2GiB", "512MiB" or "50%"')
+        raise RequestError(f'{name}={memory!r} must be bytes, "2GiB", "512MiB" or "50%"')
     number, unit = float(match[1]), match[2]
     if unit == "%":
         if available is None:
-            raise RequestError(
-                f"kv_memory={memory!r}: give bytes; the driver does not tell what is free"
-            )
+            raise RequestError(f"{name}={memory!r}: give bytes; it is not known what is free")
         return int(available * number / 100)
     return int(number * 1024 ** "BKMGT".index(unit[0]))

@@ -25,6 +25,7 @@ from sf_local.errors import DeviceError, EngineError, SfLocalError
 from sf_local.generation import Generation
 from sf_local.masks import Masks
 from sf_local.page_pool import PagePool
+from sf_local.prompt import Span
 from sf_local.radix_cache import RadixCache
 from sf_local.request import Request, RequestStatus
 from sf_local.runner import ModelRunner, Row, Wanted
@@ -34,7 +35,7 @@ from sf_local.summary import Next, summarize
 
 _COUNTERS = (
     "prompt_tokens", "cached_tokens", "completion_tokens", "forced_tokens", "steps",
-    "step_seconds", "call_seconds", "mask_seconds", "sample_seconds",
+    "step_seconds", "call_seconds", "mask_seconds", "sample_seconds", "encoded_tiles",
 )  # fmt: skip
 
 
@@ -283,7 +284,6 @@ class Loop:
         if not chunks:
             return
         chunks.sort(key=self._needs_logits, reverse=True)
-        rows = [self._row(chunk) for chunk in chunks]
         generations = [self._generations[chunk.request] for chunk in chunks]
         samplers = [generation.sampler for generation in generations]
         grammars = [generation.grammar for generation in generations]
@@ -297,7 +297,8 @@ class Loop:
             meanwhile=lambda: self._work_beside(masks),
         )
         try:
-            following = await call(chunks, rows, wanted)
+            await self._encode_images(chunks)
+            following = await call(chunks, [self._row(chunk) for chunk in chunks], wanted)
         except Exception as error:
             await self._fail([chunk.request for chunk in chunks], error)
             return
@@ -305,6 +306,18 @@ class Loop:
             self._scheduler.computed(chunk)
         last = [c.request if a else None for c, a in zip(chunks, are_last, strict=True)]
         self._sample(last, following, masks)
+
+    async def _encode_images(self, chunks: Sequence[Chunk]) -> None:
+        """Embeddings of what the chunks show, unless another request has seen it."""
+        shown = dict.fromkeys(span.tile for chunk in chunks for span in _spans(chunk))
+        # Another replica may be at one of them as well, and lets go of its pixels at the end.
+        tiles = {tile: pixels for tile in shown if (pixels := tile.pixels) is not None}
+        if not tiles:
+            return
+        embeds = await self._runner.encode(list(tiles.values()))
+        for tile, values in zip(tiles, embeds, strict=True):
+            tile.embeds, tile.pixels = values, None
+        self._counters["encoded_tiles"] += len(tiles)
 
     def _needs_logits(self, chunk: Chunk) -> bool:
         """Whether the best token is not enough to go on from a chunk."""
@@ -324,7 +337,7 @@ class Loop:
         """A chunk with the pages that hold it and what comes before: attention reads no more."""
         request, page_size = chunk.request, self._cache.page_size
         pages = request.pages[: -(-chunk.end // page_size)]
-        return Row(request.tokens(chunk.start, chunk.end), chunk.start, pages)
+        return Row(request.tokens(chunk.start, chunk.end), chunk.start, pages, _spans(chunk))
 
     def _sample(self, requests: Sequence[Request | None], following: Next, masks: Masks) -> None:
         """The next token of those requests whose last token is computed; None for the others."""
@@ -476,6 +489,11 @@ def _limits(artifact: Artifact) -> Limits:
     most = min(Limits.prefill_tokens, artifact.max_tokens)
     whole_pages = max(1, most // config.page_size) * config.page_size
     return Limits(*sizes, prefill_tokens=whole_pages, reuse="pages")
+
+
+def _spans(chunk: Chunk) -> list[Span]:
+    """Tiles of which a chunk shows something."""
+    return [s for s in chunk.request.spans if s.start < chunk.end and chunk.start < s.end]
 
 
 def _is_last(chunk: Chunk) -> bool:

@@ -60,7 +60,8 @@ class Replicas:
         self.check_usable()
         loads = {i: loop.num_requests for i, loop in enumerate(self._loops) if loop.is_usable}
         with self._lock:
-            chosen = self._router.choose(generation.request.prompt_ids, loads)
+            request = generation.request
+            chosen = self._router.choose(request.prompt_keys or request.prompt_ids, loads)
         self._loops[chosen].submit(generation)
 
     def cancel(self, generation: Generation) -> None:

@@ -8,9 +8,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sf_local.errors import RequestError
+
+if TYPE_CHECKING:
+    from sf_local.prompt import Span
 
 MAX_STOPS = 256
 MAX_SAMPLES = 1024
@@ -132,6 +135,8 @@ class Request:
     num_published: int = 0
     num_cached: int | None = None  # tokens found in the cache when it first started
     first_logits: int | None = None  # the logits from this position on are wanted, too
+    spans: Sequence[Span] = ()  # of the prompt, where tiles of images are
+    prompt_keys: Sequence[int] = ()  # what the cache knows the prompt by, if not its ids
     twin: Request | None = None  # computes the first `twin_len` tokens for both
     twin_len: int = 0
     finish_reason: str | None = None  # "stop" | "length" | "abort" | "timeout"
@@ -158,8 +163,15 @@ class Request:
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Tokens [start, end) of the prompt and the answer."""
-        prompt_len = len(self.prompt_ids)
-        head = list(self.prompt_ids[start:end])
+        return self._slice(self.prompt_ids, start, end)
+
+    def keys(self, count: int) -> list[int]:
+        """What the cache knows the first `count` tokens by."""
+        return self._slice(self.prompt_keys or self.prompt_ids, 0, count)
+
+    def _slice(self, prompt: Sequence[int], start: int, end: int) -> list[int]:
+        prompt_len = len(prompt)
+        head = list(prompt[start:end])
         return head + self.output_ids[max(start - prompt_len, 0) : max(end - prompt_len, 0)]
 
 

@@ -8,7 +8,7 @@ one is memory corruption.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import shortfin as sf
 import shortfin.array as sfnp
+from numpy.typing import NDArray
 
 from sf_local.arrays import NUMPY_DTYPES, Argument, Array, Download, Upload, buffer_bytes, read
 from sf_local.artifact import COMPILER_VERSION, REPAIR, Artifact, check_target
@@ -29,6 +30,8 @@ from sf_local.errors import (
     TargetError,
     VersionError,
 )
+from sf_local.image_processor import ImageProcessor, ImageSettings
+from sf_local.prompt import Span
 from sf_local.summary import BLOCK, Floats, Next, summarize, unpack
 from sf_local.top_k import spread
 
@@ -49,11 +52,15 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens of one sequence at positions start .. start + len(tokens) - 1, and all its pages."""
+    """Tokens of one sequence at positions start .. start + len(tokens) - 1, and all its pages.
+
+    spans: where tiles, which have embeddings, take the place of tokens.
+    """
 
     tokens: Sequence[int]
     start: int
     page_ids: Sequence[int]
+    spans: Sequence[Span] = ()
 
     @property
     def end(self) -> int:
@@ -94,6 +101,10 @@ class ModelRunner:
                 )
         self.artifact, self.config, self.num_pages = artifact, artifact.config, num_pages
         self._device = device
+        manifest = artifact.manifest
+        self._image_batch_sizes = manifest.image_batch_sizes if manifest else []
+        if manifest and manifest.images:
+            self._processor = ImageProcessor(ImageSettings(**manifest.images))
         self.is_broken = False  # a call failed: `recover` before the next one
         self.has_ever_failed = False  # then the device can no longer be freed
         self.call_seconds = 0.0  # spent in compiled functions, and waiting for them
@@ -143,7 +154,7 @@ class ModelRunner:
         self._check(rows)
         size = _fitting(self.config.prefill_batch_sizes, len(rows))
         inputs = self._prefill_inputs(rows, size)
-        if (name := f"prefill_next_bs{size}") in self._functions:
+        if (name := f"{_prefill_name(inputs)}_next_bs{size}") in self._functions:
             return await self._call_next(name, size, inputs, len(rows), wanted)
         results = await self._call_prefill(size, inputs, len(rows), wanted)
         ends = [len(row.tokens) - 1 for row in rows]
@@ -158,6 +169,20 @@ class ModelRunner:
         [values] = await self._call_prefill(size, inputs, len(rows), wanted)
         logits = self._logits(values)
         return [logits[i, : len(row.tokens)] for i, row in enumerate(rows)]
+
+    async def encode(self, tiles: Sequence[NDArray[np.uint8]]) -> list[Floats]:
+        """Embeddings [tokens, H] of tiles [size, size, 3], of any number of them."""
+        sizes, found = self._image_batch_sizes, []
+        for i in range(0, len(tiles), sizes[-1]):
+            group = tiles[i : i + sizes[-1]]
+            size = _fitting(sizes, len(group))
+            pixels = self._processor.normalized(np.stack(group))
+            inputs = {
+                "pixels": self._fill("pixels", (size, *pixels.shape[1:]), pixels, 0, np.float32)
+            }
+            [embeds] = await self._call(f"encode_image_bs{size}", inputs, len(group), WANTED)
+            found += list(embeds)
+        return found
 
     async def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages on the device, in order: (source, destination)."""
@@ -200,6 +225,8 @@ class ModelRunner:
             values[: len(row.tokens)] = row.tokens
             values[len(row.tokens) :] = 0
         inputs = {"tokens": tokens}
+        if any(row.spans for row in rows):
+            inputs["embeds"] = self._fill_embeds(tokens, rows)
         if self.config.has_prefill_position:
             starts = [row.start for row in rows]
             inputs["start_positions"] = self._fill("start_positions", (size,), starts)
@@ -214,7 +241,7 @@ class ModelRunner:
         self, size: int, inputs: dict[str, Argument], num_rows: int, wanted: Wanted
     ) -> list[Array]:
         """Results [num_rows, S, ...]: the logits, or the likeliest tokens' and their ids."""
-        results = await self._call(f"prefill_bs{size}", inputs, num_rows, wanted)
+        results = await self._call(f"{_prefill_name(inputs)}_bs{size}", inputs, num_rows, wanted)
         if results[0].shape[1] != inputs["tokens"].values.shape[1]:
             raise MismatchError(
                 f"{self.artifact.vmfb}: exported with --prefill-final-logits, which config.json "
@@ -333,6 +360,18 @@ class ModelRunner:
         argument.values[len(values) :] = padding
         return argument
 
+    def _fill_embeds(self, tokens: Argument, rows: Sequence[Row]) -> Argument:
+        """Embeddings [N, S, H] where rows show images; their tokens are negative there."""
+        hidden = next(span.tile.embeds.shape[1] for row in rows for span in row.spans)
+        embeds = self._argument("embeds", (*tokens.values.shape, hidden), np.float32)
+        for i, row in enumerate(rows):
+            for span in row.spans:
+                first, last = max(span.start, row.start), min(span.end, row.end)
+                to = slice(first - row.start, last - row.start)
+                tokens.values[i, to] = -1
+                embeds.values[i, to] = span.tile.embeds[first - span.start : last - span.start]
+        return embeds
+
     def _fill_pages(self, shape: tuple[int, int], rows: Sequence[Row]) -> Argument:
         """The page table; rows that have not changed since the last call are there already."""
         table = self._argument("page_ids", shape)
@@ -373,6 +412,9 @@ class ModelRunner:
         config = self.config
         wanted = [f"prefill_bs{n}" for n in config.prefill_batch_sizes]
         wanted += [f"decode_bs{n}" for n in config.decode_batch_sizes]
+        wanted += [f"encode_image_bs{n}" for n in self._image_batch_sizes]
+        if self._image_batch_sizes:
+            wanted += [f"prefill_embeds_bs{n}" for n in config.prefill_batch_sizes]
         optional = [name.replace("_bs", "_next_bs") for name in wanted]
         found = {name: self._look_up(name) for name in [*wanted, *optional]}
         missing = [name for name in wanted if found[name] is None]
@@ -382,7 +424,8 @@ class ModelRunner:
                 f"{REPAIR}"
             )
         for name in wanted:
-            self._check_signature(name, found[name].calling_convention)
+            if name.startswith(("prefill_bs", "decode_bs")):
+                self._check_signature(name, found[name].calling_convention)
         return {name: function for name, function in found.items() if function is not None}
 
     def _check_signature(self, name: str, convention: str) -> None:
@@ -405,6 +448,10 @@ class ModelRunner:
             return self._program.lookup_function(f"{self.config.module_name}.{name}")
         except ValueError:  # "Function ... not found in program"
             return None
+
+
+def _prefill_name(inputs: Mapping[str, Argument]) -> str:
+    return "prefill_embeds" if "embeds" in inputs else "prefill"
 
 
 def _needed(

@@ -118,7 +118,7 @@ class Scheduler:
         request.pages, request.num_computed, request.num_published = [], 0, 0
 
     def _publish(self, request: Request) -> None:
-        tokens = request.tokens(0, request.num_computed)
+        tokens = request.keys(request.num_computed)
         request.pages = self.cache.insert(tokens, request.pages)
         request.num_published = request.num_computed
 
@@ -174,7 +174,7 @@ class Scheduler:
         """What the cache has of all tokens but those whose logits are wanted."""
         if self.limits.reuse == "nothing":
             return Match([])
-        match = self.cache.match(request.tokens(0, request.num_reusable))
+        match = self.cache.match(request.keys(request.num_reusable))
         return match if self.limits.reuse == "tokens" else Match(match.pages)
 
     def _waits_for_twin(self, request: Request) -> bool:
@@ -188,13 +188,13 @@ class Scheduler:
     def _find_twin(self, request: Request, match: Match) -> bool:
         """Look for a running request that is about to compute a longer prefix than is cached."""
         have = len(match.pages) * self.cache.page_size + match.num_partial
-        tokens = request.tokens(0, request.num_reusable)
+        tokens = request.keys(request.num_reusable)
         if self.limits.reuse == "nothing":
             return False
         for other in self.running:
             if other.is_decoding or _rank(other) > _rank(request):  # those are served later
                 continue
-            shared = common_prefix_len(tokens, other.tokens(0, other.num_tokens))
+            shared = common_prefix_len(tokens, other.keys(other.num_tokens))
             if shared >= have + self.cache.page_size and shared > other.num_published:
                 request.twin = other
                 request.twin_len = shared

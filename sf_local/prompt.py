@@ -1,0 +1,183 @@
+"""Prompts as they are computed: token ids, and tiles of images in the place of some of them."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sf_local.errors import MismatchError, RequestError
+from sf_local.image_processor import ImageProcessor, ImageSettings
+from sf_local.images import ImageInput, image_key, open_image
+from sf_local.tokenizer import Tokenizer
+
+MAX_TOKENS = 1 << 16  # of a tile
+
+
+@dataclass(eq=False)
+class Tile:
+    """A tile of an image, shared by all requests that show it.
+
+    pixels uint8 [size, size, 3], until it is encoded: embeds f32 [tokens, H].
+    """
+
+    pixels: NDArray[np.uint8] | None
+    embeds: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
+
+    @property
+    def num_bytes(self) -> int:
+        return self.embeds.nbytes + (0 if self.pixels is None else self.pixels.nbytes)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Positions start .. end - 1 of a prompt, which a tile's embeddings take."""
+
+    start: int
+    end: int
+    tile: Tile
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids; where images are, their `keys` are numbers that only the same pixels have."""
+
+    ids: list[int]
+    keys: list[int]
+    spans: list[Span] = field(default_factory=list)
+    unexpanded: list[int] = field(default_factory=list)
+
+    @property
+    def plain(self) -> list[int]:
+        """Token ids with a marker for each image."""
+        return self.unexpanded or self.ids
+
+
+@dataclass(frozen=True)
+class CutImage:
+    """The grid of an image's tiles, all of them, and a number for what they show."""
+
+    rows: int
+    columns: int
+    tiles: tuple[Tile, ...]
+    number: int
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tile.num_bytes for tile in self.tiles)
+
+
+class ImageCache:
+    """Cut images by key, the last ones used, up to about `max_bytes`; usable from any thread."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._images: OrderedDict[bytes, CutImage] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: bytes) -> CutImage | None:
+        with self._lock:
+            if (found := self._images.get(key)) is not None:
+                self._images.move_to_end(key)
+            return found
+
+    def add(self, key: bytes, image: CutImage) -> CutImage:
+        """The image that is kept for the key: another thread may have been faster."""
+        with self._lock:
+            kept = self._images.setdefault(key, image)
+            self._images.move_to_end(key)
+            num_bytes = sum(image.num_bytes for image in self._images.values())
+            while num_bytes > self._max_bytes and len(self._images) > 1:
+                _, oldest = self._images.popitem(last=False)
+                num_bytes -= oldest.num_bytes
+            return kept
+
+
+class ImageReader:
+    """Puts images into prompts of one model; usable from any thread."""
+
+    def __init__(
+        self, settings: ImageSettings, tokenizer: Tokenizer, max_bytes: int, allow_urls: bool
+    ) -> None:
+        self._settings, self._tokenizer = settings, tokenizer
+        self._processor = ImageProcessor(settings)
+        self._cache, self._allow_urls = ImageCache(max_bytes), allow_urls
+        self._markers: dict[tuple[int, int], list[int]] = {}  # by grid
+        token, ids = settings.image_token, self._encode(settings.image_token * 2)
+        if ids != [settings.image_token_id] * 2:
+            raise MismatchError(
+                f"the tokenizer reads {token * 2!r} as {ids}, not as the model's image token "
+                f"{settings.image_token_id} twice; use the tokenizer that came with the model"
+            )
+
+    def expand(self, ids: list[int], images: Sequence[ImageInput], max_tokens: int) -> Prompt:
+        """A prompt with the tiles of `images` in the place of its markers.
+
+        Raises ImageError for an image that cannot be used, RequestError unless there is one for
+        each marker, and where they cannot fit `max_tokens`.
+        """
+        token = self._settings.image_token_id
+        num_markers = ids.count(token)
+        if num_markers != len(images):
+            raise RequestError(
+                f"images: there are {len(images)}, and {num_markers} markers in the prompt; put "
+                f"{self._settings.image_token} where each image belongs, and nowhere else"
+            )
+        if (least := num_markers * self._settings.tokens_per_tile) > max_tokens:
+            raise RequestError(
+                f"images: {len(images)} of them take {least} tokens or more, and the context is "
+                f"{max_tokens}; give fewer"
+            )
+        if not images:
+            return Prompt(ids, ids)
+        cut = [self._cut(image) for image in images]
+        prompt, markers = Prompt([], [], unexpanded=ids), iter(cut)
+        for part in ids:
+            if part == token:
+                self._append(prompt, next(markers))
+            else:
+                prompt.ids.append(part)
+                prompt.keys.append(part)
+        return prompt
+
+    def _append(self, prompt: Prompt, image: CutImage) -> None:
+        count, token, seen = self._settings.tokens_per_tile, self._settings.image_token_id, 0
+        for part in self._marker_ids(image.rows, image.columns):
+            key = part
+            if part == token:
+                tile, offset = divmod(seen, count)
+                key = -1 - (((image.number << 16) + tile) * MAX_TOKENS + offset)
+                if not offset:
+                    start = len(prompt.ids)
+                    prompt.spans.append(Span(start, start + count, image.tiles[tile]))
+                seen += 1
+            prompt.ids.append(part)
+            prompt.keys.append(key)
+        assert seen == count * len(image.tiles)
+
+    def _marker_ids(self, rows: int, columns: int) -> list[int]:
+        if (rows, columns) not in self._markers:
+            text = self._processor.marker_text(rows, columns)
+            self._markers[rows, columns] = self._encode(text)
+        return self._markers[rows, columns]
+
+    def _encode(self, text: str) -> list[int]:
+        """Without the token that prompts begin with."""
+        ids = self._tokenizer.encode(text)
+        return ids[1:] if ids[0] == self._tokenizer.bos_token_id else ids
+
+    def _cut(self, image: ImageInput) -> CutImage:
+        key = image_key(image, allow_urls=self._allow_urls)
+        if (found := self._cache.get(key)) is not None:
+            return found
+        picture = open_image(image, allow_urls=self._allow_urls)
+        tiles = self._processor.tiles(picture.pixels)
+        number = int.from_bytes(picture.key, "little")
+        return self._cache.add(
+            picture.key,
+            CutImage(tiles.rows, tiles.columns, tuple(map(Tile, tiles.pixels)), number),
+        )
