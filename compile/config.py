@@ -1,4 +1,4 @@
-"""LlamaConfig: the shape of one Llama, whatever format its weights came in."""
+"""The shapes of a Llama and of a vision tower, whatever format their weights came in."""
 
 from dataclasses import dataclass
 
@@ -40,3 +40,53 @@ class LlamaConfig:
     max_seq_len: int
     tied_embeddings: bool
     rope_scaling: RopeScaling | None = None
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Hyperparameters of a vision tower and of what makes its patches a Llama's embeddings.
+
+    `family`: "idefics3" or "llava". `num_layers`: those that are computed. `activation`:
+    "gelu_tanh" or "quick_gelu". `scale_factor`: the side of the square of patches that become one
+    token. Sizes of images and patches are sides, in pixels.
+    """
+
+    family: str
+    image_size: int
+    patch_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    norm_eps: float
+    activation: str
+    scale_factor: int
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.family == "llava"
+
+    @property
+    def patches_across(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.patches_across**2
+
+    @property
+    def num_positions(self) -> int:
+        """Of the encoder: patches, and the class token."""
+        return self.num_patches + self.has_class_token
+
+    @property
+    def patch_elements(self) -> int:
+        return 3 * self.patch_size**2
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return self.num_patches // self.scale_factor**2
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
