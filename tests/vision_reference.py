@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,18 +37,7 @@ IDEFICS3 = VisionConfig(
     activation="gelu_tanh",
     scale_factor=2,
 )
-LLAVA = VisionConfig(
-    family="llava",
-    image_size=32,
-    patch_size=8,
-    hidden_size=56,
-    intermediate_size=72,
-    num_layers=3,
-    num_heads=4,
-    norm_eps=2e-3,
-    activation="quick_gelu",
-    scale_factor=1,
-)
+LLAVA = replace(IDEFICS3, family="llava", norm_eps=2e-3, activation="quick_gelu", scale_factor=1)
 ROWS_AND_COLUMNS = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
 TOKENS = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
 ADDED_TOKENS = TOKENS + ROWS_AND_COLUMNS
