@@ -1,4 +1,4 @@
-"""LlamaConfig: the shape of one Llama, whatever format its weights came in."""
+"""The shapes of a Llama and of a vision tower, whatever format their weights came in."""
 
 from dataclasses import dataclass
 from typing import Protocol

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,26 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from compile.config import LlamaConfig, RopeScaling
+from compile.config import LlamaConfig, RopeScaling, VisionConfig
+from compile.huggingface_vision import (
+    FAMILIES,
+    image_settings,
+    is_computed,
+    text_config,
+    vision_config,
+    vision_name,
+)
 from compile.source import (
     Numbers,
     Progress,
     Source,
     SourceTensor,
+    Supported,
+    Where,
+    check_supported,
     corrupt,
     map_file,
+    read_json,
     unsupported,
 )
 from sf_local.artifact import file_sha256
@@ -38,8 +51,12 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")  # that old versions stored
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-SUPPORTED: dict[str, tuple[list[Any], str]] = {  # anything else would be computed wrongly
+MODEL_TYPES: Supported = {
+    "model_type": (["llama", *FAMILIES], ", ".join(map(repr, ["llama", *FAMILIES])))
+}
+SUPPORTED: Supported = {  # anything else would be computed wrongly
     "model_type": (["llama"], "'llama'"),
     "architectures": ([["LlamaForCausalLM"], [], None], "['LlamaForCausalLM']"),
     "hidden_act": (["silu"], "'silu'"),
@@ -54,43 +71,34 @@ SUPPORTED: dict[str, tuple[list[Any], str]] = {  # anything else would be comput
 
 def open_folder(folder: Path, name: str, progress: Progress) -> Source:
     """Open a model's folder; raises SourceError, UnsupportedError, and OSError."""
-    raw = _read_json(folder / "config.json")
-    config = _config(folder / "config.json", raw)
+    path = folder / "config.json"
+    raw = read_json(path)
+    check_supported(path, raw, MODEL_TYPES)
+    vision = vision_config(path, raw) if raw["model_type"] in FAMILIES else None
+    where, text = text_config(path, raw) if vision else (path, raw)
+    config = _config(where, text)
     files = _weight_files(folder)
-    tensors: dict[str, SourceTensor] = {}
-    for path in files:
-        _add_tensors(path, tensors)
-    if config.tied_embeddings:
-        tensors.pop("output.weight", None)
+    tensors = _tensors(files, config, vision)
     tokenizer, tokenizer_config = _tokenizer(folder)
-    bos, eos = _special_ids(folder, raw, tokenizer, tokenizer_config)
+    bos, eos = _special_ids(folder, text | raw, tokenizer, tokenizer_config)
+    settings = image_settings(folder, raw, vision, tokenizer) if vision else None
     files += sorted([*folder.glob("*.json"), *folder.glob("*.jinja")])
     progress(f"hashing {len(files)} files of {folder}")
     hashes = "".join(f"{file_sha256(path)}  {path.name}\n" for path in files)
     sha256 = hashlib.sha256(hashes.encode()).hexdigest()
     tokenizer_json = (folder / "tokenizer.json").read_bytes()
-    return Source(name, config, tensors, sha256, tokenizer_json, tokenizer_config, bos, eos)
+    return Source(
+        name, config, tensors, sha256, tokenizer_json, tokenizer_config, bos, eos, vision, settings
+    )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise corrupt(path, "JSON", error) from error
-    if not isinstance(value, dict):
-        raise corrupt(path, "a JSON object", type(value).__name__)
-    return value
-
-
-def _config(path: Path, raw: dict[str, Any]) -> LlamaConfig:
+def _config(path: Where, raw: dict[str, Any]) -> LlamaConfig:
     """The defaults are those of transformers' LlamaConfig."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, or older
     if not isinstance(rope, dict):
         raise corrupt(path, "an object for rope_parameters or rope_scaling", repr(rope))
     found = {"hidden_act": "silu", "partial_rotary_factor": rope.get("partial_rotary_factor")} | raw
-    for key, (allowed, text) in SUPPORTED.items():
-        if found.get(key) not in allowed:
-            raise unsupported(path, f"{key} {found.get(key)!r}", text)
+    check_supported(path, found, SUPPORTED)
     numbers, rope_numbers = Numbers(path, raw), Numbers(path, rope)
     hidden = numbers.integer("hidden_size")
     return LlamaConfig(
@@ -133,13 +141,24 @@ def _weight_files(folder: Path) -> list[Path]:
                 "convert other weights with transformers' save_pretrained(safe_serialization=True)"
             )
         return [single]
-    shards = _read_json(index).get("weight_map")
+    shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise corrupt(index, "an object weight_map", repr(shards))
     for name in shards.values():
         if not isinstance(name, str) or Path(name).name != name:
             raise corrupt(index, "file names in weight_map", repr(name))
     return [folder / name for name in sorted(set(shards.values()))]
+
+
+def _tensors(
+    files: list[Path], config: LlamaConfig, vision: VisionConfig | None
+) -> dict[str, SourceTensor]:
+    tensors: dict[str, SourceTensor] = {}
+    for path in files:
+        _add_tensors(path, tensors)
+    if config.tied_embeddings:
+        tensors.pop("output.weight", None)
+    return {name: t for name, t in tensors.items() if vision is None or is_computed(name, vision)}
 
 
 def _add_tensors(path: Path, tensors: dict[str, SourceTensor]) -> None:
@@ -152,13 +171,16 @@ def _add_tensors(path: Path, tensors: dict[str, SourceTensor]) -> None:
         raise corrupt(path, "a safetensors file", error) from error
     start = 8 + int.from_bytes(mapped[:8], "little")
     for name, entry in json.loads(mapped[8:start]).items():
-        if name == "__metadata__" or name.endswith("rotary_emb.inv_freq"):
+        if name == "__metadata__" or name.endswith(BUFFERS):
             continue
-        if name.endswith(".bias"):
+        canonical = _canonical_name(name)
+        if name.endswith(".bias") and not canonical.startswith(("v.", "mm.")):
             raise unsupported(path, f"tensor {name}", "a Llama without biases")
         if entry["dtype"] not in DTYPES:
             raise unsupported(path, f"tensor {name} of type {entry['dtype']}", ", ".join(DTYPES))
-        canonical, shape = _canonical_name(name), tuple(entry["shape"])
+        shape = tuple(entry["shape"])
+        if canonical == "v.patch_embd.weight" and len(shape) == 4:  # [H, 3, patch, patch]
+            shape = (shape[0], math.prod(shape[1:]))
         if 0 in shape or canonical in tensors:
             raise corrupt(path, "every tensor once, and not empty", f"{name} of shape {shape}")
         first, last = entry["data_offsets"]
@@ -168,6 +190,9 @@ def _add_tensors(path: Path, tensors: dict[str, SourceTensor]) -> None:
 
 
 def _canonical_name(name: str) -> str:
+    if vision := vision_name(name):
+        return vision
+    name = re.sub(r"(language|text)_model\.", "", name, count=1)
     found = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.weight", name)
     if not found or found[2] not in NAMES:
         return name
@@ -177,6 +202,7 @@ def _canonical_name(name: str) -> str:
 def _tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
     """tokenizer.json, checked, and tokenizer_config.json with the chat template."""
     path, template = folder / "tokenizer.json", folder / "chat_template.jinja"
+    old_template = folder / "chat_template.json"  # of models that take images
     if not path.exists():
         raise SourceError(
             f"{path}: expected the model's tokenizer, found none; download it too, or make it of a "
@@ -186,12 +212,14 @@ def _tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise corrupt(path, "a tokenizer", error) from error
-    config = _read_json(folder / "tokenizer_config.json")
+    config = read_json(folder / "tokenizer_config.json")
     if template.exists():
         try:
             config["chat_template"] = template.read_text(encoding="utf-8")
         except ValueError as error:
             raise corrupt(template, "UTF-8 text", error) from error
+    elif old_template.exists():
+        config["chat_template"] = read_json(old_template).get("chat_template")
     return tokenizer, config
 
 
@@ -200,7 +228,7 @@ def _special_ids(
 ) -> tuple[int | None, tuple[int, ...]]:
     """bos, and every id that either config calls eos (else the tokenizer's)."""
     path = folder / "generation_config.json"
-    generation = _read_json(path) if path.exists() else {}
+    generation = read_json(path) if path.exists() else {}
 
     def read(key: str) -> list[Any]:
         found = [raw.get(key), generation.get(key)]  # each one id, or a list

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compile.config import LlamaConfig
+from compile.config import LlamaConfig, VisionConfig
 from compile.quantize import Groups
 from sf_local.errors import SourceError, UnsupportedError
 
 Rows = slice | NDArray[np.integer[Any]]
 Progress = Callable[[str], None]
+Where = Path | str  # a file, or a part of one
+Supported = dict[str, tuple[list[Any], str]]  # what a key may have (None: be absent), and in words
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,17 @@ class SourceTensor:
 
 @dataclass(frozen=True)
 class Source:
-    """A Llama and its tokenizer, ready to be compiled.
+    """A Llama and its tokenizer, ready to be compiled; with a vision tower, where `vision` is set.
 
     `tensors` has token_embd, output_norm, output (absent when tied) and blk.{i}.attn_norm,
     attn_q, attn_k, attn_v, attn_output, ffn_norm, ffn_gate, ffn_up, ffn_down, each with
     ".weight", and whatever else the files hold under its own name. The rows of attn_q and attn_k
     are in Hugging Face's order (RoPE turns element j together with j + head_dim / 2).
+    A vision tower has, with ".weight" and ".bias", v.blk.{i}.ln1, attn_q, attn_k, attn_v, attn_out,
+    ln2, ffn_up, ffn_down; and v.patch_embd.weight [H, 3 * patch * patch] (channels outermost) and
+    v.position_embd.weight. Idefics3 adds v.patch_embd.bias, v.post_ln and mm.fc.weight; LLaVA adds
+    v.class_embd (its position is the first), v.pre_ln, mm.1 and mm.2.
+    `image_settings` are the fields of sf_local's ImageSettings.
     `sha256` covers every input file; any of `eos_token_ids` ends generation.
     """
 
@@ -52,6 +59,8 @@ class Source:
     tokenizer_config: Mapping[str, Any]
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    vision: VisionConfig | None = None
+    image_settings: Mapping[str, Any] | None = None
 
     def write_tokenizer(self, folder: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json."""
@@ -64,7 +73,7 @@ class Source:
 class Numbers:
     """The numbers of a config, all positive; a key that is absent or null means the default."""
 
-    path: Path
+    path: Where
     values: Mapping[str, Any]
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -92,13 +101,29 @@ class Numbers:
         return {"num_heads": num, "num_kv_heads": num_kv, "head_dim": int(dim)}
 
 
-def corrupt(path: Path, expected: str, found: object) -> SourceError:
+def corrupt(path: Where, expected: str, found: object) -> SourceError:
     remedy = "the file is damaged or incomplete: download it again"
     return SourceError(f"{path}: expected {expected}, found {found}; {remedy}")
 
 
-def unsupported(path: Path, found: str, supported: str) -> UnsupportedError:
+def unsupported(path: Where, found: str, supported: str) -> UnsupportedError:
     return UnsupportedError(f"{path}: {found} is not supported; supported: {supported}")
+
+
+def check_supported(path: Where, values: Mapping[str, Any], supported: Supported) -> None:
+    for key, (allowed, text) in supported.items():
+        if values.get(key) not in allowed:
+            raise unsupported(path, f"{key} {values.get(key)!r}", text)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise corrupt(path, "JSON", error) from error
+    if not isinstance(value, dict):
+        raise corrupt(path, "a JSON object", type(value).__name__)
+    return value
 
 
 def map_file(path: Path) -> mmap.mmap:

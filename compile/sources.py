@@ -1,8 +1,9 @@
 """Where weights come from: the demo, a Hugging Face folder or repo id, a .gguf file.
 
 Each becomes one `Source`: a LlamaConfig, tensors under GGUF-style names that are read lazily from
-the mapped files, and a tokenizer. Whatever is not a plain Llama is refused by name, in
-huggingface.py and gguf_file.py. Whether the tensors are the right ones is checked in weights.py.
+the mapped files, and a tokenizer. Whatever is not a plain Llama, or one that a supported vision
+tower feeds, is refused by name, in huggingface.py and gguf_file.py. Whether the tensors are the
+right ones is checked in weights.py.
 """
 
 import os

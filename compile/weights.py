@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from compile.config import LlamaConfig
+from compile.config import LlamaConfig, VisionConfig
 from compile.model import Parameter
 from compile.quantize import GROUP, ZERO, Groups, packed, quantized, with_bits
 from compile.sources import Source, SourceTensor
@@ -40,12 +40,18 @@ class Segment:
 
 def check_tensors(source: Source) -> None:
     """Raise SourceError unless the source has exactly the tensors of its config."""
-    expected = expected_shapes(source.config)
+    expected, model = (
+        expected_shapes(source.config),
+        f"a Llama of {source.config.num_layers} layers",
+    )
+    if source.vision:
+        expected |= vision_shapes(source.vision, source.config.hidden_size)
+        model += f" and a vision tower of {source.vision.num_layers}"
     missing = sorted(expected.keys() - source.tensors.keys())
     unknown = sorted(source.tensors.keys() - expected.keys())
     if missing or unknown:
         raise SourceError(
-            f"{source.name}: the weights do not fit a Llama of {source.config.num_layers} layers; "
+            f"{source.name}: the weights do not fit {model}; "
             f"missing: {_shorten(missing)}; left over: {_shorten(unknown)}"
         )
     for name, shape in expected.items():
@@ -78,6 +84,31 @@ def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
             f"blk.{i}.ffn_up.weight": (inner, hidden),
             f"blk.{i}.ffn_down.weight": (hidden, inner),
         }
+    return shapes
+
+
+def vision_shapes(config: VisionConfig, text_hidden: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a vision tower's tensors and of those that make its output a Llama's input."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "v.patch_embd.weight": (hidden, config.patch_elements),
+        "v.position_embd.weight": (config.num_positions, hidden),
+    }
+    biased: dict[str, tuple[int, ...]] = {}
+    for i in range(config.num_layers):
+        biased |= {f"v.blk.{i}.{norm}": (hidden,) for norm in ("ln1", "ln2")}
+        biased |= {f"v.blk.{i}.attn_{x}": (hidden, hidden) for x in ("q", "k", "v", "out")}
+        biased |= {f"v.blk.{i}.ffn_up": (inner, hidden), f"v.blk.{i}.ffn_down": (hidden, inner)}
+    if config.has_class_token:
+        shapes["v.class_embd"] = (hidden,)
+        biased |= {"v.pre_ln": (hidden,)}
+        biased |= {"mm.1": (text_hidden, hidden), "mm.2": (text_hidden, text_hidden)}
+    else:
+        shapes["v.patch_embd.bias"] = (hidden,)
+        shapes["mm.fc.weight"] = (text_hidden, hidden * config.scale_factor**2)
+        biased |= {"v.post_ln": (hidden,)}
+    for name, shape in biased.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     return shapes
 
 

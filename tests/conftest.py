@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from compile.build import MLIR
 from compile.config import LlamaConfig
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+PEERS = os.environ.get("SF_LOCAL_PEERS", "")
 
 TINY = LlamaConfig(
     vocab_size=300,
@@ -117,3 +119,11 @@ def shared_data(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"{path} is missing: golden data is only there in development and CI")
     return path
+
+
+def peer(name: str) -> Path:
+    """The Python of one of install_peers.sh's environments; the test skips where it is missing."""
+    python = Path(PEERS) / name / "bin" / "python"
+    if not PEERS or not python.exists():
+        pytest.skip(f"no environment {name!r} in SF_LOCAL_PEERS={PEERS!r}; see install_peers.sh")
+    return python

@@ -1,7 +1,7 @@
 """An independent numpy Llama, slow and plain, that judges compiled code."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +91,16 @@ def rope_frequencies(config: LlamaConfig) -> Array:
 
 
 def forward(
-    config: LlamaConfig, weights: Weights, tokens: Sequence[int], dtype: npt.DTypeLike = np.float64
+    config: LlamaConfig,
+    weights: Weights,
+    tokens: Sequence[int],
+    dtype: npt.DTypeLike = np.float64,
+    embeddings: Mapping[int, Array] | None = None,
 ) -> Array:
-    """Logits `[S, V]` float64 of `tokens` `[S]` at positions 0.., computed in `dtype`."""
+    """Logits `[S, V]` float64 of `tokens` `[S]` at positions 0.., computed in `dtype`.
+
+    `embeddings` `[H]` are those of the positions that they are given for, whatever token is there.
+    """
     length, kv_heads, dim = len(tokens), config.num_kv_heads, config.head_dim
     angles = np.arange(length)[:, None] * rope_frequencies(config)  # [S, D/2]
     cos, sin = np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
@@ -123,6 +130,8 @@ def forward(
         return linear(mixed.transpose(2, 0, 1, 3).reshape(length, -1), f"{blk}.attn_output")
 
     x = weights["token_embd.weight"][np.asarray(tokens)].astype(dtype)
+    for position, embedding in (embeddings or {}).items():
+        x[position] = embedding
     for i in range(config.num_layers):
         blk = f"blk.{i}"
         x = x + attention(norm(x, f"{blk}.attn_norm"), blk)
@@ -147,8 +156,7 @@ def write_hf_folder(
     Its tokenizer maps byte b to token 3 + b, after `<unk>`, `<s>` and `</s>`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    tensors = {hf_name(name): array.astype(kind) for name, array in weights.items()}
+    tensors = {hf_name(name): array.astype(numpy_dtype(dtype)) for name, array in weights.items()}
     files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
     if shards == 1:
         files = ["model.safetensors"]
@@ -162,6 +170,10 @@ def write_hf_folder(
         save_file(part, folder / file, {"format": "pt"})
     write_json(folder / "config.json", hf_config(config, dtype))
     write_tokenizer(folder, config.vocab_size)
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
 def hf_name(name: str) -> str:
@@ -204,10 +216,18 @@ def hf_config(config: LlamaConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json: three special tokens, then 256 bytes."""
-    if vocab_size < 259:
-        raise ValueError(f"the byte tokenizer needs vocab_size >= 259, not {vocab_size}")
+def write_tokenizer(
+    folder: Path,
+    vocab_size: int,
+    added_tokens: Sequence[str] = (),
+    chat_template: str = CHAT_TEMPLATE,
+) -> None:
+    """Write tokenizer.json and tokenizer_config.json.
+
+    Three special tokens, then 256 bytes, then special tokens that are added.
+    """
+    if vocab_size < 259 + len(added_tokens):
+        raise ValueError(f"{259 + len(added_tokens)} tokens need a larger vocab_size")
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}  # GPT-2's byte alphabet
     others = (chr(256 + i) for i in range(256))
     alphabet = [chr(b) if b in printable else next(others) for b in range(256)]
@@ -215,7 +235,7 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    tokenizer.add_special_tokens([*SPECIAL_TOKENS, *added_tokens])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -223,7 +243,7 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
         "bos_token": "<s>",
         "eos_token": "</s>",
         "add_bos_token": False,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": chat_template,
     }
     write_json(folder / "tokenizer_config.json", settings)
 

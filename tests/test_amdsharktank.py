@@ -8,7 +8,6 @@ SF_LOCAL_PEERS=FOLDER.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from typing import Any
 import iree.compiler
 import numpy as np
 import pytest
-from conftest import TINY, TinyModel, shared_data
+from conftest import TINY, TinyModel, peer, shared_data
 from reference import forward, logprobs, random_weights, write_hf_folder
 
 from sf_local import Engine, SamplingParams
@@ -28,7 +27,6 @@ from sf_local.errors import CorruptFileError, MismatchError, RequestError
 from sf_local.loop import _limits
 from sf_local.top_k import spread
 
-PEERS = os.environ.get("SF_LOCAL_PEERS", "")
 EXAMPLES = Path(__file__).parents[1] / "examples" / "peers"
 
 # A toy with amdsharktank's interface. What follows token t are t + OFFSETS, by VALUES, in no order.
@@ -212,14 +210,6 @@ MODEL = replace(
 WEIGHTS = random_weights(MODEL, seed=7)
 TEXT = np.random.default_rng(0).integers(3, 259, 220).tolist()
 POSITION, LOGPROB = "--has-prefill-position", "--logits-normalization"
-
-
-def peer(name: str) -> Path:
-    """The Python of one of install_peers.sh's environments."""
-    python = Path(PEERS) / name / "bin" / "python"
-    if not PEERS or not python.exists():
-        pytest.skip(f"no environment {name!r} in SF_LOCAL_PEERS={PEERS!r}; see install_peers.sh")
-    return python
 
 
 @pytest.fixture(

@@ -32,6 +32,7 @@ def test_folder(tmp_path: Path, dtype: Any) -> None:
     source = open_source(write_folder(tmp_path / "toy", weights))
     assert source.name == "toy" and source.config == CONFIG
     assert (source.bos_token_id, source.eos_token_ids) == (0, (1,))
+    assert source.vision is None and source.image_settings is None
     assert len(source.tensors) == len(weights)
     for name, weight in weights.items():
         tensor = source.tensors[canonical_name(name)]
