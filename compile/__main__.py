@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
             page_size=args.page_size,
             prefill_batch_sizes=args.prefill_batch_sizes,
             decode_batch_sizes=args.decode_batch_sizes,
+            image_batch_sizes=args.image_batch_sizes,
             max_seq_len=args.max_seq_len,
         )
         output = args.output or Path(f"{_model_name(args.source)}-{args.target.replace(',', '-')}")
@@ -76,10 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--page-size", type=int, default=defaults.page_size, help="tokens a page (%(default)s)"
     )
-    for name in ("prefill_batch_sizes", "decode_batch_sizes"):
+    for name in ("prefill_batch_sizes", "decode_batch_sizes", "image_batch_sizes"):
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=_sizes, default=getattr(defaults, name),
-            metavar="N,N,...", help="rows of the compiled batches, ascending (default: 1 to 8)",
+            metavar="N,N,...", help="rows of compiled batches, ascending (default: %(default)s)",
         )  # fmt: skip
     parser.add_argument(
         "--max-seq-len", type=int, help="context in tokens (default: the model's own)"

@@ -15,6 +15,7 @@ from typing import Any
 
 from compile.cache import cache_dir
 from compile.cpu_llama import CpuLlamaEmitter
+from compile.cpu_vision import LANES
 from compile.llama import LlamaEmitter
 from compile.matmul import Tuning
 from compile.model import QUANTIZED, ModelOptions
@@ -49,6 +50,7 @@ from sf_local.errors import (
     SourceError,
     UnsupportedError,
 )
+from sf_local.image_processor import ImageSettings
 from sf_local.tokenizer import Tokenizer
 
 Emitter = LlamaEmitter | CpuLlamaEmitter
@@ -70,7 +72,8 @@ class BuildOptions:
     None means the target's default; for max_seq_len, in tokens, the model's own context.
     target: "cpu", an AMD chip such as "gfx942", or several as "gfx942,gfx1100,cpu"; cpu: "host",
     "generic", "x86-64-v3" or "x86-64-v4". weight_dtype, kv_dtype: "f32", "f16" or "bf16".
-    page_size: tokens a KV page.
+    page_size: tokens a KV page. image_batch_sizes: tiles that are encoded together, of models that
+    see.
     row_major: matrices row by row, as GPUs have them, on a CPU too (to test that code there).
     tuning: of a CPU's kernels; see `compile.search`.
     """
@@ -82,6 +85,7 @@ class BuildOptions:
     page_size: int = 16
     prefill_batch_sizes: tuple[int, ...] = (1, 4)
     decode_batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
+    image_batch_sizes: tuple[int, ...] = (1, 4)
     max_seq_len: int | None = None
     row_major: bool = False
     tuning: Tuning | None = None
@@ -92,7 +96,7 @@ class BuildOptions:
                 raise UnsupportedError(f"{name}={value!r}; use one of {', '.join(allowed)}")
         if self.page_size not in PAGE_SIZES:
             raise UnsupportedError(f"page_size={self.page_size!r}; use one of {PAGE_SIZES}")
-        for name in ("prefill_batch_sizes", "decode_batch_sizes"):
+        for name in ("prefill_batch_sizes", "decode_batch_sizes", "image_batch_sizes"):
             sizes = getattr(self, name)
             in_range = all(1 <= size <= MAX_BATCH_SIZE for size in sizes)
             if not sizes or list(sizes) != sorted(set(sizes)) or not in_range:
@@ -121,6 +125,7 @@ def build(
     _check_output(output, force)
     opened = open_source(source, lambda message: progress(message, None))
     check_tensors(opened)
+    _check_images(opened)
     emitters = [_emitter(opened, options, target) for target in targets]
     weights: dict[str, str] = {}  # parameters -> the target whose file has them
     with _staging(output) as whole:
@@ -201,6 +206,7 @@ def _emitter(source: Source, options: BuildOptions, target: Target) -> Emitter:
             if options.max_seq_len is None
             else options.max_seq_len
         ),
+        image_batch_sizes=options.image_batch_sizes if source.vision else (),
     )
     if not options.page_size <= model.max_seq_len <= context:
         raise UnsupportedError(
@@ -218,8 +224,13 @@ def _emitter(source: Source, options: BuildOptions, target: Target) -> Emitter:
             f"multiple of {GROUP}; use bf16 or f16"
         )
     if target.vectors is None or options.row_major:
-        return LlamaEmitter(source.config, model, target.tile)
-    return CpuLlamaEmitter(source.config, model, target.vectors)
+        return LlamaEmitter(source.config, model, target.tile, source.vision)
+    if source.vision and source.vision.hidden_size % LANES:
+        raise UnsupportedError(
+            f"{source.name}: its vision tower has hidden_size {source.vision.hidden_size}; on CPUs "
+            f"it must be a multiple of {LANES}"
+        )
+    return CpuLlamaEmitter(source.config, model, target.vectors, source.vision)
 
 
 def _kv_dtype(weight_dtype: str, target: Target) -> str:
@@ -258,6 +269,15 @@ def _check_tokenizer(folder: Path, source: Source) -> None:
             raise SourceError(
                 f"{source.name}: bos or eos token {token} is not in the vocabulary of {vocab_size}"
             )
+
+
+def _check_images(source: Source) -> None:
+    """Raise SourceError for settings that the runtime would refuse."""
+    try:
+        if source.image_settings is not None:
+            ImageSettings(**source.image_settings).check()
+    except ValueError as error:
+        raise SourceError(f"{source.name}: its images cannot be prepared: {error}") from error
 
 
 def _write_weights(path: Path, source: Source, emitter: Emitter, progress: Progress) -> None:
@@ -318,6 +338,7 @@ def _write_descriptions(folder: Path, source: Source, emitter: Emitter, target: 
             | {WHOLE: irpa.whole_type(irpa.num_bytes_together(p.num_bytes for p in parameters))}
         ),
         files=files,
+        images=source.image_settings,
     )
     (folder / MANIFEST).write_text(_json(dataclasses.asdict(manifest)))
 

@@ -286,7 +286,9 @@ class ModelRunner:
         self, name: str, inputs: dict[str, Argument], num_rows: int, wanted: Wanted
     ) -> list[Array]:
         arguments = self._send(inputs.values())
-        results = await self._functions[name](*arguments, self._cache, fiber=self._device.fiber)
+        if not name.startswith("encode_image"):
+            arguments.append(self._cache)
+        results = await self._functions[name](*arguments, fiber=self._device.fiber)
         results = _needed(results, num_rows, wanted, "_next_" in name)
         fetched = self._download and self._download.fetch(results)
         wanted.meanwhile()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,17 @@ import numpy as np
 import pytest
 from hip.driver import Driver, build_driver, compile_twins
 from reference import random_weights, write_hf_folder
+from vision_reference import (
+    IDEFICS3,
+    LLAVA,
+    forward_images,
+    random_model,
+    write_vision_folder,
+)
 
 from compile import BuildOptions, build, demo
 from compile.build import MLIR
-from compile.config import LlamaConfig
+from compile.config import LlamaConfig, VisionConfig
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 PEERS = os.environ.get("SF_LOCAL_PEERS", "")
@@ -72,6 +79,40 @@ def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyMod
             options = replace(TINY_OPTIONS, **rest)
             artifact = build(folder / "source", folder / "artifact", options, keep_mlir=keep_mlir)
             made[key] = TinyModel(config, weights, folder / "source", artifact)
+        return made[key]
+
+    return make
+
+
+@dataclass(frozen=True)
+class SeeingModel:
+    """A compiled random Llama with a vision tower, and the weights of both."""
+
+    vision: VisionConfig
+    weights: dict[str, np.ndarray]
+    source: Path
+    artifact: Path
+
+    def logits(self, tokens: Sequence[int], pixels: np.ndarray) -> np.ndarray:
+        """[S, V] of tokens with tiles [N, 3, size, size]."""
+        return forward_images(TINY, self.vision, self.weights, tokens, pixels)
+
+
+@pytest.fixture(scope="session")
+def make_seeing(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., SeeingModel]:
+    """Builds tiny models that see, once a run: make_seeing("llava", row_major=True)."""
+    made: dict[str, SeeingModel] = {}
+
+    def make(family: str, *, keep_mlir: bool = False, **changes: Any) -> SeeingModel:
+        key = repr((family, keep_mlir, sorted(changes.items())))
+        if key not in made:
+            vision = {"idefics3": IDEFICS3, "llava": LLAVA}[family]
+            folder = tmp_path_factory.mktemp("seeing")
+            weights = random_model(TINY, vision, seed=7)
+            write_vision_folder(folder / "source", TINY, vision, weights)
+            options = replace(TINY_OPTIONS, image_batch_sizes=(1, 3), **changes)
+            artifact = build(folder / "source", folder / "artifact", options, keep_mlir=keep_mlir)
+            made[key] = SeeingModel(vision, weights, folder / "source", artifact)
         return made[key]
 
     return make

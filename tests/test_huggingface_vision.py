@@ -264,7 +264,7 @@ def test_old_chat_template(tmp_path: Path) -> None:
         ("idefics3", {"vision_config": {"hidden_act": "relu"}}, ["hidden_act 'relu'"]),
         ("idefics3", {"vision_config": {"num_channels": 1}}, ["num_channels 1"]),
         ("idefics3", {"vision_config": {"image_size": 36}}, ["image_size 36 with patch_size 8"]),
-        ("idefics3", {"vision_config": {"num_attention_heads": 5}}, ["hidden_size 56 with 5"]),
+        ("idefics3", {"vision_config": {"num_attention_heads": 5}}, ["hidden_size 64 with 5"]),
         ("idefics3", {"scale_factor": 3}, ["4 patches across with scale_factor 3"]),
     ],
 )
@@ -308,7 +308,7 @@ def test_processors_refused_by_name(
     [
         (CONFIG, {"vision_config": None}, ["an object vision_config"]),
         (CONFIG, {"text_config": [1]}, ["an object text_config"]),
-        (CONFIG, {"vision_config": {"hidden_size": "56"}}, ["vision_config: ", "hidden_size"]),
+        (CONFIG, {"vision_config": {"hidden_size": "64"}}, ["vision_config: ", "hidden_size"]),
         (CONFIG, {"vision_config": {"layer_norm_eps": 0}}, ["layer_norm_eps"]),
         (CONFIG, {"text_config": {"hidden_size": None}}, ["text_config: ", "hidden_size"]),
         (CONFIG, {"scale_factor": 0}, ["scale_factor"]),
@@ -347,8 +347,8 @@ def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
     refused_with({f"{tower}head.probe": one}, SourceError, f"left over: {tower}head.probe")
     refused_with({f"{tower}encoder.layers.3.mlp.fc1.bias": one}, SourceError, "v.blk.3.ffn_up.bias")
     refused_with({patches: none}, SourceError, "missing: v.patch_embd.weight", "tower of 3")
-    refused_with({patches: tensors[patches][:, :2].copy()}, SourceError, "(56, 128)", "(56, 192)")
-    refused_with({patches: tensors[patches].reshape(56, -1)[0]}, SourceError, "v.patch_embd.weight")
+    refused_with({patches: tensors[patches][:, :2].copy()}, SourceError, "(64, 128)", "(64, 192)")
+    refused_with({patches: tensors[patches].reshape(64, -1)[0]}, SourceError, "v.patch_embd.weight")
     twice = {f"model.vision_tower.{patches.removeprefix(tower)}": tensors[patches]}
     refused_with(twice, SourceError, "every tensor once")
     stored = {f"{tower}embeddings.position_ids": np.arange(16)[None]}

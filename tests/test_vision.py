@@ -1,0 +1,242 @@
+"""Models that see, tiny ones with random weights: against numpy, and how the engine serves them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import PIL.Image
+import pytest
+from conftest import SeeingModel
+from vision_reference import IMAGE_TOKEN
+
+from sf_local.engine import Engine
+from sf_local.errors import ImageError, RequestError
+from sf_local.image_processor import ImageProcessor, ImageSettings
+from sf_local.request import SamplingParams
+
+GREEDY = SamplingParams(max_new_tokens=8, temperature=0, ignore_eos=True)
+QUESTION = "see <image> what"
+
+
+def picture(width: int, height: int, seed: int = 0) -> PIL.Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3))
+    return PIL.Image.fromarray(pixels.astype(np.uint8)).resize((width, height))
+
+
+def png(image: PIL.Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module", params=["idefics3", "llava"])
+def model(request: pytest.FixtureRequest, make_seeing: Callable[..., SeeingModel]) -> SeeingModel:
+    return make_seeing(request.param)
+
+
+@pytest.fixture
+def engine(model: SeeingModel) -> Iterator[Engine]:
+    with Engine(model.artifact, kv_pages=120) as engine:
+        yield engine
+        engine.flush_cache()
+        stats = engine.stats()
+        assert stats["pages_free"] == stats["pages_total"]
+
+
+def pixels_of(engine: Engine, *images: PIL.Image.Image) -> np.ndarray:
+    """What the model reads of images, tile after tile."""
+    assert engine.artifact.manifest and engine.artifact.manifest.images
+    processor = ImageProcessor(ImageSettings(**engine.artifact.manifest.images))
+    tiles = [processor.tiles(np.asarray(image)).pixels for image in images]
+    return processor.normalized(np.concatenate(tiles))
+
+
+def check_logprobs(
+    model: SeeingModel, engine: Engine, prompt: str, *images: PIL.Image.Image
+) -> None:
+    """Log probabilities of a prompt's tokens, and of the answer's, are the reference's."""
+    params = SamplingParams(
+        max_new_tokens=4, temperature=0, ignore_eos=True, return_logprob=True, logprob_start_len=0
+    )
+    output = engine.generate(prompt, params, images=list(images))
+    tokens = [*engine.prepare(prompt, images).ids, *output.token_ids]
+    logits = model.logits(tokens[:-1], pixels_of(engine, *images))
+    logits -= logits.max(axis=1, keepdims=True)
+    expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    expected = expected[np.arange(len(tokens) - 1), tokens[1:]]
+    assert output.logprobs is not None
+    found = [*output.logprobs.prompt[1:], *output.logprobs.output]
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+SIZES = [(32, 32), (90, 60), (31, 77), (200, 20), (7, 3)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_an_image(model: SeeingModel, engine: Engine, size: tuple[int, int]) -> None:
+    check_logprobs(model, engine, QUESTION, picture(*size))
+
+
+def test_two_images(model: SeeingModel, engine: Engine) -> None:
+    check_logprobs(model, engine, "<image> and <image>?", picture(40, 30), picture(64, 64, 1))
+
+
+@pytest.mark.parametrize("family", ["idefics3", "llava"])
+@pytest.mark.parametrize("options", [{"row_major": True}, {"cpu": "x86-64-v3"}, {"cpu": "generic"}],
+                         ids=str)  # fmt: skip
+def test_other_code(
+    make_seeing: Callable[..., SeeingModel], family: str, options: dict[str, object]
+) -> None:
+    """As GPUs have it, and for lesser CPUs."""
+    model = make_seeing(family, **options)
+    with Engine(model.artifact, kv_pages=60) as engine:
+        check_logprobs(model, engine, QUESTION, picture(60, 40))
+
+
+@pytest.mark.parametrize("family", ["idefics3", "llava"])
+def test_half_precision(make_seeing: Callable[..., SeeingModel], family: str) -> None:
+    model = make_seeing(family, weight_dtype="bf16", kv_dtype="bf16")
+    with Engine(model.artifact, kv_pages=60) as engine:
+        tokens, pixels = engine.prepare(QUESTION, [picture(60, 40)]), picture(60, 40)
+        params = SamplingParams(max_new_tokens=0, return_logprob=True, logprob_start_len=0)
+        found = engine.generate(QUESTION, params, images=[pixels]).logprobs
+        logits = model.logits(tokens.ids, pixels_of(engine, pixels))
+        expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        expected = expected[np.arange(len(tokens.ids) - 1), tokens.ids[1:]]
+        assert found is not None
+        assert np.abs(np.array(found.prompt[1:]) - expected).mean() < 0.05
+
+
+def test_a_second_question_computes_only_itself(engine: Engine) -> None:
+    """However the image is given: as a file, or as pixels."""
+    image = picture(90, 60)
+    first = engine.generate(f"{QUESTION} is it", GREEDY, images=[image])
+    num_tiles = engine.stats()["encoded_tiles"]
+    second = engine.generate(f"{QUESTION} are they", GREEDY, images=[image])
+    assert engine.stats()["encoded_tiles"] == num_tiles
+    shown = len(engine.prepare(QUESTION, [image]).ids)
+    assert first.cached_tokens == 0 and second.cached_tokens >= shown
+    engine.flush_cache()
+    again = engine.generate(f"{QUESTION} are they", GREEDY, images=[image])
+    assert again.cached_tokens == 0 and again.token_ids == second.token_ids
+    assert engine.stats()["encoded_tiles"] == num_tiles
+
+
+def test_other_pixels_are_another_prefix(engine: Engine) -> None:
+    one = engine.generate(QUESTION, GREEDY, images=[picture(32, 32)])
+    other = engine.generate(QUESTION, GREEDY, images=[picture(32, 32, seed=1)])
+    assert other.cached_tokens < 10 and one.token_ids != other.token_ids
+
+
+def test_many_at_once_encode_and_prefill_once(engine: Engine) -> None:
+    """Forks of one prompt, from several threads."""
+    data = png(picture(90, 60))
+    alone = [engine.generate(f"{QUESTION} {i}", GREEDY, images=[data]).token_ids for i in range(4)]
+    engine.flush_cache()
+    num_tiles = engine.stats()["encoded_tiles"]
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(
+            lambda i: engine.generate(f"{QUESTION} {i}", GREEDY, images=[data]), range(4)
+        ))  # fmt: skip
+    assert [output.token_ids for output in outputs] == alone
+    assert engine.stats()["encoded_tiles"] == num_tiles
+    shown = len(engine.prepare(QUESTION, [data]).ids)
+    assert sum(output.cached_tokens >= shown for output in outputs) == 3
+
+
+def test_samples_streams_choices_and_grammars(engine: Engine) -> None:
+    image = picture(60, 40)
+    params = SamplingParams(max_new_tokens=6, temperature=1, seed=3, n=3, ignore_eos=True)
+    outputs = engine.samples(QUESTION, params, images=[image])
+    assert len({tuple(output.token_ids) for output in outputs}) == 3
+    streamed = "".join(engine.stream(QUESTION, GREEDY, images=[image]))
+    assert streamed == engine.generate(QUESTION, GREEDY, images=[image]).text
+    text = engine.generate(
+        QUESTION, SamplingParams(max_new_tokens=20, regex="(ab|cd)+[0-9]{3}"), images=[image]
+    ).text
+    assert text[-3:].isdigit()
+    scores = engine.score(QUESTION, [" yes", " no"], images=[image], unconditional=True)
+    other = engine.score(QUESTION, [" yes", " no"], images=[picture(60, 40, seed=5)])
+    assert [score.token_ids for score in scores] == [score.token_ids for score in other]
+    assert scores[0].mean != pytest.approx(other[0].mean, abs=1e-4)
+
+
+def test_token_ids_with_markers(engine: Engine) -> None:
+    image = picture(32, 32)
+    expected = engine.generate(QUESTION, GREEDY, images=[image]).token_ids
+    ids = engine.encode(QUESTION)
+    assert ids.count(IMAGE_TOKEN) == 1
+    assert engine.generate(ids, GREEDY, images=[image]).token_ids == expected
+
+
+REFUSED = [
+    (QUESTION, [], "there are 0, and 1 markers"),
+    ("nothing to see", [picture(8, 8)], "there are 1, and 0 markers"),
+    ("<image><image>", [picture(8, 8)], "there are 1, and 2 markers"),
+    (QUESTION, picture(8, 8), "must be a list"),
+    (QUESTION, [b"no image"], "image="),
+    (QUESTION, [png(picture(64, 64))[:200]], "image="),
+    (QUESTION, ["/no/such/file.png"], "image="),
+    (QUESTION, ["http://localhost/a.png"], "allow_urls"),
+    ("<image>" * 90, [picture(8, 8)] * 90, "give fewer"),
+    ("<image>" * 20, [picture(90, 90)] * 20, "of images"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "images", "message"), REFUSED)
+def test_refusals(engine: Engine, prompt: str, images: object, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        engine.generate(prompt, GREEDY, images=images)  # type: ignore[arg-type]
+    assert engine.generate("still here", GREEDY).completion_tokens == 8
+
+
+def test_a_text_model_sees_nothing(make_tiny: Callable[..., object]) -> None:
+    with Engine(make_tiny().artifact, kv_pages=40) as engine:  # type: ignore[attr-defined]
+        with pytest.raises(RequestError, match="is a text model"):
+            engine.generate("<image>", GREEDY, images=[picture(8, 8)])
+        assert engine.generate("<image>", GREEDY).completion_tokens == 8
+
+
+def test_text_alone_is_served_as_by_a_text_model(model: SeeingModel, engine: Engine) -> None:
+    prompt = engine.encode("the quick brown")
+    output = engine.generate(prompt, GREEDY)
+    tokens = [*prompt, *output.token_ids[:-1]]
+    logits = model.logits(tokens, np.zeros((0, 3, 32, 32), np.float32))
+    assert logits[len(prompt) - 1 :].argmax(axis=1).tolist() == output.token_ids
+
+
+def test_images_are_let_go_of(model: SeeingModel) -> None:
+    """Those beyond image_memory; what runs keeps its own."""
+    with Engine(model.artifact, kv_pages=120, image_memory=1) as engine:
+        images = [picture(32, 32, seed) for seed in range(3)]
+        first = [engine.generate(QUESTION, GREEDY, images=[image]).token_ids for image in images]
+        engine.flush_cache()
+        handles = [engine.submit(QUESTION, GREEDY, images=[image]) for image in images]
+        assert [handle.result().token_ids for handle in handles] == first
+        assert engine.stats()["encoded_tiles"] > 3
+
+
+def test_few_pages(model: SeeingModel) -> None:
+    """Preempted requests show their images again."""
+    with Engine(model.artifact, kv_pages=14) as engine:
+        images = [picture(32, 32, seed) for seed in range(4)]
+        prompts = ["a <image> b"] * 4
+        params = SamplingParams(max_new_tokens=40, temperature=0, ignore_eos=True)
+        alone = [
+            engine.generate(prompt, params, images=[image]).token_ids
+            for prompt, image in zip(prompts, images, strict=True)
+        ]
+        engine.flush_cache()
+        handles = [
+            engine.submit(prompt, params, images=[image])
+            for prompt, image in zip(prompts, images, strict=True)
+        ]
+        assert [handle.result().token_ids for handle in handles] == alone
+        assert engine.stats()["preemptions"] > 0
+
+
+def test_an_image_error_is_a_request_error() -> None:
+    assert issubclass(ImageError, RequestError)
