@@ -21,6 +21,7 @@ import shortfin as sf
 from sf_local.cpu_threads import usable_cores, workers_on
 from sf_local.device_info import find_device
 from sf_local.errors import DeviceError
+from sf_local.linkage import keep_joined_statuses
 
 # Decode is a chain of short dispatches: without spinning, workers sleep between them (12.6 ms a
 # token against 10.0). amdsharktank's CPU code needs more than the default 128 KiB of stack.
@@ -144,6 +145,8 @@ def _cpu_system() -> Any:
 
 def _hip_system(index: int) -> Any:
     """A system with the `index`-th GPU alone."""
+    library = _libshortfin()
+    keep_joined_statuses(ctypes.CDLL(str(library)), library)
     try:
         builder = sf.amdgpu.SystemBuilder()
         available = list(builder.available_devices)

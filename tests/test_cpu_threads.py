@@ -54,9 +54,3 @@ def test_hyperthreads_share_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_threads, "_siblings", lambda cpu: {cpu % 8, cpu % 8 + 8})
     monkeypatch.setattr(cpu_threads, "_quota", lambda: 63)
     assert cpu_threads.usable_cores() == [1, 2, 3, 4]
-
-
-def test_another_library_is_refused() -> None:
-    python = Path(sys.executable).resolve()
-    with python.open("rb") as file, pytest.raises(LookupError, match="does not call"):
-        cpu_threads._addresses(file.read(), b"no_such_function")
