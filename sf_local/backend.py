@@ -58,6 +58,7 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
             the model's own.
         config, parameters, tokenizer: files that do not lie beside the .vmfb.
         kv_pages, kv_memory: the size of the KV cache, as `Engine` takes it.
+        image_memory: as `Engine` takes it.
         defaults: what SGLang's arguments cannot carry: seed, repetition_penalty, logit_bias, ebnf,
             priority and timeout; and stops, to which SGLang's are added.
 
@@ -78,6 +79,7 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
         tokenizer: str | Path | None = None,
         kv_pages: int | None = None,
         kv_memory: int | str | None = None,
+        image_memory: int | str = "256MiB",
         defaults: SamplingParams | None = None,
     ) -> None:
         super().__init__()
@@ -93,6 +95,7 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
             tokenizer=tokenizer,
             kv_pages=kv_pages,
             kv_memory=kv_memory,
+            image_memory=image_memory,
         )
         try:
             self.chat_template = self._resolve(chat_template)
@@ -127,7 +130,7 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
         With n > 1 both are lists; SGLang continues the program with the first text.
         """
         params = to_params(sampling_params, self._defaults)
-        outputs = self.engine.samples(str(s.text_), params, images=_images(s))
+        outputs = self.engine.samples(self._text(s), params, images=_images(s))
         self.token_usage.add(outputs)
         infos = [meta_info(o, self.engine.tokenizer, sampling_params) for o in outputs]
         if params.n == 1:
@@ -141,7 +144,7 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
         params = to_params(sampling_params, self._defaults)
         if params.n > 1:
             raise RequestError(f"n={params.n}: a stream is one text; use n=1, or stream=False")
-        handle = self.engine.submit(str(s.text_), params, images=_images(s))
+        handle = self.engine.submit(self._text(s), params, images=_images(s))
         for delta, output in handle.deltas():
             if output is None:
                 yield delta, {"finish_reason": None}
@@ -168,7 +171,7 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
             )
         unconditional = choices_method.requires_unconditional_logprobs
         scores = self.engine.score(
-            str(s.text_), choices, unconditional=unconditional, params=self._defaults,
+            self._text(s), choices, unconditional=unconditional, params=self._defaults,
             images=_images(s),
         )  # fmt: skip
         self.token_usage.add(scores)
@@ -200,7 +203,7 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
 
     def commit_lazy_operations(self, s: StreamExecutor) -> None:
         """A hint from SGLang: the text so far is about to be forked."""
-        self.engine.warm(str(s.text_), images=_images(s))
+        self.engine.warm(self._text(s), images=_images(s))
 
     def flush_cache(self) -> None:
         """Free all KV pages that no request uses."""
@@ -218,9 +221,18 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
 
     def _resolve(self, chat_template: str | ChatTemplate | None) -> ChatTemplate:
         tokenizer, name = self.engine.tokenizer, self.engine.artifact.name
+        image_token = self.engine.image_token
         if chat_template is None and tokenizer.chat_template is None:
-            return _NoTemplate(name=name, default_system_prompt=None, role_prefix_and_suffix={})
-        return resolve_chat_template(chat_template, tokenizer, name)
+            template = _NoTemplate(name=name, default_system_prompt=None, role_prefix_and_suffix={})
+            template.image_token = image_token or template.image_token
+            return template
+        return resolve_chat_template(chat_template, tokenizer, name, image_token)
+
+    def _text(self, s: StreamExecutor) -> str:
+        """What SGLang wrote so far, with images as the model's own template has them."""
+        text = str(s.text_)
+        image_first = getattr(self.chat_template, "image_first", None)
+        return text.replace(*image_first) if image_first else text
 
 
 class _NoTemplate(ChatTemplate):  # type: ignore[misc]

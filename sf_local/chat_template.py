@@ -41,7 +41,10 @@ _Turns = Sequence[tuple[str, str]]
 
 
 def resolve_chat_template(
-    chat_template: "str | ChatTemplate | None", tokenizer: Tokenizer, name: str
+    chat_template: "str | ChatTemplate | None",
+    tokenizer: Tokenizer,
+    name: str,
+    image_token: str | None = None,
 ) -> "ChatTemplate":
     """The chat template a user asked for.
 
@@ -50,6 +53,9 @@ def resolve_chat_template(
             ChatTemplate, which is returned as it is.
         tokenizer: the model's tokenizer.
         name: what a derived template is called.
+        image_token: of a model that sees. Where the model writes a message that begins with an
+            image otherwise than SGLang would, the template has `image_first`: what SGLang writes
+            before, and what the model expects.
 
     Raises:
         ChatTemplateError: it is none of these, or cannot be expressed as a ChatTemplate.
@@ -57,14 +63,14 @@ def resolve_chat_template(
     from sglang.lang.chat_template import ChatTemplate, chat_template_registry
 
     if chat_template is None:
-        return derive_chat_template(tokenizer, name)
+        return derive_chat_template(tokenizer, name, image_token)
     if isinstance(chat_template, ChatTemplate):
         return chat_template
     if isinstance(chat_template, str):
         if chat_template in chat_template_registry:
             return chat_template_registry[chat_template]
         if "{%" in chat_template or "{{" in chat_template:
-            return _derive(chat_template, tokenizer, name)
+            return _derive(chat_template, tokenizer, name, image_token)
     raise ChatTemplateError(
         f"chat_template={chat_template!r} is not a chat template. Allowed are a Jinja text, a "
         "sglang.lang.chat_template.ChatTemplate, None for the model's own, and the names "
@@ -72,8 +78,10 @@ def resolve_chat_template(
     )
 
 
-def derive_chat_template(tokenizer: Tokenizer, name: str) -> "ChatTemplate":
-    """The model's own chat template, called `name`.
+def derive_chat_template(
+    tokenizer: Tokenizer, name: str, image_token: str | None = None
+) -> "ChatTemplate":
+    """The model's own chat template, called `name`; see `resolve_chat_template`.
 
     Raises:
         ChatTemplateError: the model has none, it fails, or SGLang cannot express it.
@@ -82,10 +90,10 @@ def derive_chat_template(tokenizer: Tokenizer, name: str) -> "ChatTemplate":
         raise ChatTemplateError(
             f"{name} has no chat template in its tokenizer_config.json. {_REMEDY}"
         )
-    return _derive(tokenizer.chat_template, tokenizer, name)
+    return _derive(tokenizer.chat_template, tokenizer, name, image_token)
 
 
-def _derive(text: str, tokenizer: Tokenizer, name: str) -> "ChatTemplate":
+def _derive(text: str, tokenizer: Tokenizer, name: str, image_token: str | None) -> "ChatTemplate":
     model = _ModelTemplate(text, tokenizer, name)
     parts = _split(model)
     template = parts.to_chat_template(tokenizer, name)
@@ -98,7 +106,24 @@ def _derive(text: str, tokenizer: Tokenizer, name: str) -> "ChatTemplate":
         wanted, written = model.render(turns), _write(template, turns, parts.reply_space)
         if wanted != written:
             model.fail_expressing(wanted, written)
+    if image_token is not None:
+        _add_images(template, model, parts.user[0], image_token)
     return template
+
+
+def _add_images(
+    template: "ChatTemplate", model: "_ModelTemplate", user_prefix: str, image_token: str
+) -> None:
+    """Set what stands for an image, and `image_first` where that changes what is before it."""
+    before, _ = model.gaps([_USER])
+    seeing, _ = model.gaps([_USER], images=1)
+    start = len(before) if seeing.startswith(before) else len(before.rstrip())
+    template.image_token = seeing[start:]
+    if not seeing.startswith(before.rstrip()) or image_token not in template.image_token:
+        model.fail(f"writes an image as {seeing!r}, not after {before!r} as {image_token!r}")
+    if start < len(before):
+        written = user_prefix + template.image_token
+        template.image_first = (written, written[: len(user_prefix.rstrip())] + seeing[start:])
 
 
 class _ModelTemplate:
@@ -109,16 +134,19 @@ class _ModelTemplate:
         self._added_bos = tokenizer.bos_token if tokenizer.adds_bos else None
         tokens = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
         self._variables = {key: token for key, token in tokens.items() if token is not None}
+        self._takes_parts = False
         try:
             self._template = _environment().from_string(text)
         except Exception as error:
             self.fail(f"is not valid Jinja: {error}")
+        # Those of models that see may write contents only if they are lists
+        self._takes_parts = _USER[1] not in self.render([_USER])
 
-    def render(self, turns: _Turns, add_generation_prompt: bool = True) -> str:
-        """The prompt of a conversation."""
+    def render(self, turns: _Turns, add_generation_prompt: bool = True, images: int = 0) -> str:
+        """The prompt of a conversation, with images at the beginning of each message."""
         try:
             text = self._template.render(
-                messages=[{"role": role, "content": content} for role, content in turns],
+                messages=[self._message(role, content, images) for role, content in turns],
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
@@ -129,9 +157,15 @@ class _ModelTemplate:
             self.fail(f"refuses a conversation of {roles}: {str(error) or type(error).__name__}")
         return text.removeprefix(self._added_bos) if self._added_bos else text
 
-    def gaps(self, turns: _Turns, add_generation_prompt: bool = True) -> list[str]:
+    def _message(self, role: str, content: str, images: int) -> dict[str, Any]:
+        if not (self._takes_parts or images):
+            return {"role": role, "content": content}
+        text = {"type": "text", "text": content}
+        return {"role": role, "content": [{"type": "image"}] * images + [text]}
+
+    def gaps(self, turns: _Turns, add_generation_prompt: bool = True, images: int = 0) -> list[str]:
         """What the template writes before, between and after the messages of a conversation."""
-        text, gaps = self.render(turns, add_generation_prompt), []
+        text, gaps = self.render(turns, add_generation_prompt, images), []
         for role, content in turns:
             gap, found, text = text.partition(content)
             if not found or content in text:

@@ -160,6 +160,12 @@ class Engine:
 
         return GrammarCompiler(self.tokenizer, self.vocab_size, self._eos_ids)
 
+    @property
+    def image_token(self) -> str | None:
+        """What stands for an image in a prompt; None of a text model."""
+        manifest = self.artifact.manifest
+        return manifest.images["image_token"] if manifest and manifest.images else None
+
     def submit(
         self,
         prompt: PromptInput,

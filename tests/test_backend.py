@@ -192,7 +192,7 @@ def test_images_are_an_error(backend: sf_local.ShortfinLocal) -> None:
 
     for arguments in {"max_tokens": 4}, {"choices": ["a", "b"]}:
         error = failure(look, backend, **arguments)
-        assert isinstance(error, RequestError) and "images are not supported" in str(error)
+        assert isinstance(error, RequestError) and "is a text model" in str(error)
 
 
 @pytest.mark.parametrize(
