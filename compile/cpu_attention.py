@@ -308,19 +308,24 @@ class Attention:
         shares = self._shares_at(local) + j * CHUNK
         ends, masked = k.broadcast(last.to("i32"), p), k.scalar(MASKED, kind)
 
+        def larger(t: Scalar, top: Scalar) -> list[Scalar]:
+            return [top.maximum(memory.load_vector(scores + t * p, p))]
+
         def mask(t: Scalar, top: Scalar) -> list[Scalar]:
             x = memory.load_vector(scores + t * p, p)
             x = ends.less(k.lanes_from((t * p).to("i32"), p)).select(masked, x)
             memory.store_vector(x, scores + t * p)
             return [top.maximum(x)]
 
-        [tops] = k.fold(0, num_tiles, [masked], mask)
+        visible = (last + 1).clamp(0, num_tiles * p) // p  # whole tiles
+        [tops] = k.fold(0, visible, [masked], larger)
+        [tops] = k.fold(visible, num_tiles, [tops], mask)
         before = memory.load(local.maxima + j)
         now = before.maximum(k.maximum(tops))
         wide = k.broadcast(now, p)
 
         def share(t: Scalar, total: Scalar) -> list[Scalar]:
-            x = (memory.load_vector(scores + t * p, p) - wide).math("exp")
+            x = k.exp(memory.load_vector(scores + t * p, p) - wide)
             self._store_as(self.memory.local[self._other], x, shares + t * p)
             return [total + x]
 

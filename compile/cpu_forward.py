@@ -396,7 +396,7 @@ class Forward(MatrixKernel):
         inner, feature = self.shape.inner, block * self.vectors.lanes
         for r in range(len(sums) // 2):
             gate, up = sums[2 * r : 2 * r + 2]
-            value = gate / ((gate * -1.0).math("exp") + 1.0) * up
+            value = gate / (self.k.exp(gate * -1.0) + 1.0) * up
             if self.shape.layers.is_quantized:
                 self.plain_hid.store_vector(value, (row + r) * inner + feature)
             else:

@@ -418,7 +418,7 @@ class Vision(MatrixKernel):
 
     def _activate(self, sums: list[Scalar], row: Scalar, block: Scalar) -> None:
         for value, r, feature in self._each(sums, row, block):
-            self.hid.store([activation(value, self.config.activation)], r, feature)
+            self.hid.store([activation(value, self.config.activation, self.k.exp)], r, feature)
 
     # After the layers
 

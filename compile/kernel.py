@@ -7,6 +7,7 @@ for one another at its end, so a whole model is one dispatch. It knows nothing o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from compile.mlir import Builder, Scalar, element_type, mask_type
 
 LINE = 16  # i32 of a cache line: counters of two phases never share one
+ROUNDING = 1.5 * 2**23
+EXP2 = (1.0, 0.69314697773, 0.24022242025, 0.05550733572, 0.00967151564, 0.0013264778)  # 2^f
 Index = Scalar | int
 
 
@@ -165,6 +168,28 @@ class KernelBuilder(Builder):
     def fma(self, a: Scalar, b: Scalar, c: Scalar) -> Scalar:
         """a * b + c"""
         return self.op(f"math.fma {a.name}, {b.name}, {c.name} : {c.dtype}", c.dtype)
+
+    def exp(self, x: Scalar) -> Scalar:
+        """exp of an f32 vector, to 2 units in the last place; below -87 it is about 1e-38, above 88
+        about 1e38.
+
+        2^n * 2^f with f from -1/2 to 1/2, of which a polynomial is enough (after Cephes). That is a
+        third of the operations of math.exp.
+        """
+        kind, whole = x.dtype, vector_type(lanes_of(x), "i32")
+        low, high = (self.scalar(value, kind) for value in (-87.0, 88.0))
+        x = self._binary("maximumf", self._binary("minimumf", x, high), low) * math.log2(math.e)
+        # Adding this rounds, and leaves the whole number in the lowest bits.
+        shifted = x + ROUNDING
+        fraction = x - (shifted - ROUNDING)
+        power = self.scalar(EXP2[-1], kind)
+        for coefficient in EXP2[-2::-1]:
+            power = self.fma(power, fraction, self.scalar(coefficient, kind))
+        exponent = self.bits("shli", self.bitcast(shifted, whole), self.scalar(23, whole))
+        return self.bitcast(self.bitcast(power, whole) + exponent, kind)
+
+    def _binary(self, op: str, a: Scalar, b: Scalar) -> Scalar:
+        return self.op(f"arith.{op} {a.name}, {b.name} : {a.dtype}", a.dtype)
 
     def sum(self, value: Scalar) -> Scalar:
         return self._reduction("add", value)

@@ -178,7 +178,7 @@ class Builder:
 
     def scalar(self, value: float, dtype: str) -> Scalar:
         is_float = element_type(dtype)[0] in "fb"
-        literal = f"{float(value):e}" if is_float else str(int(value))
+        literal = f"{float(value):.9e}" if is_float else str(int(value))
         literal = f"dense<{literal}>" if dtype.startswith("vector") else literal
         return self.op(f"arith.constant {literal} : {dtype}", dtype)
 
