@@ -120,7 +120,7 @@ class Attention:
         self.position, self.page = position, page
         c = self.config
         self.groups = c.num_heads // c.num_kv_heads
-        self.width = c.num_heads * c.head_dim
+        self.width = memory.q_width
         self._other = layout.operand.other  # of queries and shares
         self._units = "i32" if layout.operand.unit == 2 else self._other
         self.local_size = Local.size(self.most_queries, c.head_dim)
@@ -160,14 +160,6 @@ class Attention:
         for i in range(0, d, lanes):
             self._scatter(self.memory.qkv.load_vector(value_row + i, lanes), i, value)
 
-    def store_query(self, row: Scalar, query: Scalar) -> None:
-        """A query as it is, scaled."""
-        d, lanes = self.config.head_dim, self.layout.head_lanes
-        start = row * self.memory.qkv_width + query * d
-        for i in range(0, d, lanes):
-            x = self.memory.qkv.load_vector(start + i, lanes) * (1 / math.sqrt(d))
-            self._store_as(self.memory.q[self._other], x, row * self.width + query * d + i)
-
     def store_key_value(self, row: Scalar, position: Scalar, head: Scalar) -> None:
         """A key and a value as they are, to their page."""
         c, d, lanes = self.config, self.config.head_dim, self.layout.head_lanes
@@ -175,7 +167,8 @@ class Attention:
         for first, at in ((c.num_heads, key), (c.num_heads + c.num_kv_heads, value)):
             start = row * self.memory.qkv_width + (head + first) * d
             for i in range(0, d, lanes):
-                self._scatter(self.memory.qkv.load_vector(start + i, lanes), i, at)
+                x = self.memory.qkv.load_vector(start + i, lanes)
+                self._scatter(x.to(vector_type(lanes, "f32")), i, at)
 
     def store_zero_value(self, row: Scalar, position: Scalar, head: Scalar) -> None:
         """Behind the last position of a page that is read: shares of nothing must not be NaN."""
@@ -441,6 +434,7 @@ class AttentionMemory:
     rope: Scalar
     cache: Views
     q: Views
+    q_width: int
     local: Views
     partial: Memory
     totals: Memory

@@ -173,8 +173,8 @@ class Forward(MatrixKernel):
         self.workgroup = k.workgroup()
         self.tiles = Tiles(k, scratch, self.workgroup * tiles.MEMORY) if scratch else None
         memory = AttentionMemory(
-            qkv, self.qkv_width, self.weights["f32"], self._at("rope") // 4, cache, q, local,
-            partial, totals, splits,
+            qkv, self.qkv_width, self.weights["f32"], self._at("rope") // 4, cache, q,
+            s.heads_width, local, partial, totals, splits,
         )  # fmt: skip
         arguments = k, kv, self.vectors, memory, self._position, self._page
         self.tiled_attention = None

@@ -147,19 +147,18 @@ class MatrixKernel:
         assert self.tiles is not None
         used = self.tiles
 
-        def multiply(first: Scalar, count: int, block: Scalar) -> None:
-            start = task.block_at(block)
-            rows = count // tiles.LINES
-            used.multiply(task.format, self.weights, start, task.cols, task.x, first, rows)
-            with self.k.loop(0, (task.high - first).minimum(self.k.scalar(count, "index"))) as row:
-                task.use(used.sums(row), first + row, block)
+        def multiply(first: Scalar, count: int) -> None:
+            """All blocks, so that what is written lies in few pages of memory."""
+            rows = (task.high - first).minimum(self.k.scalar(count, "index"))
+            with self.k.loop(task.first, task.last) as block:
+                start, num_tiles = task.block_at(block), count // tiles.LINES
+                used.multiply(task.format, self.weights, start, task.cols, task.x, first, num_tiles)
+                with self.k.loop(0, rows) as row:
+                    task.use(used.sums(row), first + row, block)
 
         height = (task.high - task.low + (tiles.LINES - 1)) // tiles.LINES * tiles.LINES
-        with self.k.loop(task.first, task.last) as block:
-            self._in_groups(
-                task.low, task.low + height, tiles.MOST * tiles.LINES, tiles.LINES,
-                lambda first, count: multiply(first, count, block),
-            )  # fmt: skip
+        most = tiles.MOST * tiles.LINES
+        self._in_groups(task.low, task.low + height, most, tiles.LINES, multiply)
 
     def _in_groups(
         self, low: Scalar, high: Scalar, most: int, least: int, do: Callable[[Scalar, int], None]

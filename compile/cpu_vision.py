@@ -7,7 +7,7 @@ Names and shapes as in `vision`; M rows are the positions of all tiles. Attentio
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from compile import tiles
@@ -171,8 +171,7 @@ class Vision(MatrixKernel):
         layout = KVLayout(heads, PAGE, s.layers.dtype, self.vectors)
         op = layout.operand
         self.num_pages = -(-c.num_positions // PAGE)
-        qkv = self._result(("rows", self.qkv_width))
-        q = self._output(("tiled", c.hidden_size), op.other).open(op.other, "i32")
+        qkv = self._output(("tiled", self.qkv_width), op.other).open(op.other, "i32")
         cache = self._output(("n", self.num_pages, layout.page_elements), op.dtype)
         cache.open(op.dtype, op.unit_dtype)
         partial = self._result(("rows", c.num_heads, c.head_dim))
@@ -186,7 +185,17 @@ class Vision(MatrixKernel):
         self.tiles = Tiles(k, scratch, self.workgroup * tiles.MEMORY) if scratch else None
         one = k.scalar(1, "index")
         memory = AttentionMemory(
-            qkv, self.qkv_width, self.weights["f32"], one, cache, q, local, partial, totals, one
+            qkv[op.other],
+            self.qkv_width,
+            self.weights["f32"],
+            one,
+            cache,
+            qkv,
+            self.qkv_width,
+            local,
+            partial,
+            totals,
+            one,
         )
         arguments = k, layout, self.vectors, memory, self._last_position, self._page
         self.tiled_attention = None
@@ -248,8 +257,8 @@ class Vision(MatrixKernel):
         with self._rows(number, rows) as row:
             self._norm(row, "v.blk.0.ln1", layer, self._as_activations(row))
         self._product(number + 1, "v.blk.0.attn_qkv", self.act, rows, self._store_qkv, layer)
-        with self._rows(number + 2, rows) as row:
-            self._store_heads(row)
+        with self.k.phase(self.counters, number + 2, self.n * self.num_pages) as group:
+            self._store_heads(group)
         self._attend(number + 3)
         with self._rows(number + 4, rows) as row:
             self.attention.combine(row, self.act, is_split=False)
@@ -373,23 +382,33 @@ class Vision(MatrixKernel):
         return lambda x, i: self.act.store([x], row, i)
 
     def _store_qkv(self, sums: list[Scalar], row: Scalar, block: Scalar) -> None:
+        """As attention reads queries, which are scaled."""
+        k, lanes, qkv = self.k, self.vectors.lanes, self.attention.memory.qkv
+        scale, one = k.scalar(self.config.head_dim**-0.5, "f32"), k.scalar(1.0, "f32")
         for value, r, feature in self._each(sums, row, block):
-            self.attention.memory.qkv.store_vector(value, r * self.qkv_width + feature)
+            is_query = feature.less(k.scalar(self.config.hidden_size, "index"))
+            value = value * k.broadcast(is_query.select(scale, one), lanes)
+            qkv.store_vector(value.to(vector_type(lanes, qkv.dtype)), r * self.qkv_width + feature)
 
-    def _store_heads(self, row: Scalar) -> None:
-        """Queries, scaled, to where attention reads them; keys and values to their page."""
+    def _store_heads(self, group: Scalar) -> None:
+        """Keys and values of PAGE positions to their page; what is behind must not be NaN."""
         k, c = self.k, self.config
-        position = row % c.num_positions
+        tile, first = group // self.num_pages, group % self.num_pages * PAGE
+        row = tile * c.num_positions + first
+        count = (k.scalar(c.num_positions, "index") - first).minimum(k.scalar(PAGE, "index"))
         with k.loop(0, c.num_heads) as head:
-            self.attention.store_query(row, head)
-            self.attention.store_key_value(row, position, head)
-        last = k.scalar(c.num_positions - 2, "index")
-        with (
-            k.when(last.less(position)),
-            k.loop(c.num_positions, self.num_pages * PAGE) as beyond,
-            k.loop(0, c.num_heads) as head,
-        ):
-            self.attention.store_zero_value(row, beyond, head)
+            if self.tiled_attention:
+                with k.when(count.equals(PAGE)):
+                    self.tiled_attention.store_tile(row, first, head)
+            with (
+                k.when(count.less(k.scalar(PAGE, "index")))
+                if self.tiled_attention
+                else nullcontext()
+            ):
+                with k.loop(0, count) as i:
+                    self.attention.store_key_value(row + i, first + i, head)
+                with k.loop(count, PAGE) as i:
+                    self.attention.store_zero_value(row, first + i, head)
 
     def _attend(self, number: Scalar) -> None:
         """Each head of some rows of a tile."""

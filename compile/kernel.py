@@ -204,6 +204,26 @@ class KernelBuilder(Builder):
         kind = element_type(value.dtype)
         return self.op(f"vector.extract {value.name}[{lane}] : {kind} from {value.dtype}", kind)
 
+    def shuffle(self, a: Scalar, b: Scalar, lanes: Sequence[int]) -> Scalar:
+        """Elements of two vectors, counted through both."""
+        kind = vector_type(len(lanes), element_type(a.dtype))
+        return self.op(f"vector.shuffle {a.name}, {b.name} {[*lanes]} : {a.dtype}, {b.dtype}", kind)
+
+    def transpose(self, rows: Sequence[Scalar]) -> list[Scalar]:
+        """n vectors of n elements as the columns of them, n a power of two.
+
+        Blocks beside the diagonal change places, the largest first (Eklundh 1972).
+        """
+        rows, n, size = [*rows], len(rows), len(rows) // 2
+        while size:
+            first = [lane if not lane & size else n + lane - size for lane in range(n)]
+            second = [lane + size if not lane & size else n + lane for lane in range(n)]
+            for i in (i for i in range(n) if not i & size):
+                a, b = rows[i], rows[i + size]
+                rows[i], rows[i + size] = self.shuffle(a, b, first), self.shuffle(a, b, second)
+            size //= 2
+        return rows
+
     def lanes_from(self, value: Scalar, lanes: int) -> Scalar:
         """value, value + 1, ...: vector<lanes x i32> of an i32."""
         kind = vector_type(lanes, "i32")

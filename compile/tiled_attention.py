@@ -8,6 +8,7 @@ work for several threads.
 from __future__ import annotations
 
 from compile.cpu_attention import CHUNK, Attention, Chunk, KVLayout, Local
+from compile.kernel import vector_type
 from compile.mlir import Scalar
 from compile.tiles import COLUMNS, LINE_BYTES, LINES, Config, Tiles
 
@@ -34,6 +35,31 @@ class TiledAttention(Attention):
         is_tile = layout.operand.unit == 2 and layout.position_lanes == LINES
         head_dim = layout.config.head_dim
         return is_tile and head_dim % COLUMNS == 0 and head_dim <= COLUMNS * len(KEYS)
+
+    def store_tile(self, row: Scalar, position: Scalar, head: Scalar) -> None:
+        """Keys and values of 16 rows as they are, to where the 16 positions from `position` on,
+        which begin a vector, lie in their page."""
+        k, c, d, unit = self.k, self.config, self.config.head_dim, self.layout.operand.unit
+        cache, pairs = self.memory.cache["i32"], vector_type(LINES, "i32")
+        slot = position % self.layout.page_size
+        starts = self.layout.starts(self.page(row, position), k.scalar(0, "index"), head)
+        keys, values = ((start + slot * d) // unit for start in starts)
+        for first in range(0, d, COLUMNS):
+            lines = [self._bf16(row + r, head + c.num_heads, first, COLUMNS) for r in range(LINES)]
+            for i, column in enumerate(k.transpose([k.bitcast(x, pairs) for x in lines])):
+                cache.store_vector(column, keys + (first // unit + i) * LINES)
+        both = [lane // 2 + lane % 2 * LINES for lane in range(2 * LINES)]
+        for r in range(0, LINES, 2):
+            for first in range(0, d, LINES):
+                of_values = head + (c.num_heads + c.num_kv_heads)
+                a, b = (self._bf16(row + (r + i), of_values, first, LINES) for i in (0, 1))
+                pair = k.bitcast(k.shuffle(a, b, both), pairs)
+                cache.store_vector(pair, values + (r // 2 * d + first))
+
+    def _bf16(self, row: Scalar, head: Scalar, first: int, count: int) -> Scalar:
+        """Features of a head of queries, keys or values."""
+        at = row * self.memory.qkv_width + head * self.config.head_dim + first
+        return self.memory.qkv.load_vector(at, count)
 
     def attend_rows(
         self, workgroup: Scalar, row: Scalar, num_rows: Scalar, query: Scalar, layer: Scalar
