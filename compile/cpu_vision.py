@@ -416,9 +416,10 @@ class Vision(MatrixKernel):
         layer, zero = k.scalar(0, "index"), k.scalar(0, "index")
         groups = -(-c.num_positions // most)
         with k.phase(self.counters, number, self.n * (groups * c.num_heads)) as task:
-            head, group = task % c.num_heads, task // c.num_heads
-            first = group % groups * most
-            row = group // groups * c.num_positions + first
+            # One head after the other: its keys and values stay in a core's cache
+            first, tile_and_head = task % groups * most, task // groups
+            head = tile_and_head % c.num_heads
+            row = tile_and_head // c.num_heads * c.num_positions + first
             count = (k.scalar(c.num_positions, "index") - first).minimum(k.scalar(most, "index"))
             if self.tiled_attention:
                 self.tiled_attention.attend_rows(self.workgroup, row, count, head, layer)
