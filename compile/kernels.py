@@ -1,8 +1,8 @@
-"""`python -m compile.kernels SHAPE`: the kernels of a GPU in decode and prefill, without a GPU.
+"""`python -m compile.kernels SHAPE`: the kernels of a GPU, in decode, prefill and vision towers.
 
-Compiles a model of a known shape, weights aside, and reads what IREE leaves: which kernels a
-function dispatches with which tensors, how many workgroups each has, and the chip's instructions.
-The roofline beside each is the time that its bytes or its operations take at least.
+Without a GPU: compiles a model of a known shape, weights aside, and reads what IREE leaves: which
+kernels a function dispatches with which tensors, how many workgroups each has, and the chip's
+instructions. The roofline beside each is the time that its bytes or its operations take at least.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compile.build import BuildOptions, iree_compile
-from compile.config import LlamaConfig
+from compile.config import LlamaConfig, VisionConfig
 from compile.llama import LlamaEmitter
 from compile.model import ITEM_BYTES, ModelOptions
 from compile.target import HIP_CHIPS, resolve_target
@@ -27,6 +27,12 @@ SHAPES = {
     "smollm2-135m": LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 1e-5, 1e5, 8192, True),
     "llama-3.2-1b": LlamaConfig(128256, 2048, 8192, 16, 32, 8, 64, 1e-5, 5e5, 131072, True),
     "llama-3.1-8b": LlamaConfig(128256, 4096, 14336, 32, 32, 8, 128, 1e-5, 5e5, 131072, False),
+    "smolvlm-256m": LlamaConfig(49280, 576, 1536, 30, 9, 3, 64, 1e-5, 1e5, 8192, False),
+    "llava-1.5-7b": LlamaConfig(32064, 4096, 11008, 32, 32, 32, 128, 1e-5, 1e4, 4096, False),
+}
+TOWERS = {
+    "smolvlm-256m": VisionConfig("idefics3", 512, 16, 768, 3072, 12, 12, 1e-6, "gelu_tanh", 4),
+    "llava-1.5-7b": VisionConfig("llava", 336, 14, 1024, 4096, 23, 16, 1e-5, "quick_gelu", 1),
 }
 SIZES = ITEM_BYTES | {"i64": 8, "i32": 4}
 MATRIX = re.compile(r"\bv_((?:mfma|smfmac|wmma|swmmac|dot\d)\w*)")
@@ -81,6 +87,7 @@ class Report:
     """A compiled shape."""
 
     config: LlamaConfig
+    vision: VisionConfig | None
     options: ModelOptions
     seconds: float  # of CPU time that compiling took
     vmfb_bytes: int
@@ -90,12 +97,22 @@ class Report:
 
     def dispatches(self, function: str, rows: int, length: int, context: int) -> list[Dispatch]:
         """Of a function called for rows of `length` tokens that see `context` tokens each."""
-        body = _between(self.flow, f"util.func public @{function}$async(", "util.return")
         pages = -(-context // self.options.page_size)
-        sizes = [length] if function.startswith("prefill") else []
-        values = _values(body, [*sizes, pages, rows * pages + 1])
-        found = [self._dispatch(match, values) for match in _DISPATCH.finditer(body)]
+        sizes = [length] * (function.startswith("prefill") + ("_embeds" in function))
         attention = 4 * rows * length * self.config.num_heads * self.config.head_dim * context
+        return self._dispatches(function, [*sizes, pages, rows * pages + 1], attention)
+
+    def tile_dispatches(self, num_tiles: int) -> list[Dispatch]:
+        """Of what encodes so many tiles at once."""
+        assert self.vision
+        attention = 4 * num_tiles * self.vision.num_positions**2 * self.vision.hidden_size
+        return self._dispatches(f"encode_image_bs{num_tiles}", [], attention)
+
+    def _dispatches(self, function: str, sizes: Sequence[int], attention: int) -> list[Dispatch]:
+        """attention: its operations."""
+        body = _between(self.flow, f"util.func public @{function}$async(", "util.return")
+        values = _values(body, sizes)
+        found = [self._dispatch(match, values) for match in _DISPATCH.finditer(body)]
         return [replace(d, operations=attention) if "_attention_" in d.name else d for d in found]
 
     def _dispatch(self, match: re.Match[str], values: Values) -> Dispatch:
@@ -113,7 +130,8 @@ class Report:
             read = [min(size, kernel.picking * written) for size in read]
         operations = 0
         if "_matmul_like_" in name or "_matvec_like_" in name:
-            left, right = (_shape(t, values) for t in list(operands.values())[:2])
+            tensors = [t for t in operands.values() if t.startswith("tensor")]
+            left, right = (_shape(t, values) for t in tensors[:2])
             operations = 2 * math.prod(left) * right[0]
         sizes = [values[size] for size in workload.split(", ")] if workload else []
         return Dispatch(name, _count(kernel.workgroups, sizes), sum(read) + written, operations)
@@ -135,16 +153,17 @@ _ARITHMETIC = {
 
 
 def compile_shape(
-    config: LlamaConfig, chip: str, weights: str, kv: str, max_seq_len: int
+    config: LlamaConfig, build: BuildOptions, vision: VisionConfig | None = None
 ) -> Report:
-    """All functions that `sf-compile` makes by default."""
-    default = BuildOptions()
+    """All functions that `sf-compile` makes for a GPU."""
+    target = resolve_target(build.target)
+    weights = build.weight_dtype or target.weight_dtype
     options = ModelOptions(
-        weights, kv, default.page_size, default.prefill_batch_sizes, default.decode_batch_sizes,
-        max_seq_len,
+        weights, build.kv_dtype or weights, build.page_size, build.prefill_batch_sizes,
+        build.decode_batch_sizes, build.max_seq_len or config.max_seq_len,
+        build.image_batch_sizes if vision else (),
     )  # fmt: skip
-    target = resolve_target(chip)
-    emitter = LlamaEmitter(config, options, target.tile)
+    emitter = LlamaEmitter(config, options, target.tile, vision)
     with tempfile.TemporaryDirectory(prefix="sf-kernels-") as name:
         folder = Path(name)
         (folder / "model.mlir").write_text(emitter.emit())
@@ -157,7 +176,7 @@ def compile_shape(
         seconds = _cpu_seconds() - started_at
         flow, assembly = _text(folder, "*.flow.mlir"), _text(folder, "*.rocmasm")
         return Report(
-            config, options, seconds, (folder / "model.vmfb").stat().st_size,
+            config, vision, options, seconds, (folder / "model.vmfb").stat().st_size,
             sum(parameter.num_bytes for parameter in emitter.parameters.values()),
             _kernels(flow, _text(folder, "*.executable-targets.mlir"), assembly), flow,
         )  # fmt: skip
@@ -280,9 +299,13 @@ def table(dispatches: Sequence[Dispatch], kernels: dict[str, Kernel], chip: Chip
 
 def main() -> None:
     args = _parser().parse_args()
-    config, chip = SHAPES[args.shape], Chip(args.bandwidth, args.flops)
+    config, vision = SHAPES[args.shape], TOWERS.get(args.shape)
+    chip = Chip(args.bandwidth, args.flops)
     max_seq_len = min(args.max_seq_len, config.max_seq_len)
-    report = compile_shape(config, args.target, args.weights, args.kv, max_seq_len)
+    build = BuildOptions(
+        args.target, weight_dtype=args.weights, kv_dtype=args.kv, max_seq_len=max_seq_len
+    )
+    report = compile_shape(config, build, vision)
     token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * ITEM_BYTES[args.kv]
     print(
         f"{args.shape} in {args.weights} for {args.target}: compiled in {report.seconds:.0f} s of "
@@ -297,13 +320,16 @@ def main() -> None:
     print(f"\nprefill of {args.prompt} tokens")
     prefill = report.dispatches("prefill_next_bs1", 1, args.prompt, args.prompt)
     print("\n".join(table(prefill, report.kernels, chip)))
+    for num_tiles in report.options.image_batch_sizes:
+        print(f"\n{num_tiles} tiles of images")
+        print("\n".join(table(report.tile_dispatches(num_tiles), report.kernels, chip)))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m compile.kernels",
-        description="Kernels of a decode step and of prefill: how many of each, workgroups x"
-        " threads, matrix instructions in its code, bytes, roofline of one and of all.",
+        description="Kernels of a decode step, of prefill and of a vision tower: how many of each,"
+        " workgroups x threads, matrix instructions in its code, bytes, roofline of one and all.",
     )
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--target", choices=HIP_CHIPS, default="gfx942", help="(%(default)s)")

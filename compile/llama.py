@@ -58,6 +58,7 @@ class LlamaEmitter:
         vision: VisionConfig | None = None,
     ) -> None:
         self.config, self.options, self.tile = config, options, tile
+        self.context_tile = tile // 2  # of more, a gfx1100 runs out of registers
         self.b = Builder()
         self.weights = Weights(self.b, options.weight_dtype)
         self.kv_row = 2 * config.num_kv_heads * config.head_dim
@@ -287,7 +288,7 @@ class LlamaEmitter:
         num_pages = b.index(batch.page_ids.shape[1])
         width = batch.page_ids.shape[1]
         if s != 1:
-            width = self._whole(width, max(1, self.tile // page))
+            width = self._whole(width, max(1, self.context_tile // page))
 
         def write_row(start: Scalar, end: Scalar) -> Scalar:
             position = start + b.position("s").to("i64")
@@ -395,8 +396,8 @@ class LlamaEmitter:
             spec = "nshgd,nchd,nchv,nsc->nshgv"
             return b.attention("nhgsdcv", spec, q, keys, values, scale, mask, dtype)
         rows = self._row_tile(int(q.shape[0]))
-        q, mask = self._tiled(q, 1, rows), self._tiled(self._tiled(mask, 2, self.tile), 1, rows)
-        context = self._tiled(context, 1, self.tile)
+        mask = self._tiled(self._tiled(mask, 2, self.context_tile), 1, rows)
+        q, context = self._tiled(q, 1, rows), self._tiled(context, 1, self.context_tile)
         keys, values = self._halves(context, 3)
         spec = "noshgd,nbchd,nbchv,nosbc->noshgv"
         out = b.attention("nhgosdbcv", spec, q, keys, values, scale, mask, "f32")

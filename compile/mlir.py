@@ -272,6 +272,8 @@ class Builder:
 
     def slice(self, x: Tensor, axis: int, start: Dim, size: Dim, *, drop: bool = False) -> Tensor:
         """`size` entries of `axis` from `start` on; `drop` removes that (unit) dimension."""
+        if size == x.shape[axis] and not drop:
+            return x
         offsets = ["0"] * len(x.shape)
         offsets[axis] = str(start)
         sizes = [*x.shape[:axis], size, *x.shape[axis + 1 :]]

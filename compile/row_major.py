@@ -42,14 +42,19 @@ class Weights:
             f'util.global.load @"{name}" : {kind}', parameter.shape, parameter.dtype
         )
 
-    def linear(self, lhs: Tensor, name: str, residual: Tensor | None = None) -> Tensor:
+    def linear(
+        self, lhs: Tensor, name: str, residual: Tensor | None = None, *, num_rows: int | None = None
+    ) -> Tensor:
         """lhs [T, K] times a matrix [N, K], plus `residual`: [T, N] f32.
 
-        The residual is no initial value, which would cost IREE's kernels registers.
+        num_rows: about how many rows there are, if T is hidden and there are few. The matrix may
+        have fewer columns; the others are zero. The residual is no initial value, which would cost
+        IREE's kernels registers.
         """
-        b, weight = self.b, self.load(name)
-        (rows, depth), columns = lhs.shape, int(weight.shape[0])
-        parts = _num_parts(rows, int(depth), columns, residual is not None)
+        (rows, depth), b = lhs.shape, self.b
+        weight = b.pad(self.load(name), 1, depth, 0)
+        columns = int(weight.shape[0])
+        parts = _num_parts(num_rows or rows, int(depth), columns, residual is not None)
         if parts > 1:
             lhs, weight = (b.expand(x, 1, parts, int(depth) // parts) for x in (lhs, weight))
             products = b.contract("tpk,npk->ptn", lhs, weight, (parts, rows, columns))

@@ -1,19 +1,22 @@
 """Vision towers that make a Llama's embeddings of pixels, emitted as tensor operations, for GPUs.
 
 SigLIP with pixel shuffle and a linear connector (Idefics3, Laurencon et al. 2024), or CLIP with a
-two-layer projector (LLaVA-1.5, Liu et al. 2023). Shapes: N tiles, P patches of a tile, T positions
-(patches, and CLIP's class token), C of them with padding to whole blocks of a GPU's kernels,
+two-layer projector (LLaVA-1.5, Liu et al. 2023). Shapes: N tiles, P patches of a tile, and C
+positions, which are CLIP's class token, patches, and padding to O whole blocks of B, a GPU's tile;
 H hidden features, E features of the text model.
+
+N and O are hidden from IREE, which as in prefill sees multiples of one tile. By the sizes it would
+make tiles that do not fit the registers of RDNA; and batches of all sizes share their kernels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from compile.config import VisionConfig
-from compile.mlir import Scalar, Tensor
-from compile.row_major import Weights
+from compile.mlir import Dim, Scalar, Tensor
+from compile.row_major import SUBGROUP, Weights
 
 HIDDEN_SCORE = -1e4  # of padding: finite in f16
 
@@ -34,12 +37,18 @@ def gelu(x: Scalar) -> Scalar:
     return x * 0.5 * ((x * math.sqrt(0.5)).math("erf") + 1.0)
 
 
+def _whole(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
 class VisionEmitter:
     """Declares a tower's parameters among `weights`; `encode` writes it."""
 
-    def __init__(self, config: VisionConfig, text_hidden: int, weights: Weights, tile: int) -> None:
+    def __init__(
+        self, config: VisionConfig, text_hidden: int, weights: Weights, block: int
+    ) -> None:
         self.config, self.text_hidden, self.w, self.b = config, text_hidden, weights, weights.b
-        self.num_padded = -(-config.num_positions // tile) * tile  # C
+        self.block = block
         self._declare()
 
     def _declare(self) -> None:
@@ -76,57 +85,74 @@ class VisionEmitter:
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Embeddings [N, tokens, E] f32 of pixels [N, 3, size, size]."""
-        n = pixels.shape[0]
+        b, c = self.b, self.config
+        n = b.hidden(int(pixels.shape[0]))
+        self._positions, self._tokens = (
+            (n, b.hidden(-(-size // self.block)), self.block)
+            for size in (c.num_positions, c.tokens_per_tile)
+        )
         x = self._embed(pixels)
-        for i in range(self.config.num_layers):
+        for i in range(c.num_layers):
             x = self._layer(x, f"v.blk.{i}")
-        x = self._project(self.b.expand(x, 0, n, self.num_padded))
-        return self.b.expand(x, 0, n, self.config.tokens_per_tile)
+        if c.family == "llava":
+            x = self._by_tile(self._projected(x), self._positions)
+            return b.slice(x, 1, 1, c.tokens_per_tile)
+        return b.slice(self._by_tile(self._connected(x), self._tokens), 1, 0, c.tokens_per_tile)
+
+    def _by_tile(self, x: Tensor, blocks: Sequence[Dim]) -> Tensor:
+        """Rows of all tiles as [N, rows, features]."""
+        return self.b.collapse(self.b.expand(x, 0, *blocks), 1, 2)
 
     # The tower
 
     def _embed(self, pixels: Tensor) -> Tensor:
         """The residual stream [N*C, H]: patches and their positions."""
-        b, c = self.b, self.config
-        n, hidden = pixels.shape[0], c.hidden_size
+        b, c, of_tile = self.b, self.config, self._positions[1:]
         patches = self.w.linear(self._unfold(pixels), "v.patch_embd.weight")
-        patches = b.expand(patches, 0, n, c.num_patches)
-        positions, first = self.w.load("v.position_embd.weight"), int(c.has_class_token)
-        extra = self.w.load("v.class_embd" if first else "v.patch_embd.bias")
+        patches = b.expand(patches, 0, *self._positions)
+        positions = b.pad(self.w.load("v.position_embd.weight"), 0, b.product(*of_tile), 0)
+        positions = b.expand(positions, 0, *of_tile)
+        extra = self.w.load("v.class_embd" if c.has_class_token else "v.patch_embd.bias")
 
-        def element() -> Scalar:
-            i, t, h = (b.position(letter) for letter in "nth")
-            patch = (t - first).clamp(0, b.scalar(c.num_patches - 1, "index"))
-            x, more = b.extract(patches, i, patch, h), b.extract(extra, h)
-            x = t.equals(0).select(more, x) if first else x + more
-            last = b.scalar(c.num_positions - 1, "index")
-            return x + b.extract(positions, t.minimum(last), h)
+        def add(patch: Scalar, position: Scalar, more: Scalar) -> Scalar:
+            if c.has_class_token:
+                return self._position("o", "t").equals(0).select(more, patch) + position
+            return patch + more + position
 
-        x = b.generic("->nth", [], (n, self.num_padded, hidden), "f32", element)
-        x = b.collapse(x, 0, 2)
-        return self._norm(x, "v.pre_ln", "f32") if first else x
+        x = b.generic("noth,oth,h->noth", [patches, positions, extra], patches.shape, "f32", add)
+        x = b.collapse(x, 0, 3)
+        return self._norm(x, "v.pre_ln", "f32") if c.has_class_token else x
 
     def _unfold(self, pixels: Tensor) -> Tensor:
-        """Patches [N*P, 3*p*p], channel by channel, as the left operand of a product."""
-        b, size, across = self.b, self.config.patch_size, self.config.patches_across
+        """Patches [N*C, 3*p*p], channel by channel, as the left operand of a product.
+
+        The class token and padding have some as well, which nobody reads. Columns are padded to
+        what matrix instructions take, for weights that are zero.
+        """
+        b, c = self.b, self.config
+        size, across, first = c.patch_size, c.patches_across, int(c.has_class_token)
 
         def element() -> Scalar:
-            i, patch, k = (b.position(letter) for letter in "npk")
+            i, t, k = b.position("n"), self._position("o", "t"), b.position("k")
+            patch = (t - first).clamp(0, b.scalar(c.num_patches - 1, "index"))
+            k = k.minimum(b.scalar(c.patch_elements - 1, "index"))
             y = patch // across * size + k % (size * size) // size
             x = patch % across * size + k % size
             return b.extract(pixels, i, k // (size * size), y, x).to(self.w.dtype)
 
-        shape = (pixels.shape[0], self.config.num_patches, self.config.patch_elements)
-        return b.collapse(b.generic("->npk", [], shape, self.w.dtype, element), 0, 2)
+        shape = (*self._positions, _whole(c.patch_elements, SUBGROUP))
+        return b.collapse(b.generic("->notk", [], shape, self.w.dtype, element), 0, 3)
+
+    def _position(self, block: str, offset: str) -> Scalar:
+        """Inside a `generic` body, of a block and an offset in it."""
+        return self.b.position(block) * self.block + self.b.position(offset)
 
     def _layer(self, x: Tensor, name: str) -> Tensor:
         b, c, dtype = self.b, self.config, self.w.dtype
         y = self._linear(self._norm(x, f"{name}.ln1", dtype), f"{name}.attn_qkv")
         y = b.generic("tk->tk", [y], y.shape, dtype, lambda v: v.to(dtype))
-        rows = int(x.shape[0])
-        y = b.expand(b.expand(y, 1, 3, c.num_heads, c.head_dim), 0, rows // self.num_padded,
-                     self.num_padded)  # fmt: skip
-        y = b.collapse(b.collapse(self._attend(y), 2, 2), 0, 2)  # [N*C, H]
+        y = b.expand(b.expand(y, 1, 3, c.num_heads, c.head_dim), 0, *self._positions)
+        y = b.collapse(b.collapse(self._attend(y), 3, 2), 0, 3)  # [N*C, H]
         x = self._linear(y, f"{name}.attn_out", x)
         y = self._linear(self._norm(x, f"{name}.ln2", dtype), f"{name}.ffn_up")
         y = b.generic("tk->tk", [y], y.shape, dtype,
@@ -134,49 +160,53 @@ class VisionEmitter:
         return self._linear(y, f"{name}.ffn_down", x)
 
     def _attend(self, heads: Tensor) -> Tensor:
-        """Attention of all positions to all: [N, C, heads, D], of queries, keys and values
-        [N, C, 3, heads, D]."""
+        """Attention of all positions to all: [N, O, B, heads, D], of queries, keys and values
+        [N, O, B, 3, heads, D]."""
         b, c, dtype = self.b, self.config, self.w.dtype
-        q, k, v = (b.slice(heads, 2, i, 1, drop=True) for i in range(3))
-        mask, spec = None, "nthd,nchd,nchv->nthv"
-        if self.num_padded > c.num_positions:
-            spec = "nthd,nchd,nchv,c->nthv"
+        heads = b.pad(heads, 5, _whole(c.head_dim, SUBGROUP), 0)
+        q, k, v = (b.slice(heads, 3, i, 1, drop=True) for i in range(3))
+        mask, spec = None, "nothd,nbchd,nbchv->nothv"
+        if c.num_positions % self.block:
+            spec = "nothd,nbchd,nbchv,bc->nothv"
             last = b.scalar(c.num_positions, "index")
             mask = b.generic(
-                "->c", [], (self.num_padded,), dtype,
-                lambda: b.position("c").less(last).select(
+                "->bc", [], self._positions[1:], dtype,
+                lambda: self._position("b", "c").less(last).select(
                     b.scalar(0.0, dtype), b.scalar(HIDDEN_SCORE, dtype)),
             )  # fmt: skip
-        return b.attention("nhtdcv", spec, q, k, v, 1 / math.sqrt(c.head_dim), mask, dtype)
+        out = b.attention("nhotdbcv", spec, q, k, v, 1 / math.sqrt(c.head_dim), mask, "f32")
+        out = b.slice(out, 4, 0, c.head_dim)
+        return b.generic("nothd->nothd", [out], out.shape, dtype, lambda v: v.to(dtype))
 
-    # What becomes of it
+    # What makes it embeddings, rows of E features
 
-    def _project(self, x: Tensor) -> Tensor:
-        """[N*tokens, E] f32, of the residual stream [N, C, H]."""
-        b, c, dtype = self.b, self.config, self.w.dtype
-        n = x.shape[0]
-        if c.family == "llava":
-            x = b.slice(x, 1, 1, c.num_patches)
-            x = b.generic("nth->nth", [x], x.shape, dtype, lambda v: v.to(dtype))
-            x = self._linear(b.collapse(x, 0, 2), "mm.1")
-            x = b.generic("tk->tk", [x], x.shape, dtype, lambda v: gelu(v).to(dtype))
-            return self._linear(x, "mm.2")
-        x = b.expand(self._norm(b.collapse(x, 0, 2), "v.post_ln", dtype), 0, n, self.num_padded)
-        return self.w.linear(b.collapse(self._shuffle(x), 0, 2), "mm.fc.weight")
+    def _projected(self, x: Tensor) -> Tensor:
+        b, dtype = self.b, self.w.dtype
+        x = b.generic("th->th", [x], x.shape, dtype, lambda v: v.to(dtype))
+        x = self._linear(x, "mm.1")
+        x = b.generic("tk->tk", [x], x.shape, dtype, lambda v: gelu(v).to(dtype))
+        return self._linear(x, "mm.2")
+
+    def _connected(self, x: Tensor) -> Tensor:
+        x = self._norm(x, "v.post_ln", self.w.dtype)
+        x = self._shuffle(self._by_tile(x, self._positions))
+        return self.w.linear(x, "mm.fc.weight", num_rows=self.config.tokens_per_tile)
 
     def _shuffle(self, x: Tensor) -> Tensor:
-        """Squares of s*s patches as one: [N, P/s^2, s^2*H] (pixel shuffle, Shi et al. 2016)."""
+        """Squares of s*s patches of [N, C, H] as one: tokens [N*T, s^2*H] with padding to whole
+        blocks (pixel shuffle, Shi et al. 2016)."""
         b, c = self.b, self.config
         s, across, hidden = c.scale_factor, c.patches_across, c.hidden_size
 
         def element() -> Scalar:
-            i, t, k = (b.position(letter) for letter in "ntk")
+            i, t, k = b.position("n"), self._position("o", "t"), b.position("k")
+            t = t.minimum(b.scalar(c.tokens_per_tile - 1, "index"))
             y = t // (across // s) * s + k // (s * hidden)
             column = t % (across // s) * s + k // hidden % s
             return b.extract(x, i, y * across + column, k % hidden)
 
-        shape = (x.shape[0], c.tokens_per_tile, s * s * hidden)
-        return b.generic("->ntk", [], shape, x.dtype, element)
+        shape = (*self._tokens, s * s * hidden)
+        return b.collapse(b.generic("->notk", [], shape, x.dtype, element), 0, 3)
 
     # Building blocks
 

@@ -100,17 +100,22 @@ class SeeingModel:
 
 @pytest.fixture(scope="session")
 def make_seeing(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., SeeingModel]:
-    """Builds tiny models that see, once a run: make_seeing("llava", row_major=True)."""
+    """Builds tiny models that see, once a run: make_seeing("llava", row_major=True).
+
+    Fields of VisionConfig and of BuildOptions, as in `make_tiny`.
+    """
     made: dict[str, SeeingModel] = {}
 
     def make(family: str, *, keep_mlir: bool = False, **changes: Any) -> SeeingModel:
         key = repr((family, keep_mlir, sorted(changes.items())))
         if key not in made:
-            vision = {"idefics3": IDEFICS3, "llava": LLAVA}[family]
+            shape = {k: v for k, v in changes.items() if k in VisionConfig.__dataclass_fields__}
+            rest = {k: v for k, v in changes.items() if k not in shape}
+            vision = replace({"idefics3": IDEFICS3, "llava": LLAVA}[family], **shape)
             folder = tmp_path_factory.mktemp("seeing")
             weights = random_model(TINY, vision, seed=7)
             write_vision_folder(folder / "source", TINY, vision, weights)
-            options = replace(TINY_OPTIONS, image_batch_sizes=(1, 3), **changes)
+            options = replace(TINY_OPTIONS, image_batch_sizes=(1, 3), **rest)
             artifact = build(folder / "source", folder / "artifact", options, keep_mlir=keep_mlir)
             made[key] = SeeingModel(vision, weights, folder / "source", artifact)
         return made[key]

@@ -2,33 +2,66 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
 
-from compile.config import LlamaConfig
-from compile.kernels import MI300X, Dispatch, Report, compile_shape, table
+from compile.build import BuildOptions
+from compile.config import LlamaConfig, VisionConfig
+from compile.kernels import MI300X, SHAPES, TOWERS, Dispatch, Report, compile_shape, table
 
 CONFIG = LlamaConfig(4096, 1024, 2048, 2, 8, 2, 64, 1e-5, 1e4, 1024, True)
 MATRICES = 2 * 2 * (1024 * (512 + 2 * 128) + 512 * 1024 + 3 * 1024 * 2048) + 2 * 4096 * 1024
 PRODUCTS = ("_matmul_like_", "_matvec_like_")
+SO400M = VisionConfig("idefics3", 384, 14, 1152, 4304, 27, 16, 1e-6, "gelu_tanh", 3)
+SEEING = {name: (SHAPES[name], TOWERS[name]) for name in TOWERS} | {
+    "smolvlm-2.2b": (replace(CONFIG, hidden_size=2048, num_heads=32, num_kv_heads=32), SO400M)
+}
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", params=["gfx942", "gfx1100"])
 def report(request: pytest.FixtureRequest) -> Report:
-    return compile_shape(CONFIG, request.param, "f16", "f16", 1024)
+    return compile_shape(CONFIG, BuildOptions(request.param, max_seq_len=1024))
+
+
+@pytest.fixture(
+    scope="module", params=itertools.product(SEEING, ["gfx942", "gfx1100"]), ids=" ".join
+)
+def seeing(request: pytest.FixtureRequest) -> Report:
+    """Of models that see, with few layers: of one, and a first one that differs."""
+    name, chip = request.param
+    config, tower = SEEING[name]
+    options = BuildOptions(
+        chip, max_seq_len=1024, prefill_batch_sizes=(1,), decode_batch_sizes=(1,)
+    )
+    return compile_shape(replace(config, num_layers=1), options, replace(tower, num_layers=2))
 
 
 def products(dispatches: list[Dispatch]) -> list[Dispatch]:
     return [d for d in dispatches if any(kind in d.name for kind in PRODUCTS)]
 
 
+def multiplying(report: Report, dispatches: list[Dispatch]) -> list[Dispatch]:
+    """Products and attention, which have matrix instructions."""
+    found = [*products(dispatches), *(d for d in dispatches if "_attention_" in d.name)]
+    return [d for d in found if report.kernels[d.name].instructions]
+
+
+def check_parallel(report: Report, dispatches: list[Dispatch]) -> None:
+    """A single thread touches a few numbers at most, and a workgroup no more than it must."""
+    for dispatch in dispatches:
+        kernel = report.kernels[dispatch.name]
+        assert kernel.spilled == 0, dispatch.name
+        assert kernel.threads * dispatch.workgroups >= min(32, dispatch.num_bytes // 256)
+
+
 def test_prefill_uses_matrix_instructions(report: Report) -> None:
     """In all products but the head's, which has a single row; and in attention."""
     step = report.dispatches("prefill_bs1", 1, 256, 256)
-    found = [*products(step), *(d for d in step if "_attention_" in d.name)]
-    assert len(found) == 2 * 5 + 1
-    assert all(report.kernels[d.name].instructions for d in found)
+    assert len(multiplying(report, step)) == 2 * 5 + 1
     assert sum(d.operations for d in products(step)) == 256 * MATRICES
 
 
@@ -43,13 +76,9 @@ def test_a_decode_step_reads_each_weight_once(report: Report, rows: int) -> None
 
 
 def test_nothing_is_serial_or_spilled(report: Report) -> None:
-    """A single thread touches a few numbers at most, and a workgroup no more than it must."""
     for function, rows, length in (("decode_next_bs1", 1, 1), ("decode_next_bs8", 8, 1),
                                    ("prefill_next_bs1", 1, 256)):  # fmt: skip
-        for dispatch in report.dispatches(function, rows, length, 256):
-            kernel = report.kernels[dispatch.name]
-            assert kernel.spilled == 0, dispatch.name
-            assert kernel.threads * dispatch.workgroups >= min(32, dispatch.num_bytes // 256)
+        check_parallel(report, report.dispatches(function, rows, length, 256))
 
 
 def test_a_layer_adds_no_kernels(report: Report) -> None:
@@ -57,6 +86,24 @@ def test_a_layer_adds_no_kernels(report: Report) -> None:
     step = report.dispatches("decode_next_bs8", 8, 1, 128)
     once = [d for d in step if step.count(d) == 1]
     assert len(once) < len(step) / 2
+
+
+def test_a_tower(seeing: Report) -> None:
+    """Batches of all sizes have the same kernels, but for the one that reads pixels."""
+    names = []
+    for num_tiles in seeing.options.image_batch_sizes:
+        step = seeing.tile_dispatches(num_tiles)
+        of_projector = 2 if seeing.vision and seeing.vision.has_class_token else 1
+        assert len(multiplying(seeing, step)) == 1 + 2 * 5 + of_projector
+        check_parallel(seeing, step)
+        names.append([d.name for d in step])
+    assert names[0][1:] == names[1][1:]
+
+
+def test_a_prefill_with_embeddings(seeing: Report) -> None:
+    step = seeing.dispatches("prefill_embeds_next_bs1", 1, 256, 256)
+    assert len(multiplying(seeing, step)) == 5
+    check_parallel(seeing, step)
 
 
 def test_table(report: Report) -> None:

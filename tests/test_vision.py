@@ -12,8 +12,10 @@ import PIL.Image
 import pytest
 from conftest import TINY, SeeingModel
 from reference import forward
-from vision_reference import IMAGE_TOKEN
+from running import open_runner
+from vision_reference import IMAGE_TOKEN, encode
 
+from sf_local.artifact import open_artifact
 from sf_local.engine import Engine
 from sf_local.errors import ImageError, RequestError
 from sf_local.image_processor import ImageProcessor, ImageSettings
@@ -96,6 +98,24 @@ def test_other_code(
     model = make_seeing(family, **options)
     with Engine(model.artifact, kv_pages=60) as engine:
         check_logprobs(model, engine, QUESTION, picture(60, 40))
+
+
+@pytest.mark.parametrize("family", ["idefics3", "llava"])
+def test_a_gpus_tower_of_several_blocks(
+    make_seeing: Callable[..., SeeingModel], family: str
+) -> None:
+    """Of positions and of tokens, with padding; of four tiles, three are encoded at once."""
+    model = make_seeing(
+        family, image_size=72, scale_factor=1, num_layers=1, row_major=True,
+        prefill_batch_sizes=(1,), decode_batch_sizes=(1,),
+    )  # fmt: skip
+    tiles = np.random.default_rng(0).integers(0, 256, (4, 72, 72, 3)).astype(np.uint8)
+    manifest = open_artifact(model.artifact).manifest
+    assert manifest and manifest.images
+    pixels = ImageProcessor(ImageSettings(**manifest.images)).normalized(tiles)
+    with open_runner(model.artifact) as run:
+        found = run(lambda runner: runner.encode(tiles))
+    np.testing.assert_allclose(found, encode(model.vision, model.weights, pixels), atol=2e-5)
 
 
 @pytest.mark.parametrize("family", ["idefics3", "llava"])
