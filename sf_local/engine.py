@@ -291,7 +291,7 @@ class Engine:
         cache had. forced_tokens: of the completion, known from a grammar without decoding.
         preemptions, steps; step_seconds: time spent in steps, call_seconds of it inside the
         compiled functions, where mask_seconds of CPU time for grammars are hidden; sample_seconds.
-        encoded_tiles: of images.
+        encoded_tiles: of images, in encode_seconds of the calls.
         """
         return self._loop.stats()
 
