@@ -24,7 +24,9 @@ def built(source: str | Path = "demo") -> Path:
     from compile.progress import progress_display
 
     with progress_display() as progress:
-        return demo(progress=progress) if source == "demo" else build_once(source, progress=progress)
+        if source == "demo":
+            return demo(progress=progress)
+        return build_once(source, progress=progress)
 
 
 def checked(state: "sgl.lang.interpreter.ProgramState") -> "sgl.lang.interpreter.ProgramState":
