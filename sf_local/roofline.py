@@ -100,34 +100,32 @@ def prefill_flops(artifact: Artifact, length: int) -> float:
 def encode_flops(artifact: Artifact) -> float:
     """Of a tile: patches, all layers' matrices, attention of all to all, and the connector."""
     assert artifact.manifest and artifact.manifest.images
-    entries = _entries(artifact, TOWER)
+    entries = _entries(artifact)
     positions, hidden = map(int, entries["v.position_embd.weight"].type.split("x")[:2])
     patches = positions - ("mm.1.weight" in entries)  # LLaVA's has a class token
     tokens = int(artifact.manifest.images["tokens_per_tile"])
     rows = {"v.blk.": positions, "v.patch_embd.": patches, "mm.": tokens}
     matrices = sum(
-        rows[part] * _num_elements(entry)
-        for part in rows
+        count * _num_elements(entry)
         for name, entry in entries.items()
+        for part, count in rows.items()
         if name.startswith(part) and ".ln" not in name
     )
-    num_layers = sum("attn_qkv" in name for name in entries)
+    num_layers = sum(name.startswith("v.") and "attn_qkv" in name for name in entries)
     return 2 * (matrices + num_layers * 2 * positions**2 * hidden)  # Q @ K and P @ V
 
 
 def _weights(artifact: Artifact) -> dict[str, irpa.Entry]:
     """All that a step reads whole: not an embedding, unless it is the head as well."""
-    entries = _entries(artifact)
-    entries = {name: entry for name, entry in entries.items() if not name.startswith(TOWER)}
+    entries = {n: e for n, e in _entries(artifact).items() if not n.startswith(TOWER)}
     if "output.weight" in entries:
         del entries["token_embd.weight"]
     return entries
 
 
-def _entries(artifact: Artifact, prefix: str | tuple[str, ...] = "") -> dict[str, irpa.Entry]:
+def _entries(artifact: Artifact) -> dict[str, irpa.Entry]:
     tables = [irpa.read_table(path) for path in artifact.weights]
-    found = {name: entry for table in tables for name, entry in table.items()}
-    return {n: e for n, e in found.items() if n.endswith(".weight") and n.startswith(prefix)}
+    return {n: e for table in tables for n, e in table.items() if n.endswith(".weight")}
 
 
 def _num_elements(entry: irpa.Entry) -> float:
