@@ -147,15 +147,29 @@ def build(
 
 
 def demo(options: BuildOptions | None = None, *, progress: Progress = _silent) -> Path:
-    """The artifact of the demo model (SmolLM2-135M-Instruct), built once per set of inputs.
+    """`build_once` of the demo model (SmolLM2-135M-Instruct), which need not be opened for it."""
+    return _kept("demo", "smollm2", DEMO_SHA256, options or BuildOptions(), progress)
+
+
+def build_once(
+    source: str | Path, options: BuildOptions | None = None, *, progress: Progress = _silent
+) -> Path:
+    """The artifact of `source`, as `build` takes it, built once per set of inputs.
 
     It lies in the user's cache folder under a hash of the weights, the options, the target with its
     CPU features, the compiler and this code.
     """
-    options = options or BuildOptions()
-    folder = cache_dir() / "artifacts" / f"smollm2-{_fingerprint(DEMO_SHA256, options)}"
+    opened = open_source(source, lambda message: progress(message, None))
+    name = opened.name.rpartition("/")[2]
+    return _kept(source, name, opened.sha256, options or BuildOptions(), progress)
+
+
+def _kept(
+    source: str | Path, name: str, sha256: str, options: BuildOptions, progress: Progress
+) -> Path:
+    folder = cache_dir() / "artifacts" / f"{name}-{_fingerprint(sha256, options)}"
     if not _is_artifact(folder):
-        build("demo", folder, options, force=True, progress=progress)
+        build(source, folder, options, force=True, progress=progress)
     return folder
 
 

@@ -1,6 +1,7 @@
 """What the examples share: --vmfb and --device, and the demo model when neither is given."""
 
 import argparse
+from pathlib import Path
 
 import sglang as sgl
 
@@ -12,17 +13,20 @@ def open_backend() -> "sgl.ShortfinLocal":
     parser.add_argument("--vmfb", help="artifact folder (default: the demo model, built once)")
     parser.add_argument("--device", default="cpu", help="cpu, hip or hip:N")
     args = parser.parse_args()
-    backend = sgl.ShortfinLocal(vmfb=args.vmfb or demo_artifact(), device=args.device)
+    backend = sgl.ShortfinLocal(vmfb=args.vmfb or built(), device=args.device)
     sgl.set_default_backend(backend)
     return backend
 
 
-def demo_artifact() -> str:
-    from compile import demo
+def built(source: str | Path = "demo") -> Path:
+    """The artifact of the demo model, a folder or a Hugging Face id, built on first use."""
+    from compile import build_once, demo
     from compile.progress import progress_display
 
     with progress_display() as progress:
-        return str(demo(progress=progress))
+        if source == "demo":
+            return demo(progress=progress)
+        return build_once(source, progress=progress)
 
 
 def checked(state: "sgl.lang.interpreter.ProgramState") -> "sgl.lang.interpreter.ProgramState":

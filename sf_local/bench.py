@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 from sf_local import fresh_process
-from sf_local.artifact import open_artifact
+from sf_local.artifact import Artifact, open_artifact
 from sf_local.bench_report import Figure, summary
 from sf_local.device_info import find_device
 from sf_local.engine import Engine
@@ -442,16 +442,22 @@ def run(
                 engine.flush_cache()
                 figures += measurement(bench)
         figures.append(Figure("memory at the end", _resident_megabytes(), "MB"))
+    return report(opened, device, rounds, figures) | {"kv_pages": pages}
+
+
+def report(
+    artifact: Artifact, device: str, rounds: int, figures: Sequence[Figure]
+) -> dict[str, Any]:
+    """What was measured, and on what."""
     return {
-        "artifact": str(artifact),
-        "model": opened.manifest.source["name"] if opened.manifest else None,
+        "artifact": str(artifact.vmfb.parent),
+        "model": artifact.manifest.source["name"] if artifact.manifest else None,
         "device": device,
         "cpu": re.findall(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[0],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": python_version()}
         | {name: version(name) for name in ("sf-local", "shortfin", "numpy")},
         "rounds": rounds,
-        "kv_pages": pages,
         "figures": summary(figures),
     }
 

@@ -201,8 +201,9 @@ class Engine:
         params = SamplingParams() if params is None else params
         first = params.seed
         seeds = [None if first is None else (first + i) % 2**64 for i in range(params.n)]
-        ready = self.prepare(prompt, images)
-        handles = [self.submit(ready, replace(params, seed=seed, n=1)) for seed in seeds]
+        handles = [
+            self.submit(prompt, replace(params, seed=seed, n=1), images=images) for seed in seeds
+        ]
         return [handle.result() for handle in handles]
 
     def stream(
@@ -290,7 +291,7 @@ class Engine:
         cache had. forced_tokens: of the completion, known from a grammar without decoding.
         preemptions, steps; step_seconds: time spent in steps, call_seconds of it inside the
         compiled functions, where mask_seconds of CPU time for grammars are hidden; sample_seconds.
-        encoded_tiles: of images.
+        encoded_tiles: of images, in encode_seconds of the calls.
         """
         return self._loop.stats()
 

@@ -36,6 +36,7 @@ from sf_local.summary import Next, summarize
 _COUNTERS = (
     "prompt_tokens", "cached_tokens", "completion_tokens", "forced_tokens", "steps",
     "step_seconds", "call_seconds", "mask_seconds", "sample_seconds", "encoded_tiles",
+    "encode_seconds",
 )  # fmt: skip
 
 
@@ -314,7 +315,9 @@ class Loop:
         tiles = {tile: pixels for tile in shown if (pixels := tile.pixels) is not None}
         if not tiles:
             return
+        started_at = time.perf_counter()
         embeds = await self._runner.encode(list(tiles.values()))
+        self._counters["encode_seconds"] += time.perf_counter() - started_at
         for tile, values in zip(tiles, embeds, strict=True):
             tile.embeds, tile.pixels = values, None
         self._counters["encoded_tiles"] += len(tiles)

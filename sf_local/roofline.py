@@ -34,6 +34,7 @@ INSTRUCTIONS = {
 }
 TILE_CHAINS, TILE_OPERATIONS = 4, 2 * 16 * 16 * 32  # of tdpbf16ps, on AMX's tiles
 KINDS = {"f16": "f32", "int4": "int8"}  # computed as another type
+TOWER = ("v.", "mm.")  # what the names of a vision model's weights begin with
 WEIGHT_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "int8": 34 / 32, "int4": 20 / 32}  # groups of 32
 
 
@@ -96,13 +97,35 @@ def prefill_flops(artifact: Artifact, length: int) -> float:
     return 2 * (length * layers + head + artifact.config.transformer_block_count * attention)
 
 
+def encode_flops(artifact: Artifact) -> float:
+    """Of a tile: patches, all layers' matrices, attention of all to all, and the connector."""
+    assert artifact.manifest and artifact.manifest.images
+    entries = _entries(artifact)
+    positions, hidden = map(int, entries["v.position_embd.weight"].type.split("x")[:2])
+    patches = positions - ("mm.1.weight" in entries)  # LLaVA's has a class token
+    tokens = int(artifact.manifest.images["tokens_per_tile"])
+    rows = {"v.blk.": positions, "v.patch_embd.": patches, "mm.": tokens}
+    matrices = sum(
+        count * _num_elements(entry)
+        for name, entry in entries.items()
+        for part, count in rows.items()
+        if name.startswith(part) and ".ln" not in name
+    )
+    num_layers = sum(name.startswith("v.") and "attn_qkv" in name for name in entries)
+    return 2 * (matrices + num_layers * 2 * positions**2 * hidden)  # Q @ K and P @ V
+
+
 def _weights(artifact: Artifact) -> dict[str, irpa.Entry]:
     """All that a step reads whole: not an embedding, unless it is the head as well."""
-    tables = [irpa.read_table(path) for path in artifact.weights]
-    entries = {n: e for table in tables for n, e in table.items() if n.endswith(".weight")}
+    entries = {n: e for n, e in _entries(artifact).items() if not n.startswith(TOWER)}
     if "output.weight" in entries:
         del entries["token_embd.weight"]
     return entries
+
+
+def _entries(artifact: Artifact) -> dict[str, irpa.Entry]:
+    tables = [irpa.read_table(path) for path in artifact.weights]
+    return {n: e for table in tables for n, e in table.items() if n.endswith(".weight")}
 
 
 def _num_elements(entry: irpa.Entry) -> float:

@@ -7,18 +7,25 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import TinyModel
+from conftest import SeeingModel, TinyModel
 
 from sf_local.artifact import open_artifact
 from sf_local.bench import MEASUREMENTS
 from sf_local.bench_report import Figure, check_plot, summary, table
 from sf_local.cli import main
 from sf_local.errors import RequestError
-from sf_local.roofline import decode_bytes, peak_flops, prefill_flops, read_bandwidth
+from sf_local.roofline import (
+    decode_bytes,
+    encode_flops,
+    peak_flops,
+    prefill_flops,
+    read_bandwidth,
+)
 
 
 def test_bench(tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,6 +108,21 @@ def test_model_costs(tiny: TinyModel) -> None:
     assert weights <= decode_bytes(artifact, 0) <= 1.5 * weights
     grown = decode_bytes(artifact, 3) - decode_bytes(artifact, 0)
     assert grown == 3 * 2 * 2 * 2 * 8 * 4  # tokens, layers, K and V, heads, head size, bytes
+
+
+def test_a_tower_costs(tiny: TinyModel, make_seeing: Callable[..., SeeingModel]) -> None:
+    """Against a count by hand: 3 layers of 64 features, 72 inside, 16 patches of 8 x 8 pixels."""
+    layer = 4 * 64 * 64 + 2 * 64 * 72
+    attention = 2 * 64 * 16**2
+    least = 2 * (3 * (16 * layer + attention) + 16 * 64 * 192 + 4 * 48 * 256)
+    artifact = open_artifact(make_seeing("idefics3").artifact)
+    assert least <= encode_flops(artifact) <= 1.5 * least  # blocks are padded
+    attention = 2 * 64 * 17**2  # and a class token
+    least = 2 * (3 * (17 * layer + attention) + 16 * (64 * 192 + 48 * 64 + 48 * 48))
+    assert least <= encode_flops(open_artifact(make_seeing("llava").artifact)) <= 1.5 * least
+    text = open_artifact(tiny.artifact)
+    assert prefill_flops(artifact, 10) == prefill_flops(text, 10)
+    assert decode_bytes(artifact, 10) == decode_bytes(text, 10)
 
 
 def test_probes() -> None:

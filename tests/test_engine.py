@@ -396,6 +396,14 @@ def test_forks_share_one_computation(tiny: TinyModel) -> None:
             assert output.token_ids == oracle(tiny, [*shared, i], 6)
 
 
+def test_samples_are_remembered(tiny: TinyModel) -> None:
+    """So that a prompt that goes on after one, as SGLang's do, has its tokens."""
+    with Engine(tiny.artifact) as engine:
+        [output] = engine.samples("abc", SamplingParams(5, regex="[a-z]{5}"))
+        known = engine._encode._longest_known("abc" + output.text)
+        assert known == [*engine.encode("abc"), *output.token_ids]
+
+
 def test_samples_of_one_prompt(tiny: TinyModel) -> None:
     with Engine(tiny.artifact) as engine:
         params = SamplingParams(max_new_tokens=12, seed=5, n=4, ignore_eos=True)

@@ -73,7 +73,7 @@ def _write_folder(folder: Path) -> None:
     assert config.tied_embeddings and config.rope_scaling is None
     folder.mkdir()
     tensors = {
-        _hf_name(name): np.asarray(tensor.read(slice(None)), ml_dtypes.bfloat16)
+        hf_name(name): np.asarray(tensor.read(slice(None)), ml_dtypes.bfloat16)
         for name, tensor in source.tensors.items()
     }
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -90,7 +90,7 @@ def _write_folder(folder: Path) -> None:
     source.write_tokenizer(folder)
 
 
-def _hf_name(name: str) -> str:
+def hf_name(name: str) -> str:
     *layer, part, suffix = name.split(".")
     names = {ours: theirs for theirs, ours in NAMES.items()}
     return f"{f'model.layers.{layer[1]}.' if layer else ''}{names[part]}.{suffix}"
