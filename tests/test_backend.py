@@ -449,7 +449,7 @@ def test_hints_warm_the_cache(tiny: TinyModel) -> None:
         backend.cache_prefix("a common beginning of it all")
         backend.cache_prefix("")  # hints never raise
         backend.cache_prefix("x" * 10_000)
-        state = plain.run(max_tokens=2, backend=backend)
+        state = plain.run(max_tokens=2, temperature=0, ignore_eos=True, backend=backend)
         assert state.error() is None and state["out"]
         output = backend.engine.generate(
             "a common beginning of it all: yes", sf_local.SamplingParams(max_new_tokens=2)

