@@ -436,8 +436,11 @@ class _Place:
         artifact = open_artifact(vmfb, targets=[device.chip], **files)
         if artifact.manifest:
             check_target(artifact.manifest, device.chip)
-        available = memory_left(device, artifact.num_weight_bytes)
-        pages = num_kv_pages(artifact.config, device.kind, available, kv_pages, kv_memory)
+        num_bytes = artifact.num_weight_bytes
+        available = memory_left(device, num_bytes)
+        pages = num_kv_pages(
+            artifact.config, device.kind, available, kv_pages, kv_memory, num_bytes
+        )
         return cls(device, artifact, 1 + pages)
 
     @property

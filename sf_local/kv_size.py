@@ -17,6 +17,7 @@ def num_kv_pages(
     available: int | None,
     pages: int | None,
     memory: int | str | None,
+    weight_bytes: int = 0,
 ) -> int:
     """How many pages to give out; raises RequestError for a size that cannot be had.
 
@@ -35,10 +36,11 @@ def num_kv_pages(
     if not isinstance(pages, int) or isinstance(pages, bool) or pages < 1:
         raise RequestError(f"{name} must be at least {low}")
     if available is not None and pages * config.page_bytes > available:
+        beside = "" if device == "cpu" else f" beside weights of {weight_bytes / 2**30:.1f} GiB"
         raise RequestError(
             f"{name}: {pages * config.page_bytes / 2**30:.1f} GiB of KV pages, but "
-            f"{available / 2**30:.1f} GiB are free; use at most {available // config.page_bytes} "
-            "pages"
+            f"{available / 2**30:.1f} GiB are free{beside}; use at most "
+            f"{available // config.page_bytes} pages"
         )
     return pages
 

@@ -35,3 +35,9 @@ def test_more_than_there_is() -> None:
         with pytest.raises(RequestError, match="use at most 3 pages"):
             num_kv_pages(CONFIG, device, 3 * PAGE, 4, None)
     assert num_kv_pages(CONFIG, "hip", None, 4, None) == 4
+
+
+def test_more_than_the_weights_leave() -> None:
+    """With both numbers."""
+    with pytest.raises(RequestError, match=r"are free beside weights of 2.0 GiB; use at most"):
+        num_kv_pages(CONFIG, "hip", 1 << 20, 1 << 30, None, 2 << 30)

@@ -89,8 +89,15 @@ def test_two_images(model: SeeingModel, engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("family", ["idefics3", "llava"])
-@pytest.mark.parametrize("options", [{"row_major": True}, {"cpu": "x86-64-v3"}, {"cpu": "generic"}],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"row_major": True},
+        pytest.param({"cpu": "x86-64-v3"}, marks=pytest.mark.slow),
+        pytest.param({"cpu": "generic"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_other_code(
     make_seeing: Callable[..., SeeingModel], family: str, options: dict[str, object]
 ) -> None:
