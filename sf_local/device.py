@@ -6,13 +6,13 @@ arrays.py and runner.py import shortfin.
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
 import gc
 import re
 import threading
+import time
 import weakref
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,9 +45,9 @@ class Device:
         _parse_iree_flags()
         self.system = _cpu_system() if self.kind == "cpu" else _hip_system(self.index)
         self.worker = self.system.create_worker("sf_local")
-        self._pending: asyncio.Future[Any] | None = None  # what the watch looks at
-        self._pending_since = 0.0
-        self._is_watched = False
+        self.is_lost = False  # it did not answer: its worker may wait for ever
+        self._pending_since: float | None = None  # of a call under way, for the watch
+        self._lock, self._is_closed = threading.Lock(), threading.Event()
         self.renew()
 
     def renew(self) -> None:
@@ -63,41 +63,37 @@ class Device:
 
         self.worker.call_threadsafe(start)
 
+    def watch(self, give_up: Callable[[DeviceError], None]) -> None:
+        """Call `give_up` once, from a thread of its own, when a GPU does not finish a call."""
+        if not self.shares_memory:
+            threading.Thread(
+                target=self._watch, args=(give_up,), name="sf_local-watch", daemon=True
+            ).start()
+
+    def _watch(self, give_up: Callable[[DeviceError], None]) -> None:
+        while not self._is_closed.wait(PATIENCE / 8):
+            with self._lock:
+                since = self._pending_since
+                self.is_lost = since is not None and time.monotonic() - since > PATIENCE
+            if self.is_lost:
+                give_up(DeviceError(f"no answer from the device for {PATIENCE:.0f} seconds"))
+                return
+
     async def finish(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of work on the device; of one call at a time, on the worker thread.
 
-        IREE can wait for ever for a GPU that failed: after `PATIENCE` this raises DeviceError.
+        IREE can wait for ever for a GPU that failed, awaited or within a call of its own.
         """
         if self.shares_memory:
             return await work
-        loop = self.worker.loop
-        pending: asyncio.Future[T] = loop.create_future()
-        self._pending, self._pending_since = pending, loop.time()
-        task = loop.create_task(_settle(work, pending))
-        if not self._is_watched:
-            self._watch(PATIENCE)
+        self._pending_since = time.monotonic()
         try:
-            return await pending
+            return await work
         finally:
-            self._pending = None
-            task.cancel()
-
-    def _watch(self, seconds: float) -> None:
-        """Look after so many seconds; only once at a time, since IREE's poller has few places."""
-        self._is_watched = True
-        self.worker.loop.call_later(seconds, self._look)
-
-    def _look(self) -> None:
-        self._is_watched = False
-        if self._pending is None or self._pending.done():
-            return
-        seconds_left = self._pending_since + PATIENCE - self.worker.loop.time()
-        if seconds_left > 0:
-            self._watch(seconds_left)
-        else:
-            self._pending.set_exception(
-                DeviceError(f"no answer from the device for {PATIENCE:.0f} seconds")
-            )
+            with self._lock:
+                self._pending_since = None
+            if self.is_lost:  # and what it was is ended
+                raise DeviceError("the device answered too late")
 
     def abandon(self, *objects: object) -> None:
         """Keep the device and `objects` on it for ever, instead of closing.
@@ -121,6 +117,7 @@ class Device:
 
         The worker sleeps for ever, or it would want the interpreter when that is gone.
         """
+        self._is_closed.set()
         self.forget(*objects)
         asleep, never = threading.Event(), threading.Event()
 
@@ -132,6 +129,7 @@ class Device:
         asleep.wait(GRACE)
 
     def close(self) -> None:
+        self._is_closed.set()
         del self.scoped, self.fiber, self.worker
         self.system.shutdown()
         del self.system
@@ -194,15 +192,3 @@ def reason(error: BaseException) -> str:
     if text == "ABORTED; the semaphore was aborted":
         return "a call of its driver failed, and IREE does not say which (ABORTED)"
     return re.split("; (?:while (?:invoking|calling)|mismatched target chip)", text)[0][:300]
-
-
-async def _settle(work: Coroutine[Any, Any, T], pending: asyncio.Future[T]) -> None:
-    """Hand over what comes of work, unless nobody waits any more."""
-    try:
-        result = await work
-    except Exception as error:
-        if not pending.done():
-            pending.set_exception(error)
-    else:
-        if not pending.done():
-            pending.set_result(result)

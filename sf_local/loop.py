@@ -80,6 +80,7 @@ class Loop:
         except BaseException as error:
             raise self._not_started(error) from error
         _open.add(self)
+        self._device.watch(self._give_up)
         self._device.run(self._run())
         self._started.wait()
         if self._failure is not None:
@@ -159,7 +160,9 @@ class Loop:
             self._is_closing = True
             self._device.worker.call_threadsafe(self._end_idling)
             self._ended.wait()
-            if self._runner.has_ever_failed and not self._device.shares_memory:
+            if self._device.is_lost or (
+                self._runner.has_ever_failed and not self._device.shares_memory
+            ):
                 self._device.lose(self._runner)
             elif self._runner.has_ever_failed:
                 self._device.abandon(self._runner)
@@ -242,10 +245,20 @@ class Loop:
         except BaseException as error:
             self._failure = error
         finally:
-            self._is_closing = True
+            self._end_all()
+
+    def _give_up(self, error: DeviceError) -> None:
+        """In the place of a worker that waits for ever."""
+        self._thread_id = threading.get_ident()
+        self._failure = self._lost("failed", error) if self._started.is_set() else error
+        self._end_all()
+
+    def _end_all(self) -> None:
+        self._is_closing = True
+        with self._fail_lock:
             self._fail_all()
-            self._ended.set()
-            self._started.set()
+        self._ended.set()
+        self._started.set()
 
     async def _execute(self, step: Step) -> None:
         if step.copies:
