@@ -1,4 +1,4 @@
-"""Tiny models that see on a stand-in for a GPU: answers, traffic, and a call that fails."""
+"""Tiny models that see on a stand-in for a GPU: answers, traffic, memory, and a call that fails."""
 
 from __future__ import annotations
 
@@ -171,7 +171,50 @@ def copied(outcome: Outcome, name: str) -> tuple[list[int], list[int]]:
     return sent, received
 
 
-def test_an_encoder_that_fails(run_model: Callable[..., Outcome], model: tuple[str, str]) -> None:
+def test_memory_is_flat(run_model: Callable[..., Outcome]) -> None:
+    """Over images of all forms, those that were seen long ago let go of."""
+    outcome = run_model(
+        RUN
+        + """
+    import random
+
+    def resident():
+        return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+
+    rng, seen = random.Random(5), []
+    with open_engine(image_memory="1MiB") as engine:
+        for i in range(150):
+            sizes = [(rng.randrange(20, 90), rng.randrange(20, 90)) for _ in range(2)]
+            handles = [engine.submit(f"a <image> {i}", PARAMS, images=[picture(i, *size)])
+                       for size in sizes]
+            for handle in handles:
+                handle.result()
+            seen.append([memory()[1] - memory()[0], resident()])
+        check_pages(engine)
+    print(json.dumps(seen))
+""",
+        MODELS[0],
+        timeout=600,
+    )
+    early, process_early = outcome.value[50]
+    late, process_late = outcome.value[-1]
+    assert late <= 1.02 * early
+    assert process_late - process_early < 10  # MiB
+
+
+FAULTS = [
+    "hipModuleLaunchKernel:2:hipErrorLaunchFailure:async",
+    "hipMemcpyAsync:1:hipErrorUnknown",
+    "hipHostMalloc:1:hipErrorOutOfMemory",  # for pixels
+    "hipMalloc:1:hipErrorOutOfMemory",
+    "hipModuleLaunchKernel:2:hipErrorLaunchOutOfResources",
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_encoder_that_fails(
+    run_model: Callable[..., Outcome], model: tuple[str, str], fault: str
+) -> None:
     """It ends the engine, as other calls that fail."""
     outcome = run_model(
         RUN
@@ -197,7 +240,7 @@ def test_an_encoder_that_fails(run_model: Callable[..., Outcome], model: tuple[s
     print(json.dumps([errors, text]))
 """,
         model,
-        fault="hipModuleLaunchKernel:2:hipErrorLaunchFailure:async",
+        fault=fault,
     )
     errors, text = outcome.value
     check_failure(outcome, LOST, [text])
