@@ -6,7 +6,6 @@ SF_LOCAL_PEERS=FOLDER.
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from vision_reference import (
     IDEFICS3,
     IMAGE_TOKEN,
     LLAVA,
+    ask_transformers,
     encode,
     forward_images,
     random_model,
@@ -59,11 +59,7 @@ def test_agrees_with_transformers(
     shape = (sum(tiles), 3, config.image_size, config.image_size)
     pixels = np.random.default_rng(0).uniform(-2, 2, shape).astype(np.float32)
     tokens = prompt(config, tiles)
-    np.savez(tmp_path / "inputs.npz", pixels=pixels, tokens=tokens)
-    script = Path(__file__).with_name("vision_peer.py")
-    command = [python, script, folder, tmp_path / "inputs.npz", tmp_path / "outputs.npz"]
-    subprocess.run(command, check=True, timeout=300)
-    theirs = np.load(tmp_path / "outputs.npz")
+    [theirs] = ask_transformers(python, folder, [{"pixels": pixels, "tokens": tokens}])
     for name, ours in (
         ("embeddings", encode(config, weights, pixels)),
         ("logits", forward_images(text, config, weights, tokens, pixels)),

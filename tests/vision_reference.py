@@ -2,7 +2,9 @@
 
 import math
 import re
-from collections.abc import Sequence
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -228,6 +230,7 @@ def write_vision_folder(
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     write_json(folder / "config.json", vision_hf_config(text, config, dtype))
     write_json(folder / "preprocessor_config.json", preprocessor_config(config))
+    write_json(folder / "processor_config.json", processor_config(config))
     write_tokenizer(folder, text.vocab_size, ADDED_TOKENS, CHAT_TEMPLATE)
     return folder
 
@@ -307,3 +310,28 @@ def preprocessor_config(config: VisionConfig) -> dict[str, Any]:
         "resample": 1,
         "size": {"longest_edge": 3 * size},
     }
+
+
+def processor_config(config: VisionConfig) -> dict[str, Any]:
+    """The contents of a processor_config.json."""
+    if config.family == "idefics3":
+        return {"processor_class": "Idefics3Processor", "image_seq_len": config.tokens_per_tile}
+    return {
+        "processor_class": "LlavaProcessor",
+        "patch_size": config.patch_size,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+    }
+
+
+def ask_transformers(
+    python: Path, folder: Path, prompts: Sequence[Mapping[str, npt.ArrayLike]]
+) -> list[dict[str, Array]]:
+    """What `vision_peer.py` makes of each prompt."""
+    with tempfile.TemporaryDirectory() as work:
+        files = [Path(work) / f"{i}.npz" for i in range(len(prompts))]
+        for file, arrays in zip(files, prompts, strict=True):
+            np.savez(file, **arrays)
+        script = Path(__file__).with_name("vision_peer.py")
+        subprocess.run([python, script, folder, *files], check=True, timeout=300)
+        return [dict(np.load(file.with_suffix(".out.npz"))) for file in files]
