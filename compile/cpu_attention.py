@@ -8,8 +8,10 @@ units of u (pairs of bf16, where the CPU multiplies them).
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 
 from compile.config import Heads
 from compile.kernel import LINE, KernelBuilder, Memory, Views, lanes_of, vector_type
@@ -26,6 +28,7 @@ from compile.model import ITEM_BYTES, MASKED
 QUERY_ROWS = 4  # rows of one sequence that attend together
 CHUNK = 256  # positions between two corrections of a softmax
 LINE_BYTES = 64  # of a cache
+UNROLL = 4  # vectors at once in a softmax
 SPLIT = 512  # positions of a task in decode, so that several threads share a long context
 
 
@@ -198,7 +201,7 @@ class Attention:
     def _scatter(self, x: Scalar, first: int, at: Callable[[int], Scalar]) -> None:
         """Store the elements of a vector, features `first` and on, one by one."""
         cache, lanes = self.memory.cache[self.layout.operand.dtype], lanes_of(x)
-        x = x.to(vector_type(lanes, cache.dtype))
+        x = self.k.convert(x, cache.dtype)
         for lane in range(lanes):
             cache.store(self.k.element(x, lane), at(first + lane))
 
@@ -301,30 +304,37 @@ class Attention:
         shares = self._shares_at(local) + j * CHUNK
         ends, masked = k.broadcast(last.to("i32"), p), k.scalar(MASKED, kind)
 
-        def larger(t: Scalar, top: Scalar) -> list[Scalar]:
-            return [top.maximum(memory.load_vector(scores + t * p, p))]
+        def places(group: Scalar) -> list[Scalar]:
+            return [(group * UNROLL + i) * p for i in range(UNROLL)]
 
-        def mask(t: Scalar, top: Scalar) -> list[Scalar]:
-            x = memory.load_vector(scores + t * p, p)
-            x = ends.less(k.lanes_from((t * p).to("i32"), p)).select(masked, x)
-            memory.store_vector(x, scores + t * p)
-            return [top.maximum(x)]
+        def larger(group: Scalar, *tops: Scalar) -> list[Scalar]:
+            found = [memory.load_vector(scores + at, p) for at in places(group)]
+            return [k.larger(x, top) for x, top in zip(found, tops, strict=True)]
 
-        visible = (last + 1).clamp(0, num_tiles * p) // p  # whole tiles
-        [tops] = k.fold(0, visible, [masked], larger)
-        [tops] = k.fold(visible, num_tiles, [tops], mask)
+        def mask(group: Scalar, *tops: Scalar) -> list[Scalar]:
+            for at in places(group):
+                x = memory.load_vector(scores + at, p)
+                x = ends.less(k.lanes_from(at.to("i32"), p)).select(masked, x)
+                memory.store_vector(x, scores + at)
+            return larger(group, *tops)
+
+        num_groups = (num_tiles + (UNROLL - 1)) // UNROLL
+        visible = (last + 1).clamp(0, num_groups * (UNROLL * p)) // (UNROLL * p)  # wholly
+        tops = k.fold(0, visible, [masked] * UNROLL, larger)
+        tops = k.fold(visible, num_groups, tops, mask)
         before = memory.load(local.maxima + j)
-        now = before.maximum(k.maximum(tops))
+        now = before.maximum(k.maximum(reduce(k.larger, tops)))
         wide = k.broadcast(now, p)
 
-        def share(t: Scalar, total: Scalar) -> list[Scalar]:
-            x = k.exp(memory.load_vector(scores + t * p, p) - wide)
-            self._store_as(self.memory.local[self._other], x, shares + t * p)
-            return [total + x]
+        def share(group: Scalar, *totals: Scalar) -> list[Scalar]:
+            found = [k.exp(memory.load_vector(scores + at, p) - wide) for at in places(group)]
+            for x, at in zip(found, places(group), strict=True):
+                self._store_as(self.memory.local[self._other], x, shares + at)
+            return [total + x for x, total in zip(found, totals, strict=True)]
 
-        [totals] = k.fold(0, num_tiles, [k.scalar(0.0, kind)], share)
-        factor = (before - now).math("exp")
-        total = memory.load(local.totals + j) * factor + k.sum(totals)
+        totals = k.fold(0, num_groups, [k.scalar(0.0, kind)] * UNROLL, share)
+        factor = k.element(k.exp(k.broadcast(before - now, p)), 0)
+        total = memory.load(local.totals + j) * factor + k.sum(reduce(operator.add, totals))
         for value, at in ((now, local.maxima), (total, local.totals), (factor, local.factors)):
             memory.store(value, at + j)
 
@@ -421,7 +431,7 @@ class Attention:
 
     def _store_as(self, memory: Memory, value: Scalar, at: Scalar) -> None:
         """Store f32 as the memory's type."""
-        memory.store_vector(value.to(vector_type(lanes_of(value), memory.dtype)), at)
+        memory.store_vector(self.k.convert(value, memory.dtype), at)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class MatrixKernel:
 
     def __init__(self, name: str, layers: Format) -> None:
         self.name, self.layers, self.vectors = name, layers, layers.vectors
-        self.k = KernelBuilder()
+        self.k = KernelBuilder(has_bf16=self.vectors.has_dot)
         self.weights: Views
         self.counters: Memory
         self.tiles: Tiles | None = None

@@ -73,10 +73,14 @@ class Memory:
 
 
 class KernelBuilder(Builder):
-    """Writes the body of one kernel: a `binding` for each argument, then `phase` after `phase`."""
+    """Writes the body of one kernel: a `binding` for each argument, then `phase` after `phase`.
 
-    def __init__(self) -> None:
+    has_bf16: the CPU has instructions for such numbers (AVX512_BF16).
+    """
+
+    def __init__(self, *, has_bf16: bool = False) -> None:
         super().__init__()
+        self._has_bf16 = has_bf16
         self._indent = 4
         self._bindings: list[str] = []
         self.num_constants = 0
@@ -178,7 +182,7 @@ class KernelBuilder(Builder):
         """
         kind, whole = x.dtype, vector_type(lanes_of(x), "i32")
         low, high = (self.scalar(value, kind) for value in (-87.0, 88.0))
-        x = self._binary("maximumf", self._binary("minimumf", x, high), low) * math.log2(math.e)
+        x = self.larger(low, self.smaller(high, x)) * math.log2(math.e)
         # Adding this rounds, and leaves the whole number in the lowest bits.
         shifted = x + ROUNDING
         fraction = x - (shifted - ROUNDING)
@@ -188,8 +192,23 @@ class KernelBuilder(Builder):
         exponent = self.bits("shli", self.bitcast(shifted, whole), self.scalar(23, whole))
         return self.bitcast(self.bitcast(power, whole) + exponent, kind)
 
-    def _binary(self, op: str, a: Scalar, b: Scalar) -> Scalar:
-        return self.op(f"arith.{op} {a.name}, {b.name} : {a.dtype}", a.dtype)
+    def larger(self, a: Scalar, b: Scalar) -> Scalar:
+        """Of each pair of elements; b's where one is not a number, which takes one instruction."""
+        return self._compare("ogt", a, b).select(a, b)
+
+    def smaller(self, a: Scalar, b: Scalar) -> Scalar:
+        """As `larger`."""
+        return self._compare("olt", a, b).select(a, b)
+
+    def _compare(self, how: str, a: Scalar, b: Scalar) -> Scalar:
+        return self.op(f"arith.cmpf {how}, {a.name}, {b.name} : {a.dtype}", mask_type(a.dtype))
+
+    def convert(self, x: Scalar, dtype: str) -> Scalar:
+        """A vector with elements of another float type."""
+        kind = vector_type(lanes_of(x), dtype)
+        if self._has_bf16 and (x.dtype, dtype) == (vector_type(16, "f32"), "bf16"):
+            return self.intrinsic("x86.avx512bf16.cvtneps2bf16.512", [x], kind)
+        return x.to(kind)
 
     def sum(self, value: Scalar) -> Scalar:
         return self._reduction("add", value)

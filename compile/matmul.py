@@ -406,9 +406,8 @@ class Activations:
         item = ITEM_BYTES[self.elements.dtype]
         at = row * (self.row_bytes // item) + feature
         for value in values:
-            lanes = lanes_of(value)
-            self.elements.store_vector(value.to(vector_type(lanes, self.elements.dtype)), at)
-            at = at + lanes
+            self.elements.store_vector(self._k.convert(value, self.elements.dtype), at)
+            at = at + lanes_of(value)
 
     def _store_group(self, values: Sequence[Scalar], row: Scalar, group: Scalar) -> None:
         k, lanes = self._k, lanes_of(values[0])
