@@ -67,12 +67,12 @@ class KVLayout:
 class Local:
     """A workgroup's own memory for some queries: where its parts begin, in f32.
 
-    Scores and their shares [queries, CHUNK], values [queries, D], then of each query the largest
-    score so far, the total of its shares, and the factor that corrects what was added before.
+    Scores [queries, CHUNK], which become shares of their own type, each query's where its scores
+    began; values [queries, D], then of each query the largest score so far, the total of its
+    shares, and the factor that corrects what was added before.
     """
 
     scores: Scalar
-    shares: Scalar
     values: Scalar
     maxima: Scalar
     totals: Scalar
@@ -80,14 +80,13 @@ class Local:
 
     @classmethod
     def of(cls, start: Scalar, queries: int, head_dim: int) -> Local:
-        shares = start + queries * CHUNK
-        values = shares + queries * CHUNK
+        values = start + queries * CHUNK
         maxima = values + queries * head_dim
-        return cls(start, shares, values, maxima, maxima + queries, maxima + 2 * queries)
+        return cls(start, values, maxima, maxima + queries, maxima + 2 * queries)
 
     @staticmethod
     def size(queries: int, head_dim: int) -> int:
-        return -(-queries * (2 * CHUNK + head_dim + 3) // LINE) * LINE
+        return -(-queries * (CHUNK + head_dim + 3) // LINE) * LINE
 
 
 @dataclass(frozen=True)
@@ -301,7 +300,7 @@ class Attention:
         k, p, memory = self.k, self.layout.position_lanes, self.memory.local["f32"]
         kind = vector_type(p, "f32")
         scores = local.scores + j * CHUNK
-        shares = self._shares_at(local) + j * CHUNK
+        shares = self._shares_at(local, j)
         ends, masked = k.broadcast(last.to("i32"), p), k.scalar(MASKED, kind)
 
         def places(group: Scalar) -> list[Scalar]:
@@ -342,9 +341,9 @@ class Attention:
         """Of the keys and of the values in the page that holds a position."""
         return self.layout.starts(self.page(chunk.row, position), chunk.layer, chunk.head)
 
-    def _shares_at(self, local: Local) -> Scalar:
-        """Where the shares begin, in elements of their own type."""
-        return local.shares * (4 // ITEM_BYTES[self._other])
+    def _shares_at(self, local: Local, j: Scalar | int) -> Scalar:
+        """Where a query's shares begin, in elements of their own type."""
+        return (local.scores + j * CHUNK) * (4 // ITEM_BYTES[self._other])
 
     def _weigh(self, local: Local, chunk: Chunk, queries: range, num_pages: Scalar) -> None:
         """Add the values of a chunk, times their shares, to what is kept of the chunks before."""
@@ -352,7 +351,6 @@ class Attention:
         lanes, u = layout.head_lanes, layout.operand.unit
         width = 2 if d // lanes % 2 == 0 else 1
         memory = self.memory.local["f32"]
-        shares = self._shares_at(local)
         with k.loop(0, d // lanes, width) as tile:
             at = [local.values + j * d + (tile + t) * lanes for j in queries for t in range(width)]
             factors = [k.broadcast(memory.load(local.factors + j), lanes) for j in queries]
@@ -363,7 +361,7 @@ class Attention:
                 starts = [values // u + (tile + t) * lanes for t in range(width)]
                 cache = self.memory.cache[layout.operand.unit_dtype]
                 streams = Streams(cache, layout.operand, starts, d, lanes)
-                rows = [(shares + j * CHUNK + page * layout.page_size) // u for j in queries]
+                rows = [(self._shares_at(local, j) + page * layout.page_size) // u for j in queries]
                 units = self.memory.local[self._units]
                 return product(k, streams, units, rows, layout.page_size // u, sums)
 

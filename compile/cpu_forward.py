@@ -20,6 +20,7 @@ from compile.matmul import Format, Vectors
 from compile.mlir import Builder, Dim, Scalar, Tensor
 from compile.model import MASKED, SUMMARY, ModelOptions, Parameter
 from compile.quantize import GROUP
+from compile.tiled_attention import ROWS as TILED_ROWS
 from compile.tiled_attention import TiledAttention
 from compile.tiles import Tiles
 
@@ -260,8 +261,8 @@ class Forward(MatrixKernel):
     def _append_groups(self, first: Scalar, count: Scalar) -> None:
         k, groups = self.k, count // QUERY_ROWS
         if self.tiled_attention:
-            with k.loop(0, count, tiles.LINES) as i:
-                length = (count - i).minimum(k.scalar(tiles.LINES, "index"))
+            with k.loop(0, count, TILED_ROWS) as i:
+                length = (count - i).minimum(k.scalar(TILED_ROWS, "index"))
                 self._append(GROUPS, GROUP_ROW, first + i, length)
             return
         with k.loop(0, groups) as i:

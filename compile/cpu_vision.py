@@ -18,11 +18,13 @@ from compile.kernel import LINE, Views, vector_type
 from compile.matmul import Activations, Format
 from compile.mlir import Builder, Scalar, Tensor
 from compile.model import Parameter
+from compile.tiled_attention import ROWS as TILED_ROWS
 from compile.tiled_attention import TiledAttention
 from compile.tiles import Tiles
 from compile.vision import activation, gelu
 
-PAGE = 16  # positions
+PAGE = 32  # positions; those of a task that stores them:
+STORED = 16
 ROWS = 8  # of a task that multiplies nothing
 PHASES = 9  # a layer
 LANES = 16  # of the widest vectors, of which a row must be whole ones
@@ -171,6 +173,7 @@ class Vision(MatrixKernel):
         layout = KVLayout(heads, PAGE, s.layers.dtype, self.vectors)
         op = layout.operand
         self.num_pages = -(-c.num_positions // PAGE)
+        self.num_groups = self.num_pages * (PAGE // STORED)
         qkv = self._output(("tiled", self.qkv_width), op.other).open(op.other, "i32")
         cache = self._output(("n", self.num_pages, layout.page_elements), op.dtype)
         cache.open(op.dtype, op.unit_dtype)
@@ -257,7 +260,7 @@ class Vision(MatrixKernel):
         with self._rows(number, rows) as row:
             self._norm(row, "v.blk.0.ln1", layer, self._as_activations(row))
         self._product(number + 1, "v.blk.0.attn_qkv", self.act, rows, self._store_qkv, layer)
-        with self.k.phase(self.counters, number + 2, self.n * self.num_pages) as group:
+        with self.k.phase(self.counters, number + 2, self.n * self.num_groups) as group:
             self._store_heads(group)
         self._attend(number + 3)
         with self._rows(number + 4, rows) as row:
@@ -391,28 +394,25 @@ class Vision(MatrixKernel):
             qkv.store_vector(k.convert(value, qkv.dtype), r * self.qkv_width + feature)
 
     def _store_heads(self, group: Scalar) -> None:
-        """Keys and values of PAGE positions to their page; what is behind must not be NaN."""
+        """Keys and values of STORED positions to their page; what is behind must not be NaN."""
         k, c = self.k, self.config
-        tile, first = group // self.num_pages, group % self.num_pages * PAGE
-        row = tile * c.num_positions + first
-        count = (k.scalar(c.num_positions, "index") - first).minimum(k.scalar(PAGE, "index"))
+        most = k.scalar(STORED, "index")
+        first = group % self.num_groups * STORED
+        tile = group // self.num_groups * c.num_positions
+        count = (k.scalar(c.num_positions, "index") - first).clamp(0, most)
         with k.loop(0, c.num_heads) as head:
             if self.tiled_attention:
-                with k.when(count.equals(PAGE)):
-                    self.tiled_attention.store_tile(row, first, head)
-            with (
-                k.when(count.less(k.scalar(PAGE, "index")))
-                if self.tiled_attention
-                else nullcontext()
-            ):
+                with k.when(count.equals(STORED)):
+                    self.tiled_attention.store_tile(tile + first, first, head)
+            with k.when(count.less(most)) if self.tiled_attention else nullcontext():
                 with k.loop(0, count) as i:
-                    self.attention.store_key_value(row + i, first + i, head)
-                with k.loop(count, PAGE) as i:
-                    self.attention.store_zero_value(row, first + i, head)
+                    self.attention.store_key_value(tile + first + i, first + i, head)
+                with k.loop(count, STORED) as i:
+                    self.attention.store_zero_value(tile, first + i, head)
 
     def _attend(self, number: Scalar) -> None:
         """Each head of some rows of a tile."""
-        k, c, most = self.k, self.config, tiles.LINES if self.tiled_attention else QUERY_ROWS
+        k, c, most = self.k, self.config, TILED_ROWS if self.tiled_attention else QUERY_ROWS
         layer, zero = k.scalar(0, "index"), k.scalar(0, "index")
         groups = -(-c.num_positions // most)
         with k.phase(self.counters, number, self.n * (groups * c.num_heads)) as task:

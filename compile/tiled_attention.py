@@ -1,4 +1,4 @@
-"""Attention of prefill with Intel's tile registers (AMX): 16 rows of a sequence at once.
+"""Attention of prefill with Intel's tile registers (AMX): ROWS rows of a sequence at once.
 
 Pairs of features of 16 keys, and pairs of values, lie in the cache as tiles want them. Names and
 shapes as in `cpu_attention`. A task is one query head of a group of rows, so that few rows too are
@@ -10,31 +10,34 @@ from __future__ import annotations
 from compile.cpu_attention import CHUNK, Attention, Chunk, KVLayout, Local
 from compile.kernel import vector_type
 from compile.mlir import Scalar
-from compile.tiles import COLUMNS, LINE_BYTES, LINES, Config, Tiles
+from compile.tiles import COLUMNS, LINE_BYTES, LINES, WHOLE, Config, Tiles
 
-SUM, X = 0, 1  # registers of scores, and of queries; those of keys:
-KEYS = (2, 3, 6, 7)
-SHARES, VALUES = 4, 5  # 16 positions; the sums of values take registers 0 to 3
-CONFIG = Config({SHARES: (LINES, LINE_BYTES // 2), VALUES: (LINES // 2, LINE_BYTES)})
+ROWS = 2 * LINES  # two tiles, so that keys and values are read half as often
+SUMS, X, OTHERS = (0, 1, 2, 3), (4, 5), (6, 7)  # registers; of X for queries and their shares
+HALF = Config({**dict.fromkeys(X, (LINES, LINE_BYTES // 2)),
+               **dict.fromkeys(OTHERS, (LINES // 2, LINE_BYTES))})  # fmt: skip
 
 
 class TiledAttention(Attention):
-    """Writes `attend_rows`, of up to 16 rows."""
+    """Writes `attend_rows`, of up to ROWS rows."""
 
     def __init__(self, *arguments: object, tiles: Tiles) -> None:
         super().__init__(*arguments)  # type: ignore[arg-type]
         self._tiles = tiles
+        # Positions whose values are one tile, which lie in one page.
+        self._step = 2 * LINES if self.layout.page_size % (2 * LINES) == 0 else LINES
+        self._of_values = WHOLE if self._step == 2 * LINES else HALF
 
     @property
     def most_queries(self) -> int:
-        return LINES
+        return ROWS
 
     @staticmethod
     def fits(layout: KVLayout) -> bool:
         """Whether keys are pairs of features of 16 positions, and heads are whole tiles."""
         is_tile = layout.operand.unit == 2 and layout.position_lanes == LINES
         head_dim = layout.config.head_dim
-        return is_tile and head_dim % COLUMNS == 0 and head_dim <= COLUMNS * len(KEYS)
+        return is_tile and head_dim % COLUMNS == 0
 
     def store_tile(self, row: Scalar, position: Scalar, head: Scalar) -> None:
         """Keys and values of 16 rows as they are, to where the 16 positions from `position` on,
@@ -65,38 +68,53 @@ class TiledAttention(Attention):
         self, workgroup: Scalar, row: Scalar, num_rows: Scalar, query: Scalar, layer: Scalar
     ) -> None:
         """Attention of one query head of rows of one sequence to all of their context."""
-        local = self._open(workgroup, LINES)
+        local = self._open(workgroup, ROWS)
         high = self.position(row + (num_rows - 1)) + 1
-        self._tiles.open(CONFIG)
         with self.k.loop(0, high, CHUNK) as start:
             chunk = Chunk(row, query // self.groups, layer, start)
             count = ((start + CHUNK).minimum(high) - start + (LINES - 1)) // LINES
-            with self.k.loop(0, count) as i:
-                self._score_tile(local, chunk, query, i)
+            with self.k.loop(0, (count + 1) // 2) as i:
+                self._score_tiles(local, chunk, query, i)
             with self.k.loop(0, num_rows) as r:
                 self._soften(local, r, self.position(row + r) - start, count)
                 self._correct(local, r)
+            self._configure(self._of_values)
             self._weigh_tiles(local, chunk, count)
-        self._tiles.open()
+            self._configure(WHOLE)
         with self.k.loop(0, num_rows) as r:
             to = self._partial_at(row + r, self.k.scalar(0, "index"), query)
             self._store_query(local, r, to)
 
-    def _score_tile(self, local: Local, chunk: Chunk, query: Scalar, i: Scalar) -> None:
-        """Scores [16 rows] of the chunk's i-th 16 positions."""
+    def _score_tiles(self, local: Local, chunk: Chunk, query: Scalar, i: Scalar) -> None:
+        """Scores of the chunk's i-th 32 positions."""
         t, d, page = self._tiles, self.config.head_dim, self.layout.page_size
-        position, steps = chunk.start + i * LINES, d // COLUMNS
-        keys, _ = self._starts(chunk, position)
-        at = (keys + position % page * d) * 2
         cache, q = self.memory.cache["bf16"], self.memory.q["bf16"]
-        for step in range(steps):
-            t.load(KEYS[step], cache, at + step * (LINES * LINE_BYTES), LINE_BYTES)
-        t.zero(SUM)
-        x = (chunk.row * self.width + query * d) * 2
-        for step in range(steps):
-            t.load(X, q, x + step * LINE_BYTES, self.width * 2)
-            t.multiply_add(SUM, X, KEYS[step])
-        t.store(SUM, self.memory.local["f32"], (local.scores + i * LINES) * 4, CHUNK * 4)
+        first, keys = i * (2 * LINES), []
+        for n in (0, 1):
+            position = chunk.start + first + n * LINES
+            start, _ = self._starts(chunk, position)
+            keys.append((start + position % page * d) * 2)
+        for total in SUMS:
+            t.zero(total)
+        for step in range(d // COLUMNS):
+            for n in (0, 1):
+                x = ((chunk.row + n * LINES) * self.width + query * d) * 2 + step * LINE_BYTES
+                t.load(X[n], q, x, self.width * 2)
+                at = keys[n] + step * (LINES * LINE_BYTES)
+                t.load(OTHERS[n], cache, at, LINE_BYTES)
+            self._multiply_add()
+        for i_sum, total in enumerate(SUMS):
+            row, column = i_sum // 2 * LINES, i_sum % 2 * LINES
+            to = (local.scores + row * CHUNK + first + column) * 4
+            t.store(total, self.memory.local["f32"], to, CHUNK * 4)
+
+    def _configure(self, config: Config) -> None:
+        if self._of_values != WHOLE:
+            self._tiles.open(config)
+
+    def _multiply_add(self) -> None:
+        for i, total in enumerate(SUMS):
+            self._tiles.multiply_add(total, X[i // 2], OTHERS[i % 2])
 
     def _correct(self, local: Local, j: Scalar) -> None:
         """Values of a query so far, times its factor."""
@@ -107,22 +125,25 @@ class TiledAttention(Attention):
             memory.store_vector(memory.load_vector(at, lanes) * factor, at)
 
     def _weigh_tiles(self, local: Local, chunk: Chunk, count: Scalar) -> None:
-        """Add `count` times 16 values, times the shares of 16 rows."""
-        t, d, page = self._tiles, self.config.head_dim, self.layout.page_size
+        """Add `count` times 16 values, times the shares of all rows."""
+        k, t, d, page = self.k, self._tiles, self.config.head_dim, self.layout.page_size
         memory, cache = self.memory.local, self.memory.cache["bf16"]
-        for first in range(0, d, 4 * LINES):
-            width = min(4, (d - first) // LINES)
-            values = [(local.values + first + f * LINES) * 4 for f in range(width)]
-            for f, at in enumerate(values):
-                t.load(f, memory["f32"], at, d * 4)
-            with self.k.loop(0, count) as i:
-                position = chunk.start + i * LINES
-                shares = (self._shares_at(local) + i * LINES) * 2
-                t.load(SHARES, memory["bf16"], shares, CHUNK * 2)
+        for first in range(0, d, 2 * LINES):
+            at = [
+                (local.values + i // 2 * LINES * d + first + i % 2 * LINES) * 4
+                for i in range(len(SUMS))
+            ]
+            for total, to in zip(SUMS, at, strict=True):
+                t.load(total, memory["f32"], to, d * 4)
+            with k.loop(0, (count * LINES + (self._step - 1)) // self._step) as i:
+                offset = i * self._step
+                position = chunk.start + offset
                 _, start = self._starts(chunk, position)
-                at = (start + position % page * d) * 2 + first * 4
-                for f in range(width):
-                    t.load(VALUES, cache, at + f * LINE_BYTES, d * 4)
-                    t.multiply_add(f, SHARES, VALUES)
-            for f, at in enumerate(values):
-                t.store(f, memory["f32"], at, d * 4)
+                values = (start + position % page * d) * 2 + first * 4
+                for n in (0, 1):
+                    shares = (self._shares_at(local, n * LINES) + offset) * 2
+                    t.load(X[n], memory["bf16"], shares, CHUNK * 4)
+                    t.load(OTHERS[n], cache, values + n * LINE_BYTES, d * 4)
+                self._multiply_add()
+            for total, to in zip(SUMS, at, strict=True):
+                t.store(total, memory["f32"], to, d * 4)
