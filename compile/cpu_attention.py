@@ -99,13 +99,41 @@ class Chunk:
     start: Scalar
 
 
+@dataclass(frozen=True)
+class Splits:
+    """Attention to each of at most `most` splits of a row's context: values [M, most, heads, D],
+    and totals [M, most, heads, 2]: the largest score, and the total of shares."""
+
+    values: Memory
+    totals: Memory
+    most: Scalar
+
+
+@dataclass(frozen=True)
+class AttentionMemory:
+    """What `Attention` reads and writes, in all types needed.
+
+    qkv: rows of queries, keys and values [M, qkv_width]. rope: where the angles [positions, 2, D/2]
+    begin in `floats`. q: queries [M, q_width], scaled. act: for attention [M, heads, D]. splits: of
+    decode.
+    """
+
+    qkv: Memory
+    qkv_width: int
+    floats: Memory
+    rope: Scalar
+    cache: Views
+    q: Views
+    q_width: int
+    local: Views
+    act: Activations
+    splits: Splits | None = None
+
+
 class Attention:
     """Writes the phases between a layer's two projections.
 
-    qkv: rows of queries, keys and values [M, qkv_width] f32. cache, q, local: memory in all types
-    needed. partial [M, splits, heads, D] and totals [M, splits, heads, 2] (largest score, total of
-    shares): attention to each split of a row's context. position(row), page(row, position): what
-    the tables say.
+    position(row), page(row, position): what the tables say.
     """
 
     def __init__(
@@ -125,6 +153,9 @@ class Attention:
         self.width = memory.q_width
         self._other = layout.operand.other  # of queries and shares
         self._units = "i32" if layout.operand.unit == 2 else self._other
+        self._lanes = layout.head_lanes
+        act = memory.act  # features of which are stored together
+        self._step = act.step if act.format.is_quantized else self._lanes
         self.local_size = Local.size(self.most_queries, c.head_dim)
 
     @property
@@ -227,7 +258,9 @@ class Attention:
             high = (low + SPLIT).minimum(high)
         with k.loop(low, high, CHUNK) as start:
             self._attend_chunk(local, Chunk(row, head, layer, start), num_rows, high)
-        self._store_partial(local, row, num_rows, head, split)
+        with k.loop(0, num_rows * self.groups) as j:
+            query = head * self.groups + j % self.groups
+            self._finish(local, j, row + j // self.groups, query, split)
 
     def _open(self, workgroup: Scalar, queries: int) -> Local:
         """Memory of the workgroup's own, of queries that have seen nothing yet."""
@@ -368,37 +401,48 @@ class Attention:
             for value, a in zip(k.fold(0, num_pages, kept, add_page), at, strict=True):
                 memory.store_vector(value, a)
 
-    def _store_partial(
-        self, local: Local, row: Scalar, num_rows: int, head: Scalar, split: Scalar | None
+    def _finish(
+        self, local: Local, j: Scalar, row: Scalar, query: Scalar, split: Scalar | None
     ) -> None:
-        split = self.k.scalar(0, "index") if split is None else split
-        with self.k.loop(0, num_rows * self.groups) as j:
-            query = head * self.groups + j % self.groups
-            self._store_query(local, j, self._partial_at(row + j // self.groups, split, query))
+        """What became of a query: as activations, or to be combined with other splits."""
+        k, d, lanes, memory = self.k, self.config.head_dim, self._lanes, self.memory
+        largest, total = (memory.local["f32"].load(at + j) for at in (local.maxima, local.totals))
+        step = self._step
 
-    def _store_query(self, local: Local, j: Scalar, to: Scalar) -> None:
-        """The largest score, the total and the values of a query, as a partial result."""
-        d, lanes, memory = self.config.head_dim, self.layout.head_lanes, self.memory.local["f32"]
-        self.memory.totals.store(memory.load(local.maxima + j), to * 2)
-        self.memory.totals.store(memory.load(local.totals + j), to * 2 + 1)
-        with self.k.loop(0, d, lanes) as i:
-            value = memory.load_vector(local.values + j * d + i, lanes)
-            self.memory.partial.store_vector(value, to * d + i)
+        def values(i: Scalar) -> list[Scalar]:
+            start = local.values + j * d + i
+            return [
+                memory.local["f32"].load_vector(start + n, lanes) for n in range(0, step, lanes)
+            ]
 
-    def _partial_at(self, row: Scalar, split: Scalar, head: Scalar) -> Scalar:
-        return (row * self.memory.num_splits + split) * self.config.num_heads + head
+        if split is None:
+            inverse = k.broadcast(k.scalar(1.0, "f32") / total, lanes)
+            with k.loop(0, d, step) as i:
+                memory.act.store([x * inverse for x in values(i)], row, query * d + i)
+            return
+        assert memory.splits
+        to = self._split_at(row, split, query)
+        memory.splits.totals.store(largest, to * 2)
+        memory.splits.totals.store(total, to * 2 + 1)
+        with k.loop(0, d, step) as i:
+            for n, value in enumerate(values(i)):
+                memory.splits.values.store_vector(value, to * d + i + n * lanes)
 
-    def combine(self, row: Scalar, act: Activations, *, is_split: bool) -> None:
+    def _split_at(self, row: Scalar, split: Scalar, query: Scalar) -> Scalar:
+        assert self.memory.splits
+        return (row * self.memory.splits.most + split) * self.config.num_heads + query
+
+    def combine(self, row: Scalar) -> None:
         """The attention of a row, of all its splits, as activations."""
-        k, lanes, d = self.k, self.layout.head_lanes, self.config.head_dim
-        splits = (self.position(row) + SPLIT) // SPLIT if is_split else k.scalar(1, "index")
+        k, lanes, d, of_splits = self.k, self._lanes, self.config.head_dim, self.memory.splits
+        assert of_splits
+        splits = (self.position(row) + SPLIT) // SPLIT
         zero, lowest = k.scalar(0.0, "f32"), k.scalar(MASKED, "f32")
-        totals = self.memory.totals
-        step = act.step if act.format.is_quantized else lanes
+        totals = of_splits.totals
         with k.loop(0, self.config.num_heads) as head:
 
             def at(split: Scalar, head: Scalar = head) -> Scalar:
-                return self._partial_at(row, split, head)
+                return self._split_at(row, split, head)
 
             def larger(split: Scalar, top: Scalar) -> list[Scalar]:
                 return [top.maximum(totals.load(at(split) * 2))]
@@ -413,37 +457,20 @@ class Attention:
 
             [total] = k.fold(0, splits, [zero], add_total)
             inverse = k.broadcast(k.scalar(1.0, "f32") / total, lanes)
-            with k.loop(0, d, step) as i:
+            with k.loop(0, d, self._step) as i:
 
                 def add(split: Scalar, *sums: Scalar, i: Scalar = i) -> list[Scalar]:
                     share, start = k.broadcast(weight(split), lanes), at(split) * d + i
                     loaded = [
-                        self.memory.partial.load_vector(start + j * lanes, lanes)
+                        of_splits.values.load_vector(start + j * lanes, lanes)
                         for j in range(len(sums))
                     ]
                     return [k.fma(x, share, s) for x, s in zip(loaded, sums, strict=True)]
 
                 none = k.scalar(0.0, vector_type(lanes, "f32"))
-                sums = k.fold(0, splits, [none] * (step // lanes), add)
-                act.store([x * inverse for x in sums], row, head * d + i)
+                sums = k.fold(0, splits, [none] * (self._step // lanes), add)
+                self.memory.act.store([x * inverse for x in sums], row, head * d + i)
 
     def _store_as(self, memory: Memory, value: Scalar, at: Scalar) -> None:
         """Store f32 as the memory's type."""
         memory.store_vector(self.k.convert(value, memory.dtype), at)
-
-
-@dataclass(frozen=True)
-class AttentionMemory:
-    """What `Attention` reads and writes; `rope`: where the angles [positions, 2, D/2] begin."""
-
-    qkv: Memory
-    qkv_width: int
-    floats: Memory
-    rope: Scalar
-    cache: Views
-    q: Views
-    q_width: int
-    local: Views
-    partial: Memory
-    totals: Memory
-    num_splits: Scalar

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from compile import tiles
 from compile.config import LlamaConfig
-from compile.cpu_attention import QUERY_ROWS, SPLIT, Attention, AttentionMemory, KVLayout
+from compile.cpu_attention import QUERY_ROWS, SPLIT, Attention, AttentionMemory, KVLayout, Splits
 from compile.cpu_matrix import WORKGROUPS, MatrixKernel, padded
 from compile.kernel import LINE, Memory, Views, vector_type
 from compile.matmul import Format, Vectors
@@ -163,19 +163,21 @@ class Forward(MatrixKernel):
         self.qkv_width = padded(s.qkv_width, self.vectors.block)
         qkv = self._result(("rows", self.qkv_width))
         q = self._output(("tiled", s.heads_width), op.other).open(op.other, "i32")
-        partial = self._result(("rows", "splits", c.num_heads, c.head_dim))
-        totals = self._result(("rows", "splits", c.num_heads, 2))
+        rows = "rows" if self.kind.is_decode else 1
+        values = self._result((rows, "splits", c.num_heads, c.head_dim))
+        totals = self._result((rows, "splits", c.num_heads, 2))
         scratch = None
         if s.layers.is_tiled:
             scratch = self._output((WORKGROUPS, tiles.MEMORY)).open("f32", "i32")
         local = Views(k, k.binding()).open("f32", op.other, "i32")
-        self.n, self.seq_len, self.num_pages, splits = (k.constant() for _ in range(4))
+        self.n, self.seq_len, self.num_pages, self.most_splits = (k.constant() for _ in range(4))
         self.max_rows = self.n * self.seq_len
         self.workgroup = k.workgroup()
         self.tiles = Tiles(k, scratch, self.workgroup * tiles.MEMORY) if scratch else None
         memory = AttentionMemory(
             qkv, self.qkv_width, self.weights["f32"], self._at("rope") // 4, cache, q,
-            s.heads_width, local, partial, totals, splits,
+            s.heads_width, local, self.act,
+            Splits(values, totals, self.most_splits) if self.kind.is_decode else None,
         )  # fmt: skip
         arguments = k, kv, self.vectors, memory, self._position, self._page
         self.tiled_attention = None
@@ -247,7 +249,7 @@ class Forward(MatrixKernel):
             self._append_outputs(first, count, n)
             self.header.store((first + count).to("i32"), ROWS)
             if self.kind.is_decode:
-                splits = ((end + (SPLIT - 1)) // SPLIT).minimum(self.attention.memory.num_splits)
+                splits = ((end + (SPLIT - 1)) // SPLIT).minimum(self.most_splits)
                 self.header.store(splits.largest(self._number(SPLITS)).to("i32"), SPLITS)
 
     def _set_row(self, row: Scalar, sequence: Scalar, position: Scalar, token: Scalar) -> None:
@@ -326,8 +328,9 @@ class Forward(MatrixKernel):
         with k.phase(self.counters, number + 2, rows * c.num_kv_heads) as task:
             self.attention.rotate_and_store(task // c.num_kv_heads, task % c.num_kv_heads, layer)
         self._attend(layer, number + 3)
-        with k.phase(self.counters, number + 4, rows) as row:
-            self.attention.combine(row, self.act, is_split=self.kind.is_decode)
+        if self.kind.is_decode:
+            with k.phase(self.counters, number + 4, rows) as row:
+                self.attention.combine(row)
         size = (s.hidden, s.heads_width)
         self._matmul(number + 5, at("attn_output"), size, self.act, rows, self._add)
         with k.phase(self.counters, number + 6, rows) as row:

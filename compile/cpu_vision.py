@@ -26,7 +26,7 @@ from compile.vision import activation, gelu
 PAGE = 32  # positions; those of a task that stores them:
 STORED = 16
 ROWS = 8  # of a task that multiplies nothing
-PHASES = 9  # a layer
+PHASES = 8  # a layer
 LANES = 16  # of the widest vectors, of which a row must be whole ones
 
 
@@ -177,8 +177,6 @@ class Vision(MatrixKernel):
         qkv = self._output(("tiled", self.qkv_width), op.other).open(op.other, "i32")
         cache = self._output(("n", self.num_pages, layout.page_elements), op.dtype)
         cache.open(op.dtype, op.unit_dtype)
-        partial = self._result(("rows", c.num_heads, c.head_dim))
-        totals = self._result(("rows", c.num_heads, 2))
         scratch = None
         if s.layers.is_tiled:
             scratch = self._output((WORKGROUPS, tiles.MEMORY)).open("f32", "i32")
@@ -186,19 +184,16 @@ class Vision(MatrixKernel):
         self.n = k.constant()
         self.workgroup = k.workgroup()
         self.tiles = Tiles(k, scratch, self.workgroup * tiles.MEMORY) if scratch else None
-        one = k.scalar(1, "index")
         memory = AttentionMemory(
             qkv[op.other],
             self.qkv_width,
             self.weights["f32"],
-            one,
+            k.scalar(0, "index"),
             cache,
             qkv,
             self.qkv_width,
             local,
-            partial,
-            totals,
-            one,
+            self.act,
         )
         arguments = k, layout, self.vectors, memory, self._last_position, self._page
         self.tiled_attention = None
@@ -263,13 +258,11 @@ class Vision(MatrixKernel):
         with self.k.phase(self.counters, number + 2, self.n * self.num_groups) as group:
             self._store_heads(group)
         self._attend(number + 3)
-        with self._rows(number + 4, rows) as row:
-            self.attention.combine(row, self.act, is_split=False)
-        self._product(number + 5, "v.blk.0.attn_out", self.act, rows, self._add, layer)
-        with self._rows(number + 6, rows) as row:
+        self._product(number + 4, "v.blk.0.attn_out", self.act, rows, self._add, layer)
+        with self._rows(number + 5, rows) as row:
             self._norm(row, "v.blk.0.ln2", layer, self._as_activations(row))
-        self._product(number + 7, "v.blk.0.ffn_up", self.act, rows, self._activate, layer)
-        self._product(number + 8, "v.blk.0.ffn_down", self.hid, rows, self._add, layer)
+        self._product(number + 6, "v.blk.0.ffn_up", self.act, rows, self._activate, layer)
+        self._product(number + 7, "v.blk.0.ffn_down", self.hid, rows, self._add, layer)
 
     def _project(self, number: Scalar) -> None:
         c, s, tokens = self.config, self.shape, self.n * self.config.tokens_per_tile

@@ -25,8 +25,8 @@ class TiledAttention(Attention):
         super().__init__(*arguments)  # type: ignore[arg-type]
         self._tiles = tiles
         # Positions whose values are one tile, which lie in one page.
-        self._step = 2 * LINES if self.layout.page_size % (2 * LINES) == 0 else LINES
-        self._of_values = WHOLE if self._step == 2 * LINES else HALF
+        self._positions = 2 * LINES if self.layout.page_size % (2 * LINES) == 0 else LINES
+        self._of_values = WHOLE if self._positions == 2 * LINES else HALF
 
     @property
     def most_queries(self) -> int:
@@ -82,8 +82,7 @@ class TiledAttention(Attention):
             self._weigh_tiles(local, chunk, count)
             self._configure(WHOLE)
         with self.k.loop(0, num_rows) as r:
-            to = self._partial_at(row + r, self.k.scalar(0, "index"), query)
-            self._store_query(local, r, to)
+            self._finish(local, r, row + r, query, None)
 
     def _score_tiles(self, local: Local, chunk: Chunk, query: Scalar, i: Scalar) -> None:
         """Scores of the chunk's i-th 32 positions."""
@@ -135,8 +134,8 @@ class TiledAttention(Attention):
             ]
             for total, to in zip(SUMS, at, strict=True):
                 t.load(total, memory["f32"], to, d * 4)
-            with k.loop(0, (count * LINES + (self._step - 1)) // self._step) as i:
-                offset = i * self._step
+            with k.loop(0, (count * LINES + (self._positions - 1)) // self._positions) as i:
+                offset = i * self._positions
                 position = chunk.start + offset
                 _, start = self._starts(chunk, position)
                 values = (start + position % page * d) * 2 + first * 4
