@@ -1,10 +1,11 @@
 """What seeing costs: a picture as one tile, and one of 2 x 2 tiles as the model itself cuts it.
 
-    bench_images.py [ARTIFACT] [--rounds 3] [--json FILE]
+    bench_images.py [ARTIFACT | --peers FOLDER] [--rounds 3] [--json FILE]
 
 By default on SmolVLM-256M's shape with random weights, built once. That model scales a picture of
 1024 x 1024 pixels to 4 x 4 tiles, and reads it as a whole, too: 17. Each round has pictures of its
-own. "Seen" is one whose embeddings are kept, but not its keys and values.
+own. "Seen" is one whose embeddings are kept, but not its keys and values. --peers: the environments
+of install_peers.sh; transformers on torch embeds a tile in each round, too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -87,7 +89,15 @@ def _share(artifact: Artifact, name: str, rate: float) -> list[Figure]:
     ]
 
 
-def run(engine: Engine, rounds: int) -> list[Figure]:
+def measure_torch(python: Path) -> Figure:
+    """The same tower on torch."""
+    script = Path(__file__).parent / "peers" / "torch_tower.py"
+    command = [python, script, random_smolvlm(SMOLVLM_256M)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return Figure("1 tile: encode, transformers on torch", 1e3 * float(done.stdout), "ms")
+
+
+def run(engine: Engine, rounds: int, torch: Path | None = None) -> list[Figure]:
     """Round 0 is not counted: it reads the weights."""
     manifest = engine.artifact.manifest
     if not (manifest and manifest.images):
@@ -103,21 +113,31 @@ def run(engine: Engine, rounds: int) -> list[Figure]:
             noise = Image.frombytes("RGB", (16, 16), rng.randbytes(3 * 16 * 16))
             found = measure(engine, case, noise.resize((size, size)))
             figures += found if number else []
+        if torch and number:
+            figures.append(measure_torch(torch))
     return figures
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="what seeing costs")
     parser.add_argument("artifact", nargs="?", help="default: SmolVLM-256M's shape, random")
+    parser.add_argument(
+        "--peers", metavar="FOLDER", type=Path, help="with torch, which embeds, too"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, hip or hip:N")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write every value there")
     args = parser.parse_args(arguments)
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: must be at least 1")
+    if args.peers and args.artifact:
+        parser.error("--peers is for the default model: leave out ARTIFACT")
+    torch = args.peers and args.peers / "torch" / "bin" / "python"
+    if torch and not torch.exists():
+        parser.error(f"--peers {args.peers}: no {torch}; run install_peers.sh {args.peers} torch")
     try:
         with Engine(args.artifact or built(random_smolvlm(SMOLVLM_256M)), args.device) as engine:
-            figures = run(engine, args.rounds)
+            figures = run(engine, args.rounds, torch)
             found = report(engine.artifact, args.device, args.rounds, figures)
     except SfLocalError as error:
         parser.error(str(error))

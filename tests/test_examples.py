@@ -74,6 +74,20 @@ def test_bench_images(
         assert any(re.match(f"{case} tiles?: encode: share of peak", name) for name in figures)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--peers", "/nowhere"), "run install_peers.sh /nowhere torch"),
+        (("some", "--peers", "/nowhere"), "leave out ARTIFACT"),
+        (("--rounds", "0"), "--rounds 0: must be at least 1"),
+    ],
+)
+def test_bench_images_refuses(arguments: tuple[str, ...], message: str) -> None:
+    command = [sys.executable, EXAMPLES / "bench_images.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and message in done.stderr
+
+
 def test_there_is_no_other_example() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "common.py", "multi_turn.py", "streaming.py", "fork.py", "batch.py", "constrained.py",
