@@ -201,9 +201,8 @@ class Engine:
         params = SamplingParams() if params is None else params
         first = params.seed
         seeds = [None if first is None else (first + i) % 2**64 for i in range(params.n)]
-        handles = [
-            self.submit(prompt, replace(params, seed=seed, n=1), images=images) for seed in seeds
-        ]
+        ready = self.prepare(prompt, images)
+        handles = [self.submit(ready, replace(params, seed=seed, n=1)) for seed in seeds]
         return [handle.result() for handle in handles]
 
     def stream(
@@ -224,7 +223,7 @@ class Engine:
         images: Sequence[ImageInput] = (),
     ) -> Output:
         """`generate` for asyncio; cancelling the task cancels the generation."""
-        generation = self._generation(prompt, params, images)
+        generation = await self._prepared(prompt, params, images)
         generation.is_streamed = False
         async for _, output in self._adeltas(generation):
             if output is not None:
@@ -239,9 +238,18 @@ class Engine:
         images: Sequence[ImageInput] = (),
     ) -> AsyncIterator[str]:
         """`stream` for asyncio: `async for text in engine.astream(prompt)`."""
-        async for text, _ in self._adeltas(self._generation(prompt, params, images)):
+        generation = await self._prepared(prompt, params, images)
+        async for text, _ in self._adeltas(generation):
             if text:
                 yield text
+
+    async def _prepared(
+        self, prompt: PromptInput, params: SamplingParams | None, images: Sequence[ImageInput]
+    ) -> Generation:
+        """`_generation`, beside the event loop where images must be read and cut."""
+        if images:
+            return await asyncio.to_thread(self._generation, prompt, params, images)
+        return self._generation(prompt, params)
 
     async def _adeltas(self, generation: Generation) -> AsyncIterator[tuple[str, Output | None]]:
         loop, items = asyncio.get_running_loop(), asyncio.Queue[Delivery]()
@@ -321,6 +329,8 @@ class Engine:
         Raises RequestError as `submit` does, ImageError for an image that cannot be used.
         """
         if isinstance(prompt, Prompt):
+            if images:
+                raise RequestError("images: the prompt was prepared with its own; give one or none")
             return prompt
         if not isinstance(images, Sequence) or isinstance(images, str | bytes | bytearray):
             raise RequestError(f"images={shown(images)} must be a list; put a single one in []")

@@ -328,6 +328,7 @@ class Loop:
         tiles = {tile: pixels for tile in shown if (pixels := tile.pixels) is not None}
         if not tiles:
             return
+        self._write()  # others' text need not wait for it
         started_at = time.perf_counter()
         embeds = await self._runner.encode(list(tiles.values()))
         self._counters["encode_seconds"] += time.perf_counter() - started_at
@@ -461,6 +462,7 @@ class Loop:
         if generation is None:
             return
         self._scheduler.finish(request, reason)
+        request.spans = ()  # a deadline may keep the request, but need not keep its tiles
         if error is None:
             generation.finish(reason)
         else:

@@ -30,7 +30,8 @@ class Tile:
 
     @property
     def num_bytes(self) -> int:
-        return self.embeds.nbytes + (0 if self.pixels is None else self.pixels.nbytes)
+        pixels = self.pixels  # which another thread may let go of
+        return self.embeds.nbytes + (0 if pixels is None else pixels.nbytes)
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class ImageCache:
         with self._lock:
             if (found := self._images.get(key)) is not None:
                 self._images.move_to_end(key)
+                self._trim()
             return found
 
     def add(self, key: bytes, image: CutImage) -> CutImage:
@@ -90,11 +92,16 @@ class ImageCache:
         with self._lock:
             kept = self._images.setdefault(key, image)
             self._images.move_to_end(key)
-            num_bytes = sum(image.num_bytes for image in self._images.values())
-            while num_bytes > self._max_bytes and len(self._images) > 1:
-                _, oldest = self._images.popitem(last=False)
-                num_bytes -= oldest.num_bytes
+            self._trim()
             return kept
+
+    def _trim(self) -> None:
+        """Images grow when they are encoded."""
+        sizes = {key: image.num_bytes for key, image in self._images.items()}
+        num_bytes = sum(sizes.values())
+        while num_bytes > self._max_bytes and len(self._images) > 1:
+            key, _ = self._images.popitem(last=False)
+            num_bytes -= sizes[key]
 
 
 class ImageReader:
@@ -127,14 +134,9 @@ class ImageReader:
                 f"images: there are {len(images)}, and {num_markers} markers in the prompt; put "
                 f"{self._settings.image_token} where each image belongs, and nowhere else"
             )
-        if (least := num_markers * self._settings.tokens_per_tile) > max_tokens:
-            raise RequestError(
-                f"images: {len(images)} of them take {least} tokens or more, and the context is "
-                f"{max_tokens}; give fewer"
-            )
         if not images:
             return Prompt(ids, ids)
-        cut = [self._cut(image) for image in images]
+        cut = self._cut_all(images, max_tokens)
         prompt, markers = Prompt([], [], unexpanded=ids), iter(cut)
         for part in ids:
             if part == token:
@@ -143,6 +145,21 @@ class ImageReader:
                 prompt.ids.append(part)
                 prompt.keys.append(part)
         return prompt
+
+    def _cut_all(self, images: Sequence[ImageInput], max_tokens: int) -> list[CutImage]:
+        """As few of them as show that they do not fit, if they do not."""
+        cut: list[CutImage] = []
+        least = len(images)  # tiles, in all
+        while least * self._settings.tokens_per_tile <= max_tokens:
+            if len(cut) == len(images):
+                return cut
+            cut.append(self._cut(images[len(cut)]))
+            least += len(cut[-1].tiles) - 1
+        num_tokens = least * self._settings.tokens_per_tile
+        raise RequestError(
+            f"images: {len(images)} of them take {num_tokens} tokens or more, and the context is "
+            f"{max_tokens}; give fewer"
+        )
 
     def _append(self, prompt: Prompt, image: CutImage) -> None:
         count, token, seen = self._settings.tokens_per_tile, self._settings.image_token_id, 0
@@ -177,7 +194,6 @@ class ImageReader:
         picture = open_image(image, allow_urls=self._allow_urls)
         tiles = self._processor.tiles(picture.pixels)
         number = int.from_bytes(picture.key, "little")
-        return self._cache.add(
-            picture.key,
-            CutImage(tiles.rows, tiles.columns, tuple(map(Tile, tiles.pixels)), number),
-        )
+        # Each with memory of its own, which is free when it is let go of.
+        parts = tuple(Tile(pixels.copy()) for pixels in tiles.pixels)
+        return self._cache.add(picture.key, CutImage(tiles.rows, tiles.columns, parts, number))

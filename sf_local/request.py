@@ -153,8 +153,9 @@ class Request:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether only the last token is left to compute."""
-        return self.num_computed == self.num_tokens - 1
+        """Whether only the last token is left to compute, and it shows no image."""
+        is_last = self.num_computed == self.num_tokens - 1
+        return is_last and not (self.spans and self.spans[-1].end == self.num_tokens)
 
     @property
     def is_jumping(self) -> bool:

@@ -181,7 +181,7 @@ class ModelRunner:
                 "pixels": self._fill("pixels", (size, *pixels.shape[1:]), pixels, 0, np.float32)
             }
             [embeds] = await self._call(f"encode_image_bs{size}", inputs, len(group), WANTED)
-            found += list(embeds)
+            found += [values.copy() for values in embeds]  # each is let go of on its own
         return found
 
     async def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:

@@ -154,6 +154,17 @@ def test_a_second_question_computes_only_itself(engine: Engine) -> None:
     assert engine.stats()["encoded_tiles"] == num_tiles
 
 
+def test_an_image_at_the_end(model: SeeingModel, engine: Engine) -> None:
+    """Its last position is computed from the image, also where all before it is cached."""
+    image, rest = picture(40, 30), "see <image>"
+    params = replace(PARAMS, return_logprob=True)
+    engine.flush_cache()
+    first, again = (engine.generate(rest, params, images=[image]) for _ in range(2))
+    assert again.cached_tokens >= first.prompt_tokens - 1 and again.token_ids == first.token_ids
+    assert np.allclose(again.logprobs.output, first.logprobs.output, atol=1e-4)
+    check_logprobs(model, engine, rest + " what", image)
+
+
 def test_other_pixels_are_another_prefix(engine: Engine) -> None:
     one = engine.generate(QUESTION, PARAMS, images=[picture(32, 32)])
     other = engine.generate(QUESTION, PARAMS, images=[picture(32, 32, seed=1)])
@@ -211,7 +222,7 @@ REFUSED = [
     (QUESTION, ["/no/such/file.png"], "image="),
     (QUESTION, ["http://localhost/a.png"], "allow_urls"),
     ("<image>" * 90, [picture(8, 8)] * 90, "give fewer"),
-    ("<image>" * 16, [picture(90, 90)] * 16, "of images|no room"),
+    ("<image>" * 16, [picture(90, 90)] * 16, "give fewer|no room"),
 ]
 
 
