@@ -201,8 +201,9 @@ class Engine:
         params = SamplingParams() if params is None else params
         first = params.seed
         seeds = [None if first is None else (first + i) % 2**64 for i in range(params.n)]
-        ready = self.prepare(prompt, images)
-        handles = [self.submit(ready, replace(params, seed=seed, n=1)) for seed in seeds]
+        handles = [
+            self.submit(prompt, replace(params, seed=seed, n=1), images=images) for seed in seeds
+        ]
         return [handle.result() for handle in handles]
 
     def stream(
