@@ -183,7 +183,7 @@ class Attention:
                 rotated = self._rotated(start + query * d, angles, i, lanes)
                 for feature, x in zip((i, i + half), rotated, strict=True):
                     at = row * self.width + query * d + feature
-                    self._store_as(self.memory.q[self._other], x * (1 / math.sqrt(d)), at)
+                    self.memory.q[self._other].store_as(x * (1 / math.sqrt(d)), at)
         key_row = start + (head + c.num_heads) * d
         for i in range(0, half, lanes):
             rotated = self._rotated(key_row, angles, i, lanes)
@@ -361,7 +361,7 @@ class Attention:
         def share(group: Scalar, *totals: Scalar) -> list[Scalar]:
             found = [k.exp(memory.load_vector(scores + at, p) - wide) for at in places(group)]
             for x, at in zip(found, places(group), strict=True):
-                self._store_as(self.memory.local[self._other], x, shares + at)
+                self.memory.local[self._other].store_as(x, shares + at)
             return [total + x for x, total in zip(found, totals, strict=True)]
 
         totals = k.fold(0, num_groups, [k.scalar(0.0, kind)] * UNROLL, share)
@@ -470,7 +470,3 @@ class Attention:
                 none = k.scalar(0.0, vector_type(lanes, "f32"))
                 sums = k.fold(0, splits, [none] * (self._step // lanes), add)
                 self.memory.act.store([x * inverse for x in sums], row, head * d + i)
-
-    def _store_as(self, memory: Memory, value: Scalar, at: Scalar) -> None:
-        """Store f32 as the memory's type."""
-        memory.store_vector(self.k.convert(value, memory.dtype), at)

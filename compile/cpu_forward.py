@@ -163,9 +163,10 @@ class Forward(MatrixKernel):
         self.qkv_width = padded(s.qkv_width, self.vectors.block)
         qkv = self._result(("rows", self.qkv_width))
         q = self._output(("tiled", s.heads_width), op.other).open(op.other, "i32")
-        rows = "rows" if self.kind.is_decode else 1
-        values = self._result((rows, "splits", c.num_heads, c.head_dim))
-        totals = self._result((rows, "splits", c.num_heads, 2))
+        splits = None
+        if self.kind.is_decode:
+            values = self._result(("rows", "splits", c.num_heads, c.head_dim))
+            splits = values, self._result(("rows", "splits", c.num_heads, 2))
         scratch = None
         if s.layers.is_tiled:
             scratch = self._output((WORKGROUPS, tiles.MEMORY)).open("f32", "i32")
@@ -177,7 +178,7 @@ class Forward(MatrixKernel):
         memory = AttentionMemory(
             qkv, self.qkv_width, self.weights["f32"], self._at("rope") // 4, cache, q,
             s.heads_width, local, self.act,
-            Splits(values, totals, self.most_splits) if self.kind.is_decode else None,
+            Splits(*splits, self.most_splits) if splits else None,
         )  # fmt: skip
         arguments = k, kv, self.vectors, memory, self._position, self._page
         self.tiled_attention = None

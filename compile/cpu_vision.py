@@ -384,7 +384,7 @@ class Vision(MatrixKernel):
         for value, r, feature in self._each(sums, row, block):
             is_query = feature.less(k.scalar(self.config.hidden_size, "index"))
             value = value * k.broadcast(is_query.select(scale, one), lanes)
-            qkv.store_vector(k.convert(value, qkv.dtype), r * self.qkv_width + feature)
+            qkv.store_as(value, r * self.qkv_width + feature)
 
     def _store_heads(self, group: Scalar) -> None:
         """Keys and values of STORED positions to their page; what is behind must not be NaN."""

@@ -62,6 +62,10 @@ class Memory:
             f"{self.type}, {mask_type(value.dtype)}, {value.dtype}"
         )
 
+    def store_as(self, value: Scalar, index: Index) -> None:
+        """Store a vector of floats as this memory's type."""
+        self.store_vector(self.k.convert(value, self.dtype), index)
+
     def add_atomically(self, value: int, index: Index) -> Scalar:
         """The old value; nothing before or after it is seen the other way round."""
         amount = self.k.scalar(value, self.dtype)
@@ -194,14 +198,11 @@ class KernelBuilder(Builder):
 
     def larger(self, a: Scalar, b: Scalar) -> Scalar:
         """Of each pair of elements; b's where one is not a number, which takes one instruction."""
-        return self._compare("ogt", a, b).select(a, b)
+        return b.is_below(a).select(a, b)
 
     def smaller(self, a: Scalar, b: Scalar) -> Scalar:
         """As `larger`."""
-        return self._compare("olt", a, b).select(a, b)
-
-    def _compare(self, how: str, a: Scalar, b: Scalar) -> Scalar:
-        return self.op(f"arith.cmpf {how}, {a.name}, {b.name} : {a.dtype}", mask_type(a.dtype))
+        return a.is_below(b).select(a, b)
 
     def convert(self, x: Scalar, dtype: str) -> Scalar:
         """A vector with elements of another float type."""

@@ -406,7 +406,7 @@ class Activations:
         item = ITEM_BYTES[self.elements.dtype]
         at = row * (self.row_bytes // item) + feature
         for value in values:
-            self.elements.store_vector(self._k.convert(value, self.elements.dtype), at)
+            self.elements.store_as(value, at)
             at = at + lanes_of(value)
 
     def _store_group(self, values: Sequence[Scalar], row: Scalar, group: Scalar) -> None:

@@ -81,7 +81,8 @@ class Scalar:
 
     def is_below(self, other: Scalar) -> Scalar:
         """Float `self < other`, as i1; false for NaN."""
-        return self.builder.op(f"arith.cmpf olt, {self.name}, {other.name} : {self.dtype}", "i1")
+        kind = mask_type(self.dtype) if self.dtype.startswith("vector") else "i1"
+        return self.builder.op(f"arith.cmpf olt, {self.name}, {other.name} : {self.dtype}", kind)
 
     def less(self, other: Scalar) -> Scalar:
         """Signed integer `self < other`, as i1."""

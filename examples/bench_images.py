@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from bench_peers import Job, Worker, peer_worker
 from common import built
 from PIL import Image
 from random_smolvlm import SMOLVLM_256M, random_smolvlm
@@ -35,6 +35,7 @@ from sf_local.prompt import ImageReader
 from sf_local.roofline import encode_flops, peak_flops
 
 FIRST, SECOND = "What is it?", "Which colours does it have?"
+ENCODE = Job("encode", lambda rng: [])
 FLOATS = ("f32", "f16", "bf16")
 
 
@@ -89,15 +90,7 @@ def _share(artifact: Artifact, name: str, rate: float) -> list[Figure]:
     ]
 
 
-def measure_torch(python: Path) -> Figure:
-    """The same tower on torch."""
-    script = Path(__file__).parent / "peers" / "torch_tower.py"
-    command = [python, script, random_smolvlm(SMOLVLM_256M)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return Figure("1 tile: encode, transformers on torch", 1e3 * float(done.stdout), "ms")
-
-
-def run(engine: Engine, rounds: int, torch: Path | None = None) -> list[Figure]:
+def run(engine: Engine, rounds: int, torch: Worker | None = None) -> list[Figure]:
     """Round 0 is not counted: it reads the weights."""
     manifest = engine.artifact.manifest
     if not (manifest and manifest.images):
@@ -114,7 +107,8 @@ def run(engine: Engine, rounds: int, torch: Path | None = None) -> list[Figure]:
             found = measure(engine, case, noise.resize((size, size)))
             figures += found if number else []
         if torch and number:
-            figures.append(measure_torch(torch))
+            milliseconds = 1e3 * torch.measure(ENCODE, [])
+            figures.append(Figure("1 tile: encode, transformers on torch", milliseconds, "ms"))
     return figures
 
 
@@ -132,15 +126,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--rounds {args.rounds}: must be at least 1")
     if args.peers and args.artifact:
         parser.error("--peers is for the default model: leave out ARTIFACT")
-    torch = args.peers and args.peers / "torch" / "bin" / "python"
-    if torch and not torch.exists():
-        parser.error(f"--peers {args.peers}: no {torch}; run install_peers.sh {args.peers} torch")
+    torch = args.peers and peer_worker(
+        args.peers, "transformers", "torch_tower.py", lambda: random_smolvlm(SMOLVLM_256M)
+    )
+    if isinstance(torch, str):
+        parser.error(f"--peers {args.peers}: {torch}; run install_peers.sh {args.peers} torch")
+    if torch:
+        torch.is_model = False  # of the capital of France it knows nothing
     try:
         with Engine(args.artifact or built(random_smolvlm(SMOLVLM_256M)), args.device) as engine:
             figures = run(engine, args.rounds, torch)
             found = report(engine.artifact, args.device, args.rounds, figures)
-    except SfLocalError as error:
+    except (SfLocalError, RuntimeError) as error:
         parser.error(str(error))
+    finally:
+        if torch:
+            torch.close()
     print(table(found))
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n")

@@ -22,6 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from compile.config import LlamaConfig, VisionConfig
 from compile.huggingface_vision import NAMES
+from compile.kernels import SHAPES, TOWERS
 from compile.weights import expected_shapes, vision_shapes
 
 BEGIN, END, IMAGE = "<|im_start|>", "<end_of_utterance>", "<image>"
@@ -90,8 +91,8 @@ class SmolVLM:
 
 SMOLVLM_256M = SmolVLM(
     "SmolVLM-256M-random",
-    LlamaConfig(49280, 576, 1536, 30, 9, 3, 64, 1e-5, 1e5, 8192, tied_embeddings=False),
-    VisionConfig("idefics3", 512, 16, 768, 3072, 12, 12, 1e-6, "gelu_tanh", scale_factor=4),
+    SHAPES["smolvlm-256m"],
+    TOWERS["smolvlm-256m"],
 )
 SMALL = SmolVLM(
     "SmolVLM-small-random",

@@ -45,7 +45,7 @@ class Device:
         _parse_iree_flags()
         self.system = _cpu_system() if self.kind == "cpu" else _hip_system(self.index)
         self.worker = self.system.create_worker("sf_local")
-        self.is_lost = False  # it did not answer: its worker may wait for ever
+        self._is_lost = False  # it did not answer: its worker may wait for ever
         self._pending_since: float | None = None  # of a call under way, for the watch
         self._lock, self._is_closed = threading.Lock(), threading.Event()
         self.renew()
@@ -74,8 +74,8 @@ class Device:
         while not self._is_closed.wait(PATIENCE / 8):
             with self._lock:
                 since = self._pending_since
-                self.is_lost = since is not None and time.monotonic() - since > PATIENCE
-            if self.is_lost:
+                self._is_lost = since is not None and time.monotonic() - since > PATIENCE
+            if self._is_lost:
                 give_up(DeviceError(f"no answer from the device for {PATIENCE:.0f} seconds"))
                 return
 
@@ -92,7 +92,7 @@ class Device:
         finally:
             with self._lock:
                 self._pending_since = None
-            if self.is_lost:  # and what it was is ended
+            if self._is_lost:  # and what it was is ended
                 raise DeviceError("the device answered too late")
 
     def abandon(self, *objects: object) -> None:

@@ -160,9 +160,7 @@ class Loop:
             self._is_closing = True
             self._device.worker.call_threadsafe(self._end_idling)
             self._ended.wait()
-            if self._device.is_lost or (
-                self._runner.has_ever_failed and not self._device.shares_memory
-            ):
+            if self._runner.has_ever_failed and not self._device.shares_memory:
                 self._device.lose(self._runner)
             elif self._runner.has_ever_failed:
                 self._device.abandon(self._runner)
@@ -250,6 +248,7 @@ class Loop:
     def _give_up(self, error: DeviceError) -> None:
         """In the place of a worker that waits for ever."""
         self._thread_id = threading.get_ident()
+        self._runner.has_ever_failed = True
         self._failure = self._lost("failed", error) if self._started.is_set() else error
         self._end_all()
 

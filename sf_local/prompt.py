@@ -147,19 +147,24 @@ class ImageReader:
         return prompt
 
     def _cut_all(self, images: Sequence[ImageInput], max_tokens: int) -> list[CutImage]:
-        """As few of them as show that they do not fit, if they do not."""
+        """No more of them than it takes to see that they do not fit."""
         cut: list[CutImage] = []
-        least = len(images)  # tiles, in all
-        while least * self._settings.tokens_per_tile <= max_tokens:
-            if len(cut) == len(images):
-                return cut
-            cut.append(self._cut(images[len(cut)]))
-            least += len(cut[-1].tiles) - 1
-        num_tokens = least * self._settings.tokens_per_tile
-        raise RequestError(
-            f"images: {len(images)} of them take {num_tokens} tokens or more, and the context is "
-            f"{max_tokens}; give fewer"
-        )
+        for image in images:
+            self._check_room(cut, images, max_tokens)
+            cut.append(self._cut(image))
+        self._check_room(cut, images, max_tokens)
+        return cut
+
+    def _check_room(
+        self, cut: Sequence[CutImage], images: Sequence[ImageInput], max_tokens: int
+    ) -> None:
+        """Each image that is not cut yet has one tile or more."""
+        num_tiles = sum(len(image.tiles) for image in cut) + len(images) - len(cut)
+        if (least := num_tiles * self._settings.tokens_per_tile) > max_tokens:
+            raise RequestError(
+                f"images: {len(images)} of them take {least} tokens or more, and the context is "
+                f"{max_tokens}: no room for an answer; give fewer"
+            )
 
     def _append(self, prompt: Prompt, image: CutImage) -> None:
         count, token, seen = self._settings.tokens_per_tile, self._settings.image_token_id, 0

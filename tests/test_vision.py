@@ -222,7 +222,7 @@ REFUSED = [
     (QUESTION, ["/no/such/file.png"], "image="),
     (QUESTION, ["http://localhost/a.png"], "allow_urls"),
     ("<image>" * 90, [picture(8, 8)] * 90, "give fewer"),
-    ("<image>" * 16, [picture(90, 90)] * 16, "give fewer|no room"),
+    ("<image>" * 16, [picture(90, 90)] * 16, "of images|no room"),
 ]
 
 

@@ -29,6 +29,7 @@ from vision_reference import (
 
 from compile import BuildOptions, build
 from compile.config import LlamaConfig, VisionConfig
+from compile.kernels import SHAPES, TOWERS
 from sf_local.artifact import open_artifact
 from sf_local.image_processor import ImageProcessor, ImageSettings
 from sf_local.prompt import ImageReader
@@ -37,8 +38,7 @@ from sf_local.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4  # of the largest value
 UNTIED = replace(TINY, tied_embeddings=False)
-SMOLVLM_TEXT = LlamaConfig(49280, 576, 1536, 30, 9, 3, 64, 1e-5, 1e5, 8192, tied_embeddings=False)
-SMOLVLM = VisionConfig("idefics3", 512, 16, 768, 3072, 12, 12, 1e-6, "gelu_tanh", scale_factor=4)
+SMOLVLM_TEXT, SMOLVLM = (shapes["smolvlm-256m"] for shapes in (SHAPES, TOWERS))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from ctypes import byref, c_char_p, c_int, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,12 @@ def memory() -> tuple[int, int]:
     free, total = c_size_t(), c_size_t()
     call("hipMemGetInfo", byref(free), byref(total))
     return free.value, total.value
+
+
+def resident() -> float:
+    """MiB of this process that are in memory, mapped files excluded."""
+    text = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+)", text)[1]) / 1024  # type: ignore[index]
 
 
 def fail(faults: str) -> None:

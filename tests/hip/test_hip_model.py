@@ -300,11 +300,8 @@ def test_memory_is_flat(run_model: Callable[..., Outcome]) -> None:
     outcome = run_model(
         RUN
         + """
-    import random, re
-
-    def resident():
-        text = open("/proc/self/status").read()
-        return int(re.search(r"RssAnon:\\s+(\\d+)", text)[1]) / 1024
+    import random
+    from hip.control import resident
 
     rng, seen = random.Random(5), []
     with Engine(artifact, device, kv_pages=100) as engine:

@@ -17,7 +17,7 @@ MODELS = [("idefics3", "gfx942"), ("llava", "gfx1100")]
 pytestmark = pytest.mark.slow
 
 RUN = """
-    import json, re, sys
+    import json, sys
 
     import numpy as np
     import PIL.Image
@@ -177,9 +177,7 @@ def test_memory_is_flat(run_model: Callable[..., Outcome]) -> None:
         RUN
         + """
     import random
-
-    def resident():
-        return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+    from hip.control import resident
 
     rng, seen = random.Random(5), []
     with open_engine(image_memory="1MiB") as engine:
