@@ -47,7 +47,11 @@ def quantized(rows: Floats, bits: int) -> Groups:
 
 
 def _int8(groups: Floats) -> tuple[NDArray[np.uint8], NDArray[np.float16], None]:
-    scales = (np.abs(groups).max(axis=-1) / 127).astype(np.float16)
+    exact = np.abs(groups).max(axis=-1) / 127
+    scales = exact.astype(np.float16)
+    # Near f16's end a scale rounds down by up to all of itself, and its weights would be cut.
+    is_short = (scales < exact) & (scales < np.finfo(np.float16).smallest_normal)
+    scales = np.where(is_short, np.nextafter(scales, np.float16(1)), scales)
     codes = np.rint(groups * _inverse(scales.astype(np.float32))[..., None])
     return (np.clip(codes, -127, 127) + ZERO).astype(np.uint8), scales, None
 
