@@ -55,6 +55,7 @@ def score(
         raise RequestError(f"choices={shown(continuations)} must be a list of str, not empty")
     if (k := engine.artifact.config.top_k) is not None:
         raise refusal("choices", continuations, k)
+    images = engine.given(images)
     before = engine.prepare(engine.encode(prompt), images) if prompt else None
     prompts = [engine.prepare(engine.encode(prompt, c), images) for c in continuations]
     starts = [0 if before is None else common_prefix_len(before.ids, p.ids) for p in prompts]

@@ -22,7 +22,7 @@ from sf_local.device_info import DeviceInfo, check_name, find_device
 from sf_local.errors import DeviceError, RequestError
 from sf_local.generation import Delivery, Generation, Output
 from sf_local.image_processor import ImageSettings
-from sf_local.images import ImageInput
+from sf_local.images import GivenImage, ImageInput
 from sf_local.kv_size import memory_bytes, num_kv_pages
 from sf_local.loop import Loop
 from sf_local.memory import memory_left
@@ -199,7 +199,7 @@ class Engine:
     ) -> list[Output]:
         """`params.n` answers to one prompt, whose pages they share; seeds count up."""
         params = SamplingParams() if params is None else params
-        first = params.seed
+        first, images = params.seed, self.given(images)
         seeds = [None if first is None else (first + i) % 2**64 for i in range(params.n)]
         handles = [
             self.submit(prompt, replace(params, seed=seed, n=1), images=images) for seed in seeds
@@ -324,6 +324,11 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
+    def given(self, images: Sequence[ImageInput]) -> list[GivenImage]:
+        """Images for several prompts, so that each is read once; raises RequestError."""
+        self._check_images(images)
+        return [self._images.given(image) for image in images] if self._images else []
+
     def prepare(self, prompt: PromptInput, images: Sequence[ImageInput] = ()) -> Prompt:
         """A prompt that can be submitted many times, and is encoded and checked only here.
 
@@ -333,17 +338,20 @@ class Engine:
             if images:
                 raise RequestError("images: the prompt was prepared with its own; give one or none")
             return prompt
-        if not isinstance(images, Sequence) or isinstance(images, str | bytes | bytearray):
-            raise RequestError(f"images={shown(images)} must be a list; put a single one in []")
+        self._check_images(images)
         ids = self._prompt_ids(prompt)
         if self._images is not None:
             return self._fitting(self._images.expand(ids, images, self.max_tokens))
-        if images:
+        return self._fitting(Prompt(ids, ids))
+
+    def _check_images(self, images: Sequence[ImageInput]) -> None:
+        if not isinstance(images, Sequence) or isinstance(images, str | bytes | bytearray):
+            raise RequestError(f"images={shown(images)} must be a list; put a single one in []")
+        if images and self._images is None:
             raise RequestError(
                 f"images: {len(images)} given, but {self.artifact.name} is a text model; compile "
                 "one that sees, such as SmolVLM or LLaVA-1.5"
             )
-        return self._fitting(Prompt(ids, ids))
 
     def _generation(
         self, prompt: PromptInput, params: SamplingParams | None, images: Sequence[ImageInput] = ()

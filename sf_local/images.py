@@ -8,6 +8,7 @@ image.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import io
 import os
@@ -17,7 +18,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -29,7 +29,9 @@ from sf_local.errors import ImageError
 if TYPE_CHECKING:
     import PIL.Image
 
-ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | PIL.Image.Image"
+ImageInput: TypeAlias = (
+    "str | os.PathLike[str] | bytes | bytearray | memoryview | PIL.Image.Image | GivenImage"
+)
 
 MAX_PIXELS = 64_000_000
 MAX_ASPECT = 200
@@ -46,45 +48,48 @@ _URL_SECONDS = 30
 _PILLOW_LOCK = threading.Lock()  # over images of callers, who may share them between threads
 
 
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """An opened image.
-
-    pixels: uint8 [height, width, 3], RGB, read-only. key: 16 bytes that only images of the same
-    content share.
-    """
-
-    pixels: NDArray[np.uint8]
-    key: bytes
-
-
-def open_image(image: ImageInput, *, allow_urls: bool = False) -> Picture:
-    """Decode an image, upright and over white where it is transparent; usable from any thread.
-
-    Of an animated file this is the first frame, with a UserWarning.
+class GivenImage:
+    """An image as a user gave it: read at the first use, once, and decoded when asked for.
 
     Args:
         image: a path, the bytes of a file, a PIL image, a base64 data URL, or an http(s) URL.
-        allow_urls: fetch http(s) URLs, within 30 s and 64 MiB.
+        allow_urls: fetch http(s) URLs of up to 64 MiB, which must answer and end within 30 s each.
 
-    Raises:
-        ImageError: it is none of these, cannot be read or decoded, or is too large.
+    `key` and `pixels` raise ImageError: it is none of these, cannot be read or decoded, or is too
+    large. Different ones may be used from different threads.
     """
-    with _refusals(image):
-        content = _content(image, allow_urls)
-        pixels = _pixels(content)
-        return Picture(pixels, _key(content if isinstance(content, bytes) else pixels))
 
+    def __init__(self, image: ImageInput, allow_urls: bool = False) -> None:
+        self._image, self._allow_urls = image, allow_urls
 
-def image_key(image: ImageInput, *, allow_urls: bool = False) -> bytes:
-    """The key of `open_image(image)`, without decoding it; raises ImageError.
+    @functools.cached_property
+    def key(self) -> bytes:
+        """16 bytes that only images of the same content share.
 
-    It hashes the bytes of a file, or the pixels of a PIL image: the same picture has another key in
-    another format.
-    """
-    with _refusals(image):
-        content = _content(image, allow_urls)
-        return _key(content if isinstance(content, bytes) else _pixels(content))
+        A hash of the file's bytes, or of a PIL image's pixels: the same picture has another key in
+        another format.
+        """
+        digest, content = hashlib.blake2b(digest_size=16), self._content
+        if not isinstance(content, bytes):
+            digest.update(repr(content.shape).encode())
+        digest.update(content if isinstance(content, bytes) else content.data)
+        return digest.digest()
+
+    def pixels(self) -> NDArray[np.uint8]:
+        """uint8 [height, width, 3], RGB, upright, over white where transparent, read-only.
+
+        Of an animated file this is the first frame, with a UserWarning.
+        """
+        if not isinstance(self._content, bytes):
+            return self._content
+        with _refusals(self._image):
+            return _decoded(self._content, _shown(self._image))
+
+    @functools.cached_property
+    def _content(self) -> bytes | NDArray[np.uint8]:
+        """The bytes of a file, or the pixels of a PIL image."""
+        with _refusals(self._image):
+            return _read(self._image, self._allow_urls)
 
 
 @contextmanager
@@ -107,12 +112,12 @@ def _shown(image: object) -> str:
     return f"<{type(image).__name__}{size}>"
 
 
-def _content(image: object, allow_urls: bool) -> bytes | PIL.Image.Image:
-    """The bytes of a file, or the PIL image that was given."""
+def _read(image: object, allow_urls: bool) -> bytes | NDArray[np.uint8]:
     from PIL import Image
 
     if isinstance(image, Image.Image):
-        return image
+        with _PILLOW_LOCK:  # one that was opened lazily is read at its first use
+            return _rgb(image)
     if isinstance(image, (bytes, bytearray, memoryview)):
         return bytes(image)
     if isinstance(image, str) and image.startswith("data:"):
@@ -122,7 +127,7 @@ def _content(image: object, allow_urls: bool) -> bytes | PIL.Image.Image:
             raise ValueError("URLs are fetched only with allow_urls=True")
         return _fetch(image)
     if isinstance(image, (str, os.PathLike)):
-        return _read(Path(os.path.expanduser(os.fsdecode(image))))
+        return _read_file(Path(os.path.expanduser(os.fsdecode(image))))
     raise TypeError("it is not an image")
 
 
@@ -150,7 +155,7 @@ def _fetch(url: str) -> bytes:
     return bytes(data)
 
 
-def _read(file: Path) -> bytes:
+def _read_file(file: Path) -> bytes:
     status = file.stat()
     if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may not end
         raise ValueError("it is not a file")
@@ -159,24 +164,13 @@ def _read(file: Path) -> bytes:
     return file.read_bytes()
 
 
-def _key(content: bytes | NDArray[np.uint8]) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    if not isinstance(content, bytes):
-        digest.update(repr(content.shape).encode())
-    digest.update(content if isinstance(content, bytes) else content.data)
-    return digest.digest()
-
-
-def _pixels(content: bytes | PIL.Image.Image) -> NDArray[np.uint8]:
+def _decoded(data: bytes, name: str) -> NDArray[np.uint8]:
     """uint8 [height, width, 3]"""
-    if not isinstance(content, bytes):
-        with _PILLOW_LOCK:  # one that was opened lazily is read at its first use
-            return _rgb(content)
-    image = _identified(content)
+    image = _identified(data)
     pixels = _rgb(image)
     # the further images of an MPO, a JPEG file, are previews and maps of depth
     if image.format != "MPO" and getattr(image, "is_animated", False):
-        warnings.warn("only the first frame of the image is used", UserWarning, stacklevel=3)
+        warnings.warn(f"image={name}: only its first frame is used", UserWarning, stacklevel=3)
     return pixels
 
 

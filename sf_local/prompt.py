@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from sf_local.errors import MismatchError, RequestError
 from sf_local.image_processor import ImageProcessor, ImageSettings
-from sf_local.images import ImageInput, image_key, open_image
+from sf_local.images import GivenImage, ImageInput
 from sf_local.tokenizer import Tokenizer
 
 MAX_TOKENS = 1 << 16  # of a tile
@@ -121,6 +121,10 @@ class ImageReader:
                 f"{settings.image_token_id} twice; use the tokenizer that came with the model"
             )
 
+    def given(self, image: ImageInput) -> GivenImage:
+        """For several prompts, so that it is read once."""
+        return image if isinstance(image, GivenImage) else GivenImage(image, self._allow_urls)
+
     def expand(self, ids: list[int], images: Sequence[ImageInput], max_tokens: int) -> Prompt:
         """A prompt with the tiles of `images` in the place of its markers.
 
@@ -193,12 +197,11 @@ class ImageReader:
         return ids[1:] if ids[0] == self._tokenizer.bos_token_id else ids
 
     def _cut(self, image: ImageInput) -> CutImage:
-        key = image_key(image, allow_urls=self._allow_urls)
-        if (found := self._cache.get(key)) is not None:
+        given = self.given(image)
+        if (found := self._cache.get(given.key)) is not None:
             return found
-        picture = open_image(image, allow_urls=self._allow_urls)
-        tiles = self._processor.tiles(picture.pixels)
-        number = int.from_bytes(picture.key, "little")
+        tiles = self._processor.tiles(given.pixels())
+        number = int.from_bytes(given.key, "little")
         # Each with memory of its own, which is free when it is let go of.
         parts = tuple(Tile(pixels.copy()) for pixels in tiles.pixels)
-        return self._cache.add(picture.key, CutImage(tiles.rows, tiles.columns, parts, number))
+        return self._cache.add(given.key, CutImage(tiles.rows, tiles.columns, parts, number))

@@ -25,7 +25,7 @@ import pytest
 from transformers.image_transforms import convert_to_rgb
 
 from sf_local.errors import ImageError, RequestError
-from sf_local.images import image_key, open_image
+from sf_local.images import GivenImage
 
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]
 ORIENTATION = 0x0112
@@ -55,7 +55,7 @@ def png_header(width: int, height: int) -> bytes:
 
 def refused(image: Any, message: str, **options: Any) -> str:
     with pytest.raises(ImageError, match=message) as caught:
-        open_image(image, **options)
+        GivenImage(image, **options).pixels()
     text = str(caught.value)
     assert isinstance(caught.value, RequestError)
     assert text.startswith("image=") and "Give a path" in text and len(text) < 700
@@ -69,27 +69,27 @@ def test_every_way_to_give_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     url = "data:image/png;base64," + base64.b64encode(data).decode()
     given: list[Any] = [file, str(file), "~/a.png", data, bytearray(data), memoryview(data), url]
     for image in given:
-        opened = open_image(image)
-        assert np.array_equal(opened.pixels, np.asarray(picture()))
-        assert opened.pixels.dtype == np.uint8 and not opened.pixels.flags.writeable
-        assert opened.key == image_key(image) == open_image(file).key and len(opened.key) == 16
-    assert np.array_equal(open_image(picture()).pixels, np.asarray(picture()))
+        key, pixels = GivenImage(image).key, GivenImage(image).pixels()
+        assert np.array_equal(pixels, np.asarray(picture()))
+        assert pixels.dtype == np.uint8 and not pixels.flags.writeable
+        assert key == GivenImage(file).key and len(key) == 16
+    assert np.array_equal(GivenImage(picture()).pixels(), np.asarray(picture()))
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_formats(format: str) -> None:
     data = encoded(picture(), format)
     expected = PIL.Image.open(io.BytesIO(data)).convert("RGB")
-    assert np.array_equal(open_image(data).pixels, np.asarray(expected))
+    assert np.array_equal(GivenImage(data).pixels(), np.asarray(expected))
     with pytest.raises(ImageError, match="cannot be used"):  # whatever the decoder says
-        open_image(data[: len(data) // 2])
+        GivenImage(data[: len(data) // 2]).pixels()
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "HSV"])
 def test_modes_are_converted_as_transformers_does(mode: str) -> None:
     image = picture(mode="RGBA" if mode in ("LA", "PA", "RGBA") else mode)
     image = image.convert(mode) if image.mode != mode else image
-    assert np.array_equal(open_image(image).pixels, convert_to_rgb(image, return_numpy=True))
+    assert np.array_equal(GivenImage(image).pixels(), convert_to_rgb(image, return_numpy=True))
 
 
 def test_a_transparent_color_is_white() -> None:
@@ -97,7 +97,7 @@ def test_a_transparent_color_is_white() -> None:
     image.putpalette([10, 20, 30, 40, 50, 60])
     image.putpixel((1, 0), 1)
     data = encoded(image, transparency=0)
-    assert open_image(data).pixels.tolist() == [[[255, 255, 255], [40, 50, 60]]]
+    assert GivenImage(data).pixels().tolist() == [[[255, 255, 255], [40, 50, 60]]]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -118,7 +118,17 @@ def test_orientation(orientation: int) -> None:
     ][orientation - 1]
     upright = stored if turned is None else stored.transpose(turned)
     for image in (data, PIL.Image.open(io.BytesIO(data))):
-        assert np.array_equal(open_image(image).pixels, np.asarray(upright))
+        assert np.array_equal(GivenImage(image).pixels(), np.asarray(upright))
+
+
+def test_a_file_is_read_once(tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    file.write_bytes(encoded(picture()))
+    given = GivenImage(file)
+    assert given.key == GivenImage(file.read_bytes()).key
+    file.write_bytes(b"no image")
+    assert np.array_equal(given.pixels(), np.asarray(picture()))
+    refused(file, "its format is unknown")
 
 
 def test_keys() -> None:
@@ -132,11 +142,9 @@ def test_keys() -> None:
         palette, recolored, turned, picture(4, 4), picture(2, 8), picture(8, 2), picture(),
         encoded(picture()), encoded(picture(), "BMP"),
     ]  # fmt: skip
-    assert len({image_key(image) for image in images}) == len(images)
-    for image in images:
-        assert image_key(image) == open_image(image).key
-    assert image_key(picture()) == image_key(picture().copy())
-    assert image_key(b"not decoded")  # the content alone counts
+    assert len({GivenImage(image).key for image in images}) == len(images)
+    assert GivenImage(picture()).key == GivenImage(picture().copy()).key
+    assert GivenImage(b"not decoded").key  # the content alone counts
 
 
 def test_the_image_of_the_caller_is_left_alone() -> None:
@@ -144,8 +152,8 @@ def test_the_image_of_the_caller_is_left_alone() -> None:
         image = picture(mode=mode)
         image.getexif()[ORIENTATION] = 6
         before = (image.mode, image.size, image.tobytes(), dict(image.info), dict(image.getexif()))
-        opened = open_image(image)
-        assert opened.pixels.shape == (40, 30, 3)
+        pixels = GivenImage(image).pixels()
+        assert pixels.shape == (40, 30, 3)
         assert before == (
             image.mode, image.size, image.tobytes(), dict(image.info), dict(image.getexif())
         )  # fmt: skip
@@ -155,17 +163,16 @@ def test_the_image_of_the_caller_is_left_alone() -> None:
 def test_of_several_frames_the_first(format: str) -> None:
     frames = [picture(), PIL.Image.new("RGB", (40, 30), "red")]
     data = encoded(frames[0], format, save_all=True, append_images=frames[1:])
-    with pytest.warns(UserWarning, match="only the first frame") as caught:
-        opened = open_image(data)
-    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"^image=<bytes of \d+ bytes>: only its first"):
+        pixels = GivenImage(data).pixels()
     first = PIL.Image.open(io.BytesIO(data)).convert("RGB")
-    assert np.array_equal(opened.pixels, np.asarray(first))
+    assert np.array_equal(pixels, np.asarray(first))
 
 
 @pytest.mark.filterwarnings("error")
 def test_previews_of_a_jpeg_are_no_frames() -> None:
     data = encoded(picture(), "MPO", save_all=True, append_images=[picture(20, 15)])
-    assert open_image(data).pixels.shape == (30, 40, 3)
+    assert GivenImage(data).pixels().shape == (30, 40, 3)
 
 
 @pytest.mark.parametrize("image", [None, 3, ["a.png"], object(), np.zeros((2, 2, 3))], ids=repr)
@@ -221,8 +228,8 @@ def test_shapes() -> None:
     refused(picture(1, 5000), "it has 1 x 5000 pixels, more than 200:1")
     refused(encoded(picture(201, 1)), "it has 201 x 1 pixels, more than 200:1")
     refused(PIL.Image.new("RGB", (0, 5)), "it has 0 x 5 pixels")
-    assert open_image(picture(1, 200)).pixels.shape == (200, 1, 3)
-    assert open_image(picture(1, 1)).pixels.shape == (1, 1, 3)
+    assert GivenImage(picture(1, 200)).pixels().shape == (200, 1, 3)
+    assert GivenImage(picture(1, 1)).pixels().shape == (1, 1, 3)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
@@ -276,8 +283,8 @@ def test_urls(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"{web}/a.png"
     refused(url, "only with allow_urls=True")
     refused("HTTPS://example.com/a.png", "only with allow_urls=True")
-    assert np.array_equal(open_image(url, allow_urls=True).pixels, np.asarray(picture()))
-    assert image_key(url, allow_urls=True) == image_key(encoded(picture()))
+    assert np.array_equal(GivenImage(url, allow_urls=True).pixels(), np.asarray(picture()))
+    assert GivenImage(url, allow_urls=True).key == GivenImage(encoded(picture())).key
     refused(f"{web}/none", "404", allow_urls=True)
     refused("http://", "no host", allow_urls=True)
     refused("http://127.0.0.1:9/", "refused", allow_urls=True)
@@ -291,12 +298,12 @@ def test_urls(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_threads() -> None:
     """Of files, and of one image that all of them read lazily."""
     data = encoded(picture(1500, 1500), compress_level=0)
-    expected = open_image(data).pixels
+    expected = GivenImage(data).pixels()
     for _ in range(5):
         shared = PIL.Image.open(io.BytesIO(data))
         with ThreadPoolExecutor(8) as pool:
-            for opened in pool.map(open_image, [shared] * 8 + [data]):
-                assert np.array_equal(opened.pixels, expected)
+            for opened in pool.map(lambda i: GivenImage(i).pixels(), [shared] * 8 + [data]):
+                assert np.array_equal(opened, expected)
 
 
 def test_pillow_is_imported_with_the_first_image() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -15,11 +18,13 @@ from reference import forward
 from running import open_runner
 from vision_reference import IMAGE_TOKEN, encode
 
-from sf_local.artifact import open_artifact
+import sf_local.loop
+from sf_local.artifact import Artifact, open_artifact
 from sf_local.engine import Engine
 from sf_local.errors import ImageError, RequestError
 from sf_local.image_processor import ImageProcessor, ImageSettings
 from sf_local.request import SamplingParams
+from sf_local.scheduler import Limits
 
 PARAMS = SamplingParams(max_new_tokens=8, temperature=1, seed=3, ignore_eos=True)
 QUESTION = "see <image> what"
@@ -276,6 +281,99 @@ def test_few_pages(model: SeeingModel) -> None:
         ]
         assert [handle.result().token_ids for handle in handles] == alone
         assert engine.stats()["preemptions"] > 0
+
+
+@pytest.mark.parametrize("prefill_tokens", [1, 5])
+def test_a_tile_in_several_chunks(
+    model: SeeingModel, monkeypatch: pytest.MonkeyPatch, prefill_tokens: int
+) -> None:
+    def few(artifact: Artifact) -> Limits:
+        return replace(loop_limits(artifact), prefill_tokens=prefill_tokens)
+
+    loop_limits = sf_local.loop._limits
+    monkeypatch.setattr(sf_local.loop, "_limits", few)
+    with Engine(model.artifact, kv_pages=120) as engine:
+        check_logprobs(model, engine, "a <image> and <image>?", picture(90, 60), picture(8, 8))
+        assert (
+            engine.stats()["steps"] > engine.prepare(QUESTION, [picture(90, 60)]).spans[-1].end / 5
+        )
+
+
+def test_replicas_answer_as_one(model: SeeingModel) -> None:
+    images = [picture(60, 40, seed) for seed in range(6)]
+    with Engine(model.artifact, kv_pages=120) as engine:
+        expected = [engine.generate(QUESTION, PARAMS, images=[image]).token_ids for image in images]
+    with Engine(model.artifact, ["cpu", "cpu"], kv_pages=120) as engine:
+        handles = [engine.submit(QUESTION, PARAMS, images=[i]) for i in images for _ in range(2)]
+        found = [handle.result().token_ids for handle in handles]
+        assert found[::2] == found[1::2] == expected
+        loops = engine._loop._loops  # type: ignore[union-attr]
+        assert all(loop.stats()["encoded_tiles"] for loop in loops)
+
+
+def test_cancelled_and_late_while_encoding(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was encoded is kept for those that come after."""
+    runner = engine._loop._runner  # type: ignore[union-attr]
+    encode, is_encoding, may_go_on = runner.encode, threading.Event(), threading.Event()
+
+    async def held(tiles: Sequence[np.ndarray]) -> list[np.ndarray]:
+        is_encoding.set()
+        assert may_go_on.wait(60)
+        return await encode(tiles)
+
+    monkeypatch.setattr(runner, "encode", held)
+    image = picture(90, 60, seed=8)
+    running = engine.submit(QUESTION, PARAMS, images=[image])
+    late = engine.submit(f"{QUESTION}?", replace(PARAMS, timeout=0.01), images=[image])
+    assert is_encoding.wait(60)
+    running.cancel()
+    time.sleep(0.02)
+    may_go_on.set()
+    assert [h.result().finish_reason for h in (running, late)] == ["abort", "timeout"]
+    num_tiles = engine.stats()["encoded_tiles"]
+    assert engine.generate(QUESTION, PARAMS, images=[image]).completion_tokens == 8
+    assert engine.stats()["encoded_tiles"] == num_tiles > 0
+
+
+def test_asyncio(engine: Engine) -> None:
+    images = [picture(60, 40, seed) for seed in range(4)]
+    expected = [engine.generate(QUESTION, PARAMS, images=[image]) for image in images]
+
+    async def stream(image: PIL.Image.Image) -> str:
+        return "".join([t async for t in engine.astream(QUESTION, PARAMS, images=[image])])
+
+    async def main() -> None:
+        texts = await asyncio.gather(*map(stream, images))
+        assert texts == [output.text for output in expected]
+        with pytest.raises(ImageError):
+            await engine.agenerate(QUESTION, PARAMS, images=[b"no image"])
+        endless = replace(PARAMS, max_new_tokens=100)
+        async for _ in engine.astream(QUESTION, endless, images=images[:1]):
+            break
+        task = asyncio.create_task(engine.agenerate(QUESTION, endless, images=images[:1]))
+        await asyncio.sleep(0)  # it is being prepared
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+
+
+def test_urls_are_fetched_once_a_call(model: SeeingModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, fetched = png(picture(60, 40)), list[str]()
+
+    def fetch(url: str) -> bytes:
+        fetched.append(url)
+        return data
+
+    monkeypatch.setattr("sf_local.images._fetch", fetch)
+    url = "https://example.com/a.png"
+    with Engine(model.artifact, kv_pages=120, allow_urls=True) as engine:
+        expected = engine.generate(QUESTION, PARAMS, images=[data]).token_ids
+        assert engine.generate(QUESTION, PARAMS, images=[url]).token_ids == expected
+        assert engine.samples(QUESTION, replace(PARAMS, n=3), images=[url])[0].token_ids == expected
+        assert len(engine.score(QUESTION, [" yes", " no", " so"], images=[url])) == 3
+    assert fetched == [url] * 3
 
 
 def test_an_image_error_is_a_request_error() -> None:
