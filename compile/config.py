@@ -62,7 +62,8 @@ class VisionConfig:
 
     `family`: "idefics3" or "llava". `num_layers`: those that are computed. `activation`:
     "gelu_tanh" or "quick_gelu". `scale_factor`: the side of the square of patches that become one
-    token. Sizes of images and patches are sides, in pixels.
+    token. Sizes of images and patches are sides, in pixels; those right and below of whole patches
+    are not seen.
     """
 
     family: str

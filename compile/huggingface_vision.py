@@ -142,7 +142,7 @@ def vision_config(path: Path, raw: Mapping[str, Any]) -> VisionConfig:
         activation=ACTIVATIONS[values["hidden_act"]],
         scale_factor=scale_factor,
     )
-    _check_multiples(where, config)
+    _check_sizes(where, config)
     return config
 
 
@@ -225,10 +225,12 @@ def _feature_layer(path: Path, raw: Mapping[str, Any], num_layers: int) -> int:
     return layer if layer > 0 else num_layers + 1 + layer
 
 
-def _check_multiples(where: Where, config: VisionConfig) -> None:
+def _check_sizes(where: Where, config: VisionConfig) -> None:
+    if config.image_size < config.patch_size:
+        found = f"image_size {config.image_size} with patch_size {config.patch_size}"
+        raise unsupported(where, found, "at least one patch")
     for number, divisor, text in (
         (config.hidden_size, config.num_heads, "hidden_size {} with {} heads"),
-        (config.image_size, config.patch_size, "image_size {} with patch_size {}"),
         (config.patches_across, config.scale_factor, "{} patches across with scale_factor {}"),
     ):
         if number % divisor:

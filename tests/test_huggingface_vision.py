@@ -263,7 +263,7 @@ def test_old_chat_template(tmp_path: Path) -> None:
         ("llava", {"vision_config": {"hidden_act": "gelu"}}, ["hidden_act 'gelu'", "quick_gelu"]),
         ("idefics3", {"vision_config": {"hidden_act": "relu"}}, ["hidden_act 'relu'"]),
         ("idefics3", {"vision_config": {"num_channels": 1}}, ["num_channels 1"]),
-        ("idefics3", {"vision_config": {"image_size": 36}}, ["image_size 36 with patch_size 8"]),
+        ("idefics3", {"vision_config": {"image_size": 7}}, ["image_size 7 with patch_size 8"]),
         ("idefics3", {"vision_config": {"num_attention_heads": 5}}, ["hidden_size 64 with 5"]),
         ("idefics3", {"scale_factor": 3}, ["4 patches across with scale_factor 3"]),
     ],

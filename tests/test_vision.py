@@ -131,6 +131,17 @@ def test_a_gpus_tower_of_several_blocks(
 
 
 @pytest.mark.parametrize("family", ["idefics3", "llava"])
+@pytest.mark.parametrize("row_major", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_pixels_beyond_whole_patches(
+    make_seeing: Callable[..., SeeingModel], family: str, row_major: bool
+) -> None:
+    """As SmolVLM-2.2B has them, of 384 pixels in patches of 14; and as there, heads of 72."""
+    model = make_seeing(family, image_size=37, hidden_size=144, num_heads=2, row_major=row_major)
+    with Engine(model.artifact, kv_pages=60) as engine:
+        check_logprobs(model, engine, QUESTION, picture(60, 40))
+
+
+@pytest.mark.parametrize("family", ["idefics3", "llava"])
 def test_half_precision(make_seeing: Callable[..., SeeingModel], family: str) -> None:
     model = make_seeing(family, weight_dtype="bf16", kv_dtype="bf16")
     with Engine(model.artifact, kv_pages=60) as engine:

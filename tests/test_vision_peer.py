@@ -38,6 +38,11 @@ from sf_local.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4  # of the largest value
 UNTIED = replace(TINY, tied_embeddings=False)
+SMOLVLM_2B = replace(  # fewer layers
+    TOWERS["smolvlm-256m"], image_size=384, patch_size=14, hidden_size=1152, num_heads=16,
+    intermediate_size=4304, num_layers=2, scale_factor=3,
+)  # fmt: skip
+LONGER = replace(TINY, max_seq_len=1024)
 SMOLVLM_TEXT, SMOLVLM = (shapes["smolvlm-256m"] for shapes in (SHAPES, TOWERS))
 
 
@@ -118,6 +123,16 @@ def test_small(tmp_path: Path, vision: VisionConfig, text: LlamaConfig) -> None:
     python, folder = peer("torch"), tmp_path / "model"
     write_vision_folder(folder, text, vision, random_model(text, vision, seed=7))
     check(python, folder, build(folder, tmp_path / "artifact", TINY_OPTIONS), SMALL)
+
+
+@pytest.mark.slow
+def test_smolvlm_2b_tower(tmp_path: Path) -> None:
+    """Tiles of 27 x 27 patches, which leave six pixels over."""
+    python, folder = peer("torch"), tmp_path / "model"
+    write_vision_folder(folder, LONGER, SMOLVLM_2B, random_model(LONGER, SMOLVLM_2B, seed=7))
+    options = replace(TINY_OPTIONS, max_seq_len=1024, page_size=32)
+    questions = [Question([(384, 384)], splits=False), Question([(500, 400)])]
+    check(python, folder, build(folder, tmp_path / "artifact", options), questions)
 
 
 @pytest.mark.slow

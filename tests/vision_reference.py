@@ -144,7 +144,8 @@ def encode(
         return linear(mixed.swapaxes(1, 2).reshape(x.shape), f"{blk}.attn_out")
 
     # [N, 3, rows, size, columns, size] -> [N, rows * columns, 3 * size * size]
-    patches = pixels.astype(dtype).reshape(count, 3, across, size, across, size)
+    seen = pixels[:, :, : across * size, : across * size].astype(dtype)
+    patches = seen.reshape(count, 3, across, size, across, size)
     patches = patches.transpose(0, 2, 4, 1, 3, 5).reshape(count, across * across, -1)
     x = linear(patches, "v.patch_embd")
     if config.family == "llava":
