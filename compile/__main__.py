@@ -77,11 +77,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--page-size", type=int, default=defaults.page_size, help="tokens a page (%(default)s)"
     )
-    for name in ("prefill_batch_sizes", "decode_batch_sizes", "image_batch_sizes"):
+    for name in ("prefill_batch_sizes", "decode_batch_sizes"):
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=_sizes, default=getattr(defaults, name),
             metavar="N,N,...", help="rows of compiled batches, ascending (default: %(default)s)",
         )  # fmt: skip
+    parser.add_argument(
+        "--image-batch-sizes", type=_sizes, metavar="N,N,...",
+        help="tiles of images that are encoded together (default: 1,4, on CPUs 1)",
+    )  # fmt: skip
     parser.add_argument(
         "--max-seq-len", type=int, help="context in tokens (default: the model's own)"
     )

@@ -73,7 +73,7 @@ class BuildOptions:
     target: "cpu", an AMD chip such as "gfx942", or several as "gfx942,gfx1100,cpu"; cpu: "host",
     "generic", "x86-64-v3" or "x86-64-v4". weight_dtype, kv_dtype: "f32", "f16" or "bf16".
     page_size: tokens a KV page. image_batch_sizes: tiles that are encoded together, of models that
-    see.
+    see: by default (1, 4), on CPUs one, between which others decode.
     row_major: matrices row by row, as GPUs have them, on a CPU too (to test that code there).
     tuning: of a CPU's kernels; see `compile.search`.
     """
@@ -85,7 +85,7 @@ class BuildOptions:
     page_size: int = 16
     prefill_batch_sizes: tuple[int, ...] = (1, 4)
     decode_batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
-    image_batch_sizes: tuple[int, ...] = (1, 4)
+    image_batch_sizes: tuple[int, ...] | None = None
     max_seq_len: int | None = None
     row_major: bool = False
     tuning: Tuning | None = None
@@ -98,6 +98,8 @@ class BuildOptions:
             raise UnsupportedError(f"page_size={self.page_size!r}; use one of {PAGE_SIZES}")
         for name in ("prefill_batch_sizes", "decode_batch_sizes", "image_batch_sizes"):
             sizes = getattr(self, name)
+            if sizes is None:
+                continue
             in_range = all(1 <= size <= MAX_BATCH_SIZE for size in sizes)
             if not sizes or list(sizes) != sorted(set(sizes)) or not in_range:
                 raise UnsupportedError(
@@ -220,7 +222,9 @@ def _emitter(source: Source, options: BuildOptions, target: Target) -> Emitter:
             if options.max_seq_len is None
             else options.max_seq_len
         ),
-        image_batch_sizes=options.image_batch_sizes if source.vision else (),
+        image_batch_sizes=(
+            (options.image_batch_sizes or target.image_batch_sizes) if source.vision else ()
+        ),
     )
     if not options.page_size <= model.max_seq_len <= context:
         raise UnsupportedError(
@@ -343,6 +347,7 @@ def _write_descriptions(folder: Path, source: Source, emitter: Emitter, target: 
         weight_dtype=model.weight_dtype,
         kv_dtype=model.kv_dtype,
         vocab_size=source.config.vocab_size,
+        hidden_size=source.config.hidden_size,
         bos_token_id=source.bos_token_id,
         eos_token_ids=source.eos_token_ids,
         functions=model.function_names,

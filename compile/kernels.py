@@ -161,7 +161,7 @@ def compile_shape(
     options = ModelOptions(
         weights, build.kv_dtype or weights, build.page_size, build.prefill_batch_sizes,
         build.decode_batch_sizes, build.max_seq_len or config.max_seq_len,
-        build.image_batch_sizes if vision else (),
+        (build.image_batch_sizes or target.image_batch_sizes) if vision else (),
     )  # fmt: skip
     emitter = LlamaEmitter(config, options, target.tile, vision)
     with tempfile.TemporaryDirectory(prefix="sf-kernels-") as name:

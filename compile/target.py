@@ -55,6 +55,12 @@ class Target:
         return "f16" if "f16c" in self.cpu_features else "f32"
 
     @property
+    def image_batch_sizes(self) -> tuple[int, ...]:
+        """The default: several on a GPU; on a CPU, where they would gain little, others decode
+        between them."""
+        return (1, 4) if self.device == "hip" else (1,)
+
+    @property
     def tile(self) -> int:
         """Tokens that a GPU's prefill computes together, as far as the chips' local memory goes."""
         return 128 if self.name.startswith("gfx9") else 64

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from bench_peers import Job, Worker, peer_worker
@@ -36,6 +37,7 @@ from sf_local.roofline import encode_flops, peak_flops
 
 FIRST, SECOND = "What is it?", "Which colours does it have?"
 ENCODE = Job("encode", lambda rng: [])
+LAST = SamplingParams(max_new_tokens=1, temperature=0, ignore_eos=True)
 FLOATS = ("f32", "f16", "bf16")
 
 
@@ -48,7 +50,7 @@ def measure(engine: Engine, settings: ImageSettings, image: Image.Image) -> list
         started_at = time.perf_counter()
         ids = engine.encode(settings.image_token + question)
         prompt = reader.expand(ids, [image], engine.max_tokens)
-        output = engine.generate(prompt, SamplingParams(max_new_tokens=1, ignore_eos=True))
+        output = engine.generate(prompt, LAST)
         return time.perf_counter() - started_at, output
 
     engine.flush_cache()
@@ -72,6 +74,21 @@ def measure(engine: Engine, settings: ImageSettings, image: Image.Image) -> list
         Figure(f"{name}: first token, second question", 1e3 * second, "ms"),
         Figure(f"{name}: second question, cached tokens", cached.cached_tokens, "tokens"),
     ]
+
+
+def stream_gap(engine: Engine, image: Image.Image) -> Figure:
+    """Of a text that is streamed while another request shows a new picture."""
+    ids, text = engine.encode(engine.image_token or ""), replace(LAST, max_new_tokens=4096)
+    times, beside = [], None
+    for _ in engine.stream("One, two, three, four, five, six,", text):
+        times.append(time.perf_counter())
+        if len(times) == 4:
+            num_done = engine.stats()["prompt_tokens"]
+            beside = engine.submit(ids, LAST, images=[image])
+        elif beside and engine.stats()["prompt_tokens"] > num_done:
+            break
+    gap = max(b - a for a, b in pairwise(times[4:]))
+    return Figure("longest gap of a stream while a picture is encoded", 1e3 * gap, "ms")
 
 
 def _share(artifact: Artifact, name: str, rate: float) -> list[Figure]:
@@ -103,13 +120,19 @@ def run(engine: Engine, rounds: int, torch: Worker | None = None) -> list[Figure
     for number in range(rounds + 1):
         print(f"round {number} of {rounds}", file=sys.stderr)
         for size, case in cases.items():
-            noise = Image.frombytes("RGB", (16, 16), rng.randbytes(3 * 16 * 16))
-            found = measure(engine, case, noise.resize((size, size)))
+            found = measure(engine, case, _noise(rng, size))
             figures += found if number else []
+        if number:
+            figures.append(stream_gap(engine, _noise(rng, 2 * settings.tile_size)))
         if torch and number:
             milliseconds = 1e3 * torch.measure(ENCODE, [])
             figures.append(Figure("1 tile: encode, transformers on torch", milliseconds, "ms"))
     return figures
+
+
+def _noise(rng: random.Random, size: int) -> Image.Image:
+    pixels = rng.randbytes(3 * 16 * 16)
+    return Image.frombytes("RGB", (16, 16), pixels).resize((size, size))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -16,6 +16,7 @@ import shortfin.array as sfnp
 from numpy.typing import NDArray
 
 from sf_local.device import Device
+from sf_local.errors import EngineError
 
 ALIGNMENT = 256  # bytes, of arrays that share a buffer
 NUMPY_DTYPES: dict[str, Any] = {
@@ -47,15 +48,17 @@ class Upload:
     """The way of arguments to a GPU: of one call at a time."""
 
     def __init__(self, device: Device, num_bytes: int) -> None:
-        self._device = device
-        self._reserve(num_bytes)
+        scoped = device.scoped
+        self._array = sfnp.device_array.for_device(scoped, [num_bytes], sfnp.uint8)
+        self._staging = sfnp.device_array.for_host(scoped, [num_bytes], sfnp.uint8)
+        self._bytes = _mapped(self._staging)
 
     def send(self, arguments: Iterable[Argument]) -> list[Any]:
         """Queue the copy; the arrays that it will fill."""
         every = [argument.values for argument in arguments]
         needed = sum(ALIGNMENT + values.nbytes for values in every)
-        if needed > len(self._bytes):  # images
-            self._reserve(needed)
+        if needed > len(self._bytes):
+            raise EngineError(f"{needed} bytes of arguments do not fit into {len(self._bytes)}")
         arrays, end = [], 0
         for values in every:
             begin, end = _place_behind(end, values.nbytes)
@@ -65,12 +68,6 @@ class Upload:
         used = slice(0, end)
         self._array.view(used).copy_from(self._staging.view(used))
         return arrays
-
-    def _reserve(self, num_bytes: int) -> None:
-        scoped = self._device.scoped
-        self._array = sfnp.device_array.for_device(scoped, [num_bytes], sfnp.uint8)
-        self._staging = sfnp.device_array.for_host(scoped, [num_bytes], sfnp.uint8)
-        self._bytes = _mapped(self._staging)
 
 
 class Download:

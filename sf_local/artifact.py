@@ -28,7 +28,7 @@ from sf_local.image_processor import ImageSettings
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 COMPILER_VERSION = "3.9.0"
 VMFB, WEIGHTS, CONFIG, MANIFEST = "model.vmfb", "weights.irpa", "config.json", "artifact.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -133,6 +133,7 @@ class Manifest:
     weight_dtype: str
     kv_dtype: str
     vocab_size: int
+    hidden_size: int  # of an embedding
     bos_token_id: int | None
     eos_token_ids: Sequence[int]
     functions: Sequence[str]
@@ -148,7 +149,8 @@ class Manifest:
             _instance(f"files/{name}/sha256", file["sha256"], str)
         for name in ("functions", "cpu_features", "eos_token_ids"):
             _instance(name, getattr(self, name), list)
-        _instance("vocab_size", self.vocab_size, int)
+        _positive_int("vocab_size", self.vocab_size)
+        _positive_int("hidden_size", self.hidden_size)
         _instance("source", self.source["name"], str)
         _instance("config", self.config, dict)
         if self.images is not None:

@@ -26,6 +26,7 @@ from sf_local.choices import Score
 from sf_local.engine import Engine
 from sf_local.errors import ChatTemplateError, RequestError
 from sf_local.generation import Output
+from sf_local.images import ImageInput
 from sf_local.request import SamplingParams, shown
 from sf_local.translation import entries, meta_info, to_params
 
@@ -245,9 +246,13 @@ class _NoTemplate(ChatTemplate):  # type: ignore[misc]
         )
 
 
-def _images(s: StreamExecutor) -> list[bytes]:
-    """The files that a program has shown so far; SGLang has read them already."""
-    return [base64.b64decode(data) for _, data in s.images_]
+def _images(s: StreamExecutor) -> list[ImageInput]:
+    """What a program has shown so far: files, which SGLang has read already, and PIL images, of
+    which its copies do not tell which side is up."""
+    return [
+        base64.b64decode(data) if isinstance(given, (str, bytes)) else given
+        for given, data in s.images_
+    ]
 
 
 sglang.ShortfinLocal = ShortfinLocal

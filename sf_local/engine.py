@@ -337,14 +337,16 @@ class Engine:
         if isinstance(prompt, Prompt):
             if images:
                 raise RequestError("images: the prompt was prepared with its own; give one or none")
-            return prompt
+            self._prompt_ids(prompt.ids)  # another engine may have prepared it
+            self._check_images(prompt.spans)
+            return self._fitting(prompt)
         self._check_images(images)
         ids = self._prompt_ids(prompt)
         if self._images is not None:
             return self._fitting(self._images.expand(ids, images, self.max_tokens))
         return self._fitting(Prompt(ids, ids))
 
-    def _check_images(self, images: Sequence[ImageInput]) -> None:
+    def _check_images(self, images: Sequence[object]) -> None:
         if not isinstance(images, Sequence) or isinstance(images, str | bytes | bytearray):
             raise RequestError(f"images={shown(images)} must be a list; put a single one in []")
         if images and self._images is None:

@@ -1,7 +1,7 @@
 """From pixels to the tiles that a vision model reads, and the text that stands for them.
 
-Does what transformers' processors of Idefics3 (and SmolVLM) and LLaVA do, to the last bit. Knows
-nothing of files, tokenizers or engines. Pillow is imported with the first image.
+Does what transformers' processors of Idefics3 (and SmolVLM) and LLaVA do on Pillow, to the last
+bit. Knows nothing of files, tokenizers or engines. Pillow is imported with the first image.
 """
 
 from __future__ import annotations

@@ -14,12 +14,13 @@ import io
 import os
 import stat
 import threading
-import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +54,7 @@ class GivenImage:
 
     Args:
         image: a path, the bytes of a file, a PIL image, a base64 data URL, or an http(s) URL.
-        allow_urls: fetch http(s) URLs of up to 64 MiB, which must answer and end within 30 s each.
+        allow_urls: fetch http(s) URLs, within 30 s and 64 MiB.
 
     `key` and `pixels` raise ImageError: it is none of these, cannot be read or decoded, or is too
     large. Different ones may be used from different threads.
@@ -78,7 +79,8 @@ class GivenImage:
     def pixels(self) -> NDArray[np.uint8]:
         """uint8 [height, width, 3], RGB, upright, over white where transparent, read-only.
 
-        Of an animated file this is the first frame, with a UserWarning.
+        Of an animated file this is the first frame, with a UserWarning; of a PIL image the one that
+        it stands at.
         """
         if not isinstance(self._content, bytes):
             return self._content
@@ -139,29 +141,51 @@ def _decode_data_url(url: str) -> bytes:
 
 
 def _fetch(url: str) -> bytes:
-    from urllib.request import Request, urlopen  # 40 ms
+    """In a thread of its own: a server may answer so slowly that no timeout of a socket passes."""
+    answer: Future[bytes] = Future()
 
-    deadline = time.monotonic() + _URL_SECONDS
-    data = bytearray()
+    def fetch() -> None:
+        try:
+            answer.set_result(_download(url))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=fetch, name="sf-local-fetch", daemon=True).start()
+    try:
+        return answer.result(_URL_SECONDS)
+    except FutureTimeout:
+        raise TimeoutError(f"it takes more than {_URL_SECONDS} s to fetch") from None
+
+
+def _download(url: str) -> bytes:
+    from urllib import request  # 40 ms
+
+    opener = request.OpenerDirector()  # which follows redirects to nothing but http(s)
+    for kind in (
+        request.ProxyHandler, request.UnknownHandler, request.HTTPHandler, request.HTTPSHandler,
+        request.HTTPDefaultErrorHandler, request.HTTPRedirectHandler, request.HTTPErrorProcessor,
+    ):  # fmt: skip
+        opener.add_handler(kind())
     # some servers refuse urllib's own name
-    request = Request(url, headers={"User-Agent": "sf-local"})
-    with urlopen(request, timeout=_URL_SECONDS) as response:
-        while piece := response.read1(1 << 16):
-            data += piece
-            if len(data) > _MAX_URL_BYTES:
-                raise ValueError(f"it has more than {_MAX_URL_BYTES >> 20} MiB")
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"it takes more than {_URL_SECONDS} s to fetch")
-    return bytes(data)
+    asked = request.Request(url, headers={"User-Agent": "sf-local"})
+    with opener.open(asked, timeout=_URL_SECONDS) as response:
+        return _at_most(_MAX_URL_BYTES, response)
 
 
 def _read_file(file: Path) -> bytes:
-    status = file.stat()
-    if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may not end
+    if not stat.S_ISREG(file.stat().st_mode):  # reading a pipe or a device may not end
         raise ValueError("it is not a file")
-    if status.st_size > _MAX_FILE_BYTES:
-        raise ValueError(f"it has more than {_MAX_FILE_BYTES >> 20} MiB")
-    return file.read_bytes()
+    if not file.stat().st_size:  # nor that of the kernel's own files
+        raise ValueError("it is empty")
+    with file.open("rb") as opened:
+        return _at_most(_MAX_FILE_BYTES, opened)
+
+
+def _at_most(num_bytes: int, file: BinaryIO) -> bytes:
+    data = file.read(num_bytes + 1)
+    if len(data) > num_bytes:
+        raise ValueError(f"it has more than {num_bytes >> 20} MiB")
+    return data
 
 
 def _decoded(data: bytes, name: str) -> NDArray[np.uint8]:

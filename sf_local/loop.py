@@ -15,9 +15,11 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sf_local.artifact import Artifact
 from sf_local.device import Device, reason
@@ -25,7 +27,7 @@ from sf_local.errors import DeviceError, EngineError, SfLocalError
 from sf_local.generation import Generation
 from sf_local.masks import Masks
 from sf_local.page_pool import PagePool
-from sf_local.prompt import Span
+from sf_local.prompt import Span, Tile
 from sf_local.radix_cache import RadixCache
 from sf_local.request import Request, RequestStatus
 from sf_local.runner import ModelRunner, Row, Wanted
@@ -268,7 +270,7 @@ class Loop:
                 await self._fail([r for r in self._generations if started & {*r.pages}], error)
                 return
         for group in step.prefills:
-            await self._compute(self._prefill, group)
+            await self._compute(self._prefill, await self._seen(group))
         for group in step.decodes:
             await self._compute(self._decode, group)
 
@@ -310,7 +312,6 @@ class Loop:
             meanwhile=lambda: self._work_beside(masks),
         )
         try:
-            await self._encode_images(chunks)
             following = await call(chunks, [self._row(chunk) for chunk in chunks], wanted)
         except Exception as error:
             await self._fail([chunk.request for chunk in chunks], error)
@@ -320,14 +321,19 @@ class Loop:
         last = [c.request if a else None for c, a in zip(chunks, are_last, strict=True)]
         self._sample(last, following, masks)
 
-    async def _encode_images(self, chunks: Sequence[Chunk]) -> None:
-        """Embeddings of what the chunks show, unless another request has seen it."""
-        shown = dict.fromkeys(span.tile for chunk in chunks for span in _spans(chunk))
-        # Another replica may be at one of them as well, and lets go of its pixels at the end.
-        tiles = {tile: pixels for tile in shown if (pixels := tile.pixels) is not None}
-        if not tiles:
-            return
-        self._write()  # others' text need not wait for it
+    async def _seen(self, chunks: Sequence[Chunk]) -> list[Chunk]:
+        """Chunks whose images are encoded: a batch of tiles each step; others decode between."""
+        running = [c for c in chunks if c.request.status is RequestStatus.RUNNING]
+        tiles = _unseen(running)
+        if tiles:
+            self._write()  # others' text need not wait for it
+            try:
+                await self._encode(dict(islice(tiles.items(), self._runner.max_tiles)))
+            except Exception as error:
+                await self._fail([c.request for c in running if _unseen([c])], error)
+        return [chunk for chunk in running if not _unseen([chunk])]
+
+    async def _encode(self, tiles: dict[Tile, NDArray[np.uint8]]) -> None:
         started_at = time.perf_counter()
         embeds = await self._runner.encode(list(tiles.values()))
         self._counters["encode_seconds"] += time.perf_counter() - started_at
@@ -511,6 +517,15 @@ def _limits(artifact: Artifact) -> Limits:
 def _spans(chunk: Chunk) -> list[Span]:
     """Tiles of which a chunk shows something."""
     return [s for s in chunk.request.spans if s.start < chunk.end and chunk.start < s.end]
+
+
+def _unseen(chunks: Sequence[Chunk]) -> dict[Tile, NDArray[np.uint8]]:
+    """Tiles of which chunks show something, and which have yet to be encoded.
+
+    Another replica may be at one of them as well, and lets go of its pixels at the end.
+    """
+    tiles = (span.tile for chunk in chunks for span in _spans(chunk))
+    return {tile: pixels for tile in tiles if (pixels := tile.pixels) is not None}
 
 
 def _is_last(chunk: Chunk) -> bool:

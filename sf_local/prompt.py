@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from sf_local.images import GivenImage, ImageInput
 from sf_local.tokenizer import Tokenizer
 
 MAX_TOKENS = 1 << 16  # of a tile
+MAX_CUTTING = 2  # images at once: a large one takes up to 2 GiB
 
 
 @dataclass(eq=False)
@@ -36,11 +38,12 @@ class Tile:
 
 @dataclass(frozen=True)
 class Span:
-    """Positions start .. end - 1 of a prompt, which a tile's embeddings take."""
+    """Positions start .. end - 1 of a prompt, which the embeddings of an image's tile take."""
 
     start: int
     end: int
     tile: Tile
+    image: CutImage
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Prompt:
         return self.unexpanded or self.ids
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CutImage:
     """The grid of an image's tiles, all of them, and a number for what they show."""
 
@@ -73,27 +76,32 @@ class CutImage:
 
 
 class ImageCache:
-    """Cut images by key, the last ones used, up to about `max_bytes`; usable from any thread."""
+    """Cut images by key: all that prompts show, and the last ones used, up to about `max_bytes`.
+
+    Usable from any thread.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._images: OrderedDict[bytes, CutImage] = OrderedDict()
+        self._shown: WeakValueDictionary[bytes, CutImage] = WeakValueDictionary()
         self._lock = threading.Lock()
 
     def get(self, key: bytes) -> CutImage | None:
         with self._lock:
-            if (found := self._images.get(key)) is not None:
-                self._images.move_to_end(key)
-                self._trim()
-            return found
+            found = self._shown.get(key)
+            return None if found is None else self._keep(key, found)
 
     def add(self, key: bytes, image: CutImage) -> CutImage:
         """The image that is kept for the key: another thread may have been faster."""
         with self._lock:
-            kept = self._images.setdefault(key, image)
-            self._images.move_to_end(key)
-            self._trim()
-            return kept
+            return self._keep(key, self._shown.setdefault(key, image))
+
+    def _keep(self, key: bytes, image: CutImage) -> CutImage:
+        self._images[key] = image
+        self._images.move_to_end(key)
+        self._trim()
+        return image
 
     def _trim(self) -> None:
         """Images grow when they are encoded."""
@@ -113,6 +121,7 @@ class ImageReader:
         self._settings, self._tokenizer = settings, tokenizer
         self._processor = ImageProcessor(settings)
         self._cache, self._allow_urls = ImageCache(max_bytes), allow_urls
+        self._cutting = threading.BoundedSemaphore(MAX_CUTTING)
         self._markers: dict[tuple[int, int], list[int]] = {}  # by grid
         token, ids = settings.image_token, self._encode(settings.image_token * 2)
         if ids != [settings.image_token_id] * 2:
@@ -179,7 +188,7 @@ class ImageReader:
                 key = -1 - (((image.number << 16) + tile) * MAX_TOKENS + offset)
                 if not offset:
                     start = len(prompt.ids)
-                    prompt.spans.append(Span(start, start + count, image.tiles[tile]))
+                    prompt.spans.append(Span(start, start + count, image.tiles[tile], image))
                 seen += 1
             prompt.ids.append(part)
             prompt.keys.append(key)
@@ -200,8 +209,11 @@ class ImageReader:
         given = self.given(image)
         if (found := self._cache.get(given.key)) is not None:
             return found
-        tiles = self._processor.tiles(given.pixels())
-        number = int.from_bytes(given.key, "little")
-        # Each with memory of its own, which is free when it is let go of.
-        parts = tuple(Tile(pixels.copy()) for pixels in tiles.pixels)
-        return self._cache.add(given.key, CutImage(tiles.rows, tiles.columns, parts, number))
+        with self._cutting:
+            if (found := self._cache.get(given.key)) is not None:
+                return found
+            tiles = self._processor.tiles(given.pixels())
+            number = int.from_bytes(given.key, "little")
+            # Each with memory of its own, which is free when it is let go of.
+            parts = tuple(Tile(pixels.copy()) for pixels in tiles.pixels)
+            return self._cache.add(given.key, CutImage(tiles.rows, tiles.columns, parts, number))

@@ -32,6 +32,7 @@ from sf_local.errors import (
 )
 from sf_local.image_processor import ImageProcessor, ImageSettings
 from sf_local.prompt import Span
+from sf_local.scheduler import Limits
 from sf_local.summary import BLOCK, Floats, Next, summarize, unpack
 from sf_local.top_k import spread
 
@@ -171,18 +172,17 @@ class ModelRunner:
         return [logits[i, : len(row.tokens)] for i, row in enumerate(rows)]
 
     async def encode(self, tiles: Sequence[NDArray[np.uint8]]) -> list[Floats]:
-        """Embeddings [tokens, H] of tiles [size, size, 3], of any number of them."""
-        sizes, found = self._image_batch_sizes, []
-        for i in range(0, len(tiles), sizes[-1]):
-            group = tiles[i : i + sizes[-1]]
-            size = _fitting(sizes, len(group))
-            pixels = self._processor.normalized(np.stack(group))
-            inputs = {
-                "pixels": self._fill("pixels", (size, *pixels.shape[1:]), pixels, 0, np.float32)
-            }
-            [embeds] = await self._call(f"encode_image_bs{size}", inputs, len(group), WANTED)
-            found += [values.copy() for values in embeds]  # each is let go of on its own
-        return found
+        """Embeddings [tokens, H] of at most `max_tiles` tiles [size, size, 3]."""
+        size = _fitting(self._image_batch_sizes, len(tiles))
+        pixels = self._processor.normalized(np.stack(tiles))
+        inputs = {"pixels": self._fill("pixels", (size, *pixels.shape[1:]), pixels, 0, np.float32)}
+        [embeds] = await self._call(f"encode_image_bs{size}", inputs, len(tiles), WANTED)
+        return [values.copy() for values in embeds]  # each is let go of on its own
+
+    @property
+    def max_tiles(self) -> int:
+        """Of images, that are encoded in one call."""
+        return self._image_batch_sizes[-1]
 
     async def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages on the device, in order: (source, destination)."""
@@ -325,13 +325,21 @@ class ModelRunner:
         return max(MIN_WIDTH, self._num_padded(-(-num_pages // unit)) * unit)
 
     def _upload_bytes(self) -> int:
-        """For the arguments of the largest call."""
-        config = self.config
+        """For the arguments of the largest call.
+
+        Nothing is allocated later: where that fails, freeing what was there ends the process.
+        """
+        config, embeds, pixels = self.config, 0, 0
+        if (manifest := self.artifact.manifest) and manifest.images:
+            pixels = self.max_tiles * 3 * manifest.images["tile_size"] ** 2
+            chunk = self._num_padded(-(-Limits.prefill_tokens // config.page_size))
+            num_embeds = config.prefill_batch_sizes[-1] * chunk * config.page_size
+            embeds = num_embeds * manifest.hidden_size
         num_pages = self._num_padded(-(-config.max_seq_len // config.page_size))
         num_rows = max(*config.prefill_batch_sizes, *config.decode_batch_sizes)
         num_tokens = config.prefill_batch_sizes[-1] * num_pages * config.page_size
         table = num_rows * self._width(2 * num_pages)  # of a prefill that ends with the context
-        return buffer_bytes(num_tokens, table, *[num_rows] * 3)
+        return buffer_bytes(max(pixels, num_tokens + embeds), table, *[num_rows] * 4)
 
     def _download_bytes(self) -> int:
         """For the results of the largest call that sums up logits."""
@@ -339,7 +347,10 @@ class ModelRunner:
         vocab_size = manifest.vocab_size if manifest else 1
         num_rows = max(*config.prefill_batch_sizes, *config.decode_batch_sizes)
         row = vocab_size + 1 + 2 * -(-vocab_size // BLOCK)
-        return buffer_bytes(num_rows * row)
+        embeds = 0
+        if manifest and manifest.images:
+            embeds = self.max_tiles * manifest.images["tokens_per_tile"] * manifest.hidden_size
+        return buffer_bytes(max(num_rows * row, embeds))
 
     def _argument(self, name: str, shape: tuple[int, ...], dtype: type = np.int64) -> Argument:
         """An argument of the next call; those of one shape are the same, with their values."""
@@ -364,8 +375,9 @@ class ModelRunner:
 
     def _fill_embeds(self, tokens: Argument, rows: Sequence[Row]) -> Argument:
         """Embeddings [N, S, H] where rows show images; their tokens are negative there."""
-        hidden = next(span.tile.embeds.shape[1] for row in rows for span in row.spans)
-        embeds = self._argument("embeds", (*tokens.values.shape, hidden), np.float32)
+        assert self.artifact.manifest
+        hidden_size = self.artifact.manifest.hidden_size
+        embeds = self._argument("embeds", (*tokens.values.shape, hidden_size), np.float32)
         for i, row in enumerate(rows):
             for span in row.spans:
                 first, last = max(span.start, row.start), min(span.end, row.end)

@@ -46,6 +46,7 @@ TINY_OPTIONS = BuildOptions(
     page_size=8,
     prefill_batch_sizes=(1, 3),
     decode_batch_sizes=(1, 4),
+    image_batch_sizes=(1, 3),
 )
 
 
@@ -115,7 +116,7 @@ def make_seeing(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Seein
             folder = tmp_path_factory.mktemp("seeing")
             weights = random_model(TINY, vision, seed=7)
             write_vision_folder(folder / "source", TINY, vision, weights)
-            options = replace(TINY_OPTIONS, image_batch_sizes=(1, 3), **rest)
+            options = replace(TINY_OPTIONS, **rest)
             artifact = build(folder / "source", folder / "artifact", options, keep_mlir=keep_mlir)
             made[key] = SeeingModel(vision, weights, folder / "source", artifact)
         return made[key]

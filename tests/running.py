@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sf_local.artifact import open_artifact
 from sf_local.device import Device
 from sf_local.runner import ModelRunner
+from sf_local.summary import Floats
 
 T = TypeVar("T")
+
+
+async def encode_all(runner: ModelRunner, tiles: Sequence[NDArray[np.uint8]]) -> list[Floats]:
+    """Embeddings of any number of tiles."""
+    starts = range(0, len(tiles), runner.max_tiles)
+    groups = [await runner.encode(tiles[start : start + runner.max_tiles]) for start in starts]
+    return [embeds for group in groups for embeds in group]
 
 
 @contextmanager

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import base64
 import io
-import itertools
 import os
 import socketserver
 import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -185,6 +184,7 @@ def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
     refused(str(tmp_path / "no.png"), r"image='.*no\.png' .*No such file")
     refused("file:///no.png", "No such file")
     refused("", "it is not a file")
+    refused("/proc/self/status", "it is empty")
     refused("a\0b", "null")
     refused("x" * 100_000, "image='x+'[.]{3} .*too long")
     refused(tmp_path, "it is not a file")
@@ -202,7 +202,7 @@ def test_files_that_are_no_images(tmp_path: Path) -> None:
     for content in contents:
         file = tmp_path / "a.png"
         file.write_bytes(content)
-        refused(file, "its format is unknown")
+        refused(file, "its format is unknown" if content else "it is empty")
         refused(content, f"image=<bytes of {len(content)} bytes> ")
 
 
@@ -260,7 +260,13 @@ def test_data_urls_that_hold_no_image(url: str) -> None:
 
 class Web(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        self.send_response(200 if self.path == "/a.png" else 404)
+        self.send_response({"/a.png": 200, "/slow": 200, "/ftp": 302}.get(self.path, 404))
+        if self.path == "/ftp":
+            self.send_header("Location", "ftp://127.0.0.1/a.png")
+        while self.path == "/slow" and self.server.is_open:  # type: ignore[attr-defined]
+            self.send_header("Wait", "for more")
+            self.flush_headers()
+            time.sleep(0.02)
         self.end_headers()
         self.wfile.write(encoded(picture()))
 
@@ -272,9 +278,11 @@ class Web(BaseHTTPRequestHandler):
 def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with socketserver.TCPServer(("127.0.0.1", 0), Web) as server:
+        server.is_open = True  # type: ignore[attr-defined]
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.is_open = False  # type: ignore[attr-defined]
         server.shutdown()
         thread.join()
 
@@ -288,11 +296,11 @@ def test_urls(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(f"{web}/none", "404", allow_urls=True)
     refused("http://", "no host", allow_urls=True)
     refused("http://127.0.0.1:9/", "refused", allow_urls=True)
-    clock = SimpleNamespace(monotonic=itertools.count(0, 31).__next__)
-    monkeypatch.setattr("sf_local.images.time", clock)
-    refused(url, "more than 30 s", allow_urls=True)
+    refused(f"{web}/ftp", "unknown url type: ftp", allow_urls=True)
     monkeypatch.setattr("sf_local.images._MAX_URL_BYTES", 100)
     refused(url, "more than 0 MiB", allow_urls=True)
+    monkeypatch.setattr("sf_local.images._URL_SECONDS", 0.5)
+    refused(f"{web}/slow", r"more than 0\.5 s", allow_urls=True)
 
 
 def test_threads() -> None:

@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import TINY, SeeingModel
+from conftest import TINY, SeeingModel, TinyModel
 from reference import forward
-from running import open_runner
+from running import encode_all, open_runner
 from vision_reference import IMAGE_TOKEN, encode
 
 import sf_local.loop
@@ -126,7 +127,7 @@ def test_a_gpus_tower_of_several_blocks(
     assert manifest and manifest.images
     pixels = ImageProcessor(ImageSettings(**manifest.images)).normalized(tiles)
     with open_runner(model.artifact) as run:
-        found = run(lambda runner: runner.encode(tiles))
+        found = run(lambda runner: encode_all(runner, tiles))
     np.testing.assert_allclose(found, encode(model.vision, model.weights, pixels), atol=2e-5)
 
 
@@ -323,7 +324,7 @@ def test_replicas_answer_as_one(model: SeeingModel) -> None:
 
 
 def test_cancelled_and_late_while_encoding(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was encoded is kept for those that come after."""
+    """What was encoded is kept for those that come after; the rest never was."""
     runner = engine._loop._runner  # type: ignore[union-attr]
     encode, is_encoding, may_go_on = runner.encode, threading.Event(), threading.Event()
 
@@ -341,9 +342,44 @@ def test_cancelled_and_late_while_encoding(engine: Engine, monkeypatch: pytest.M
     time.sleep(0.02)
     may_go_on.set()
     assert [h.result().finish_reason for h in (running, late)] == ["abort", "timeout"]
-    num_tiles = engine.stats()["encoded_tiles"]
+    first = engine.stats()["encoded_tiles"]
     assert engine.generate(QUESTION, PARAMS, images=[image]).completion_tokens == 8
-    assert engine.stats()["encoded_tiles"] == num_tiles > 0
+    num_tiles = len(engine.prepare(QUESTION, [image]).spans)
+    assert first == min(num_tiles, 3) and engine.stats()["encoded_tiles"] == num_tiles
+
+
+def test_others_decode_between_tiles(
+    model: SeeingModel, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, calls = engine._loop._runner, list[str]()  # type: ignore[union-attr]
+    encode, decode = runner.encode, runner.decode
+
+    async def encoding(tiles: Sequence[np.ndarray]) -> list[np.ndarray]:
+        calls.append("encode")
+        return await encode(tiles)
+
+    async def decoding(*args: Any) -> Any:
+        calls.append("decode")
+        return await decode(*args)
+
+    monkeypatch.setattr(runner, "encode", encoding)
+    monkeypatch.setattr(runner, "decode", decoding)
+    images = [picture(90, 60, seed) for seed in range(7 if model.vision.has_class_token else 1)]
+    stream = engine.submit("talk", replace(PARAMS, max_new_tokens=200))
+    deltas = iter(stream)
+    next(deltas)
+    output = engine.generate("<image>" * len(images), PARAMS, images=images)
+    assert output.completion_tokens == 8 and len(list(deltas)) > 0
+    assert calls.count("encode") >= 2 and "encode encode" not in " ".join(calls)
+
+
+def test_a_prompt_that_another_engine_prepared(engine: Engine, tiny: TinyModel) -> None:
+    """Is checked as any other."""
+    with Engine(tiny.artifact, kv_pages=6) as small:
+        for prompt in (engine.prepare("x" * 100), engine.prepare("<image>", [picture(8, 8)])):
+            with pytest.raises(RequestError, match=r"no room|is a text model"):
+                small.generate(prompt, PARAMS)
+        assert small.generate("hi", PARAMS).completion_tokens == 8
 
 
 def test_asyncio(engine: Engine) -> None:

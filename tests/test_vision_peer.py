@@ -17,7 +17,7 @@ import pytest
 from conftest import TINY, TINY_OPTIONS, peer
 from PIL import Image
 from reference import Array
-from running import open_runner
+from running import encode_all, open_runner
 from test_vision import picture
 from vision_reference import (
     IDEFICS3,
@@ -42,7 +42,8 @@ SMOLVLM_2B = replace(  # fewer layers
     TOWERS["smolvlm-256m"], image_size=384, patch_size=14, hidden_size=1152, num_heads=16,
     intermediate_size=4304, num_layers=2, scale_factor=3,
 )  # fmt: skip
-LONGER = replace(TINY, max_seq_len=1024)
+CLIP_L = replace(TOWERS["llava-1.5-7b"], num_layers=2)
+LONGER = replace(UNTIED, max_seq_len=1024)
 SMOLVLM_TEXT, SMOLVLM = (shapes["smolvlm-256m"] for shapes in (SHAPES, TOWERS))
 
 
@@ -83,7 +84,7 @@ def ours(artifact: Path, question: Question) -> dict[str, Array]:
     pages = list(range(1, 2 + len(prompt.ids) // opened.config.page_size))
 
     async def evaluate(runner: ModelRunner) -> tuple[Array, Array]:
-        embeddings = await runner.encode(tiles)
+        embeddings = await encode_all(runner, tiles)
         for span, values in zip(prompt.spans, embeddings, strict=True):
             span.tile.embeds = values
         [logits] = await runner.prefill_all([Row(prompt.ids, 0, pages, prompt.spans)])
@@ -126,18 +127,25 @@ def test_small(tmp_path: Path, vision: VisionConfig, text: LlamaConfig) -> None:
 
 
 @pytest.mark.slow
-def test_smolvlm_2b_tower(tmp_path: Path) -> None:
-    """Tiles of 27 x 27 patches, which leave six pixels over."""
+@pytest.mark.parametrize(
+    ("vision", "sizes"),
+    [(SMOLVLM_2B, [(384, 384), (500, 400)]), (CLIP_L, [(336, 336), (500, 400)])],
+    ids=["smolvlm-2.2b", "llava-1.5"],
+)
+def test_real_towers(
+    tmp_path: Path, vision: VisionConfig, sizes: Sequence[tuple[int, int]]
+) -> None:
+    """But for their depth. Of SmolVLM-2.2B's, 27 x 27 patches leave six pixels over."""
     python, folder = peer("torch"), tmp_path / "model"
-    write_vision_folder(folder, LONGER, SMOLVLM_2B, random_model(LONGER, SMOLVLM_2B, seed=7))
+    write_vision_folder(folder, LONGER, vision, random_model(LONGER, vision, seed=7))
     options = replace(TINY_OPTIONS, max_seq_len=1024, page_size=32)
-    questions = [Question([(384, 384)], splits=False), Question([(500, 400)])]
+    questions = [Question([size], splits=i > 0) for i, size in enumerate(sizes)]
     check(python, folder, build(folder, tmp_path / "artifact", options), questions)
 
 
 @pytest.mark.slow
 def test_smolvlm_256m(tmp_path: Path) -> None:
-    """At its real shape: one tile of 512 x 512 pixels, and 2 x 2 of them and the whole."""
+    """At its real shape: one tile of 512 x 512 pixels, 2 x 2 of them and the whole, two images."""
     python = peer("torch")
     with TemporaryDirectory(dir=tmp_path) as work:  # 2 GB
         folder, weights = Path(work) / "model", random_model(SMOLVLM_TEXT, SMOLVLM, seed=7)
@@ -149,5 +157,8 @@ def test_smolvlm_256m(tmp_path: Path) -> None:
         options = BuildOptions(weight_dtype="f32", kv_dtype="f32", prefill_batch_sizes=(1,),
                                decode_batch_sizes=(1,), max_seq_len=1024)  # fmt: skip
         artifact = build(folder, Path(work) / "artifact", options)
-        questions = [Question([(512, 512)], splits=False), Question([(700, 640)])]
+        questions = [
+            Question([(512, 512)], splits=False), Question([(700, 640)]),
+            Question([(301, 77), (640, 480)], splits=False),
+        ]  # fmt: skip
         check(python, folder, artifact, questions)

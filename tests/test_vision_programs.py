@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
 import sglang as sgl
 from conftest import SeeingModel, TinyModel
@@ -61,6 +64,20 @@ def test_files_bytes_and_pil_images(backend: ShortfinLocal, tmp_path: Path) -> N
     expected = backend.engine.generate(prompt, images=[path]).prompt_tokens
     state = ask.run(image=str(path), question="what?", backend=backend)
     assert state.get_meta_info("answer")["prompt_tokens"] == expected
+
+
+def test_the_right_way_up(backend: ShortfinLocal) -> None:
+    """SGLang's own copies of PIL images lose their orientation."""
+    exif, file = PIL.Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    picture(60, 20).save(file, "JPEG", exif=exif)
+    opened = PIL.Image.open(file)
+    lying = PIL.Image.fromarray(np.asarray(opened))
+    texts = [
+        answer(ask.run(image=image, question="what?", backend=backend))
+        for image in (file.getvalue(), opened, lying)
+    ]
+    assert texts[0] == texts[1] != texts[2]
 
 
 def test_forks_encode_and_prefill_once(backend: ShortfinLocal) -> None:
