@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 from bench_peers import Job, Worker, peer_worker
@@ -27,7 +26,7 @@ from random_smolvlm import SMOLVLM_256M, random_smolvlm
 
 from sf_local import Engine, SamplingParams
 from sf_local.artifact import Artifact
-from sf_local.bench import report
+from sf_local.bench import report, stream_gap
 from sf_local.bench_report import Figure, table
 from sf_local.errors import RequestError, SfLocalError
 from sf_local.generation import Output
@@ -76,21 +75,6 @@ def measure(engine: Engine, settings: ImageSettings, image: Image.Image) -> list
     ]
 
 
-def stream_gap(engine: Engine, image: Image.Image) -> Figure:
-    """Of a text that is streamed while another request shows a new picture."""
-    ids, text = engine.encode(engine.image_token or ""), replace(LAST, max_new_tokens=4096)
-    times, beside = [], None
-    for _ in engine.stream("One, two, three, four, five, six,", text):
-        times.append(time.perf_counter())
-        if len(times) == 4:
-            num_done = engine.stats()["prompt_tokens"]
-            beside = engine.submit(ids, LAST, images=[image])
-        elif beside and engine.stats()["prompt_tokens"] > num_done:
-            break
-    gap = max(b - a for a, b in pairwise(times[4:]))
-    return Figure("longest gap of a stream while a picture is encoded", 1e3 * gap, "ms")
-
-
 def _share(artifact: Artifact, name: str, rate: float) -> list[Figure]:
     """Multiplications and additions of the tower, over what the CPU's registers can do."""
     manifest = artifact.manifest
@@ -123,7 +107,9 @@ def run(engine: Engine, rounds: int, torch: Worker | None = None) -> list[Figure
             found = measure(engine, case, _noise(rng, size))
             figures += found if number else []
         if number:
-            figures.append(stream_gap(engine, _noise(rng, 2 * settings.tile_size)))
+            picture = _noise(rng, 2 * settings.tile_size)
+            gap = stream_gap(engine, engine.prepare(settings.image_token, [picture]))
+            figures.append(Figure("longest gap of a stream beside a picture", 1e3 * gap, "ms"))
         if torch and number:
             milliseconds = 1e3 * torch.measure(ENCODE, [])
             figures.append(Figure("1 tile: encode, transformers on torch", milliseconds, "ms"))

@@ -143,7 +143,7 @@ class Manifest:
     images: Mapping[str, Any] | None = None  # fields of ImageSettings, of a model that sees
 
     def check(self) -> None:
-        """Raise TypeError or KeyError where a value is not of its type."""
+        """Raise TypeError, KeyError or ValueError where a value is not what it should be."""
         for name, file in self.files.items():
             _instance(f"files/{name}/size", file["size"], int)
             _instance(f"files/{name}/sha256", file["sha256"], str)

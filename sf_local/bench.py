@@ -25,7 +25,7 @@ from sf_local import fresh_process
 from sf_local.artifact import Artifact, open_artifact
 from sf_local.bench_report import Figure, summary
 from sf_local.device_info import find_device
-from sf_local.engine import Engine
+from sf_local.engine import Engine, PromptInput
 from sf_local.errors import RequestError
 from sf_local.generation import Output
 from sf_local.kv_size import num_kv_pages
@@ -298,16 +298,7 @@ def stream(bench: Bench) -> list[Figure]:
     A gap between two texts is one chunk and one decode, or more if a token had no text.
     """
     long = bench.prompt(min(bench.sizes.long, bench.engine.max_tokens - 1))
-    engine, times = bench.engine, []
-    for _ in engine.stream("One, two, three, four, five, six,", _params(engine.max_tokens)):
-        times.append(time.perf_counter())
-        if len(times) == 4:
-            num_done = engine.stats()["prompt_tokens"]
-            beside = engine.submit(long, _params(1))
-        elif len(times) > 4 and engine.stats()["prompt_tokens"] > num_done:
-            break
-    beside.result()
-    gap = max(b - a for a, b in pairwise(times))
+    gap = stream_gap(bench.engine, long)
     start = max(0, len(long) - Limits.prefill_tokens)
     tails = [long[:start] + bench.prompt(len(long) - start) for _ in range(3)]
     chunk = median(bench.run([tail], 1)[0][0].time_to_first_token for tail in tails)
@@ -316,6 +307,20 @@ def stream(bench: Bench) -> list[Figure]:
         Figure(f"last chunk of {len(long)} tokens", 1e3 * chunk, "ms"),
         Figure("longest gap / chunk", gap / chunk, "ratio", "about 1"),
     ]
+
+
+def stream_gap(engine: Engine, prompt: PromptInput) -> float:
+    """Seconds, the longest between two texts of a stream while another prompt is computed."""
+    times: list[float] = []
+    for _ in engine.stream("One, two, three, four, five, six,", _params(engine.max_tokens)):
+        times.append(time.perf_counter())
+        if len(times) == 4:
+            num_done = engine.stats()["prompt_tokens"]
+            beside = engine.submit(prompt, _params(1))
+        elif len(times) > 4 and engine.stats()["prompt_tokens"] > num_done:
+            break
+    beside.result()
+    return max(b - a for a, b in pairwise(times))
 
 
 def outside(bench: Bench) -> list[Figure]:

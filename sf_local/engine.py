@@ -330,14 +330,15 @@ class Engine:
         return [self._images.given(image) for image in images] if self._images else []
 
     def prepare(self, prompt: PromptInput, images: Sequence[ImageInput] = ()) -> Prompt:
-        """A prompt that can be submitted many times, and is encoded and checked only here.
+        """A prompt that can be submitted many times, and is encoded only here.
 
         Raises RequestError as `submit` does, ImageError for an image that cannot be used.
         """
         if isinstance(prompt, Prompt):
             if images:
                 raise RequestError("images: the prompt was prepared with its own; give one or none")
-            self._prompt_ids(prompt.ids)  # another engine may have prepared it
+            # Another engine may have prepared it, whose model knows other tokens, or images
+            self._prompt_ids([max(prompt.ids)] if prompt.ids else [])
             self._check_images(prompt.spans)
             return self._fitting(prompt)
         self._check_images(images)

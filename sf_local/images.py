@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -169,23 +169,22 @@ def _download(url: str) -> bytes:
     # some servers refuse urllib's own name
     asked = request.Request(url, headers={"User-Agent": "sf-local"})
     with opener.open(asked, timeout=_URL_SECONDS) as response:
-        return _at_most(_MAX_URL_BYTES, response)
+        data: bytes = response.read(_MAX_URL_BYTES + 1)
+    if len(data) > _MAX_URL_BYTES:
+        raise ValueError(f"it has more than {_MAX_URL_BYTES >> 20} MiB")
+    return data
 
 
 def _read_file(file: Path) -> bytes:
-    if not stat.S_ISREG(file.stat().st_mode):  # reading a pipe or a device may not end
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may not end
         raise ValueError("it is not a file")
-    if not file.stat().st_size:  # nor that of the kernel's own files
+    if not status.st_size:  # nor that of the kernel's own files
         raise ValueError("it is empty")
+    if status.st_size > _MAX_FILE_BYTES:
+        raise ValueError(f"it has more than {_MAX_FILE_BYTES >> 20} MiB")
     with file.open("rb") as opened:
-        return _at_most(_MAX_FILE_BYTES, opened)
-
-
-def _at_most(num_bytes: int, file: BinaryIO) -> bytes:
-    data = file.read(num_bytes + 1)
-    if len(data) > num_bytes:
-        raise ValueError(f"it has more than {num_bytes >> 20} MiB")
-    return data
+        return opened.read(status.st_size)
 
 
 def _decoded(data: bytes, name: str) -> NDArray[np.uint8]:

@@ -295,7 +295,7 @@ class Loop:
         chunks: Sequence[Chunk],
     ) -> None:
         """One call for chunks of several requests; if it fails, they do, and no others."""
-        chunks = [c for c in chunks if c.request.status is RequestStatus.RUNNING]
+        chunks = _running(chunks)
         if not chunks:
             return
         chunks.sort(key=self._needs_logits, reverse=True)
@@ -323,7 +323,7 @@ class Loop:
 
     async def _seen(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """Chunks whose images are encoded: a batch of tiles each step; others decode between."""
-        running = [c for c in chunks if c.request.status is RequestStatus.RUNNING]
+        running = _running(chunks)
         tiles = _unseen(running)
         if tiles:
             self._write()  # others' text need not wait for it
@@ -512,6 +512,11 @@ def _limits(artifact: Artifact) -> Limits:
     most = min(Limits.prefill_tokens, artifact.max_tokens)
     whole_pages = max(1, most // config.page_size) * config.page_size
     return Limits(*sizes, prefill_tokens=whole_pages, reuse="pages")
+
+
+def _running(chunks: Sequence[Chunk]) -> list[Chunk]:
+    """Those whose requests have not ended since they were scheduled."""
+    return [chunk for chunk in chunks if chunk.request.status is RequestStatus.RUNNING]
 
 
 def _spans(chunk: Chunk) -> list[Span]:

@@ -17,7 +17,7 @@ from sf_local.images import GivenImage, ImageInput
 from sf_local.tokenizer import Tokenizer
 
 MAX_TOKENS = 1 << 16  # of a tile
-MAX_CUTTING = 2  # images at once: a large one takes up to 2 GiB
+MAX_CUTTING = 2  # images at once: one of 64 megapixels takes nearly 1 GiB
 
 
 @dataclass(eq=False)
@@ -43,7 +43,7 @@ class Span:
     start: int
     end: int
     tile: Tile
-    image: CutImage
+    image: CutImage  # kept as long as a prompt shows it, and so not cut again
 
 
 @dataclass(frozen=True)

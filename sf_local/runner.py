@@ -332,8 +332,8 @@ class ModelRunner:
         config, embeds, pixels = self.config, 0, 0
         if (manifest := self.artifact.manifest) and manifest.images:
             pixels = self.max_tiles * 3 * manifest.images["tile_size"] ** 2
-            chunk = self._num_padded(-(-Limits.prefill_tokens // config.page_size))
-            num_embeds = config.prefill_batch_sizes[-1] * chunk * config.page_size
+            chunk_pages = self._num_padded(-(-Limits.prefill_tokens // config.page_size))
+            num_embeds = config.prefill_batch_sizes[-1] * chunk_pages * config.page_size
             embeds = num_embeds * manifest.hidden_size
         num_pages = self._num_padded(-(-config.max_seq_len // config.page_size))
         num_rows = max(*config.prefill_batch_sizes, *config.decode_batch_sizes)
