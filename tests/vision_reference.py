@@ -1,6 +1,7 @@
 """Independent numpy vision towers, slow and plain, and Hugging Face folders that have them."""
 
 import math
+import os
 import re
 import subprocess
 import tempfile
@@ -334,5 +335,7 @@ def ask_transformers(
         for file, arrays in zip(files, prompts, strict=True):
             np.savez(file, **arrays)
         script = Path(__file__).with_name("vision_peer.py")
-        subprocess.run([python, script, folder, *files], check=True, timeout=300)
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": work}  # else a folder that stays
+        command = [python, script, folder, *files]
+        subprocess.run(command, check=True, timeout=300, env=environment)
         return [dict(np.load(file.with_suffix(".out.npz"))) for file in files]
