@@ -12,14 +12,19 @@ import pytest
 from sf_local import cpu_threads
 
 PROGRAM = """
-import os, sys
-os.sched_setaffinity(0, map(int, sys.argv[1].split(",")))
-from sf_local.cpu_threads import usable_cores
+import os, sys, time
+cores = [int(core) for core in sys.argv[1].split(",")]
+os.sched_setaffinity(0, cores)
 from sf_local.device import Device
+def workers():
+    for task in os.listdir("/proc/self/task"):
+        if open(f"/proc/self/task/{task}/comm").read().startswith("iree-worker"):
+            yield from os.sched_getaffinity(int(task))
 device = Device("cpu")
-for task in os.listdir("/proc/self/task"):
-    if open(f"/proc/self/task/{task}/comm").read().startswith("iree-worker"):
-        print(*os.sched_getaffinity(int(task)))
+end = time.monotonic() + 30  # a thread has its name once it has run
+while sorted(workers()) != cores and time.monotonic() < end:
+    time.sleep(0.01)
+print(*workers())
 device.close()
 """
 
