@@ -452,12 +452,12 @@ class Loop:
     def _take(self, generation: Generation) -> None:
         request = generation.request
         self._generations[request] = generation
+        self._scheduler.add(request)
         if generation.deadline is not None:
             heapq.heappush(self._deadlines, (generation.deadline, request.sequence, request))
             if len(self._deadlines) > 2 * len(self._generations) + 64:  # mostly of finished ones
                 self._deadlines = [d for d in self._deadlines if d[2] in self._generations]
                 heapq.heapify(self._deadlines)
-        self._scheduler.add(request)
         if request.first_logits is None:  # else its prompt must be computed in any case
             self._jump(generation)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -128,7 +127,7 @@ class Request:
     params: SamplingParams
     max_new_tokens: int  # params.max_new_tokens, cut at the end of the context
     output_ids: list[int] = field(default_factory=list)
-    sequence: int = field(default_factory=itertools.count().__next__)  # order of arrival
+    sequence: int = -1  # order of arrival at the scheduler; -1 before
     status: RequestStatus = RequestStatus.WAITING
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0

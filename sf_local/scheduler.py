@@ -7,6 +7,7 @@ happens in every step, so none waits for the others.
 
 from __future__ import annotations
 
+import itertools
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -67,8 +68,12 @@ class Scheduler:
         self.waiting: list[Request] = []  # in order of `rank`
         self.running: list[Request] = []  # the same
         self.num_preemptions = 0
+        self._arrivals = itertools.count()
 
     def add(self, request: Request) -> None:
+        """Let a request wait: a new one behind all others of its priority, another where it was."""
+        if request.sequence < 0:
+            request.sequence = next(self._arrivals)
         request.status = RequestStatus.WAITING
         insort(self.waiting, request, key=_rank)
 

@@ -343,6 +343,17 @@ def test_equal_prompts_compute_their_last_token_only() -> None:
     runner.check_end(twins)
 
 
+def test_twins_that_were_made_later_but_came_first() -> None:
+    """As where a grammar is compiled before the request is submitted."""
+    runner = FakeRunner(80, 4)
+    second, first = twins = [make_request([i % 7 for i in range(40)], 5) for _ in range(2)]
+    runner.scheduler.add(first)
+    runner.step()
+    runner.serve(second)
+    assert [r.num_cached for r in twins] == [39, 0]
+    runner.check_end(twins)
+
+
 def test_a_twin_cancelled_midway_leaves_what_it_computed() -> None:
     runner = FakeRunner(200, 4)
     twins = [make_request([i % 7 for i in range(40)], 5) for _ in range(4)]
