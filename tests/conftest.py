@@ -151,7 +151,7 @@ def twins_of(hip_cache: Path) -> Callable[[Path], Path]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The demo artifact, as the examples use it: bf16."""
+    """The demo artifact, as the examples use it: in bf16 or, where the CPU lacks it, f16."""
     return demo()
 
 

@@ -11,6 +11,8 @@ from types import ModuleType
 import pytest
 from conftest import TinyModel
 
+from compile import BuildOptions, demo
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 WORKER = """
 import json, sys
@@ -101,13 +103,11 @@ def test_mistakes(
 
 @pytest.mark.slow
 @pytest.mark.model
-def test_alone(
-    peers: ModuleType, smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_alone(peers: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Ours is measured where no peer is installed."""
-    file = tmp_path / "peers.json"
+    artifact, file = demo(BuildOptions(weight_dtype="bf16")), tmp_path / "peers.json"
     peers.main(
-        ["--bf16", str(smollm2), "--peers", str(tmp_path), "--rounds", "1", "--json", str(file)]
+        ["--bf16", str(artifact), "--peers", str(tmp_path), "--rounds", "1", "--json", str(file)]
     )
     assert "not installed" in capsys.readouterr().out
     found = json.loads(file.read_text())["results"]

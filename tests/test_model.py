@@ -75,7 +75,9 @@ def test_f32_logprobs_are_llama_cpps(smollm2_f32: Path, golden: list[dict[str, A
                 assert abs(found[i, token] - expected) <= 0.05, (case["prompt"], i, token)
 
 
-def test_bf16_agrees_on_the_likeliest_token(smollm2: Path, golden: list[dict[str, Any]]) -> None:
+def test_the_default_agrees_on_the_likeliest_token(
+    smollm2: Path, golden: list[dict[str, Any]]
+) -> None:
     """At least 98% of the golden steps, each with the golden tokens before it."""
     found = np.concatenate([x.argmax(axis=1) for x in step_logprobs(smollm2, golden)])
     expected = np.concatenate([case["greedy_ids"] for case in golden])
@@ -99,11 +101,11 @@ def perplexity(artifact: Path, ids: list[int]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "most"), [("f32", 0.0005), ("bf16", 0.002), ("int8", 0.01), ("int4", 0.002)]
+    ("dtype", "most"), [("f32", 0.0005), ("default", 0.002), ("int8", 0.01), ("int4", 0.002)]
 )
 def test_perplexity(smollm2: Path, smollm2_f32: Path, dtype: str, most: float) -> None:
     """Against llama.cpp's in f32; the demo's matrices are 4-bit blocks, which int4 keeps."""
-    built = {"f32": smollm2_f32, "bf16": smollm2}
+    built = {"f32": smollm2_f32, "default": smollm2}
     artifact = built.get(dtype) or demo(BuildOptions(weight_dtype=dtype))
     data = json.loads(shared_data("smollm2_perplexity.json").read_text())
     assert perplexity(artifact, data["ids"]) == pytest.approx(data["ppl"], rel=most)
