@@ -518,7 +518,7 @@ API hipError_t hipModuleGetFunction(hipFunction_t* kernel, hipModule_t module, c
 API hipError_t hipFuncGetAttribute(int* value, int which, hipFunction_t kernel) {
   return call("hipFuncGetAttribute", {}, [&] {
     if (which != 0 && which != 1) return hipErrorInvalidValue;
-    *value = which ? kernel->lds_bytes : static_cast<int>(MAX_BLOCK);
+    *value = which ? kernel->lds_bytes() : static_cast<int>(MAX_BLOCK);
     return hipSuccess;
   });
 }
@@ -536,8 +536,9 @@ API hipError_t hipModuleLaunchKernel(hipFunction_t kernel, unsigned grid_x, unsi
       if (packed) return hipErrorNotSupported;
       const hipError_t wrong = check_grid(grid_x, grid_y, grid_z, block);
       if (wrong != hipSuccess) return wrong;
-      stream.push([kernel, &stream, arguments = kernel->read(parameters)] {
-        return kernel->run(stream.device(), arguments);
+      const isa::Grid grid{{grid_x, grid_y, grid_z}, {block_x, block_y, block_z}};
+      stream.push([kernel, &stream, call = kernel->read(parameters, grid)] {
+        return kernel->run(stream.device(), call);
       });
       return hipSuccess;
     });

@@ -1,203 +1,142 @@
-// Code objects are read as far as their kernels' descriptors; twins are called as IREE's own CPU
-// device calls them (its executable_library.h, version 0.6, fixes the layouts below).
+// Code objects, and what a launch of one of their kernels runs.
 #include "kernel.h"
 
-#include <dlfcn.h>
 #include <elf.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <filesystem>
 
+#include "compare.h"
 #include "memory.h"
 #include "record.h"
 
-namespace fs = std::filesystem;
-
 namespace {
 
-constexpr uint32_t LIBRARY_VERSION = 6;
-constexpr size_t LOCAL_MEMORY_PAGE = 4096;
+enum class Runs { twin, machine, both };
 
-struct Environment {
-  const uint32_t* constants;
-  void* import_thunk;
-  void* import_functions;
-  void* import_contexts;
-  uint64_t processor[8];
-};
+std::string setting(const char* name) {
+  const char* text = std::getenv(name);
+  return text ? text : "";
+}
 
-struct DispatchState {
-  uint32_t workgroup_size_x, workgroup_size_y;
-  uint16_t workgroup_size_z, constant_count;
-  uint32_t workgroup_count_x, workgroup_count_y;
-  uint16_t workgroup_count_z;
-  uint8_t max_concurrency, binding_count;
-  const uint32_t* constants;
-  void* const* bindings;
-  const size_t* binding_lengths;
-};
+const Runs RUNS = [] {
+  const std::string text = setting("SF_HIP_RUN");
+  if (text == "machine") return Runs::machine;
+  if (text == "both") return Runs::both;
+  if (!text.empty() && text != "twin") die("SF_HIP_RUN is twin, machine or both");
+  return Runs::twin;
+}();
 
-struct WorkgroupState {
-  uint32_t id_x, id_y;
-  uint16_t id_z, reserved;
-  uint32_t processor_id;
-  void* local_memory;
-  uint32_t local_memory_size;
-};
-
-using Function = int (*)(const Environment*, const DispatchState*, const WorkgroupState*);
-
-struct Attributes {
-  uint64_t flags;
-  uint16_t local_memory_pages;
-  uint8_t constant_count, binding_count;
-  uint32_t workgroup_size_x, workgroup_size_y;
-  uint16_t workgroup_size_z, parameter_count;
-  uint64_t reserved[5];
-};
-static_assert(sizeof(Attributes) == 64);
-
-struct Library {
-  const uint32_t* version;  // the first field of its header
-  uint32_t import_count;
-  const char* const* import_names;
-  uint32_t export_count;
-  const Function* functions;
-  const Attributes* attributes;
-  const void* parameters;
-  const void* occupancy;
-  const char* const* names;
-};
-
-using Query = const Library* (*)(uint32_t max_version, const Environment*);
-
-constexpr Environment ENVIRONMENT{};
-
-}  // namespace
-
-struct Twin {
-  Function function;
-  const Attributes* attributes;
-};
-
-namespace {
-
-using Twins = std::map<std::string, Twin, std::less<>>;
-
-void add_library(const fs::path& path, Twins* twins) {
-  void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (!handle) die(dlerror());
-  const auto query = reinterpret_cast<Query>(dlsym(handle, "iree_hal_executable_library_query"));
-  const Library* library = query ? query(LIBRARY_VERSION, &ENVIRONMENT) : nullptr;
-  if (!library || library->import_count) die(path.string() + ": no library that can be called");
-  for (uint32_t i = 0; i < library->export_count; ++i) {
-    (*twins)[library->names[i]] = {library->functions[i], &library->attributes[i]};
+// SF_HIP_MACHINE: words between spaces, such as "backward" or "ignore_barriers".
+isa::Settings parse_settings(const std::string& text) {
+  isa::Settings settings;
+  for (size_t at = 0; at < text.size();) {
+    const size_t end = std::min(text.find(' ', at), text.size());
+    const std::string word = text.substr(at, end - at);
+    const size_t equals = word.find('=');
+    const std::string name = word.substr(0, equals);
+    const std::string value = equals == std::string::npos ? "" : word.substr(equals + 1);
+    if (name == "forward") settings.order = isa::Order::forward;
+    else if (name == "backward") settings.order = isa::Order::backward;
+    else if (name == "random") settings.order = isa::Order::random;
+    else if (name == "seed") settings.seed = static_cast<uint32_t>(std::stoul(value));
+    else if (name == "no_preload") settings.preloads = false;
+    else if (name == "no_race_check") settings.check_races = false;
+    else if (name == "no_wait_check") settings.check_waits = false;
+    else if (name == "ignore_barriers") settings.sabotage.ignore_barriers = true;
+    else if (name == "ignore_waits") settings.sabotage.ignore_waits = true;
+    else if (name == "swap_lanes") settings.sabotage.swap_lanes = std::stoi(value);
+    else if (name == "swap_operands") settings.sabotage.swap_operands_of = value;
+    else die("SF_HIP_MACHINE: \"" + word + "\" is not known");
+    at = end + 1;
   }
+  return settings;
 }
 
-Twins load_twins(const char* folder) {
-  Twins twins;
-  if (!folder || !*folder) return twins;
-  for (const auto& entry : fs::directory_iterator(folder)) {
-    if (entry.path().extension() == ".so") add_library(entry.path(), &twins);
+const isa::Settings SETTINGS = parse_settings(setting("SF_HIP_MACHINE"));
+
+size_t image_size(const uint8_t* image) {
+  Elf64_Ehdr header;
+  std::memcpy(&header, image, sizeof header);
+  size_t end = header.e_shoff + size_t{header.e_shnum} * sizeof(Elf64_Shdr);
+  for (int k = 0; k < header.e_shnum; ++k) {
+    Elf64_Shdr section;
+    std::memcpy(&section, image + header.e_shoff + k * sizeof section, sizeof section);
+    if (section.sh_type != SHT_NOBITS) end = std::max(end, section.sh_offset + section.sh_size);
   }
-  return twins;
-}
-
-const Twin* find_twin(const std::string& name) {
-  static const auto& twins = *new Twins(load_twins(std::getenv("SF_HIP_TWINS")));
-  const auto twin = twins.find(name);
-  return twin == twins.end() ? nullptr : &twin->second;
-}
-
-// Of an ELF file of unknown length: parts of it, wherever its headers say.
-template <class T>
-const T* at(const void* image, size_t offset) {
-  return reinterpret_cast<const T*>(static_cast<const char*>(image) + offset);
-}
-
-// The start of a kernel descriptor; AMD's LLVM backend documents all of it.
-struct Descriptor {
-  uint32_t lds_bytes;
-  uint32_t scratch_bytes;
-  uint32_t argument_bytes;
-};
-
-void read_kernels(const void* image, Module* module) {
-  const auto* header = at<Elf64_Ehdr>(image, 0);
-  const auto* sections = at<Elf64_Shdr>(image, header->e_shoff);
-  for (int i = 0; i < header->e_shnum; ++i) {
-    if (sections[i].sh_type != SHT_DYNSYM) continue;
-    const auto* symbols = at<Elf64_Sym>(image, sections[i].sh_offset);
-    const char* names = at<char>(image, sections[sections[i].sh_link].sh_offset);
-    for (size_t j = 0; j < sections[i].sh_size / sizeof *symbols; ++j) {
-      const std::string name = names + symbols[j].st_name;
-      if (!name.ends_with(".kd")) continue;
-      const Elf64_Shdr& section = sections[symbols[j].st_shndx];
-      const auto* descriptor =
-          at<Descriptor>(image, section.sh_offset + symbols[j].st_value - section.sh_addr);
-      const std::string kernel = name.substr(0, name.size() - 3);
-      module->kernels[kernel] = {kernel, static_cast<int>(descriptor->lds_bytes),
-                                 descriptor->argument_bytes};
-    }
-  }
+  return end;
 }
 
 }  // namespace
 
-Arguments Kernel::read(void** parameters) const {
-  Arguments arguments;
-  for (int i = 0; i < twin->attributes->binding_count; ++i) {
-    arguments.bindings.push_back(*static_cast<void**>(*parameters++));
+Call Kernel::read(void** parameters, const isa::Grid& grid) const {
+  Call call{.grid = grid, .twin = {}, .bytes = {}, .bindings = {}};
+  if (twin) call.twin = read_arguments(*twin, parameters);
+  if (RUNS == Runs::twin) return call;
+  call.bytes = isa::argument_segment(code, parameters, grid);
+  for (const isa::Argument& argument : code.arguments) {
+    if (argument.kind != "global_buffer") continue;
+    void* pointer;
+    std::memcpy(&pointer, call.bytes.data() + argument.offset, sizeof pointer);
+    if (pointer) call.bindings.push_back(pointer);
   }
-  for (int i = 0; i < twin->attributes->constant_count; ++i) {
-    arguments.constants.push_back(*static_cast<uint32_t*>(*parameters++));
-  }
-  return arguments;
+  return call;
 }
 
-hipError_t Kernel::run(Device& device, const Arguments& arguments) const {
-  std::vector<void*> bindings;
-  std::vector<size_t> lengths;
-  for (void* binding : arguments.bindings) {
-    bindings.push_back(binding ? reach(device, binding, 1) : nullptr);
-    if (binding && !bindings.back()) return hipErrorIllegalAddress;
-    lengths.push_back(binding ? look_up(binding).size : 0);
+hipError_t Kernel::run(Device& device, const Call& call) const {
+  if (RUNS == Runs::twin) return run_twin(*twin, device, call.twin);
+  if (RUNS == Runs::machine) return run_machine_code(device, call);
+  Comparison comparison(call.bindings);
+  const hipError_t failure = run_twin(*twin, device, call.twin);
+  if (failure != hipSuccess) return failure;
+  comparison.keep_and_restore();
+  const hipError_t result = run_machine_code(device, call);
+  if (result == hipSuccess) comparison.record(name);
+  return result;
+}
+
+hipError_t Kernel::run_machine_code(Device& device, const Call& call) const {
+  std::vector<isa::Region> regions;
+  for (void* binding : call.bindings) {
+    const View view = allocation_of(binding);
+    if (!reach(device, view.address, 1)) return hipErrorIllegalAddress;
+    const auto begin = reinterpret_cast<uint64_t>(view.address);
+    const bool is_new = std::none_of(regions.begin(), regions.end(),
+                                     [&](const isa::Region& r) { return r.begin == begin; });
+    if (is_new) regions.push_back({begin, view.size, view.data});
   }
-  std::vector<char> local_memory(twin->attributes->local_memory_pages * LOCAL_MEMORY_PAGE);
-  const DispatchState dispatch{
-      .workgroup_size_x = 1,
-      .workgroup_size_y = 1,
-      .workgroup_size_z = 1,
-      .constant_count = twin->attributes->constant_count,
-      .workgroup_count_x = 1,
-      .workgroup_count_y = 1,
-      .workgroup_count_z = 1,
-      .max_concurrency = 1,
-      .binding_count = twin->attributes->binding_count,
-      .constants = arguments.constants.data(),
-      .bindings = bindings.data(),
-      .binding_lengths = lengths.data(),
-  };
-  WorkgroupState workgroup{};
-  workgroup.local_memory = local_memory.data();
-  workgroup.local_memory_size = static_cast<uint32_t>(local_memory.size());
-  return twin->function(&ENVIRONMENT, &dispatch, &workgroup) ? hipErrorLaunchFailure : hipSuccess;
+  try {
+    const double started_at = seconds_now();
+    const uint64_t steps = isa::run(program(), call.grid, call.bytes, regions, SETTINGS);
+    write_log("interpret", {{"name", name.c_str()}, {"steps", steps},
+                            {"microseconds", 1e6 * (seconds_now() - started_at)}},
+              hipSuccess, started_at);
+    return hipSuccess;
+  } catch (const isa::Fault& fault) {
+    std::fprintf(stderr, "stand-in for libamdhip64: %s: %s\n", name.c_str(), fault.what());
+    return hipErrorLaunchFailure;
+  }
+}
+
+const isa::Program& Kernel::program() const {
+  std::call_once(is_decoded_, [this] {
+    program_ = std::make_unique<isa::Program>(isa::load_program(code, chip));
+  });
+  return *program_;
 }
 
 hipError_t Module::find(const std::string& name, const Kernel** kernel) {
   const auto it = kernels.find(name);
   if (it == kernels.end()) return hipErrorNotFound;
   Kernel& found = it->second;
-  found.twin = find_twin(name);
-  if (!found.twin) {
+  found.twin = RUNS == Runs::machine ? nullptr : find_twin(name);
+  if (!found.twin && RUNS != Runs::machine) {
     std::fprintf(stderr, "stand-in for libamdhip64: SF_HIP_TWINS has no %s\n", name.c_str());
     return hipErrorNotFound;
   }
-  const Attributes& twin = *found.twin->attributes;
-  if (8u * twin.binding_count + 4u * twin.constant_count > found.argument_bytes) {
+  if (found.twin && !fits(*found.twin, found.code.argument_bytes)) {
     std::fprintf(stderr, "stand-in for libamdhip64: %s and its twin differ\n", name.c_str());
     return hipErrorInvalidDeviceFunction;
   }
@@ -207,12 +146,22 @@ hipError_t Module::find(const std::string& name, const Kernel** kernel) {
 
 hipError_t load(const Device& device, const void* image, Module** module) {
   if (!image || !module) return hipErrorInvalidValue;
-  const auto* header = at<Elf64_Ehdr>(image, 0);
-  if (std::memcmp(header->e_ident, ELFMAG, SELFMAG) || header->e_machine != EM_AMDGPU) {
+  const auto* bytes = static_cast<const uint8_t*>(image);
+  Elf64_Ehdr header;
+  std::memcpy(&header, bytes, sizeof header);
+  if (std::memcmp(header.e_ident, ELFMAG, SELFMAG) || header.e_machine != EM_AMDGPU) {
     return hipErrorInvalidImage;
   }
-  if ((header->e_flags & 0xff) != device.chip.machine) return hipErrorNoBinaryForGpu;
-  *module = new Module;
-  read_kernels(image, *module);
+  if ((header.e_flags & 0xff) != device.chip.machine) return hipErrorNoBinaryForGpu;
+  auto loaded = std::make_unique<Module>();
+  loaded->image.assign(bytes, bytes + image_size(bytes));
+  for (const auto& [name, code] : isa::read_code_object(loaded->image.data())) {
+    Kernel& kernel = loaded->kernels[name];
+    kernel.name = name;
+    kernel.code = code;
+    kernel.chip.name = device.chip.name;
+    if (RUNS != Runs::twin) kernel.chip = isa::chip_of(device.chip.name);
+  }
+  *module = loaded.release();
   return hipSuccess;
 }

@@ -1,36 +1,46 @@
-// Kernels: what a code object says of them, and the CPU twins that run in their place.
-//
-// A twin is the same dispatch, compiled for llvm-cpu without distribution, so that one workgroup
-// does all of it. The folder SF_HIP_TWINS holds the libraries that iree-compile dumped.
+// Kernels of loaded code objects. A launch runs the kernel's CPU twin, or its machine code in the
+// interpreter, or both, as SF_HIP_RUN says: "twin" (the default), "machine" or "both".
 #pragma once
 
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
 #include "device.h"
 #include "hip.h"
+#include "isa/launch.h"
+#include "twin.h"
 
-struct Twin;
-
-// Arguments as they were at the launch: pointers, then 32-bit constants.
-struct Arguments {
-  std::vector<void*> bindings;
-  std::vector<uint32_t> constants;
+// What a launch needs, read while its caller waits.
+struct Call {
+  isa::Grid grid;
+  TwinArguments twin;
+  std::vector<uint8_t> bytes;    // of arguments, as the kernel finds them
+  std::vector<void*> bindings;   // the pointers among them
 };
 
 struct Kernel {
   std::string name;
-  int lds_bytes = 0;
-  size_t argument_bytes = 0;
+  isa::Kernel code;
+  isa::Chip chip;
   const Twin* twin = nullptr;  // set when somebody asks for the kernel
 
-  Arguments read(void** parameters) const;
-  hipError_t run(Device& device, const Arguments& arguments) const;
+  int lds_bytes() const { return static_cast<int>(code.lds_bytes); }
+  Call read(void** parameters, const isa::Grid& grid) const;
+  hipError_t run(Device& device, const Call& call) const;
+
+ private:
+  hipError_t run_machine_code(Device& device, const Call& call) const;
+  const isa::Program& program() const;  // decoded at the first launch
+
+  mutable std::once_flag is_decoded_;
+  mutable std::unique_ptr<isa::Program> program_;
 };
 
 struct Module {
+  std::vector<uint8_t> image;
   std::map<std::string, Kernel> kernels;
 
   hipError_t find(const std::string& name, const Kernel** kernel);

@@ -74,6 +74,14 @@ hipError_t allocate_any(Device* device, size_t size, Place place, void** pointer
   return hipSuccess;
 }
 
+// The allocation that an address lies in.
+auto find(char* p) {
+  auto it = allocations.upper_bound(p);
+  if (it == allocations.begin()) return allocations.end();
+  --it;
+  return static_cast<size_t>(p - it->first) < it->second.size ? it : allocations.end();
+}
+
 bool is_device_address(const char* p) {
   for (const auto& [index, space] : spaces) {
     if (space.contains(p)) return true;
@@ -121,16 +129,22 @@ hipError_t unregister_host(void* pointer) {
 View look_up(const void* pointer) {
   auto* p = const_cast<char*>(static_cast<const char*>(pointer));
   const std::lock_guard lock(mutex);
-  auto it = allocations.upper_bound(p);
-  if (it != allocations.begin()) {
-    const auto& [address, found] = *--it;
+  if (const auto it = find(p); it != allocations.end()) {
+    const auto& [address, found] = *it;
     const size_t offset = p - address;
-    if (offset < found.size) {
-      return {found.place, found.data + offset, found.size - offset, found.device};
-    }
+    return {found.place, found.data + offset, found.size - offset, found.device, p};
   }
-  if (is_device_address(p)) return {Place::nowhere, nullptr, 0, nullptr};
-  return {Place::pageable, p, SIZE_MAX, nullptr};
+  if (is_device_address(p)) return {Place::nowhere, nullptr, 0, nullptr, p};
+  return {Place::pageable, p, SIZE_MAX, nullptr, p};
+}
+
+View allocation_of(const void* pointer) {
+  auto* p = const_cast<char*>(static_cast<const char*>(pointer));
+  const std::lock_guard lock(mutex);
+  const auto it = find(p);
+  if (it == allocations.end()) return {Place::nowhere, nullptr, 0, nullptr, p};
+  const auto& [address, found] = *it;
+  return {found.place, found.data, found.size, found.device, address};
 }
 
 char* reach(Device& device, const void* pointer, size_t size) {

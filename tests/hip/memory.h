@@ -18,6 +18,7 @@ struct View {
   char* data;
   size_t size;
   Device* device;
+  const void* address;
 };
 
 hipError_t allocate(Device& device, size_t size, void** pointer);
@@ -27,5 +28,6 @@ hipError_t register_host(void* pointer, size_t size);
 hipError_t unregister_host(void* pointer);
 
 View look_up(const void* pointer);
+View allocation_of(const void* pointer);  // the same from its allocation's beginning on
 // What a device reads or writes at an address; nullptr if it cannot.
 char* reach(Device& device, const void* pointer, size_t size);
