@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hip.driver import Driver, build_driver, compile_twins
+from hip.driver import LIBRARY, Driver, build_driver, compile_code_object, compile_twins
+from hip.modules import model_emitter
+from hip.probe import Probe
 from reference import random_weights, write_hf_folder
 from vision_reference import (
     IDEFICS3,
@@ -26,6 +29,7 @@ from compile.config import LlamaConfig, VisionConfig
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 PEERS = os.environ.get("SF_LOCAL_PEERS", "")
+CI = bool(os.environ.get("CI"))
 
 TINY = LlamaConfig(
     vocab_size=300,
@@ -48,6 +52,12 @@ TINY_OPTIONS = BuildOptions(
     decode_batch_sizes=(1, 4),
     image_batch_sizes=(1, 3),
 )
+MACHINE_CODE = "hip/test_machine_code.py"
+CODE_CHIPS = ("gfx942", "gfx90a", "gfx1100", "gfx1201")
+CODE_OPTIONS = replace(
+    TINY_OPTIONS, weight_dtype="f16", kv_dtype="f16", prefill_batch_sizes=(1,),
+    decode_batch_sizes=(1, 8),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -136,17 +146,40 @@ def hip_cache(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="session")
 def hip_driver(hip_cache: Path) -> Driver:
-    """What stands in for AMD's driver; the test skips where it cannot be built."""
+    """What stands in for AMD's driver; where it cannot be built, the test skips, or fails in CI."""
     driver = build_driver(hip_cache)
     if driver is None:
-        pytest.skip("no g++ to build the stand-in for AMD's driver with")
+        (pytest.fail if CI else pytest.skip)("no g++ to build the stand-in for AMD's driver with")
     return driver
+
+
+@pytest.fixture(scope="session")
+def isa_probe(hip_driver: Driver) -> Probe:
+    """The interpreter of machine code, for single instructions."""
+    return Probe(hip_driver.folder / LIBRARY)
 
 
 @pytest.fixture(scope="session")
 def twins_of(hip_cache: Path) -> Callable[[Path], Path]:
     """The folder with the CPU twins of an artifact that was built with `keep_mlir`."""
     return lambda artifact: compile_twins(artifact / MLIR, hip_cache)
+
+
+@pytest.fixture(scope="session")
+def code_objects(hip_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By chip, an .hsaco file with the kernels of a tiny model; beside it the compiler's .rocmasm.
+
+    In 16 bits, where the kernels have most forms of instructions.
+    """
+    config, folder = replace(TINY, num_layers=1), tmp_path_factory.mktemp("code")
+
+    def compile_for(chip: str) -> Path:
+        mlir = folder / f"{chip}.mlir"
+        mlir.write_text(model_emitter(config, replace(CODE_OPTIONS, target=chip)).emit())
+        return compile_code_object(mlir, chip, hip_cache)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(CODE_CHIPS, pool.map(compile_for, CODE_CHIPS), strict=True))
 
 
 @pytest.fixture(scope="session")
@@ -174,3 +207,25 @@ def peer(name: str) -> Path:
     if not PEERS or not python.exists():
         pytest.skip(f"no environment {name!r} in SF_LOCAL_PEERS={PEERS!r}; see install_peers.sh")
     return python
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tests of machine code have failed if nothing was interpreted."""
+    if _has_passed(session.config) and not Driver.num_interpreted:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if _has_passed(config) or Driver.num_interpreted:
+        terminalreporter.write_line(
+            f"dispatches whose machine code was interpreted: {Driver.num_interpreted:,}"
+        )
+
+
+def _has_passed(config: pytest.Config) -> bool:
+    """Whether any test of machine code has."""
+    reporter = config.pluginmanager.getplugin("terminalreporter")
+    passed = reporter.stats.get("passed", []) if reporter else []
+    return any(MACHINE_CODE in report.nodeid for report in passed)
