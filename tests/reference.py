@@ -72,6 +72,49 @@ def random_weights(config: LlamaConfig, seed: int) -> Weights:
     return weights
 
 
+def uneven_weights(config: LlamaConfig, seed: int, spread: float = 100.0) -> Weights:
+    """Weights whose matrices have rows that differ in size by up to `spread` times.
+
+    What reads a small feature makes up for it, so that it counts as much as a large one: errors
+    of small rows show in the logits.
+    """
+    c, weights = config, random_weights(config, seed)
+    rng = np.random.default_rng(seed + 1)
+
+    def sizes(count: int) -> Array:
+        return spread ** rng.uniform(-0.5, 0.5, count)
+
+    def scale(name: str, rows: Array | float = 1.0, cols: Array | float = 1.0) -> None:
+        by_row = rows[:, None] if isinstance(rows, np.ndarray) else rows
+        weights[name] = (weights[name] * by_row * cols).astype(np.float32)
+
+    def of_queries(x: Array) -> Array:
+        """[kv_heads, D] as each query head meets it: [num_heads * D]"""
+        return x.reshape(c.num_kv_heads, -1).repeat(c.num_heads // c.num_kv_heads, 0).reshape(-1)
+
+    stream = sizes(c.hidden_size)  # of the residual stream
+    tokens = sizes(c.vocab_size)
+    scale("token_embd.weight", tokens, stream)
+    weights["output_norm.weight"] /= (stream**2 if c.tied_embeddings else stream).astype(np.float32)
+    if not c.tied_embeddings:
+        scale("output.weight", tokens)
+    for i in range(c.num_layers):
+        blk, kv_size = f"blk.{i}", c.num_kv_heads * c.head_dim
+        pairs = sizes(kv_size // 2).reshape(c.num_kv_heads, -1)  # both halves of what rotates
+        keys, values = np.hstack([pairs, pairs]).reshape(-1), sizes(kv_size)
+        gates, ups = sizes(c.intermediate_size), sizes(c.intermediate_size)
+        for norm in ("attn_norm", "ffn_norm"):
+            weights[f"{blk}.{norm}.weight"] /= stream.astype(np.float32)
+        scale(f"{blk}.attn_q.weight", 1 / of_queries(keys))
+        scale(f"{blk}.attn_k.weight", keys)
+        scale(f"{blk}.attn_v.weight", values)
+        scale(f"{blk}.attn_output.weight", stream, 1 / of_queries(values))
+        scale(f"{blk}.ffn_gate.weight", gates)
+        scale(f"{blk}.ffn_up.weight", ups)
+        scale(f"{blk}.ffn_down.weight", stream, 1 / (gates * ups))
+    return weights
+
+
 def rope_frequencies(config: LlamaConfig) -> Array:
     """Radians per position of each rotated pair, `[D/2]` float64."""
     freqs = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)

@@ -28,11 +28,14 @@ async def encode_all(runner: ModelRunner, tiles: Sequence[NDArray[np.uint8]]) ->
 
 @contextmanager
 def open_runner(
-    artifact: Path, num_pages: int = 64
+    artifact: Path, num_pages: int = 64, device: str = "cpu", patience: float = 300
 ) -> Iterator[Callable[[Callable[[ModelRunner], Awaitable[T]]], T]]:
-    """Yields run(use): calls `await use(runner)` on the worker thread and returns its result."""
-    device = Device("cpu")
-    runner = ModelRunner(open_artifact(artifact), device, num_pages)
+    """Yields run(use): calls `await use(runner)` on the worker thread and returns its result.
+
+    It raises TimeoutError after `patience` seconds.
+    """
+    opened = Device(device)
+    runner = ModelRunner(open_artifact(artifact), opened, num_pages)
 
     def run(use: Callable[[ModelRunner], Awaitable[T]]) -> T:
         future: Future[T] = Future()
@@ -43,12 +46,12 @@ def open_runner(
             except BaseException as error:
                 future.set_exception(error)
 
-        device.run(main())
-        return future.result(timeout=300)
+        opened.run(main())
+        return future.result(timeout=patience)
 
     run(lambda r: r.start())  # type: ignore[arg-type, return-value]
     try:
         yield run
     finally:
         runner.close()
-        device.close()
+        opened.close()

@@ -1,0 +1,90 @@
+"""Runs of a model's machine code beside its twins, in a child process, and what came of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from hip.dispatches import Difference, Dispatch, compare_record, read_dispatches, wrong_ones
+from hip.driver import Driver, Outcome
+from hip.model_calls import Arrays, Plan
+
+# A device that failed may wait for ever when it is closed: such a process ends at once.
+CALLS = """
+    import json, os, sys, traceback
+    from pathlib import Path
+
+    import numpy as np
+    from hip.model_calls import Plan, run_calls
+
+    artifact, plan, results, patience = sys.argv[1:5]
+    try:
+        calls = run_calls(Path(artifact), Plan(**json.loads(plan)), float(patience))
+        np.savez(results, **calls)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a run ended. differences: by dispatch, of those that changed anything."""
+
+    outcome: Outcome
+    dispatches: Mapping[str, Dispatch]
+    differences: Mapping[str, Difference]
+    results: Arrays  # empty if it failed
+
+    @property
+    def names(self) -> set[str]:
+        """The dispatches whose machine code ran."""
+        return {call.notes["name"] for call in self.outcome.of("interpret")}
+
+    def check(self) -> None:
+        """It ended well, something ran, and each dispatch is as its twin."""
+        assert self.outcome.exit_code == 0, self.outcome.stderr
+        assert self.names
+        assert wrong_ones(self.differences.values()) == []
+
+
+def run_beside_twins(
+    driver: Driver,
+    artifact: Path,
+    twins: Path,
+    plan: Plan,
+    folder: Path,
+    machine: str = "",
+    device: str = "512MiB",
+    timeout: float = 120,
+    code: str = CALLS,
+) -> Run:
+    """Runs `plan`, or other code with the same arguments, on the artifact's chip.
+
+    folder: for the record and the results. machine: words for the interpreter. device: its memory.
+    timeout: of the child, in seconds.
+    """
+    record, results = folder / "record", folder / "results.npz"
+    for path in (record, results):
+        path.unlink(missing_ok=True)
+    outcome = driver.run(
+        code, artifact, json.dumps(vars(plan)), results, timeout,
+        devices=f"{chip_of(artifact)}:{device}", twins=twins, runs="both", machine=machine,
+        record=record, timeout=timeout,
+    )  # fmt: skip
+    dispatches = read_dispatches(twins)
+    differences = compare_record(record, dispatches) if record.exists() else {}
+    arrays: Arrays = {}
+    if results.exists():
+        with np.load(results) as loaded:
+            arrays = dict(loaded)
+    return Run(outcome, dispatches, differences, arrays)
+
+
+def chip_of(artifact: Path) -> str:
+    chip: str = json.loads((artifact / "artifact.json").read_text())["target"]
+    return chip

@@ -1,0 +1,230 @@
+"""The tiny Llama's machine code in the interpreter: each dispatch beside its twin, logits beside
+float64, the engine's text beside the CPU's; and whether a fault would be seen.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from conftest import TINY, TINY_OPTIONS, TinyModel
+from hip.dispatches import BOUNDS, wrong_ones
+from hip.driver import Driver, Outcome, compile_code_object
+from hip.machine_runs import Run, chip_of, run_beside_twins
+from hip.model_calls import Arrays, Plan
+from hip.modules import summing_module
+from reference import Array, forward, uneven_weights, write_hf_folder
+from test_hip_model import FEW
+
+from compile import build
+from compile.build import MLIR, VMFB, BuildOptions
+from compile.model import MASKED, SUMMARY
+
+CHIPS = ("gfx942", "gfx1100")
+PLAN = Plan(TINY.vocab_size, TINY_OPTIONS.page_size)
+SEED = 11
+
+TEXT = """
+    import json, sys
+    from sf_local.engine import Engine
+    from sf_local.request import SamplingParams
+
+    artifact, device, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    greedy = SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True)
+    with Engine(artifact, device, kv_pages=40) as engine:
+        handles = [engine.submit(prompt, greedy) for prompt in prompts]
+        print(json.dumps([handle.result().token_ids for handle in handles]))
+"""
+SUMS = """
+    import sys
+    import iree.runtime
+    import numpy as np
+
+    vmfb, inputs, results = sys.argv[1:4]
+    with open(vmfb, "rb") as file:
+        module = iree.runtime.load_vm_flatbuffer(file.read(), driver="hip")
+    given = np.load(inputs)
+    np.save(results, module.sum_up(given["logits"], given["scales"]).to_host())
+"""
+
+
+@pytest.fixture(scope="module", params=CHIPS)
+def chip(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def make_uneven(
+    make_tiny: Callable[..., TinyModel], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], TinyModel]:
+    """The tiny model for a chip with weights whose rows differ in size by 100 times."""
+    made: dict[str, TinyModel] = {}
+
+    def make(chip: str) -> TinyModel:
+        if chip not in made:
+            model = make_tiny(target=chip, keep_mlir=True, **FEW)
+            weights = uneven_weights(TINY, SEED)
+            made[chip] = with_weights(model, weights, tmp_path_factory.mktemp("uneven"))
+        return made[chip]
+
+    def with_weights(model: TinyModel, weights: dict[str, Array], folder: Path) -> TinyModel:
+        """The code is the same, and is not compiled again."""
+
+        def take_over(mlir: Path, vmfb: Path, *_: object) -> None:
+            assert mlir.read_text() == (model.artifact / MLIR).read_text()
+            shutil.copy(model.artifact / VMFB, vmfb)
+
+        write_hf_folder(folder / "source", model.config, weights)
+        options = BuildOptions(**vars(TINY_OPTIONS) | {"target": chip_of(model.artifact)} | FEW)
+        with patch("compile.build.iree_compile", take_over):
+            artifact = build(folder / "source", folder / "artifact", options, keep_mlir=True)
+        return TinyModel(model.config, weights, folder / "source", artifact)
+
+    return make
+
+
+@pytest.fixture
+def run(
+    hip_driver: Driver,
+    twins_of: Callable[[Path], Path],
+    make_uneven: Callable[[str], TinyModel],
+    tmp_path: Path,
+) -> Callable[..., Run]:
+    """run(chip, words for the interpreter, plan)"""
+
+    def run(chip: str, machine: str, plan: Plan = PLAN) -> Run:
+        artifact = make_uneven(chip).artifact
+        return run_beside_twins(hip_driver, artifact, twins_of(artifact), plan, tmp_path, machine)
+
+    return run
+
+
+# Right
+
+
+@pytest.mark.parametrize("order", ["forward", "backward", "random seed=3"])
+def test_each_dispatch_and_the_logits(
+    run: Callable[..., Run], make_uneven: Callable[[str], TinyModel], chip: str, order: str
+) -> None:
+    done = run(chip, order)
+    done.check()
+    assert done.names == set(done.dispatches) == set(done.differences)
+    check_logits(done.results, make_uneven(chip))
+
+
+def check_logits(logits: Arrays, model: TinyModel) -> None:
+    """All are as float64 has them, each token's beside the largest of that token's; and the best
+    token is the first of the largest."""
+    main = forward(model.config, model.weights, PLAN.tokens)
+    forks = [forward(model.config, model.weights, PLAN.fork(i)) for i in range(PLAN.forks)]
+    after = np.stack([rows[-PLAN.steps :] for rows in forks])
+    largest = np.abs(np.concatenate([main, *after])).max(axis=0)  # [V]
+    assert largest.max() > 50 * largest.min()
+    expected = {
+        "prefill": main[: PLAN.prompt],
+        "next": main[None, PLAN.prompt - 1 : PLAN.prompt],
+        "one": main[None, PLAN.prompt :],
+        "forks": after,
+    }
+    for name, values in expected.items():
+        apart = np.abs(logits[name] - values) / largest
+        assert apart.max() <= BOUNDS["f32"], name
+        if name != "prefill":
+            assert np.array_equal(logits[f"{name}_best"], logits[name].argmax(axis=-1)), name
+
+
+def test_the_engines_text(
+    hip_driver: Driver, make_tiny: Callable[..., TinyModel], chip: str
+) -> None:
+    """Of several at once, some with a cached prefix: as on the CPU."""
+    prompts = [[*range(5, 22), i] for i in range(3)] + [[7, 8, 9]]
+
+    def text(model: TinyModel, device: str, **rest: Any) -> Outcome:
+        return hip_driver.run(TEXT, model.artifact, device, json.dumps(prompts), **rest)
+
+    model = make_tiny(target=chip, keep_mlir=True, **FEW)
+    outcome = text(model, "hip", devices=f"{chip}:512MiB", runs="machine", machine="random")
+    assert outcome.value == text(make_tiny(row_major=True, **FEW), "cpu").value
+    assert len(outcome.of("interpret")) == len(outcome.of("hipModuleLaunchKernel")) > 100
+
+
+# The best token
+
+
+@pytest.mark.parametrize(("vocab_size", "num_rows"), [(300, 8), (49_152, 8), (128_256, 1)])
+def test_the_best_token(
+    hip_driver: Driver, hip_cache: Path, tmp_path: Path, chip: str, vocab_size: int, num_rows: int
+) -> None:
+    """It is the first of the largest logits, wherever they are."""
+    mlir, results = tmp_path / "sums.mlir", tmp_path / "sums.npy"
+    mlir.write_text(summing_module(TINY, vocab_size, num_rows))
+    vmfb = compile_code_object(mlir, chip, hip_cache).parent / VMFB
+    given = hard_logits(vocab_size)
+    scales = np.linspace(0.5, 2, num_rows, dtype=np.float32)
+    for start in range(0, len(given), num_rows):
+        logits = given[start : start + num_rows]
+        np.savez(tmp_path / "given.npz", logits=logits, scales=scales)
+        outcome = hip_driver.run(SUMS, vmfb, tmp_path / "given.npz", results, runs="machine",
+                                 devices=f"{chip}:512MiB")  # fmt: skip
+        assert outcome.exit_code == 0, outcome.stderr
+        assert outcome.of("interpret")
+        check_sums(np.load(results), logits, scales)
+
+
+def hard_logits(vocab_size: int) -> Array:
+    """Eight rows [8, V]: ties, and maxima in the first, the last and the partial block."""
+    rng = np.random.default_rng(SEED)
+    rows = rng.standard_normal((8, vocab_size)).astype(np.float32)
+    last = vocab_size - 1
+    in_last_block = last // SUMMARY * SUMMARY
+    rows[1] -= 100  # all negative
+    rows[2] = -3.5  # all equal
+    rows[3, [0, last]] = 9  # the first and the last
+    rows[4] = -np.inf
+    rows[4, [SUMMARY - 1, SUMMARY]] = -50  # at an edge of blocks
+    rows[5, last] = 9
+    rows[6, [in_last_block, in_last_block + 1]] = 9
+    rows[7, [in_last_block - 1, in_last_block]] = 9
+    rows[7] -= 1000
+    return rows
+
+
+def check_sums(sums: Array, logits: Array, scales: Array) -> None:
+    num_blocks = sums.shape[1] // 2
+    padding = ((0, 0), (0, num_blocks * SUMMARY - logits.shape[1]))
+    blocks = np.pad(logits, padding, constant_values=MASKED).reshape(len(logits), num_blocks, -1)
+    maxima = np.maximum(blocks.max(axis=2), np.float32(MASKED))
+    assert sums[:, 0].tolist() == logits.argmax(axis=1).tolist()
+    assert np.array_equal(sums[:, 1 : 1 + num_blocks], maxima)
+    above = (blocks - maxima[:, :, None].astype(np.float64)) * scales[:, None, None]
+    np.testing.assert_allclose(sums[:, 1 + num_blocks :], np.exp(above).sum(axis=2), rtol=1e-5)
+
+
+# What would be seen
+
+SHORT = Plan(TINY.vocab_size, TINY_OPTIONS.page_size, steps=1)
+
+
+@pytest.mark.parametrize("sabotage", ["ignore_barriers no_race_check", "swap_operands=v_sub_f32",
+                                      "swap_lanes=1"])  # fmt: skip
+def test_wrong_numbers_are_seen(run: Callable[..., Run], chip: str, sabotage: str) -> None:
+    done = run(chip, sabotage, SHORT)
+    assert done.outcome.exit_code == 0 and wrong_ones(done.differences.values())
+    with pytest.raises(AssertionError):
+        done.check()
+
+
+@pytest.mark.parametrize(("sabotage", "reason"), [("ignore_barriers", "barrier between"),
+                                                  ("ignore_waits", "is pending from")])  # fmt: skip
+def test_what_is_too_early_ends_the_launch(
+    run: Callable[..., Run], chip: str, sabotage: str, reason: str
+) -> None:
+    outcome = run(chip, sabotage, SHORT).outcome
+    assert outcome.exit_code != 0
+    assert "stand-in for libamdhip64" in outcome.stderr and reason in outcome.stderr
