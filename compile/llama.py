@@ -261,7 +261,7 @@ class LlamaEmitter:
 
         def first_of_block(v: Scalar, top: Scalar, acc: Scalar) -> Scalar:
             token = b.position("b") * int(size) + b.position("i")
-            return acc.minimum(v.is_below(top).select(none, token.to("i32")))
+            return acc.unsigned_minimum(v.is_below(top).select(none, token.to("i32")))
 
         firsts = b.generic(
             "nbi,nb->nb", [blocks, maxima], maxima.shape, "i32", first_of_block, vocab - 1
@@ -271,7 +271,8 @@ class LlamaEmitter:
         top = b.generic("nb->n", [maxima], (n,), "f32", lambda v, acc: acc.maximum(v), MASKED)
         return b.generic(
             "nb,nb,n->n", [maxima, firsts, top], (n,), "i32",
-            lambda v, first, top, acc: acc.minimum(v.is_below(top).select(none, first)), vocab - 1,
+            lambda v, first, top, acc: acc.unsigned_minimum(v.is_below(top).select(none, first)),
+            vocab - 1,
         )  # fmt: skip
 
     # Building blocks of attention

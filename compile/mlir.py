@@ -68,6 +68,14 @@ class Scalar:
     def minimum(self, other: Scalar | int) -> Scalar:
         return self._binary("minsi", other)
 
+    def unsigned_minimum(self, other: Scalar) -> Scalar:
+        """Of integers that are not negative; the only minimum that may reduce on a GPU.
+
+        There iree-compile 3.9.0 starts i32 reductions from identities of i64 cut to 32 bits:
+        `minsi` from -1, `maxsi` from 0, `andi` from 1. `minui` starts from the right one.
+        """
+        return self._binary("minui", other)
+
     def clamp(self, low: int, high: Scalar) -> Scalar:
         return self.minimum(high)._binary("maxsi", low)
 
