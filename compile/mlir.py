@@ -69,10 +69,10 @@ class Scalar:
         return self._binary("minsi", other)
 
     def unsigned_minimum(self, other: Scalar) -> Scalar:
-        """Of integers that are not negative; the only minimum that may reduce on a GPU.
+        """Of integers that are not negative, such as tokens: for reductions on GPUs.
 
-        There iree-compile 3.9.0 starts i32 reductions from identities of i64 cut to 32 bits:
-        `minsi` from -1, `maxsi` from 0, `andi` from 1. `minui` starts from the right one.
+        iree-compile 3.9.0 starts some i32 reductions from wrong numbers there: `minsi` from -1,
+        `maxsi` from 0, `andi` from 1. It starts `minui` from the right one.
         """
         return self._binary("minui", other)
 

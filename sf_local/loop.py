@@ -329,8 +329,8 @@ class Loop:
             return
         wrong = find_wrong(following, self._vocab_size)
         for i, what in wrong.items():
-            error_of_row = self._returned(f"{what} after position {chunks[i].end - 1}")
-            self._end(chunks[i].request, "abort", error_of_row)
+            failure = self._returned(f"{what} after position {chunks[i].end - 1}")
+            self._end(chunks[i].request, "abort", failure)
         for chunk in chunks:
             self._scheduler.computed(chunk)
         last = [c.request if a else None for c, a in zip(chunks, are_last, strict=True)]
@@ -539,7 +539,7 @@ class Loop:
 
     def _fail_all(self) -> None:
         while self._inbox:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(BaseException):
                 self._do_what_was_asked()
         for request in list(self._generations):
             self._end(request, "abort", self._closed())

@@ -186,6 +186,7 @@ def _find(weights: NDArray[np.floating], share: float) -> tuple[int, float]:
     weight."""
     running = weights.cumsum(dtype=np.float64)
     if not 0 < running[-1] < math.inf:
+        # Of a total of 0 no token is possible.
         raise WrongLogits(what_is_wrong(float(running[-1]) or -math.inf))
     bound = share * (LESS_THAN_ALL * running[-1])
     place = int(running.searchsorted(bound, "right"))
