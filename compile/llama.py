@@ -261,7 +261,7 @@ class LlamaEmitter:
 
         def first_of_block(v: Scalar, top: Scalar, acc: Scalar) -> Scalar:
             token = b.position("b") * int(size) + b.position("i")
-            return acc.minimum(v.is_below(top).select(none, token.to("i32")))
+            return acc.unsigned_minimum(v.is_below(top).select(none, token.to("i32")))
 
         firsts = b.generic(
             "nbi,nb->nb", [blocks, maxima], maxima.shape, "i32", first_of_block, vocab - 1
@@ -271,7 +271,8 @@ class LlamaEmitter:
         top = b.generic("nb->n", [maxima], (n,), "f32", lambda v, acc: acc.maximum(v), MASKED)
         return b.generic(
             "nb,nb,n->n", [maxima, firsts, top], (n,), "i32",
-            lambda v, first, top, acc: acc.minimum(v.is_below(top).select(none, first)), vocab - 1,
+            lambda v, first, top, acc: acc.unsigned_minimum(v.is_below(top).select(none, first)),
+            vocab - 1,
         )  # fmt: skip
 
     # Building blocks of attention
@@ -344,7 +345,11 @@ class LlamaEmitter:
         return b.expand(b.collapse(q, 3, 2), 2, c.num_kv_heads, c.num_heads // c.num_kv_heads)
 
     def _cache_rows(self, heads: Tensor, tables: Tables) -> Tensor:
-        """Rotated keys, then values, as rows [N*S, 2*KH*D] of the cache."""
+        """Rotated keys, then values, as rows [N*S, 2*KH*D] of the cache.
+
+        Zeros for padding, which goes to page 0: all sequences read that page, under a mask, and a
+        NaN of one would be NaN in all.
+        """
         c, b, dtype = self.config, self.b, self.options.kv_dtype
         n, s, _, _, half = heads.shape
 
@@ -353,9 +358,16 @@ class LlamaEmitter:
             head = is_value * c.num_kv_heads + b.position("h") + c.num_heads
             key = self._rotated(heads, head, tables)
             value = self._at_token(heads, head, b.position("t"))
-            return is_value.less(b.scalar(1, "index")).select(key, value).to(dtype)
+            x = is_value.less(b.scalar(1, "index")).select(key, value)
+            token = b.position("n") * b.index(s) + b.position("s")
+            is_padding = b.extract(tables.write_rows, b.scalar(0, "index"), token).less(
+                end_of_page_0
+            )
+            return is_padding.select(b.scalar(0.0, x.dtype), x).to(dtype)
 
-        rows = b.generic("->nsvhtd", [], (n, s, 2, c.num_kv_heads, 2, half), dtype, key_or_value)
+        shape = (n, s, 2, c.num_kv_heads, 2, half)
+        end_of_page_0 = b.scalar(c.num_layers * self.options.page_size, "i32")
+        rows = b.generic("->nsvhtd", [], shape, dtype, key_or_value)
         return b.collapse(b.collapse(rows, 2, 4), 0, 2)
 
     def _rotated(self, heads: Tensor, head: Scalar, tables: Tables) -> Scalar:

@@ -28,7 +28,8 @@ from sf_local.image_processor import ImageSettings
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 3
+# 4: AMD code whose best token is right; until 3 it was -1 in every row
+FORMAT_VERSION = 4
 COMPILER_VERSION = "3.9.0"
 VMFB, WEIGHTS, CONFIG, MANIFEST = "model.vmfb", "weights.irpa", "config.json", "artifact.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -319,8 +320,10 @@ def _read_manifest(path: Path) -> Manifest | None:
     data = _read_json(path)
     version = data.get("format_version")
     if version != FORMAT_VERSION:
+        target = data.get("target")
         raise VersionError(
             f"{path}: format_version {version!r}, this sf_local reads {FORMAT_VERSION}; {REPAIR}"
+            + (f" --target {target}" if isinstance(target, str) else "")
         )
     try:
         manifest = _from_dict(Manifest, data)

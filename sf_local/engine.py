@@ -256,8 +256,8 @@ class Engine:
         loop, items = asyncio.get_running_loop(), asyncio.Queue[Delivery]()
 
         def deliver(item: Delivery) -> None:
-            with contextlib.suppress(RuntimeError):  # the event loop may be closed by now
-                loop.call_soon_threadsafe(items.put_nowait, item)
+            """Raises where the event loop is closed by now, which ends the generation."""
+            loop.call_soon_threadsafe(items.put_nowait, item)
 
         generation.deliver = deliver
         self._loop.submit(generation)

@@ -7,12 +7,12 @@ SfLocalError
 │   ├── VersionError        made by another compiler or format version
 │   ├── TargetError         made for another device or CPU
 │   └── MismatchError       files of the artifact that disagree with each other
-├── DeviceError             the device is unknown, absent, or failed
+├── DeviceError             the device is unknown, absent, or failed, or a GPU's result is wrong
 ├── RequestError            a request that cannot be served as asked (also a ValueError)
 │   ├── GrammarError        a grammar that cannot be compiled
 │   └── ImageError          an image that cannot be opened, or not with this model
 ├── ChatTemplateError       the model's chat template cannot be used
-├── EngineError             the engine is closed or failed
+├── EngineError             the engine is closed or failed, or a CPU's result is wrong
 └── CompileError            weights that cannot be turned into an artifact
     ├── SourceError         the weights are missing, corrupt, or unreachable
     ├── UnsupportedError    a model, tokenizer, chip, or option that is not supported
@@ -49,7 +49,7 @@ class MismatchError(ArtifactError):
 
 
 class DeviceError(SfLocalError):
-    """The device is unknown, absent, or failed."""
+    """The device is unknown, absent, or failed; or a GPU returned NaN, or no token."""
 
 
 class RequestError(SfLocalError, ValueError):
@@ -69,7 +69,7 @@ class ChatTemplateError(SfLocalError):
 
 
 class EngineError(SfLocalError):
-    """The engine is closed or failed."""
+    """The engine is closed or failed; or a CPU returned NaN, or no token."""
 
 
 class CompileError(SfLocalError):

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from sf_local.summary import WrongLogits, what_is_wrong
+
 Top = list[tuple[float, int]]  # (log probability, token), best first
 
 
@@ -37,12 +39,18 @@ class PromptLogprobs:
         self._entries: list[tuple[float | None, Top | None]] = [(None, None)]
 
     def add(self, position: int, logits: NDArray[np.float32]) -> None:
-        """Logits [n, V] after tokens `position` and on; what was there before is skipped."""
+        """Logits [n, V] after tokens `position` and on; what was there before is skipped.
+
+        Raises WrongLogits.
+        """
         first = self.start + len(self._entries)  # the token wanted next
         last = min(position + len(logits), len(self.prompt_ids) - 1)
         for token in range(first, last + 1):
             row = logits[token - 1 - position]
-            total = _log_sum_exp(row)
+            peak = float(row.max())
+            if what := what_is_wrong(peak):
+                raise WrongLogits(f"{what} after position {token - 1}")
+            total = peak + math.log(np.exp(row - peak).sum(dtype=np.float64))
             entry = float(row[self.prompt_ids[token]]) - total
             top = [(float(row[i]) - total, i) for i in likeliest(row, self._num_top).tolist()]
             self._entries.append((entry, top))
@@ -53,11 +61,6 @@ class PromptLogprobs:
             [entry for entry, _ in self._entries],
             [top for _, top in self._entries],
         )
-
-
-def _log_sum_exp(logits: NDArray[np.float32]) -> float:
-    peak = logits.max()
-    return float(peak) + math.log(np.exp(logits - peak).sum(dtype=np.float64))
 
 
 def likeliest(values: NDArray[np.float32], count: int) -> NDArray[np.intp]:

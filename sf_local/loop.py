@@ -14,14 +14,14 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sf_local.artifact import Artifact
+from sf_local.artifact import REPAIR, Artifact
 from sf_local.device import Device, reason
 from sf_local.errors import DeviceError, EngineError, SfLocalError
 from sf_local.generation import Generation
@@ -33,7 +33,7 @@ from sf_local.request import Request, RequestStatus
 from sf_local.runner import ModelRunner, Row, Wanted
 from sf_local.sampler import Sampled, sample
 from sf_local.scheduler import Chunk, Limits, Scheduler, Step
-from sf_local.summary import Next, summarize
+from sf_local.summary import Next, WrongLogits, find_wrong, summarize
 
 _COUNTERS = (
     "prompt_tokens", "cached_tokens", "completion_tokens", "forced_tokens", "steps",
@@ -76,6 +76,7 @@ class Loop:
         self._close_lock, self._fail_lock = threading.Lock(), threading.Lock()
         self._process_id, self._thread_id = os.getpid(), 0
         self._name = f"device={device!r}"
+        self._vocab_size = artifact.manifest.vocab_size if artifact.manifest else None
         self._device = Device(device)
         try:
             self._runner = ModelRunner(artifact, self._device, num_pages)
@@ -108,8 +109,10 @@ class Loop:
         done = threading.Event()
 
         def flush() -> None:
-            self._cache.evict(self._pool.num_cached)
-            done.set()
+            try:
+                self._cache.evict(self._pool.num_cached)
+            finally:
+                done.set()
 
         self._ask(flush)
         while not done.wait(0.1) and not self._ended.is_set():
@@ -256,10 +259,12 @@ class Loop:
 
     def _end_all(self) -> None:
         self._is_closing = True
-        with self._fail_lock:
-            self._fail_all()
-        self._ended.set()
-        self._started.set()
+        try:
+            with self._fail_lock:
+                self._fail_all()
+        finally:
+            self._ended.set()
+            self._started.set()
 
     async def _execute(self, step: Step) -> None:
         if step.copies:
@@ -280,8 +285,10 @@ class Loop:
             return await self._runner.prefill(rows, wanted)
         logits = await self._runner.prefill_all(rows, wanted)
         for chunk, values in zip(chunks, logits, strict=True):
-            if _wants_logits(chunk):
-                self._generations[chunk.request].take_logits(chunk.start, values)
+            generation = self._generations.get(chunk.request)
+            if generation is not None and _wants_logits(chunk):
+                with self._ending(chunk.request):
+                    generation.take_logits(chunk.start, values)
                 if chunk.end >= len(chunk.request.prompt_ids):
                     chunk.request.first_logits = None
         return summarize(np.stack([values[-1] for values in logits]), wanted.scales_of(len(rows)))
@@ -294,7 +301,10 @@ class Loop:
         call: Callable[[Sequence[Chunk], list[Row], Wanted], Awaitable[Next]],
         chunks: Sequence[Chunk],
     ) -> None:
-        """One call for chunks of several requests; if it fails, they do, and no others."""
+        """One call for chunks of several requests; if it fails, they do, and no others.
+
+        A request ends alone if what the call returned for it is wrong.
+        """
         chunks = _running(chunks)
         if not chunks:
             return
@@ -312,14 +322,36 @@ class Loop:
             meanwhile=lambda: self._work_beside(masks),
         )
         try:
-            following = await call(chunks, [self._row(chunk) for chunk in chunks], wanted)
+            rows = [self._row(chunk) for chunk in chunks]
+            following = await call(chunks, rows, wanted)
         except Exception as error:
             await self._fail([chunk.request for chunk in chunks], error)
             return
+        wrong = find_wrong(following, self._vocab_size)
+        for i, what in wrong.items():
+            failure = self._returned(f"{what} after position {chunks[i].end - 1}")
+            self._end(chunks[i].request, "abort", failure)
         for chunk in chunks:
             self._scheduler.computed(chunk)
         last = [c.request if a else None for c, a in zip(chunks, are_last, strict=True)]
         self._sample(last, following, masks)
+        if wrong:
+            await self._clear([chunks[i] for i in wrong], [rows[i] for i in wrong])
+
+    async def _clear(self, chunks: Sequence[Chunk], rows: Sequence[Row]) -> None:
+        """Clear what a call wrote for requests that have ended because it was wrong.
+
+        Keys and values may be NaN where logits are, and those pages will be others': attention
+        multiplies what it masks by zero, and NaN survives that. So may page 0, of padding.
+        """
+        size, pages = self._cache.page_size, [0]
+        for chunk, row in zip(chunks, rows, strict=True):
+            pages += row.page_ids[chunk.start // size :]
+        self._cache.forget(pages)
+        try:
+            await self._runner.clear_pages(pages)
+        except Exception as error:
+            await self._fail([], error)
 
     async def _seen(self, chunks: Sequence[Chunk]) -> list[Chunk]:
         """Chunks whose images are encoded: a batch of tiles each step; others decode between."""
@@ -334,11 +366,18 @@ class Loop:
         return [chunk for chunk in running if not _unseen([chunk])]
 
     async def _encode(self, tiles: dict[Tile, NDArray[np.uint8]]) -> None:
+        """Keep the embeddings of tiles; those that are wrong end the requests that show them."""
         started_at = time.perf_counter()
         embeds = await self._runner.encode(list(tiles.values()))
         self._counters["encode_seconds"] += time.perf_counter() - started_at
         for tile, values in zip(tiles, embeds, strict=True):
-            tile.embeds, tile.pixels = values, None
+            if np.isfinite(values).all():
+                tile.embeds, tile.pixels = values, None
+                continue
+            error = self._returned("NaN or infinity among the embeddings of an image")
+            for request in list(self._generations):
+                if any(span.tile is tile for span in request.spans):
+                    self._end(request, "abort", error)
         self._counters["encoded_tiles"] += len(tiles)
 
     def _needs_logits(self, chunk: Chunk) -> bool:
@@ -352,7 +391,8 @@ class Loop:
 
     def _write(self) -> None:
         for generation in self._unwritten:
-            generation.write()
+            with self._ending(generation.request):
+                generation.write()
         self._unwritten.clear()
 
     def _row(self, chunk: Chunk) -> Row:
@@ -365,14 +405,14 @@ class Loop:
         """The next token of those requests whose last token is computed; None for the others."""
         rows, generations = [], []
         for i, request in enumerate(requests):
-            if request is None:
+            generation = None if request is None else self._generations.get(request)
+            if request is None or generation is None:  # it ended during the call
                 continue
-            generation = self._generations[request]
             self._count_prompt(generation)
             if request.max_new_tokens == 0:
                 self._end(request, "length")
             elif i in masks.errors:
-                self._end(request, "abort", _step_error(masks.errors[i]))
+                self._end(request, "abort", self._failure_of(masks.errors[i]))
             elif not self._jump(generation):
                 rows.append(i)
                 generations.append(generation)
@@ -389,19 +429,16 @@ class Loop:
             if isinstance(choice, Sampled):
                 self._accept(generation, choice)
             else:
-                self._end(generation.request, "abort", _step_error(choice))
+                self._end(generation.request, "abort", self._failure_of(choice))
 
     def _accept(self, generation: Generation, sampled: Sampled) -> None:
         request = generation.request
         before = len(request.output_ids) + 1
-        try:
+        with self._ending(request):
             reason = generation.accept(sampled, self._can_jump)
-        except Exception as error:
-            self._end(request, "abort", _step_error(error))
-            return
-        self._counters["completion_tokens"] += 1
-        self._count_forced(len(request.output_ids) - before)
-        self._go_on(generation, reason)
+            self._counters["completion_tokens"] += 1
+            self._count_forced(len(request.output_ids) - before)
+            self._go_on(generation, reason)
 
     def _go_on(self, generation: Generation, reason: str | None) -> None:
         if reason:
@@ -414,14 +451,12 @@ class Loop:
         request = generation.request
         if generation.grammar is None or request.output_ids:
             return False
-        try:
+        with self._ending(request):
             reason = generation.jump(self._can_jump)
-        except Exception as error:
-            self._end(request, "abort", _step_error(error))
-            return True
-        self._count_forced(len(request.output_ids))
-        self._go_on(generation, reason)
-        return bool(request.output_ids or reason)
+            self._count_forced(len(request.output_ids))
+            self._go_on(generation, reason)
+            return bool(request.output_ids or reason)
+        return True
 
     def _count_prompt(self, generation: Generation) -> None:
         """Count a prompt once, when its answer begins."""
@@ -444,7 +479,7 @@ class Loop:
             self._device.abandon(self._runner, error)  # whose traceback holds the call's arrays
             raise self._lost("failed", error)
         for request in requests:
-            self._end(request, "abort", _step_error(error))
+            self._end(request, "abort", self._failure_of(error))
         if self._runner.is_broken:
             await self._runner.recover()
             self._scheduler.reset()
@@ -452,27 +487,44 @@ class Loop:
     def _take(self, generation: Generation) -> None:
         request = generation.request
         self._generations[request] = generation
-        self._scheduler.add(request)
-        if generation.deadline is not None:
-            heapq.heappush(self._deadlines, (generation.deadline, request.sequence, request))
-            if len(self._deadlines) > 2 * len(self._generations) + 64:  # mostly of finished ones
-                self._deadlines = [d for d in self._deadlines if d[2] in self._generations]
-                heapq.heapify(self._deadlines)
-        if request.first_logits is None:  # else its prompt must be computed in any case
-            self._jump(generation)
+        with self._ending(request):
+            self._scheduler.add(request)
+            if generation.deadline is not None:
+                heapq.heappush(self._deadlines, (generation.deadline, request.sequence, request))
+                if len(self._deadlines) > 2 * len(self._generations) + 64:  # mostly finished
+                    self._deadlines = [d for d in self._deadlines if d[2] in self._generations]
+                    heapq.heapify(self._deadlines)
+            if request.first_logits is None:  # else its prompt must be computed in any case
+                self._jump(generation)
 
     def _end(self, request: Request, reason: str, error: BaseException | None = None) -> None:
-        """Finish a request, unless it is finished already."""
+        """Finish a request, unless it is finished already.
+
+        Raises nothing: whoever waits for the request hears of the first error there is.
+        """
         generation = self._generations.pop(request, None)
         if generation is None:
             return
-        self._scheduler.finish(request, reason)
-        request.spans = ()  # a deadline may keep the request, but need not keep its tiles
-        if error is None:
-            generation.finish(reason)
-        else:
-            generation.write()
-            generation.deliver(error)
+        try:
+            self._scheduler.finish(request, reason)
+            request.spans = ()  # a deadline may keep the request, but need not keep its tiles
+            if error is None:
+                generation.finish(reason)
+            else:
+                generation.write()
+        except BaseException as failure:  # what Rust's panics raise is no Exception
+            error = error or self._failure_of(failure)
+        if error is not None:
+            with contextlib.suppress(BaseException):  # nobody is there to be told
+                generation.deliver(error)
+
+    @contextlib.contextmanager
+    def _ending(self, request: Request) -> Iterator[None]:
+        """Work for one request, which ends it, and no other, if it raises."""
+        try:
+            yield
+        except BaseException as error:
+            self._end(request, "abort", self._failure_of(error))
 
     def _do_what_was_asked(self) -> None:
         while self._inbox:
@@ -486,9 +538,29 @@ class Loop:
             self._end(heapq.heappop(self._deadlines)[2], "timeout")
 
     def _fail_all(self) -> None:
-        self._do_what_was_asked()
+        while self._inbox:
+            with contextlib.suppress(BaseException):
+                self._do_what_was_asked()
         for request in list(self._generations):
             self._end(request, "abort", self._closed())
+
+    def _failure_of(self, error: BaseException) -> SfLocalError:
+        """What a request is told of an error."""
+        if isinstance(error, SfLocalError):
+            return error
+        if isinstance(error, WrongLogits):
+            return self._returned(str(error))
+        failure = EngineError(f"the step failed: {reason(error)}")
+        failure.__cause__ = error
+        return failure
+
+    def _returned(self, what: str) -> SfLocalError:
+        text = (
+            f"{self._name} returned {what}; only this request ends. The weights may be damaged "
+            "(check them with sf-local inspect ARTIFACT --verify), or the model's numbers too "
+            f"large for their type ({REPAIR} --weights bf16)"
+        )
+        return EngineError(text) if self._device.shares_memory else DeviceError(text)
 
     async def _wait_for_work(self) -> None:
         self._idle = self._device.worker.loop.create_future()
@@ -541,11 +613,3 @@ def _is_last(chunk: Chunk) -> bool:
 def _wants_logits(chunk: Chunk) -> bool:
     """Whether a generation wants all logits of a chunk, not only those after its last token."""
     return chunk.request.first_logits is not None and chunk.end > chunk.request.first_logits
-
-
-def _step_error(error: Exception) -> SfLocalError:
-    if isinstance(error, SfLocalError):
-        return error
-    failure = EngineError(f"the step failed: {reason(error)}")
-    failure.__cause__ = error
-    return failure

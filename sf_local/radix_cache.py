@@ -103,6 +103,11 @@ class RadixCache:
             self.pool.drop(node.page)
         return len(victims)
 
+    def forget(self, pages: Sequence[int]) -> None:
+        """Keep pages no longer that are partly filled, of those that are kept at all."""
+        for node in [node for node in self._nodes if node.page in pages]:
+            self._remove(node)
+
     def clear(self) -> None:
         """Forget everything, locked pages too; their owners keep them."""
         for node in self._nodes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from sf_local.errors import SfLocalError
 from sf_local.generation import Generation
@@ -78,8 +79,9 @@ class Replicas:
             loop.drain()
 
     def close(self) -> None:
-        for loop in self._loops:
-            loop.close()
+        with ExitStack() as closing:  # all of them, also if one raises
+            for loop in self._loops:
+                closing.callback(loop.close)
 
     def stats(self) -> dict[str, float]:
         """The sum over all replicas."""

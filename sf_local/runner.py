@@ -38,6 +38,7 @@ from sf_local.top_k import spread
 
 MIN_WIDTH = 2  # columns of a page table that amdsharktank's code needs
 VECTOR = 16  # positions that one step of a CPU's attention adds up
+MAX_VOCAB = 1 << 24  # tokens; what is beyond cannot be one
 MAX_PENDING = 16  # copies to wait for at a time; IREE's poller aborts at about 64
 
 # What the AMD driver says to code for another chip.
@@ -73,8 +74,8 @@ class Wanted:
     """What a call is for.
 
     scales: by which each row's logits are summed up; None for 1. num_logits: rows, from the first
-    on, whose logits are needed; None for all; the best token is enough for the others. copy: else
-    results are let go of before the next call. meanwhile: called while the device runs.
+    on, whose logits are needed; None for all; what sums them up is enough for the others. copy:
+    else results are let go of before the next call. meanwhile: called while the device runs.
     """
 
     scales: Sequence[float] | None = None
@@ -124,7 +125,7 @@ class ModelRunner:
         await self._use_device(self._zero_cache())
 
     async def _zero_cache(self) -> None:
-        self._cache.fill(np.zeros(1, NUMPY_DTYPES[self._cache_dtype]).tobytes())
+        self._cache.fill(self._zero)
         await self._device.scoped
 
     async def _use_device(self, work: Coroutine[Any, Any, T]) -> T:
@@ -183,6 +184,16 @@ class ModelRunner:
     def max_tiles(self) -> int:
         """Of images, that are encoded in one call."""
         return self._image_batch_sizes[-1]
+
+    async def clear_pages(self, pages: Sequence[int]) -> None:
+        """Zero whole pages, as `start` does with all of them."""
+        await self._use_device(self._clear_pages(pages))
+
+    async def _clear_pages(self, pages: Sequence[int]) -> None:
+        for start in range(0, len(pages), MAX_PENDING):
+            for page in pages[start : start + MAX_PENDING]:
+                self._cache.view(page).fill(self._zero)
+            await self._device.scoped
 
     async def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages on the device, in order: (source, destination)."""
@@ -252,15 +263,21 @@ class ModelRunner:
     def _following(self, results: Sequence[Array], wanted: Wanted) -> Next:
         """From logits [n, V]; or from the likeliest tokens' [n, k], and their ids."""
         logits = self._logits(results[0])
-        if self.config.top_k is not None:
-            logits = spread(logits, results[1])
-        return summarize(logits, wanted.scales_of(len(logits)))
+        if self.config.top_k is None:
+            return summarize(logits, wanted.scales_of(len(logits)))
+        ids = results[1]
+        are_tokens = (ids >= 0) & (ids < MAX_VOCAB)
+        logits = spread(logits, np.where(are_tokens, ids, 0))
+        following = summarize(logits, wanted.scales_of(len(logits)))
+        for i in np.flatnonzero(~are_tokens.all(axis=1)):
+            following.best[i] = ids[i, ~are_tokens[i]][0]  # which is judged
+        return following
 
     def _logits(self, values: Array) -> Floats:
         """Logits up to a constant a row, of what the model made of them."""
         if self.config.logits_normalization != "softmax":
             return values
-        with np.errstate(divide="ignore"):  # what was rounded to 0 is impossible
+        with np.errstate(divide="ignore", invalid="ignore"):  # what was rounded to 0 is impossible
             return np.log(values)
 
     async def _call_next(
@@ -421,6 +438,10 @@ class ModelRunner:
     def _cache_dtype(self) -> str:
         return self.config.paged_kv_cache.kv_cache_dtype
 
+    @property
+    def _zero(self) -> bytes:
+        return np.zeros(1, NUMPY_DTYPES[self._cache_dtype]).tobytes()
+
     def _look_up_functions(self) -> dict[str, Any]:
         """All functions that config.json names, and those that sum up logits, where they are."""
         config = self.config
@@ -476,11 +497,8 @@ def _needed(
         return [array.view(slice(0, num_rows)) for array in results]
     logits, *sums = results
     num_logits = num_rows if wanted.num_logits is None else wanted.num_logits
-    needed = [logits.view(slice(0, num_logits)) if num_logits else None]
-    for i, array in enumerate(sums):
-        is_wanted = num_logits or i == 0  # the first has the best tokens
-        needed.append(array.view(slice(0, num_rows)) if is_wanted else None)
-    return needed
+    needed = logits.view(slice(0, num_logits)) if num_logits else None
+    return [needed, *(array.view(slice(0, num_rows)) for array in sums)]
 
 
 def _usual(values: Array, copy: bool) -> Array:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sf_local.logprobs import likeliest
 from sf_local.request import SamplingParams
-from sf_local.summary import BLOCK, Floats, Next, summarize
+from sf_local.summary import BLOCK, Floats, Next, WrongLogits, summarize, what_is_wrong
 
 LESS_THAN_ALL = 1 - 2**-50  # rounding must not reach beyond the last weight
 FLAT = 1e6  # a temperature at which all tokens are equally likely
@@ -131,12 +131,15 @@ def sample(
 
     Where nothing else is asked for, a token is drawn without the grammar first, and again with it
     if that one is not allowed: of the same distribution, and seldom needed. The exception is what a
-    grammar raised.
+    grammar raised, or WrongLogits.
     """
     result: list[Sampled | Exception] = []
     for i, (sampler, grammar) in enumerate(zip(samplers, allowed, strict=True)):
         try:
-            result.append(_next(sampler, following, i, grammar))
+            sampled = _next(sampler, following, i, grammar)
+            if i < len(following.logits) and not following.logits[i, sampled.token] < math.inf:
+                raise WrongLogits(what_is_wrong(float(following.logits[i, sampled.token])))
+            result.append(sampled)
         except Exception as error:
             result.append(error)
     return result
@@ -182,6 +185,9 @@ def _find(weights: NDArray[np.floating], share: float) -> tuple[int, float]:
     """Where the running sum of weights passes a share of their total, and by which share of that
     weight."""
     running = weights.cumsum(dtype=np.float64)
+    if not 0 < running[-1] < math.inf:
+        # Of a total of 0 no token is possible.
+        raise WrongLogits(what_is_wrong(float(running[-1]) or -math.inf))
     bound = share * (LESS_THAN_ALL * running[-1])
     place = int(running.searchsorted(bound, "right"))
     return place, float(1 - (running[place] - bound) / weights[place])

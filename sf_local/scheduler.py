@@ -217,7 +217,9 @@ class Scheduler:
         request.pages = match.pages + self._allocate(missing)
         request.num_computed = len(match.pages) * self.cache.page_size
         if match.num_partial:
-            copies.append((match.partial_page, request.pages[len(match.pages)]))
+            copy = match.partial_page, request.pages[len(match.pages)]
+            if copy[0] != copy[1]:  # else it was evicted for this very place
+                copies.append(copy)
             request.num_computed += match.num_partial
         if request.num_cached is None:
             request.num_cached = min(request.num_computed, len(request.prompt_ids))

@@ -5,6 +5,7 @@ Compiled functions sum up where the logits are made; `summarize` does the same h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,10 +45,49 @@ def _rows(array: NDArray[Any], rows: Sequence[int] | slice) -> NDArray[Any]:
     return array[[i for i in rows if i < len(array)]]
 
 
+class WrongLogits(Exception):
+    """What a device returned cannot be logits; the message says what it was."""
+
+
+def what_is_wrong(largest: float) -> str | None:
+    """What the largest of some logits says that they cannot be; None if they can.
+
+    Single logits of -inf are impossible tokens, but some token must be possible.
+    """
+    if math.isnan(largest):
+        return "NaN among the logits"
+    if largest == math.inf:
+        return "+inf among the logits"
+    return "no finite logit" if largest <= LOWEST else None
+
+
+def find_wrong(following: Next, vocab_size: int | None) -> dict[int, str]:
+    """What is wrong with rows, by number, as their best tokens, maxima and sums tell.
+
+    A NaN makes the sum of its block NaN, where a GPU's maximum may pass over it. vocab_size: None
+    if it is unknown.
+    """
+    num_tokens = following.maxima.shape[1] * BLOCK if vocab_size is None else vocab_size
+    tops, totals = following.maxima.max(axis=1), following.sums.sum(axis=1)
+    wrong: dict[int, str] = {}
+    for i, (token, top, total) in enumerate(
+        zip(following.best.tolist(), tops.tolist(), totals.tolist(), strict=True)
+    ):
+        is_token = 0 <= token < num_tokens
+        if is_token and LOWEST < top < math.inf and 0 < total < math.inf:
+            continue
+        what = what_is_wrong(total if math.isnan(total) and top != math.inf else top)
+        if what is None and is_token:
+            what = f"{total:g} as the sum of all weights"
+        wrong[i] = what or f"token {token} of a vocabulary of {num_tokens}"
+    return wrong
+
+
 def unpack(logits: Floats, packed: Floats) -> Next:
     """From logits, and one array of the best tokens, the maxima and the sums, as GPUs return."""
     num_blocks = packed.shape[1] // 2
-    best = packed[:, 0].astype(np.int64)
+    with np.errstate(invalid="ignore"):  # NaN becomes no token
+        best = packed[:, 0].astype(np.int64)
     return Next(logits, best, packed[:, 1 : 1 + num_blocks], packed[:, 1 + num_blocks :])
 
 
@@ -60,7 +100,8 @@ def summarize(logits: Floats, scales: Floats) -> Next:
         blocks[:, :width] = logits
     blocks = blocks.reshape(n, -1, BLOCK)
     maxima = np.maximum(blocks.max(axis=2), LOWEST)
-    weights = blocks - maxima[:, :, None]
+    with np.errstate(invalid="ignore"):  # +inf is found in the maxima
+        weights = blocks - maxima[:, :, None]
     weights *= scales[:, None, None]
     sums = np.exp(weights, out=weights).sum(axis=2)
     return Next(logits, logits.argmax(axis=1), maxima, sums)

@@ -23,7 +23,7 @@ from reference import forward, logprobs, random_weights, write_hf_folder
 
 from sf_local import Engine, SamplingParams
 from sf_local.artifact import CONFIG, MANIFEST, VMFB, open_artifact
-from sf_local.errors import CorruptFileError, MismatchError, RequestError
+from sf_local.errors import CorruptFileError, EngineError, MismatchError, RequestError
 from sf_local.loop import _limits
 from sf_local.top_k import spread
 
@@ -136,6 +136,26 @@ def test_draws_among_the_candidates(engine: Engine) -> None:
     assert set(drawn(top_k=1)) == set(drawn(top_k=4, top_p=0.5)) == {1}
     assert set(drawn(top_k=4, min_p=0.2)) == {1, 5}
     assert set(drawn(top_k=4, temperature=0.05)) == {1}
+
+
+@pytest.mark.parametrize("wrong", [-5, 2**40])
+def test_what_is_no_token_ends_its_request(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, wrong: int
+) -> None:
+    """Among the candidates, whether or not it is the likeliest."""
+    runner: Any = engine._loop._runner  # type: ignore[union-attr]
+    call = runner._call
+
+    async def changed(*arguments: Any) -> Any:
+        values, ids = await call(*arguments)
+        ids[..., 2] = wrong
+        return values, ids
+
+    for params in SamplingParams(4, temperature=0), SamplingParams(4, top_k=4):
+        with monkeypatch.context() as patch, pytest.raises(EngineError, match=f"token {wrong} of"):
+            patch.setattr(runner, "_call", changed)
+            engine.generate([100], params)
+        assert engine.generate([100], SamplingParams(1, temperature=0)).token_ids == [101]
 
 
 @pytest.mark.parametrize(

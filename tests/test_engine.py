@@ -385,6 +385,14 @@ def test_a_repeated_prompt_is_cached_to_the_token(tiny: TinyModel) -> None:
         assert engine.generate(PROMPT * 4, greedy(10)).cached_tokens == 0
 
 
+def test_the_page_that_a_prompt_continues_is_evicted_for_it(tiny: TinyModel) -> None:
+    """In a pool that is all its own: it goes on in the very same page."""
+    prompts = [[*PROMPT * 2, *[9] * n, n] for n in (3, 9, 1, 7, 2, 9, 4)]
+    with Engine(tiny.artifact, kv_pages=4) as engine:
+        for prompt in prompts:
+            assert engine.generate(prompt, greedy(6)).token_ids == oracle(tiny, prompt, 6)
+
+
 def test_forks_share_one_computation(tiny: TinyModel) -> None:
     """Eight at once with a common beginning; the cache sees it once, also while it is computed."""
     shared = [7, 8, 9] * 20

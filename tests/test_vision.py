@@ -22,7 +22,7 @@ from vision_reference import IMAGE_TOKEN, encode
 import sf_local.loop
 from sf_local.artifact import Artifact, open_artifact
 from sf_local.engine import Engine
-from sf_local.errors import ImageError, RequestError
+from sf_local.errors import EngineError, ImageError, RequestError
 from sf_local.image_processor import ImageProcessor, ImageSettings
 from sf_local.request import SamplingParams
 from sf_local.scheduler import Limits
@@ -80,6 +80,33 @@ def check_logprobs(
     assert output.logprobs is not None
     found = [*output.logprobs.prompt[1:], *output.logprobs.output]
     np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+def test_embeddings_that_are_wrong_end_their_request_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoded with others, of which one shows another image; the same image later is encoded
+    again."""
+    runner: Any = engine._loop._runner  # type: ignore[union-attr]
+    encode_tiles, images = runner.encode, [picture(32, 32), picture(32, 32, 1)]
+    first, second = (engine.generate(QUESTION, PARAMS, images=[i]).token_ids for i in images)
+    victim = pixels_of(engine, picture(32, 32, 2))[0]
+
+    async def changed(tiles: Any) -> list[np.ndarray]:
+        embeds = await encode_tiles(tiles)
+        for tile, values in zip(tiles, embeds, strict=True):
+            if np.array_equal(runner._processor.normalized(tile[None])[0], victim):
+                values[-1, 0] = np.nan
+        return list(embeds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "encode", changed)
+        wrong = engine.submit(QUESTION, PARAMS, images=[picture(32, 32, 2)])
+        others = [engine.submit(QUESTION, PARAMS, images=[i]) for i in images]
+        with pytest.raises(EngineError, match="NaN or infinity among the embeddings"):
+            wrong.result()
+        assert [other.result().token_ids for other in others] == [first, second]
+    assert engine.generate(QUESTION, PARAMS, images=[picture(32, 32, 2)]).completion_tokens == 8
 
 
 SIZES = [(32, 32), (90, 60), (31, 77), (200, 20), (7, 3)]

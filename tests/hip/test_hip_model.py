@@ -138,6 +138,83 @@ def test_all_kinds_of_work(
     assert run_model(WORK, chip).value == on_cpu(WORK)
 
 
+def test_answers_of_minus_one_are_refused(run_model: Callable[..., Outcome]) -> None:
+    """As AMD code of format 3 gives them; also where no artifact.json tells how old it is."""
+    outcome = run_model(
+        RUN
+        + """
+    import shutil, tempfile
+    from pathlib import Path
+    from sf_local import runner
+
+    unpack, messages = runner.unpack, []
+
+    def old(logits, packed):
+        packed[:, 0] = -1
+        return unpack(logits, packed)
+
+    runner.unpack = old
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(shutil.copytree(artifact, folder, dirs_exist_ok=True))
+        (copy / "artifact.json").unlink()
+        for path in artifact, copy / "model.vmfb":
+            with Engine(path, device, kv_pages=40) as engine:
+                for params in greedy(9), greedy(0), PARAMS, greedy(9, return_logprob=True):
+                    try:
+                        engine.generate(prompt, params)
+                    except SfLocalError as error:
+                        messages.append([type(error).__name__, str(error)])
+                stats = engine.stats()
+                assert stats["pages_free"] + stats["pages_cached"] == stats["pages_total"]
+    print(json.dumps(messages))
+"""
+    )
+    assert len(outcome.value) == 8
+    for kind, message in outcome.value:
+        assert kind == "DeviceError" and "returned token -1 of a vocabulary of" in message
+
+
+def test_nan_ends_its_request_alone(
+    run_model: Callable[..., Outcome], cpu_answer: list[list[int]]
+) -> None:
+    """Of the longer one of two, in whose pages later ones are computed; page 0 stays as it was."""
+    outcome = run_model(
+        RUN
+        + """
+    import shutil, tempfile
+    from pathlib import Path
+    import numpy as np
+    from sf_local import artifact as artifacts, irpa
+
+    artifacts.MAX_HASHED_AT_LOAD = -1
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(shutil.copytree(artifact, folder, dirs_exist_ok=True))
+        entry = irpa.read_table(copy / "weights.irpa")["rope"]
+        angles = np.memmap(copy / "weights.irpa", np.float32, "r+", entry.offset, (256, 8))
+        angles[50:] = np.nan
+        found = []
+        with Engine(copy, device, kv_pages=10) as engine:
+            for length in 51, 40, 60:
+                wrong = engine.submit([9] * length, greedy(12))
+                right = engine.submit(prompt, PARAMS)
+                try:
+                    found.append(wrong.result().token_ids)
+                except SfLocalError as error:
+                    found.append([type(error).__name__, str(error)])
+                found += [right.result().token_ids, answer(engine)]
+            stats = engine.stats()
+            assert stats["pages_free"] + stats["pages_cached"] == stats["pages_total"]
+        print(json.dumps(found))
+"""
+    )
+    for i, position in ((0, 50), (3, 50), (6, 59)):
+        kind, message = outcome.value[i]
+        assert (
+            kind == "DeviceError" and f"NaN among the logits after position {position}" in message
+        )
+        assert outcome.value[i + 1] == outcome.value[i + 2] == cpu_answer[0]
+
+
 # Those that start processes of their own, or are about the CPU's memory and how it recovers.
 NOT_ON_GPUS = (
     "a_failed_step", "lost_device", "unknown_device", "native_failure", "exit_is_clean", "ctrl_c",
