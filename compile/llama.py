@@ -22,6 +22,8 @@ from compile.model import MASKED, SUMMARY, ModelOptions, Parameter
 from compile.row_major import SUBGROUP, Weights
 from compile.vision import VisionEmitter
 
+SEARCHED_AT_ONCE = 128  # logits: four for each of 32 lanes
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -255,22 +257,30 @@ class LlamaEmitter:
         return b.generic("->nk", [], (n, 1 + 2 * num_blocks), "f32", entry)
 
     def _first_largest(self, blocks: Tensor, maxima: Tensor, vocab: int) -> Tensor:
-        """[N] i32: of each block [N, b, i] its first largest, then the first of those."""
+        """[N] i32: of each block [N, b, i] its first largest, then the first of those.
+
+        Blocks are searched in parts that a subgroup of 32 reads at once, four numbers a lane:
+        iree-compile 3.9.0 numbers the elements of a reduction that takes longer as if all were in
+        its first part.
+        """
         b, (n, num_blocks, size) = self.b, blocks.shape
         none = b.scalar(vocab - 1, "i32")
+        num_parts = int(size) // SEARCHED_AT_ONCE
+        parts = b.expand(blocks, 2, num_parts, SEARCHED_AT_ONCE)
 
-        def first_of_block(v: Scalar, top: Scalar, acc: Scalar) -> Scalar:
-            token = b.position("b") * int(size) + b.position("i")
+        def first_of_part(v: Scalar, top: Scalar, acc: Scalar) -> Scalar:
+            part = b.position("b") * num_parts + b.position("p")
+            token = part * SEARCHED_AT_ONCE + b.position("i")
             return acc.unsigned_minimum(v.is_below(top).select(none, token.to("i32")))
 
         firsts = b.generic(
-            "nbi,nb->nb", [blocks, maxima], maxima.shape, "i32", first_of_block, vocab - 1
+            "nbpi,nb->nbp", [parts, maxima], parts.shape[:-1], "i32", first_of_part, vocab - 1
         )
         whole = -(-int(num_blocks) // SUBGROUP) * SUBGROUP
         maxima, firsts = b.pad(maxima, 1, whole, MASKED), b.pad(firsts, 1, whole, vocab - 1)
         top = b.generic("nb->n", [maxima], (n,), "f32", lambda v, acc: acc.maximum(v), MASKED)
         return b.generic(
-            "nb,nb,n->n", [maxima, firsts, top], (n,), "i32",
+            "nb,nbp,n->n", [maxima, firsts, top], (n,), "i32",
             lambda v, first, top, acc: acc.unsigned_minimum(v.is_below(top).select(none, first)),
             vocab - 1,
         )  # fmt: skip
