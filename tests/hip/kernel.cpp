@@ -43,6 +43,7 @@ isa::Settings parse_settings(const std::string& text) {
     else if (name == "random") settings.order = isa::Order::random;
     else if (name == "seed") settings.seed = static_cast<uint32_t>(std::stoul(value));
     else if (name == "no_preload") settings.preloads = false;
+    else if (name == "keep_denormals") settings.flushes_in_matrices = false;
     else if (name == "no_race_check") settings.check_races = false;
     else if (name == "no_wait_check") settings.check_waits = false;
     else if (name == "ignore_barriers") settings.sabotage.ignore_barriers = true;

@@ -65,16 +65,16 @@ def run_beside_twins(
 ) -> Run:
     """Runs `plan`, or other code with the same arguments, on the artifact's chip.
 
-    folder: for the record and the results. machine: words for the interpreter. device: its memory.
-    timeout: of the child, in seconds.
+    folder: for the record and the results. machine: words for the interpreter, which here keeps
+    denormals as twins do. device: its memory. timeout: of the child, in seconds.
     """
     record, results = folder / "record", folder / "results.npz"
     for path in (record, results):
         path.unlink(missing_ok=True)
     outcome = driver.run(
         code, artifact, json.dumps(vars(plan)), results, timeout,
-        devices=f"{chip_of(artifact)}:{device}", twins=twins, runs="both", machine=machine,
-        record=record, timeout=timeout,
+        devices=f"{chip_of(artifact)}:{device}", twins=twins, runs="both",
+        machine=f"{machine} keep_denormals".lstrip(), record=record, timeout=timeout,
     )  # fmt: skip
     dispatches = read_dispatches(twins)
     differences = compare_record(record, dispatches) if record.exists() else {}

@@ -76,8 +76,8 @@ def run_calls(artifact: Path, plan: Plan, patience: float = 300) -> Arrays:
     """Calls each function of a language model; returns what came of each.
 
     "prefill": logits [prompt, V]. "next": logits [1, V] after the prompt, which is computed in two
-    calls. "one": [1, steps, V], after each token that follows. "forks": [forks, steps, V]. For the
-    last three also "..._best", the best tokens, as the model says.
+    calls if it has two pages. "one": [1, steps, V], after each token that follows. "forks":
+    [forks, steps, V]. For the last three also "..._best", the best tokens, as the model says.
     """
     with open_runner(artifact, plan.num_pages, "hip", patience) as run:
         return run(lambda runner: _calls(runner, plan))
@@ -87,7 +87,8 @@ async def _calls(runner: ModelRunner, plan: Plan) -> Arrays:
     prompt, steps = plan.prompt, range(plan.steps)
     half = prompt // 2 // plan.page * plan.page
     [logits] = await runner.prefill_all([plan.prompt_row(0, prompt)])
-    await runner.prefill([plan.prompt_row(0, half)])
+    if half:
+        await runner.prefill([plan.prompt_row(0, half)])
     results = {"prefill": logits}
     results |= _stacked("next", [await runner.prefill([plan.prompt_row(half, prompt)])])
     one = [await runner.decode([plan.prompt_row(prompt + i, prompt + i + 1)]) for i in steps]

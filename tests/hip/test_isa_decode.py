@@ -29,6 +29,15 @@ UNKNOWN_TO_TINYGRAD = {"rdna3": "MUBUF", "rdna4": "VBUFFER"}
 EARLIER = re.compile("v_(mac|mad|madmk|madak)_f32|v_mfma_.*_bf16|v_mfma_i32_.*")
 
 
+def arch_of(chip: str) -> str:
+    return next(arch for prefix, arch in ARCHS.items() if chip.startswith(prefix))
+
+
+def is_earlier(chip: str, name: str) -> bool:
+    """Whether tinygrad describes another instruction in its place."""
+    return chip in ("gfx908", "gfx90a") and EARLIER.fullmatch(name) is not None
+
+
 def decode_functions(probe: Probe, chip: str, image: Path) -> list[tuple[Function, list[Line]]]:
     """The kernels of a code object with their instructions."""
     functions = read_functions(image.read_bytes())
@@ -52,7 +61,11 @@ def forms_of(lines: list[Line]) -> set[tuple[str, ...]]:
 def test_decoding_agrees_with_the_assembly_of_iree_compile(
     chip: str, isa_probe: Probe, code_objects: dict[str, Path]
 ) -> None:
-    """Nine of ten kernels do to the last operand, and every form of instruction somewhere."""
+    """Nine of ten kernels do to the last operand, and every form of instruction somewhere.
+
+    iree-compile makes code twice, for the object and for the assembly, and in a few kernels another
+    one. A form that occurs only there is read by tinygrad alone, in the test below.
+    """
     image = code_objects[chip]
     listings = parse_listings(image.with_suffix(".rocmasm").read_text())
     kernels = decode_functions(isa_probe, chip, image)
@@ -67,7 +80,10 @@ def test_decoding_agrees_with_the_assembly_of_iree_compile(
             agreed += without_padding(lines)
     assert len(different) <= 0.12 * len(kernels), different
     assert len(agreed) >= 0.97 * len(everything), different
-    assert forms_of(everything) == forms_of(agreed)
+    unknown = UNKNOWN_TO_TINYGRAD.get(arch_of(chip))
+    unconfirmed = forms_of(everything) - forms_of(agreed)
+    assert len(unconfirmed) <= 3, unconfirmed
+    assert not {form for form in unconfirmed if form[0] == unknown or is_earlier(chip, form[1])}
 
 
 # tinygrad
@@ -101,9 +117,8 @@ def check_against_tinygrad(chip: str, line: Line, code: bytes) -> None:
     """Size, opcode and registers of one instruction."""
     from tinygrad.renderer.amd import decode_inst
 
-    arch = next(arch for prefix, arch in ARCHS.items() if chip.startswith(prefix))
-    is_earlier = chip in ("gfx908", "gfx90a") and EARLIER.fullmatch(line.name)
-    if line.format == UNKNOWN_TO_TINYGRAD.get(arch) or is_earlier:
+    arch = arch_of(chip)
+    if line.format == UNKNOWN_TO_TINYGRAD.get(arch) or is_earlier(chip, line.name):
         return
     instruction: Any = decode_inst(code + bytes(16), arch)
     opcode = instruction.op if hasattr(instruction, "op") else instruction.opx

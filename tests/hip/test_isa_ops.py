@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from conftest import CODE_CHIPS
 from hip.oracle import (
     EXEC,
     M0,
@@ -36,7 +37,6 @@ from hip.oracle import (
 from hip.pcode import Array, Value, ones
 from hip.probe import KEEP_DENORMALS, NUM_SGPRS, NUM_VGPRS, IsaFault, Probe, State
 
-CHIPS = ("gfx942", "gfx90a", "gfx1100", "gfx1201")
 FLUSH_F32 = 0x30  # MODE: these bits are off where float32 denormals become zeros
 IEEE = 0x200  # MODE: signalling NaNs come out quiet; gfx12 has no such bit
 WAVES = 5  # states in which a vector instruction runs; scalar ones run in more
@@ -426,7 +426,7 @@ def check(probe: Probe, form: Form) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------ tests
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", CODE_CHIPS)
 def test_every_form(chip: str, isa_probe: Probe, code_objects: dict[str, Path]) -> None:
     forms = inventory_of(chip, code_objects[chip], isa_probe).forms.values()
     assert len(forms) > 200
@@ -439,7 +439,7 @@ def test_every_form(chip: str, isa_probe: Probe, code_objects: dict[str, Path]) 
     assert not problems, f"{len(problems)} of {len(forms)} forms:\n" + "\n".join(problems[:60])
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", CODE_CHIPS)
 def test_every_other_operation_is_tested_elsewhere(
     chip: str, isa_probe: Probe, code_objects: dict[str, Path]
 ) -> None:
@@ -499,7 +499,7 @@ def _branch_cases(lanes: int) -> list[tuple[str, dict[str, int], bool]]:
     return cases
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", CODE_CHIPS)
 def test_branches(chip: str, isa_probe: Probe) -> None:
     """A branch skips one of two moves, or does not."""
     assemble = Assembler(chip)
@@ -523,7 +523,7 @@ def test_branches_on_vcc_see_32_lanes(chip: str, isa_probe: Probe) -> None:
         assert state.sgprs[0] == (0 if is_taken else 7), name
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", CODE_CHIPS)
 def test_a_loop(chip: str, isa_probe: Probe) -> None:
     """A branch backwards, and s_endpgm ends what follows."""
     assemble = Assembler(chip)
@@ -561,7 +561,7 @@ def _mode_after(name: str, code: bytes, mode: int) -> int:
     return mode & ~mask | int.from_bytes(code[4:8], "little") << offset & mask
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", CODE_CHIPS)
 def test_control(chip: str, isa_probe: Probe, code_objects: dict[str, Path]) -> None:
     """What sets modes sets them, barriers let one wave pass, the others change nothing."""
     rng = np.random.default_rng(0)
@@ -639,7 +639,7 @@ def test_division_by_the_oracle() -> None:
     _expect_quotients(vectors.swapaxes(0, 1))
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", CODE_CHIPS)
 def test_division(chip: str, isa_probe: Probe) -> None:
     """v_div_scale, v_div_fmas and v_div_fixup together give the correctly rounded quotient.
 

@@ -108,7 +108,11 @@ def run(
 # Right
 
 
-@pytest.mark.parametrize("order", ["forward", "backward", "random seed=3"])
+ORDERS = [("gfx942", "forward"), ("gfx942", "random seed=3"), ("gfx1100", "backward"),
+          ("gfx1100", "random seed=4")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("chip", "order"), ORDERS)
 def test_each_dispatch_and_the_logits(
     run: Callable[..., Run], make_uneven: Callable[[str], TinyModel], chip: str, order: str
 ) -> None:
@@ -208,11 +212,13 @@ def check_sums(sums: Array, logits: Array, scales: Array) -> None:
 
 # What would be seen
 
-SHORT = Plan(TINY.vocab_size, TINY_OPTIONS.page_size, steps=1)
+SHORT = Plan(TINY.vocab_size, TINY_OPTIONS.page_size, prompt=9, steps=1, forks=0)
+WRONG = [("gfx942", "ignore_barriers no_race_check"), ("gfx942", "swap_operands=v_sub_f32"),
+         ("gfx1100", "ignore_barriers no_race_check"), ("gfx1100", "swap_operands=v_sub_f32"),
+         ("gfx1100", "swap_lanes=1")]  # fmt: skip
 
 
-@pytest.mark.parametrize("sabotage", ["ignore_barriers no_race_check", "swap_operands=v_sub_f32",
-                                      "swap_lanes=1"])  # fmt: skip
+@pytest.mark.parametrize(("chip", "sabotage"), WRONG)
 def test_wrong_numbers_are_seen(run: Callable[..., Run], chip: str, sabotage: str) -> None:
     done = run(chip, sabotage, SHORT)
     assert done.outcome.exit_code == 0 and wrong_ones(done.differences.values())

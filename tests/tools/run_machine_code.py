@@ -295,9 +295,9 @@ def language_cases() -> list[Case]:
             for dtype in ("f32", "f16", "bf16")
         ),
         Case("smollm2-layer", MAIN, "one layer of SmolLM2-135M with its whole vocabulary, in f16",
-             language_model(whole, "f16", Plan(whole.vocab_size, 16, 21, steps=2), 16)),
+             language_model(whole, "f16", Plan(whole.vocab_size, 16, 37, steps=2), 16)),
         Case("llama-8b-layer", MAIN, "one layer of Llama-3.1-8B with 4,096 tokens, in f16",
-             language_model(large, "f16", Plan(large.vocab_size, 16, 21, steps=1), 16)),
+             language_model(large, "f16", Plan(large.vocab_size, 16, 37, steps=1), 16)),
         *(
             Case(f"context-{length}", MAIN, f"a layer of SmolLM2-135M after {length} tokens, f16",
                  language_model(small, "f16", plan, 16))

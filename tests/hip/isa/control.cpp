@@ -68,11 +68,20 @@ void wait_idle(Wave& wave, const Instruction&) {
 
 // Barriers. The wave stops; whoever runs the workgroup lets all of it go on.
 
+// A wave that comes with some of its threads only has split before the barrier, or will come again
+// with the others, while other waves count its coming once.
+void expect_all_threads(const Wave& wave) {
+  if (wave.exec() != wave.live) fail("a barrier to which not all threads of the wave have come");
+}
+
 bool has_barriers(const Wave& wave) {
   return !wave.group->launch->settings.sabotage.ignore_barriers;
 }
 
-void barrier(Wave& wave, const Instruction&) { wave.is_at_barrier = has_barriers(wave); }
+void barrier(Wave& wave, const Instruction&) {
+  expect_all_threads(wave);
+  wave.is_at_barrier = has_barriers(wave);
+}
 
 void expect_whole_workgroup(const Instruction& i, int32_t which) {
   if (which != -1) fail("barrier " + std::to_string(which) + " is not interpreted: " + i.name);
@@ -80,6 +89,7 @@ void expect_whole_workgroup(const Instruction& i, int32_t which) {
 
 void barrier_signal(Wave& wave, const Instruction& i) {
   expect_whole_workgroup(i, static_cast<int32_t>(read_scalar(wave, i.src0)));
+  expect_all_threads(wave);
   if (wave.has_signalled) fail("a second signal before the wait");
   wave.has_signalled = true;
 }

@@ -692,8 +692,9 @@ bool keeps_part_of_destination(const Encoding& e, const Instruction& i) {
   if (i.dst.high || (e.is_rdna() && row && row->is_16_bits)) return true;
   return contains(name, "_mixlo_") || contains(name, "_mixhi_") || contains(name, "smfmac") ||
          contains(name, "swmmac") ||
-         starts_with_any(name, {"v_writelane_", "v_swap_", "v_permlane16_swap_",
-                                "v_permlane32_swap_", "s_addk_", "s_mulk_", "s_cmov", "s_bitset"});
+         starts_with_any(name, {"v_wmma_f16_", "v_wmma_bf16_", "v_writelane_", "v_swap_",
+                                "v_permlane16_swap_", "v_permlane32_swap_", "s_addk_", "s_mulk_",
+                                "s_cmov", "s_bitset"});
 }
 
 bool reads_vcc(const Instruction& i) {

@@ -113,6 +113,7 @@ void put_threads(Wave& wave, const Program& program, const uint32_t block[3]) {
       wave.v[0].lane[lane] = x | y << 10 | z << 20;
     }
   }
+  wave.live = live;
   wave.set_exec(live);
 }
 

@@ -273,7 +273,9 @@ template <class Layout, Type IN, Type OUT>
 void mfma(Wave& wave, const Instruction& i) {
   if (wave.lanes != Layout::NUM_LANES) fail("MFMA needs a wave of 64");
   if (i.cbsz || i.abid || i.blgp) fail("cbsz, abid and blgp are not interpreted");
-  const bool flushes = has_16_bits(IN) && wave.group->launch->chip.name == "gfx90a";
+  const Launch& launch = *wave.group->launch;
+  const bool flushes =
+      has_16_bits(IN) && launch.chip.name == "gfx90a" && launch.settings.flushes_in_matrices;
   const Change change = {.flush_denormals = flushes};
   Inputs<Layout> a, b;
   Sums<Layout> sums;

@@ -36,6 +36,7 @@ void load(Wave& wave, const State& state) {
   wave.scc = state.scc;
   wave.mode.bits = state.mode;
   wave.lanes = static_cast<int>(state.lanes);
+  wave.live = wave.exec();
   wave.scratch_bytes = state.scratch_bytes;
   wave.scratch.assign(state.scratch, state.scratch + state.lanes * state.scratch_bytes);
   wave.group->lds.assign(state.lds, state.lds + state.lds_size);

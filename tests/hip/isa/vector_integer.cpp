@@ -170,7 +170,7 @@ void swap_b32(Wave& wave, const Instruction& i) {
 
 template <bool IS_HIGH>
 void mbcnt(Wave& wave, const Instruction& i) {
-  bits2<[](uint32_t a, uint32_t) { return a; }>(wave, i);  // checks modifiers
+  expect_no_float_modifiers(i);
   Lanes buffers[2], result;
   const uint32_t* a = read_bits(wave, i, i.src0, 0, buffers[0]);
   const uint32_t* b = read_bits(wave, i, i.src1, 1, buffers[1]);

@@ -67,6 +67,9 @@ struct Settings {
   uint32_t seed = 1;
   bool check_races = true, check_waits = true;
   bool preloads = true;               // where the kernel asks for it, arguments lie in registers
+  // gfx90a's matrix instructions take denormal 16-bit numbers for zeros, which its twins do not: a
+  // comparison with them keeps denormals.
+  bool flushes_in_matrices = true;
   uint64_t max_steps = 200'000'000;  // of a wave
   Sabotage sabotage;
 };
@@ -99,6 +102,7 @@ struct Wave {
   int lanes = 64;  // 32 on RDNA
   size_t pc = 0;   // index of the next instruction
   bool is_done = false, is_at_barrier = false;
+  uint64_t live = 0;  // lanes that have a thread: EXEC's first value
   bool has_signalled = false;  // gfx12: between s_barrier_signal and s_barrier_wait
   uint64_t num_steps = 0;
   int num_vector_loads = 0;  // of memory; for Sabotage::swap_lanes
