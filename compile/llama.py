@@ -257,33 +257,32 @@ class LlamaEmitter:
         return b.generic("->nk", [], (n, 1 + 2 * num_blocks), "f32", entry)
 
     def _first_largest(self, blocks: Tensor, maxima: Tensor, vocab: int) -> Tensor:
-        """[N] i32: of each block [N, b, i] its first largest, then the first of those.
+        """[N] i32: of each part of the blocks [N, b, i] the first largest of the row, then the
+        first of those.
 
-        Blocks are searched in parts that a subgroup of 32 reads at once, four numbers a lane:
-        iree-compile 3.9.0 numbers the elements of a reduction that takes longer as if all were in
-        its first part.
+        A part is what a subgroup of 32 reads at once, four numbers a lane: iree-compile 3.9.0
+        numbers the elements of a reduction that takes longer as if all were in its first part.
         """
         b, (n, num_blocks, size) = self.b, blocks.shape
         none = b.scalar(vocab - 1, "i32")
         num_parts = int(size) // SEARCHED_AT_ONCE
-        parts = b.expand(blocks, 2, num_parts, SEARCHED_AT_ONCE)
+        maxima = b.pad(maxima, 1, _whole(num_blocks), MASKED)
+        top = b.generic("nb->n", [maxima], (n,), "f32", lambda v, acc: acc.maximum(v), MASKED)
 
         def first_of_part(v: Scalar, top: Scalar, acc: Scalar) -> Scalar:
             part = b.position("b") * num_parts + b.position("p")
             token = part * SEARCHED_AT_ONCE + b.position("i")
             return acc.unsigned_minimum(v.is_below(top).select(none, token.to("i32")))
 
+        parts = b.expand(blocks, 2, num_parts, SEARCHED_AT_ONCE)
         firsts = b.generic(
-            "nbpi,nb->nbp", [parts, maxima], parts.shape[:-1], "i32", first_of_part, vocab - 1
+            "nbpi,n->nbp", [parts, top], parts.shape[:-1], "i32", first_of_part, vocab - 1
         )
-        whole = -(-int(num_blocks) // SUBGROUP) * SUBGROUP
-        maxima, firsts = b.pad(maxima, 1, whole, MASKED), b.pad(firsts, 1, whole, vocab - 1)
-        top = b.generic("nb->n", [maxima], (n,), "f32", lambda v, acc: acc.maximum(v), MASKED)
+        firsts = b.collapse(firsts, 1, 2)
+        firsts = b.pad(firsts, 1, _whole(firsts.shape[1]), vocab - 1)
         return b.generic(
-            "nb,nbp,n->n", [maxima, firsts, top], (n,), "i32",
-            lambda v, first, top, acc: acc.unsigned_minimum(v.is_below(top).select(none, first)),
-            vocab - 1,
-        )  # fmt: skip
+            "nk->n", [firsts], (n,), "i32", lambda v, acc: acc.unsigned_minimum(v), vocab - 1
+        )
 
     # Building blocks of attention
 
@@ -436,3 +435,8 @@ class LlamaEmitter:
     def _tiled(self, x: Tensor, axis: int, tile: int) -> Tensor:
         """Dimension `axis`, a multiple of a tile, as two."""
         return self.b.expand(x, axis, (self.b.index(x.shape[axis]) // tile).name, tile)
+
+
+def _whole(size: Dim) -> int:
+    """A size, rounded up to what subgroups read together."""
+    return -(-int(size) // SUBGROUP) * SUBGROUP

@@ -13,7 +13,7 @@ import pytest
 from conftest import TinyModel
 from hip.driver import Call, Driver, Outcome
 
-FEW = {"prefill_batch_sizes": (1,), "decode_batch_sizes": (1, 8)}
+FEW = {"prefill_batch_sizes": (1,), "decode_batch_sizes": (1, 2)}
 PROMPT = list(range(5, 16))
 
 RUN = """

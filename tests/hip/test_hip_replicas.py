@@ -10,7 +10,7 @@ import pytest
 from conftest import TinyModel
 from hip.driver import Driver
 
-FEW = {"prefill_batch_sizes": (1,), "decode_batch_sizes": (1, 8)}
+FEW = {"prefill_batch_sizes": (1,), "decode_batch_sizes": (1, 2)}
 CODE = """
     import json, sys
     from hip.control import fail

@@ -20,13 +20,13 @@ from hip.machine_runs import Run, chip_of, run_beside_twins
 from hip.model_calls import Arrays, Plan
 from hip.modules import summing_module
 from reference import Array, forward, uneven_weights, write_hf_folder
-from test_hip_model import FEW
 
 from compile import build
 from compile.build import MLIR, VMFB, BuildOptions
 from compile.model import MASKED, SUMMARY
 
 CHIPS = ("gfx942", "gfx1100")
+FEW = {"prefill_batch_sizes": (1,), "decode_batch_sizes": (1, 8)}
 PLAN = Plan(TINY.vocab_size, TINY_OPTIONS.page_size)
 SEED = 11
 
