@@ -19,7 +19,7 @@ from compile import abi
 from compile.config import LlamaConfig, VisionConfig
 from compile.mlir import Builder, Dim, Scalar, Tensor
 from compile.model import MASKED, SUMMARY, ModelOptions, Parameter
-from compile.row_major import SUBGROUP, Weights
+from compile.row_major import Weights, whole_subgroups
 from compile.vision import VisionEmitter
 
 SEARCHED_AT_ONCE = 128  # logits: four for each of 32 lanes
@@ -266,7 +266,7 @@ class LlamaEmitter:
         b, (n, num_blocks, size) = self.b, blocks.shape
         none = b.scalar(vocab - 1, "i32")
         num_parts = int(size) // SEARCHED_AT_ONCE
-        maxima = b.pad(maxima, 1, _whole(num_blocks), MASKED)
+        maxima = b.pad(maxima, 1, whole_subgroups(int(num_blocks)), MASKED)
         top = b.generic("nb->n", [maxima], (n,), "f32", lambda v, acc: acc.maximum(v), MASKED)
 
         def first_of_part(v: Scalar, top: Scalar, acc: Scalar) -> Scalar:
@@ -279,7 +279,7 @@ class LlamaEmitter:
             "nbpi,n->nbp", [parts, top], parts.shape[:-1], "i32", first_of_part, vocab - 1
         )
         firsts = b.collapse(firsts, 1, 2)
-        firsts = b.pad(firsts, 1, _whole(firsts.shape[1]), vocab - 1)
+        firsts = b.pad(firsts, 1, whole_subgroups(int(firsts.shape[1])), vocab - 1)
         return b.generic(
             "nk->n", [firsts], (n,), "i32", lambda v, acc: acc.unsigned_minimum(v), vocab - 1
         )
@@ -435,8 +435,3 @@ class LlamaEmitter:
     def _tiled(self, x: Tensor, axis: int, tile: int) -> Tensor:
         """Dimension `axis`, a multiple of a tile, as two."""
         return self.b.expand(x, axis, (self.b.index(x.shape[axis]) // tile).name, tile)
-
-
-def _whole(size: Dim) -> int:
-    """A size, rounded up to what subgroups read together."""
-    return -(-int(size) // SUBGROUP) * SUBGROUP

@@ -14,6 +14,11 @@ MANY = 128  # rows from which on it needs no splitting
 MATRIX = 16  # rows of one
 
 
+def whole_subgroups(size: int) -> int:
+    """A size, rounded up to what subgroups read together."""
+    return -(-size // SUBGROUP) * SUBGROUP
+
+
 class Weights:
     """Parameters of a module that is written with `b`; matrices are of `dtype`, the rest f32."""
 

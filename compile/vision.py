@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from compile.config import VisionConfig
 from compile.mlir import Dim, Scalar, Tensor
-from compile.row_major import SUBGROUP, Weights
+from compile.row_major import Weights, whole_subgroups
 
 HIDDEN_SCORE = -1e4  # of padding: finite in f16
 
@@ -35,10 +35,6 @@ def activation(x: Scalar, name: str, exp: Callable[[Scalar], Scalar] | None = No
 
 def gelu(x: Scalar) -> Scalar:
     return x * 0.5 * ((x * math.sqrt(0.5)).math("erf") + 1.0)
-
-
-def _whole(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
 
 
 class VisionEmitter:
@@ -140,7 +136,7 @@ class VisionEmitter:
             x = patch % across * size + k % size
             return b.extract(pixels, i, k // (size * size), y, x).to(self.w.dtype)
 
-        shape = (*self._positions, _whole(c.patch_elements, SUBGROUP))
+        shape = (*self._positions, whole_subgroups(c.patch_elements))
         return b.collapse(b.generic("->notk", [], shape, self.w.dtype, element), 0, 3)
 
     def _position(self, block: str, offset: str) -> Scalar:
@@ -163,7 +159,7 @@ class VisionEmitter:
         """Attention of all positions to all: [N, O, B, heads, D], of queries, keys and values
         [N, O, B, 3, heads, D]."""
         b, c, dtype = self.b, self.config, self.w.dtype
-        heads = b.pad(heads, 5, _whole(c.head_dim, SUBGROUP), 0)
+        heads = b.pad(heads, 5, whole_subgroups(c.head_dim), 0)
         q, k, v = (b.slice(heads, 3, i, 1, drop=True) for i in range(3))
         mask, spec = None, "nothd,nbchd,nbchv->nothv"
         if c.num_positions % self.block:

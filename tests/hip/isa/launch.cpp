@@ -283,10 +283,10 @@ uint64_t run(const Program& program, const Grid& grid, const std::vector<uint8_t
   placed.resize((arguments.size() + 63) / 64 * 64, 0xff);
   regions.push_back({ARGUMENTS, placed.size(), reinterpret_cast<char*>(placed.data())});
   const Memory memory(std::move(regions));
-  Launch launch{.kernel = &program.kernel, .chip = program.chip, .memory = &memory,
+  Launch launch{.chip = program.chip, .memory = &memory,
                 .grid = {grid.grid[0], grid.grid[1], grid.grid[2]},
                 .block = {grid.block[0], grid.block[1], grid.block[2]},
-                .arguments = ARGUMENTS, .argument_bytes = &arguments, .settings = settings};
+                .argument_bytes = &arguments, .settings = settings};
   const uint32_t total = grid.grid[0] * grid.grid[1] * grid.grid[2];
   const uint32_t threads_of_group = grid.block[0] * grid.block[1] * grid.block[2];
   const size_t num_waves = (threads_of_group + num_lanes(program) - 1) / num_lanes(program);

@@ -61,10 +61,9 @@ API int sf_isa_run(const char* name, const uint8_t* code, size_t size, State* st
     const std::vector<Instruction> instructions = decode_all(chip, code, size, 0);
     const Memory memory({{state->memory_base, state->memory_size,
                           reinterpret_cast<char*>(state->memory)}});
-    const Kernel kernel;
     const std::vector<uint8_t> no_arguments;
-    Launch launch{.kernel = &kernel, .chip = chip, .memory = &memory, .grid = {1, 1, 1},
-                  .block = {state->lanes, 1, 1}, .arguments = 0, .argument_bytes = &no_arguments,
+    Launch launch{.chip = chip, .memory = &memory, .grid = {1, 1, 1},
+                  .block = {state->lanes, 1, 1}, .argument_bytes = &no_arguments,
                   .settings = {}};
     launch.settings.check_waits = state->check_waits;
     Workgroup group{.launch = &launch, .id = {}, .lds = {}, .races = {}};

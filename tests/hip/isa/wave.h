@@ -74,14 +74,10 @@ struct Settings {
   Sabotage sabotage;
 };
 
-struct Kernel;  // code_object.h
-
 struct Launch {
-  const Kernel* kernel;
   Chip chip;
   const Memory* memory;
   uint32_t grid[3], block[3];  // workgroups; threads of one
-  uint64_t arguments;          // address of the arguments
   const std::vector<uint8_t>* argument_bytes;
   Settings settings;
 };
