@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from compile.mlir import Builder, Dim, Scalar, Tensor, tensor_type
 from compile.model import Parameter
+from sf_local.errors import UnsupportedError
 
 SUBGROUP = 64  # threads that reduce together: what they do not divide, a single one reduces
 WORKGROUPS = 256  # that keep a large chip busy
@@ -12,6 +13,7 @@ MIN_DEPTH = 256  # of a part of a split product; of 512, a gfx1100 runs out of r
 FEW = 4  # rows up to which a product is no matter for matrix instructions
 MANY = 128  # rows from which on it needs no splitting
 MATRIX = 16  # rows of one
+ALIGNED = 8  # columns: of others, lanes of a matrix instruction are off on gfx11
 
 
 def whole_subgroups(size: int) -> int:
@@ -56,12 +58,19 @@ class Weights:
         have fewer columns; the others are zero. The residual is no initial value, which would cost
         IREE's kernels registers.
         """
-        (rows, depth), b = lhs.shape, self.b
-        weight = b.pad(self.load(name), 1, depth, 0)
+        b, rows = self.b, lhs.shape[0]
+        # iree-compile 3.9.0 makes wrong code of other depths, such as NaN from bf16 on gfx90a.
+        depth = whole_subgroups(int(lhs.shape[1]))
+        if int(lhs.shape[1]) % ALIGNED:
+            raise UnsupportedError(
+                f"{name}: has {lhs.shape[1]} columns, but GPU code needs a multiple of {ALIGNED}; "
+                "compile this model for the CPU"
+            )
+        lhs, weight = (b.pad(x, 1, depth, 0) for x in (lhs, self.load(name)))
         columns = int(weight.shape[0])
-        parts = _num_parts(num_rows or rows, int(depth), columns, residual is not None)
+        parts = _num_parts(num_rows or rows, depth, columns, residual is not None)
         if parts > 1:
-            lhs, weight = (b.expand(x, 1, parts, int(depth) // parts) for x in (lhs, weight))
+            lhs, weight = (b.expand(x, 1, parts, depth // parts) for x in (lhs, weight))
             products = b.contract("tpk,npk->ptn", lhs, weight, (parts, rows, columns))
             return b.generic(
                 "ptn->tn", [products], (rows, columns), "f32", lambda v, acc: acc + v,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from compile.build import BuildOptions
 from compile.config import LlamaConfig
 from compile.llama import LlamaEmitter
-from compile.mlir import Tensor, tensor_type
+from compile.mlir import Builder, Tensor, tensor_type
 from compile.model import SUMMARY, ModelOptions
+from compile.row_major import Weights, whole_subgroups
 from compile.target import resolve_target
 
 
@@ -37,3 +39,46 @@ def summing_module(config: LlamaConfig, vocab_size: int, num_rows: int) -> str:
         sums = emitter._sums(logits, scales)
         emitter.b.emit(f"return {sums.name} : {sums.type}")
     return emitter.b.text("summing")
+
+
+@dataclass(frozen=True)
+class Product:
+    """lhs [rows, depth] times a matrix [columns, depth], with or without a residual.
+
+    As for a loaded model, the matrix has been padded to [columns, whole_depth] with zeros.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    has_residual: bool
+
+    @property
+    def whole_depth(self) -> int:
+        return whole_subgroups(self.depth)
+
+
+class GivenWeights(Weights):
+    """A product's matrix is an argument of its function."""
+
+    def load(self, name: str) -> Tensor:
+        return self._given
+
+    def emit_product(self, name: str, product: Product) -> None:
+        """A function of lhs, the matrix and a residual [rows, columns] f32."""
+        rows, columns = product.rows, product.columns
+        lhs = Tensor("%lhs", (rows, product.depth), self.dtype)
+        self._given = Tensor("%matrix", (columns, product.whole_depth), self.dtype)
+        residual = Tensor("%residual", (rows, columns), "f32")
+        arguments = ", ".join(f"{x.name}: {x.type}" for x in (lhs, self._given, residual))
+        with self.b.block(f"func.func @{name}({arguments}) -> {residual.type} {{"):
+            result = self.linear(lhs, "", residual if product.has_residual else None)
+            self.b.emit(f"return {result.name} : {result.type}")
+
+
+def products_module(dtype: str, products: Mapping[str, Product]) -> str:
+    """A function for each product, by its name, as a model for GPUs has it."""
+    weights = GivenWeights(Builder(), dtype)
+    for name, product in products.items():
+        weights.emit_product(name, product)
+    return weights.b.text("products")

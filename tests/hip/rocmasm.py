@@ -33,6 +33,7 @@ DEPENDENCIES = {
     "va_sdst": (9, 3), "va_vdst": (12, 4),
 }  # fmt: skip
 HARDWARE_REGISTERS = {"HW_REG_MODE": 1}
+INDEXED = {"SRC0": 1, "SRC1": 2, "SRC2": 4, "DST": 8}  # operands, of s_set_gpr_idx_on
 MESSAGES = {"MSG_DEALLOC_VGPRS": 3}
 
 
@@ -195,7 +196,7 @@ def parts_of(text: str) -> Parts:
         return name, (str(_symbolic(rest)),), frozenset()
     if name == "s_waitcnt":
         return name, (), frozenset(rest.split())
-    rest = re.sub(r"hwreg\([^)]*\)", lambda match: str(_symbolic(match[0])), rest)
+    rest = re.sub(r"(hwreg|gpr_idx)\([^)]*\)", lambda match: str(_symbolic(match[0])), rest)
     operands: list[str] = []
     modifiers: set[str] = set()
     for part in _split(rest, ","):
@@ -281,6 +282,8 @@ def _symbolic(text: str) -> int:
     for name, argument in re.findall(r"(\w+)\(([^)]*)\)", text):
         if name == "sendmsg":
             value |= MESSAGES[argument]
+        elif name == "gpr_idx":
+            value |= sum(INDEXED[part.strip()] for part in argument.split(",") if part.strip())
         elif name == "hwreg":
             register, offset, size = (part.strip() for part in argument.split(","))
             value |= HARDWARE_REGISTERS[register] | int(offset) << 6 | (int(size) - 1) << 11

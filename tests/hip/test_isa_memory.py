@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from hip.driver import LIBRARY, Driver
+from hip.oracle import M0
 from hip.probe import AGPR, IsaFault, Probe, State
 
 CHIPS = ("gfx942", "gfx1100", "gfx1201")
@@ -653,13 +654,14 @@ def test_a_buffer_that_is_larger_than_its_memory(assembler: Assembler, isa_probe
 
 @pytest.mark.parametrize("chip", ["gfx908", "gfx90a"])
 def test_scratch_through_a_buffer(chip: str, isa_probe: Probe) -> None:
-    """Chips without scratch instructions reach scratch through a resource of its own."""
+    """Chips without scratch instructions reach scratch through a resource of its own, where the
+    bytes of 64 lanes are interleaved: soffset counts those of all."""
     scratch_base = 0x5C00 << 32
     assembler, rng = Assembler(chip), np.random.default_rng(14)
     for name, datum, is_store in _cases(assembler, "buffer"):
         before = random_state(chip, rng, int(rng.integers(1, 2**63)))
         put_scalar64(before, 4, scratch_base | 1 << 63)
-        before.sgprs[6], before.sgprs[7], before.sgprs[12] = 0xFFFFFFFF, 0xE00000, 16
+        before.sgprs[6], before.sgprs[7], before.sgprs[12] = 0xFFFFFFFF, 0xE00000, 16 * 64
         places = rng.integers(16 + 40, SCRATCH_BYTES - datum.size + 1, 64)
         put_offsets(before, 2, places - 16 - 40)
         own = np.arange(64) * SCRATCH_BYTES
@@ -667,6 +669,8 @@ def test_scratch_through_a_buffer(chip: str, isa_probe: Probe) -> None:
         check_access(isa_probe, assembler, code, before, "scratch", datum, is_store, own + places)
         put_offsets(before, 2, np.full(64, SCRATCH_BYTES))
         refuse(isa_probe, assembler, code, before, "of scratch")
+        before.sgprs[12] = 16
+        refuse(isa_probe, assembler, code, before, "soffset")
 
 
 # ----------------------------------------------------------------------------------- scalar loads
@@ -916,6 +920,23 @@ def test_addresses_and_data_that_are_pending(waiting: Waiting) -> None:
     w.refuses(w.load(8), w.store(8), text="v8 is read")
     w.runs(w.store(8), a.copy(8, 9))  # hardware has read it by then
     w.runs(w.load(8), a.wait(vector=0), w.store(8), w.load(8))
+
+
+@pytest.mark.parametrize("chip", ["gfx1100", "gfx1201"])
+def test_registers_that_m0_chooses_may_be_pending(chip: str, isa_probe: Probe) -> None:
+    a = Assembler(chip)
+    w = Waiting(isa_probe, a)
+    w.state.sgprs[M0] = 2
+    read, write = (
+        a.make(name, vdst=256 + to, src0=256 + source)
+        for name, to, source in (
+            ("v_movrels_b32_e32", 9, 6), ("v_movreld_b32_e32", 6, 9)
+        )
+    )  # fmt: skip
+    w.refuses(w.load(8), read, text="v8 is read while v8 is pending")
+    w.refuses(w.load(8), write, text="v8 is overwritten")
+    after = w.runs(w.load(8), a.wait(vector=0), read, write)
+    assert np.array_equal(after.vgprs[8, :32], after.vgprs[9, :32])
 
 
 def test_loads_come_in_order(waiting: Waiting) -> None:

@@ -62,9 +62,10 @@ BRANCHES = {
     "s_cbranch_execz", "s_cbranch_execnz",
 }  # fmt: skip
 MODES = {"s_setreg_imm32_b32", "s_denorm_mode", "s_round_mode"}
+INDEXING = {f"s_set_gpr_idx_{what}" for what in ("on", "off", "idx", "mode")}
 BARRIERS = {"s_barrier", "s_barrier_signal", "s_barrier_wait"}
 UNREACHED = {"s_code_end"}  # fills what follows the last kernel
-CONTROL = NOTHING | BRANCHES | MODES | BARRIERS | UNREACHED
+CONTROL = NOTHING | BRANCHES | MODES | INDEXING | BARRIERS | UNREACHED
 
 
 # ------------------------------------------------------------------------------------ inventory
@@ -477,6 +478,21 @@ class Assembler:
         """A VOP1, VOP2 or VOP3 instruction by its name in the tables."""
         return bytes(getattr(self.ins, name)(*operands).to_bytes())
 
+    def index_on(self, register: int, operands: int) -> bytes:
+        """s_set_gpr_idx_on, whose second field is no register but says which operands."""
+        from tinygrad.renderer.amd.dsl import s
+
+        op = self.ins.SOPCOp.S_SET_GPR_IDX_ON
+        return bytes(self.ins.SOPC(op, ssrc0=s[register], ssrc1=s[operands]).to_bytes())
+
+    def vop3(self, name: str, to: int, *sources: int, **modifiers: int) -> bytes:
+        """An operation on vector registers in the encoding that has modifiers."""
+        from tinygrad.renderer.amd.dsl import v
+
+        op = self.ins.VOP3Op[name.upper()]
+        registers = {f"src{k}": v[number] for k, number in enumerate(sources)}
+        return bytes(self.ins.VOP3(op, vdst=v[to], **registers, **modifiers).to_bytes())
+
 
 def _wave(chip: str, **values: int) -> State:
     """A state with s0 and s1 zero, all lanes active."""
@@ -523,6 +539,45 @@ def test_branches_on_vcc_see_32_lanes(chip: str, isa_probe: Probe) -> None:
         assert state.sgprs[0] == (0 if is_taken else 7), name
 
 
+@pytest.mark.parametrize("chip", ["gfx908", "gfx90a", "gfx942"])
+def test_indexed_registers(chip: str, isa_probe: Probe) -> None:
+    """Between s_set_gpr_idx_on and off, M0 is added to the register that a move reads or writes.
+    Kernels that run out of registers have it; those of the inventory do not."""
+    assemble = Assembler(chip)
+    move = assemble.vop("v_mov_b32_e32", *_vectors(4, 2))
+    for operands, is_read, is_written in ((1, 1, 0), (8, 0, 1), (9, 1, 1), (6, 0, 0)):
+        state = _wave(chip)
+        state.vgprs[:] = np.arange(state.vgprs.size).reshape(state.vgprs.shape)
+        state.sgprs[0], state.sgprs[M0] = 0x703, 0xABCDEF00
+        before, mode, m0 = state.vgprs.copy(), state.mode, 0xABCD0F03 | operands << 12
+        isa_probe.run(chip, assemble.index_on(0, operands) + move, state)
+        assert np.array_equal(state.vgprs[4 + 3 * is_written], before[2 + 3 * is_read])
+        assert state.sgprs[M0] == m0 and state.mode == mode | 1 << 27
+        isa_probe.run(chip, assemble.sopp("s_set_gpr_idx_mode", 1), state)
+        assert state.sgprs[M0] == m0 & ~0xF000 | 0x1000
+        with pytest.raises(IsaFault, match="only v_mov_b32"):
+            isa_probe.run(chip, assemble.vop("v_not_b32_e32", *_vectors(4, 2)), state.copy())
+        isa_probe.run(chip, assemble.sopp("s_set_gpr_idx_off") + move, state)
+        assert np.array_equal(state.vgprs[4], state.vgprs[2]) and state.mode == mode
+
+
+@pytest.mark.parametrize("chip", CODE_CHIPS)
+def test_unsigned_sums_and_differences_saturate(chip: str, isa_probe: Probe) -> None:
+    """With clamp. Kernels for odd sizes have it on gfx9; those of the inventory do not."""
+    assemble, rng = Assembler(chip), np.random.default_rng(5)
+    for name, exact in (
+        ("add", lambda a, b: a + b), ("sub", lambda a, b: a - b), ("subrev", lambda a, b: b - a),
+    ):  # fmt: skip
+        code = assemble.vop3(f"v_{name}_{'' if assemble.is_cdna else 'nc_'}u32", 2, 0, 1, clmp=1)
+        for _ in range(20):
+            state = _wave(chip)
+            state.vgprs[:2] = _integer_pool(rng, 2 * 64).reshape(2, 64)
+            sources = state.vgprs[:2, : state.lanes].astype(np.int64)
+            isa_probe.run(chip, code, state)
+            want = np.clip(exact(*sources), 0, 2**32 - 1)
+            assert (state.vgprs[2, : state.lanes] == want).all(), name
+
+
 @pytest.mark.parametrize("chip", CODE_CHIPS)
 def test_a_loop(chip: str, isa_probe: Probe) -> None:
     """A branch backwards, and s_endpgm ends what follows."""
@@ -540,6 +595,12 @@ def test_a_loop(chip: str, isa_probe: Probe) -> None:
     state = _wave(chip)
     isa_probe.run(chip, code, state)
     assert state.sgprs[:2].tolist() == [0, 15]
+
+
+def _vectors(*numbers: int) -> list[Any]:
+    from tinygrad.renderer.amd.dsl import v
+
+    return [v[number] for number in numbers]
 
 
 def _scalars(*numbers: int) -> list[Any]:
@@ -567,7 +628,7 @@ def test_control(chip: str, isa_probe: Probe, code_objects: dict[str, Path]) -> 
     rng = np.random.default_rng(0)
     found = inventory_of(chip, code_objects[chip], isa_probe).control
     for name, codes in found.items():
-        for code in () if name in BRANCHES | UNREACHED else codes:
+        for code in () if name in BRANCHES | INDEXING | UNREACHED else codes:
             before = _wave(chip, scc=1, mode=0xF0 if name in NOTHING else 0x3A5)
             before.vgprs[:] = rng.integers(0, 2**32, before.vgprs.shape, np.uint32)
             before.sgprs[:] = rng.integers(0, 2**32, before.sgprs.shape, np.uint32)

@@ -39,7 +39,7 @@ MAIN = ("gfx942", "gfx90a", "gfx1100", "gfx1201")
 # What the slow tests run: about five minutes.
 SOME = {
     ("tiny-f16", "gfx90a"), ("tiny-f16", "gfx1100"), ("tiny-f16", "gfx1201"),
-    ("tiny-bf16", "gfx942"), ("tiny-bf16", "gfx1100"), ("smollm2-layer", "gfx1100"),
+    ("tiny-bf16", "gfx942"), ("tiny-bf16", "gfx1100"), ("smollm2-layer-f16", "gfx1100"),
     ("context-300", "gfx942"), ("images-idefics3", "gfx942"), ("images-llava", "gfx1100"),
     ("smollm2", "gfx1100"),
 }  # fmt: skip
@@ -294,10 +294,18 @@ def language_cases() -> list[Case]:
                  language_model(TINY, dtype, tiny, tiny.page, is_uneven=True))
             for dtype in ("f32", "f16", "bf16")
         ),
-        Case("smollm2-layer", MAIN, "one layer of SmolLM2-135M with its whole vocabulary, in f16",
-             language_model(whole, "f16", Plan(whole.vocab_size, 16, 37, steps=2), 16)),
-        Case("llama-8b-layer", MAIN, "one layer of Llama-3.1-8B with 4,096 tokens, in f16",
-             language_model(large, "f16", Plan(large.vocab_size, 16, 37, steps=1), 16)),
+        *(
+            Case(f"smollm2-layer-{dtype}", MAIN,
+                 f"one layer of SmolLM2-135M with its whole vocabulary, in {dtype}",
+                 language_model(whole, dtype, Plan(whole.vocab_size, 16, 37, steps=2), 16))
+            for dtype in ("f16", "bf16")
+        ),
+        *(
+            Case(f"llama-8b-layer-{dtype}", MAIN,
+                 f"one layer of Llama-3.1-8B with 4,096 tokens, in {dtype}",
+                 language_model(large, dtype, Plan(large.vocab_size, 16, 37, steps=1), 16))
+            for dtype in ("f16", "bf16")
+        ),
         *(
             Case(f"context-{length}", MAIN, f"a layer of SmolLM2-135M after {length} tokens, f16",
                  language_model(small, "f16", plan, 16))

@@ -121,6 +121,28 @@ void round_mode(Wave& wave, const Instruction& i) {
   wave.mode.bits = (wave.mode.bits & ~0xfu) | static_cast<uint32_t>(bits_of(i.simm, 0, 4));
 }
 
+// M0 says which operands' registers are indexed, and by how much (gfx9).
+void set_bits_of_m0(Wave& wave, int low, int count, uint32_t value) {
+  const uint32_t mask = ((1u << count) - 1) << low;
+  wave.s[M0] = (wave.s[M0] & ~mask) | (value << low & mask);
+}
+
+void set_index(Wave& wave, const Instruction& i) {
+  set_bits_of_m0(wave, 0, 8, read_scalar(wave, i.src0));
+}
+
+void set_indexed_operands(Wave& wave, const Instruction& i) {
+  set_bits_of_m0(wave, 12, 4, static_cast<uint32_t>(i.simm));
+}
+
+void start_indexing(Wave& wave, const Instruction& i) {
+  set_index(wave, i);
+  set_indexed_operands(wave, i);
+  wave.mode.bits |= Mode::INDEXES;
+}
+
+void end_indexing(Wave& wave, const Instruction&) { wave.mode.bits &= ~Mode::INDEXES; }
+
 }  // namespace
 
 extern const std::vector<Entry> CONTROL = {
@@ -153,6 +175,10 @@ extern const std::vector<Entry> CONTROL = {
     {"s_setreg_imm32_b32", setreg_imm32},
     {"s_denorm_mode", denorm_mode},
     {"s_round_mode", round_mode},
+    {"s_set_gpr_idx_on", start_indexing},
+    {"s_set_gpr_idx_off", end_indexing},
+    {"s_set_gpr_idx_idx", set_index},
+    {"s_set_gpr_idx_mode", set_indexed_operands},
     // Speed and hazards between arithmetic units, which an interpreter does not have.
     {"s_nop", nothing},
     {"s_clause", nothing},

@@ -503,6 +503,10 @@ void decode_scalar(const Encoding& e, Instruction& i) {
   i.src1 = operand_of(e, Field::src1);
   i.simm = sign_extended(e[Field::simm16], 16);
   i.literal = e[Field::literal];
+  if (i.name == "s_set_gpr_idx_on") {  // the second source is no register: it says which operands
+    i.simm = i.bytes[1] & 15;
+    i.src1 = {};
+  }
   add_implied(e, i);
 }
 
@@ -730,6 +734,9 @@ void add_registers(const Encoding& e, Instruction& i) {
   if (i.to_lds || contains(i.name, "movrel")) i.reads.push_back({false, M0, 1});
   if (!only_reads) add_range(i.writes, i.dst);
   add_range(i.writes, i.dst1);
+  if (i.name.starts_with("s_set_gpr_idx_") && i.name != "s_set_gpr_idx_off") {
+    i.writes.push_back({false, M0, 1});
+  }
 }
 
 // Operands by the family of the encoding.

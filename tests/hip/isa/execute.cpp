@@ -39,6 +39,9 @@ void run(Wave& wave, const Instruction& i) {
   if (wave.has_signalled && i.format == "DS") {
     fail("LDS is touched between a barrier's signal and its wait");
   }
+  if (wave.mode.indexes_registers() && i.name[0] == 'v' && i.name != "v_mov_b32") [[unlikely]] {
+    fail("only v_mov_b32 is interpreted with indexed registers");
+  }
   if (i.second) return run_pair(wave, i);
   if (settings.sabotage.swap_operands_of == i.name) [[unlikely]] {
     Instruction swapped = i;

@@ -2,6 +2,8 @@
 // The templates take what happens in one lane as a constant, so that its loop can be vectorized.
 #pragma once
 
+#include <algorithm>
+
 #include "operands.h"
 
 namespace isa {
@@ -33,6 +35,22 @@ void bits2(Wave& wave, const Instruction& i) {
   const uint32_t* a = read_bits(wave, i, i.src0, 0, buffers[0]);
   const uint32_t* b = read_bits(wave, i, i.src1, 1, buffers[1]);
   each_lane(wave, [&](int lane) { result.lane[lane] = F(a[lane], b[lane]); });
+  write_bits(wave, i, i.dst, result.lane);
+}
+
+// Unsigned sums and differences, which F gives in 64 bits: clamp saturates them.
+template <auto F>
+void saturating2(Wave& wave, const Instruction& i) {
+  if (i.omod) fail("omod of integers is not interpreted");
+  Lanes buffers[2], result;
+  const uint32_t* a = read_bits(wave, i, i.src0, 0, buffers[0]);
+  const uint32_t* b = read_bits(wave, i, i.src1, 1, buffers[1]);
+  const bool saturates = i.clamp;
+  each_lane(wave, [&](int lane) {
+    const int64_t exact = F(a[lane], b[lane]);
+    const int64_t bounded = std::clamp<int64_t>(exact, 0, UINT32_MAX);
+    result.lane[lane] = static_cast<uint32_t>(saturates ? bounded : exact);
+  });
   write_bits(wave, i, i.dst, result.lane);
 }
 

@@ -389,12 +389,14 @@ void each_part(const Wave& wave, BufferAccess& access, Body body) {
   }
 }
 
+// Lanes' bytes are interleaved there: soffset counts those of all lanes, the rest a lane's own.
 void locate_buffer_scratch(Wave& wave, const BufferAccess& access, size_t size,
                            Pointers& pointers) {
+  const uint32_t start = access.soffset / wave.lanes;
+  if (access.soffset % wave.lanes) fail("soffset divides the scratch of lanes unevenly");
   locate_in_scratch(
       wave, size,
-      [&](int lane) { return static_cast<int64_t>(access.offsets.lane[lane]) + access.soffset; },
-      pointers);
+      [&](int lane) { return static_cast<int64_t>(access.offsets.lane[lane]) + start; }, pointers);
 }
 
 template <Datum DATUM>

@@ -280,6 +280,7 @@ string scalar_line(const Chip& chip, const Instruction& i) {
                                               i.name != "s_barrier" && i.name != "s_code_end")) {
     line.word(hex(bits));
   }
+  if (i.name == "s_set_gpr_idx_on") line.word(hex(bits));
   if (has_register_last) line.operand(i.dst);
   if (i.name == "s_setreg_imm32_b32") line.word(hex(i.literal));
   return line.text();

@@ -99,19 +99,40 @@ void cndmask_b16(Wave& wave, const Instruction& i) {
   write_16(wave, i, a.lane);
 }
 
-// Reads a register whose number M0 is added to.
-void movrels_b32(Wave& wave, const Instruction& i) {
-  const uint32_t number = i.src0.index + wave.s[M0];
-  if (!i.src0.is_vector() || number >= AGPR) fail("v_movrels reads beyond the vector registers");
-  write_bits(wave, i, i.dst, wave.v[number].lane);
+constexpr auto MOVE = [](uint32_t a) { return a; };
+
+// A register whose number is raised.
+Operand raised(const Operand& operand, uint32_t by) {
+  Operand result = operand;
+  const uint32_t number = operand.index + by;
+  if (!operand.is_vector() || number >= AGPR) fail("M0 leads beyond the vector registers");
+  result.index = static_cast<uint16_t>(number);
+  return result;
 }
 
-void movreld_b32(Wave& wave, const Instruction& i) {
-  Lanes buffer;
-  Operand to = i.dst;
-  to.index = static_cast<uint16_t>(to.index + wave.s[M0]);
-  if (to.index >= AGPR) fail("v_movreld writes beyond the vector registers");
-  write_bits(wave, i, to, read_bits(wave, i, i.src0, 0, buffer));
+// A move from or to a register that is known only now, and may be pending as any other.
+void move_indexed(Wave& wave, const Instruction& i, uint32_t read_by, uint32_t write_by) {
+  Instruction moved = i;
+  moved.dst = raised(i.dst, write_by);
+  moved.reads.clear();
+  moved.writes = {{true, moved.dst.index, 1}};
+  if (i.src0.is_vector()) {
+    moved.src0 = raised(i.src0, read_by);
+    moved.reads = {{true, moved.src0.index, 1}};
+  }
+  if (wave.group->launch->settings.check_waits) wave.waits.check(moved, wave);
+  bits1<MOVE>(wave, moved);
+}
+
+void movrels_b32(Wave& wave, const Instruction& i) { move_indexed(wave, i, wave.s[M0], 0); }
+
+void movreld_b32(Wave& wave, const Instruction& i) { move_indexed(wave, i, 0, wave.s[M0]); }
+
+void mov_b32(Wave& wave, const Instruction& i) {
+  if (!wave.mode.indexes_registers()) [[likely]] return bits1<MOVE>(wave, i);
+  constexpr uint32_t SOURCE0 = 1u << 12, TARGET = 1u << 15;
+  const uint32_t m0 = wave.s[M0], index = m0 & 255;
+  move_indexed(wave, i, m0 & SOURCE0 ? index : 0, m0 & TARGET ? index : 0);
 }
 
 void readfirstlane_b32(Wave& wave, const Instruction& i) {
@@ -199,7 +220,6 @@ void bitop3_b32(Wave& wave, const Instruction& i) {
   write_bits(wave, i, i.dst, result.lane);
 }
 
-constexpr auto MOVE = [](uint32_t a) { return a; };
 constexpr auto MIN_I32 = [](uint32_t a, uint32_t b) -> uint32_t {
   return std::min(static_cast<int32_t>(a), static_cast<int32_t>(b));
 };
@@ -242,9 +262,9 @@ std::vector<Entry> integer_instructions() {
   using u64 = uint64_t;
   using i32 = int32_t;
   using i64 = int64_t;
-  constexpr auto add_u32 = bits2<[](u32 a, u32 b) { return a + b; }>;
-  constexpr auto sub_u32 = bits2<[](u32 a, u32 b) { return a - b; }>;
-  constexpr auto subrev_u32 = bits2<[](u32 a, u32 b) { return b - a; }>;
+  constexpr auto add_u32 = saturating2<[](i64 a, i64 b) { return a + b; }>;
+  constexpr auto sub_u32 = saturating2<[](i64 a, i64 b) { return a - b; }>;
+  constexpr auto subrev_u32 = saturating2<[](i64 a, i64 b) { return b - a; }>;
   constexpr auto add_u16 = u16_2<[](u16 a, u16 b) -> u16 { return a + b; }>;
   constexpr auto sub_u16 = u16_2<[](u16 a, u16 b) -> u16 { return a - b; }>;
   constexpr auto clz = bits1<[](u32 a) -> u32 { return a ? std::countl_zero(a) : ~0u; }>;
@@ -253,7 +273,7 @@ std::vector<Entry> integer_instructions() {
   return {
       // Moves
       {"v_nop", [](Wave&, const Instruction&) {}},
-      {"v_mov_b32", bits1<MOVE>},
+      {"v_mov_b32", mov_b32},
       {"v_dual_mov_b32", bits1<MOVE>},
       {"v_mov_b64", mov_b64},
       {"v_mov_b16", u16_1<[](u16 a) { return a; }>},

@@ -46,7 +46,10 @@ class Memory {
 
 // Rounding and denormals, as the MODE register and the kernel's descriptor hold them.
 struct Mode {
-  uint32_t bits = 0;  // [3:0] round modes, [7:4] denormal modes, [9] IEEE
+  static constexpr uint32_t INDEXES = 1u << 27;
+  // [3:0] round modes, [7:4] denormal modes, [9] IEEE, [27] gfx9: M0 is added to registers' numbers
+  uint32_t bits = 0;
+  bool indexes_registers() const { return bits & INDEXES; }
   bool is_ieee() const { return bits >> 9 & 1; }  // gfx9 and 11: signalling NaNs come out quiet
   bool keeps_f32_denormals() const { return (bits >> 4 & 3) == 3; }
   bool keeps_f16_f64_denormals() const { return (bits >> 6 & 3) == 3; }
