@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ TINY_OPTIONS = BuildOptions(
     image_batch_sizes=(1, 3),
 )
 MACHINE_CODE = "hip/test_machine_code.py"
-CODE_CHIPS = ("gfx942", "gfx1100", *(pytest.param(chip, marks=pytest.mark.slow)
+MACHINE_CODE_CHIPS = ("gfx942", "gfx1100")  # of the default tests
+CODE_CHIPS = (*MACHINE_CODE_CHIPS, *(pytest.param(chip, marks=pytest.mark.slow)
                                      for chip in ("gfx90a", "gfx1201")))  # fmt: skip
 CODE_OPTIONS = replace(
     TINY_OPTIONS, weight_dtype="f16", kv_dtype="f16", prefill_batch_sizes=(1,),
@@ -170,7 +172,7 @@ class CodeObjects(dict[str, Path]):
     """By chip, an .hsaco file with the kernels of a model; beside it the compiler's .rocmasm.
 
     One layer of SmolLM2's sizes in 16 bits: there the kernels have most forms of instructions. Each
-    is compiled when it is asked for.
+    is compiled when it is asked for, those of the default tests at once.
     """
 
     def __init__(self, folder: Path, cache: Path) -> None:
@@ -178,11 +180,16 @@ class CodeObjects(dict[str, Path]):
         self._folder, self._cache = folder, cache
 
     def __missing__(self, chip: str) -> Path:
+        chips = MACHINE_CODE_CHIPS if chip in MACHINE_CODE_CHIPS else (chip,)
+        with ThreadPoolExecutor() as pool:
+            self.update(zip(chips, pool.map(self._compile, chips), strict=True))
+        return self[chip]
+
+    def _compile(self, chip: str) -> Path:
         config = replace(SHAPES["smollm2-135m"], num_layers=1, max_seq_len=256)
         mlir = self._folder / f"{chip}.mlir"
         mlir.write_text(model_emitter(config, replace(CODE_OPTIONS, target=chip)).emit())
-        self[chip] = compile_code_object(mlir, chip, self._cache)
-        return self[chip]
+        return compile_code_object(mlir, chip, self._cache)
 
 
 @pytest.fixture(scope="session")
