@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from compile.build import BuildOptions
-from compile.config import LlamaConfig
+from compile.config import LlamaConfig, VisionConfig
 from compile.llama import LlamaEmitter
 from compile.mlir import Builder, Tensor, tensor_type
 from compile.model import SUMMARY, ModelOptions
@@ -14,14 +14,17 @@ from compile.row_major import Weights, whole_subgroups
 from compile.target import resolve_target
 
 
-def model_emitter(config: LlamaConfig, options: BuildOptions) -> LlamaEmitter:
+def model_emitter(
+    config: LlamaConfig, options: BuildOptions, vision: VisionConfig | None = None
+) -> LlamaEmitter:
     """Of a whole model, as `compile.build` emits it for `options.target`."""
     dtype = options.weight_dtype or "f16"
     model = ModelOptions(
         dtype, options.kv_dtype or dtype, options.page_size, options.prefill_batch_sizes,
         options.decode_batch_sizes, options.max_seq_len or config.max_seq_len,
+        image_batch_sizes=(options.image_batch_sizes or (1,)) if vision else (),
     )  # fmt: skip
-    return LlamaEmitter(config, model, resolve_target(options.target).tile)
+    return LlamaEmitter(config, model, resolve_target(options.target).tile, vision)
 
 
 def summing_module(config: LlamaConfig, vocab_size: int, num_rows: int) -> str:

@@ -633,6 +633,14 @@ class Context:
     def _slice(self, node: Node, high: Node, low: Node) -> Value:
         first, last = self.constant(low), self.constant(high)
         value = self.value(node)
+        if last < first:  # in the opposite order
+            one = np.uint64(1)
+            places = [np.uint64(place) for place in range(last, first + 1)]
+            bits = sum(
+                ((value.bits >> place & one) << np.uint64(first) - place for place in places),
+                np.uint64(0),
+            )
+            return Value(bits, "u", first - last + 1)
         bits = value.bits >> (np.uint64(first) if value.width <= 64 else first)
         return retype(Value(bits, "u", value.width), "u", last - first + 1)
 

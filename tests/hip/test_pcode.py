@@ -37,6 +37,8 @@ def run(text: str, **registers: Value) -> Context:
          "else\nD0.u32 = 3U\nendif", np.where(A > B, 1, np.where(A & 1, 2, 3))),
         ("tmp = 0U;\nfor i in 0 : 3 do\ntmp += S0.u32[i * 8 + 7 : i * 8]\nendfor;\nD0.u32 = tmp",
          sum(A >> np.uint32(8 * k) & np.uint32(255) for k in range(4))),
+        ("D0.u32[31 : 0] = S0.u32[0 : 31]",
+         np.array([int(f"{a:032b}"[::-1], 2) for a in A.tolist()], np.uint32)),
         ("TWICE = lambda(a) (\na + a);\nD0.u32 = TWICE(S0.u32)", A + A),
     ],
 )  # fmt: skip

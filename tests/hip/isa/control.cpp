@@ -80,6 +80,7 @@ bool has_barriers(const Wave& wave) {
 
 void barrier(Wave& wave, const Instruction&) {
   expect_all_threads(wave);
+  remember_late_lds(wave);
   wave.is_at_barrier = has_barriers(wave);
 }
 
@@ -92,6 +93,7 @@ void barrier_signal(Wave& wave, const Instruction& i) {
   expect_all_threads(wave);
   if (wave.has_signalled) fail("a second signal before the wait");
   wave.has_signalled = true;
+  remember_late_lds(wave);
 }
 
 void barrier_wait(Wave& wave, const Instruction& i) {

@@ -18,11 +18,18 @@ uint32_t bits_of(uint32_t value, int low, int count) { return value >> low & ((1
 
 int num_lanes(const Program& program) { return program.chip.arch == Arch::cdna ? 64 : 32; }
 
-// Allocated vector registers, as the descriptor counts them; gfx9's accumulation registers apart.
-int num_vgprs(const Program& program) {
-  const uint32_t granules = bits_of(program.kernel.rsrc1, 0, 6) + 1;
-  const bool has_four = program.chip.name == "gfx908";
-  return static_cast<int>(std::min<uint32_t>(granules * (has_four ? 4 : 8), NUM_VGPRS));
+struct Registers {
+  int vector, accumulation;
+};
+
+// Allocated registers, as the descriptor counts them. gfx908 has as many accumulation registers as
+// vector registers; later CDNA divides one file between both.
+Registers allocated_registers(const Program& program) {
+  const int granules = static_cast<int>(bits_of(program.kernel.rsrc1, 0, 6)) + 1;
+  if (program.chip.name == "gfx908") return {4 * granules, 4 * granules};
+  if (program.chip.arch != Arch::cdna) return {8 * granules, 0};
+  const int vector = 4 * (static_cast<int>(bits_of(program.kernel.rsrc3, 0, 6)) + 1);
+  return {vector, 8 * granules - vector};
 }
 
 // Scalar registers before the first instruction: what the launch puts there, in the order of
@@ -170,7 +177,7 @@ class Schedule {
     waves_.front().group->races.barrier();
     for (Wave& wave : waves_) {
       wave.is_at_barrier = false;
-      if (settings_.check_races) touch_pending_lds(wave);
+      touch_late_lds(wave);
     }
     return true;
   }
@@ -202,13 +209,17 @@ size_t index_of(const std::vector<Instruction>& code, uint64_t address) {
 }
 
 void check_registers(const Program& program) {
-  const int allocated = num_vgprs(program);
+  const Registers allocated = allocated_registers(program);
   for (const Instruction& instruction : program.code) {
     for (const auto* ranges : {&instruction.reads, &instruction.writes}) {
       for (const Range& range : *ranges) {
-        if (range.is_vector && range.index < AGPR && range.index + range.count > allocated) {
-          throw Fault("v" + std::to_string(range.index) + " is not allocated: \"" +
-                      text_of(program.chip, instruction) + "\"");
+        if (!range.is_vector) continue;
+        const bool is_accumulation = range.index >= AGPR;
+        const int number = range.index - (is_accumulation ? AGPR : 0);
+        const int end = is_accumulation ? allocated.accumulation : allocated.vector;
+        if (number + range.count > end) {
+          throw Fault((is_accumulation ? "a" : "v") + std::to_string(number) +
+                      " is not allocated: \"" + text_of(program.chip, instruction) + "\"");
         }
       }
     }
@@ -252,8 +263,7 @@ std::vector<uint8_t> argument_segment(const Kernel& kernel, void* const* paramet
 }
 
 void reset(Wave& wave, const Program& program, Workgroup& group, int id) {
-  const int vgprs = std::min(num_vgprs(program), AGPR);
-  std::memset(wave.v, 0xff, vgprs * sizeof(Lanes));
+  std::memset(wave.v, 0xff, allocated_registers(program).vector * sizeof(Lanes));
   if (program.chip.arch == Arch::cdna) std::memset(wave.v + AGPR, 0xff, AGPR * sizeof(Lanes));
   std::memset(wave.s, 0xff, sizeof wave.s);
   wave.scc = true;
@@ -269,6 +279,7 @@ void reset(Wave& wave, const Program& program, Workgroup& group, int id) {
   wave.scratch_bytes = program.kernel.scratch_bytes;
   wave.scratch.assign(static_cast<size_t>(wave.lanes) * wave.scratch_bytes, 0xff);
   wave.waits.clear();
+  wave.late_touches.clear();
   const bool preloads = group.launch->settings.preloads;
   wave.pc = preloads ? program.preloaded_entry : program.entry;
   ScalarSetup(wave, program).fill();

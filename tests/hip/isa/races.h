@@ -1,7 +1,7 @@
 // Two waves that touch one byte of LDS with no barrier between, one of them writing, race.
 //
 // An LDS operation that is still unfinished when its wave comes to a barrier counts behind the
-// barrier as well (see `touch_pending_lds`).
+// barrier as well (see `remember_late_lds`).
 #pragma once
 
 #include <cstdint>

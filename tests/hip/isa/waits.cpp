@@ -80,8 +80,9 @@ void Waits::add(Pending pending, const Instruction& instruction) {
   pending.writes = instruction.writes.empty() ? Range{} : instruction.writes.front();
   if (!pending.writes.count && !pending.num_touches) return;
   if (pending_.size() >= MANY) {
-    wait({Counter::load, Counter::store}, MOST_IN_COUNTER);
-    wait({Counter::lds, Counter::scalar}, MOST_IN_COUNTER);
+    for (const Counter counter : {Counter::load, Counter::store, Counter::lds, Counter::scalar}) {
+      wait({counter}, MOST_IN_COUNTER);
+    }
   }
   marks_.add(pending.writes);
   pending_.push_back(pending);
@@ -172,11 +173,13 @@ void Waits::clear() {
   marks_ = {};
 }
 
-void touch_pending_lds(Wave& wave) {
-  Races& races = wave.group->races;
-  for (const LdsTouch& touch : wave.waits.pending_touches()) {
-    races.touch(touch, wave.id);
-  }
+void remember_late_lds(Wave& wave) {
+  if (wave.group->launch->settings.check_races) wave.late_touches = wave.waits.pending_touches();
+}
+
+void touch_late_lds(Wave& wave) {
+  for (const LdsTouch& touch : wave.late_touches) wave.group->races.touch(touch, wave.id);
+  wave.late_touches.clear();
 }
 
 }  // namespace isa

@@ -81,7 +81,9 @@ class Waits {
   std::array<uint64_t, NUM_COUNTERS> started_ = {};
 };
 
-// LDS operations that are unfinished when their wave passes a barrier may take place behind it.
-void touch_pending_lds(Wave& wave);
+// LDS operations that are unfinished when their wave comes to a barrier may take place behind it:
+// this remembers them, for when all have come.
+void remember_late_lds(Wave& wave);
+void touch_late_lds(Wave& wave);
 
 }  // namespace isa

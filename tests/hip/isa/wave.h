@@ -110,6 +110,7 @@ struct Wave {
   std::vector<uint8_t> scratch;  // [lanes, bytes a thread]
   uint32_t scratch_bytes = 0;    // a thread
   Waits waits;
+  std::vector<LdsTouch> late_touches;  // unfinished when the wave came to its last barrier
 
   uint64_t exec() const { return mask(EXEC); }
   void set_exec(uint64_t value) { set_mask(EXEC, value); }
