@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from conftest import CODE_CHIPS, CODE_OPTIONS, TINY
+from conftest import CODE_CHIPS, CODE_OPTIONS, MACHINE_CODE_CHIPS, TINY
 from hip.driver import compile_code_object
 from hip.modules import model_emitter
 from hip.oracle import (
@@ -435,7 +435,7 @@ def test_every_form(chip: str, isa_probe: Probe, code_objects: dict[str, Path]) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", ["gfx90a", "gfx942", "gfx1100", "gfx1201"])
+@pytest.mark.parametrize("chip", MACHINE_CODE_CHIPS)
 def test_every_form_of_other_models(
     chip: str, isa_probe: Probe, hip_cache: Path, tmp_path: Path
 ) -> None:
