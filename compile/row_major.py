@@ -58,14 +58,14 @@ class Weights:
         have fewer columns; the others are zero. The residual is no initial value, which would cost
         IREE's kernels registers.
         """
-        b, rows = self.b, lhs.shape[0]
-        # iree-compile 3.9.0 makes wrong code of other depths, such as NaN from bf16 on gfx90a.
-        depth = whole_subgroups(int(lhs.shape[1]))
-        if int(lhs.shape[1]) % ALIGNED:
+        b, rows, depth = self.b, lhs.shape[0], int(lhs.shape[1])
+        if depth % ALIGNED:
             raise UnsupportedError(
-                f"{name}: has {lhs.shape[1]} columns, but GPU code needs a multiple of {ALIGNED}; "
+                f"{name}: has {depth} columns, but GPU code needs a multiple of {ALIGNED}; "
                 "compile this model for the CPU"
             )
+        # iree-compile 3.9.0 makes wrong code of other depths, such as NaN from bf16 on gfx90a.
+        depth = whole_subgroups(depth)
         lhs, weight = (b.pad(x, 1, depth, 0) for x in (lhs, self.load(name)))
         columns = int(weight.shape[0])
         parts = _num_parts(num_rows or rows, depth, columns, residual is not None)

@@ -440,8 +440,7 @@ def test_every_form_of_other_models(
     chip: str, isa_probe: Probe, hip_cache: Path, tmp_path: Path
 ) -> None:
     """In f32 and bf16, and with both vision towers."""
-    kinds = [("f32", IDEFICS3), ("bf16", LLAVA)]
-    for dtype, vision in kinds:
+    for dtype, vision in (("f32", IDEFICS3), ("bf16", LLAVA)):
         options = replace(CODE_OPTIONS, target=chip, weight_dtype=dtype, kv_dtype=dtype)
         mlir = tmp_path / "model.mlir"
         mlir.write_text(model_emitter(TINY, options, vision).emit())
@@ -588,10 +587,11 @@ def test_indexed_registers(chip: str, isa_probe: Probe) -> None:
 def test_unsigned_sums_and_differences_saturate(chip: str, isa_probe: Probe) -> None:
     """With clamp. Kernels for odd sizes have it on gfx9; those of the inventory do not."""
     assemble, rng = Assembler(chip), np.random.default_rng(5)
+    kind = "" if assemble.is_cdna else "nc_"
     for name, exact in (
         ("add", lambda a, b: a + b), ("sub", lambda a, b: a - b), ("subrev", lambda a, b: b - a),
     ):  # fmt: skip
-        code = assemble.vop3(f"v_{name}_{'' if assemble.is_cdna else 'nc_'}u32", 2, 0, 1, clmp=1)
+        code = assemble.vop3(f"v_{name}_{kind}u32", 2, 0, 1, clmp=1)
         for _ in range(20):
             state = _wave(chip)
             state.vgprs[:2] = _integer_pool(rng, 2 * 64).reshape(2, 64)
@@ -599,6 +599,10 @@ def test_unsigned_sums_and_differences_saturate(chip: str, isa_probe: Probe) -> 
             isa_probe.run(chip, code, state)
             want = np.clip(exact(*sources), 0, 2**32 - 1)
             assert (state.vgprs[2, : state.lanes] == want).all(), name
+        for modifiers in {"neg": 1}, {"neg": 1, "clmp": 1}, {"omod": 1}:
+            code = assemble.vop3(f"v_{name}_{kind}u32", 2, 0, 1, **modifiers)
+            with pytest.raises(IsaFault, match="of floats on integers"):
+                isa_probe.run(chip, code, _wave(chip))
 
 
 @pytest.mark.parametrize("chip", CODE_CHIPS)

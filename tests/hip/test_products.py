@@ -20,7 +20,7 @@ from sf_local.errors import UnsupportedError
 CHIPS = ("gfx90a", "gfx942", "gfx1100", "gfx1201")
 DTYPES = ("f32", "f16", "bf16")
 ROWS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 21, 33, 64, 100, 128)
-# iree-compile's product of these in bf16 on gfx90a is NaN, unless columns are added.
+# In bf16 on gfx90a, iree-compile's products of these are NaN unless their depth is padded.
 ODD = {
     "sixteen_rows": Product(16, 48, 72, False),
     "as_in_the_tiny_llama": Product(8, 48, 72, True),

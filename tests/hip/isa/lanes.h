@@ -41,17 +41,14 @@ void bits2(Wave& wave, const Instruction& i) {
 // Unsigned sums and differences, which F gives in 64 bits: clamp saturates them.
 template <auto F>
 void saturating2(Wave& wave, const Instruction& i) {
-  if (i.omod) fail("omod of integers is not interpreted");
-  Lanes buffers[2], result;
-  const uint32_t* a = read_bits(wave, i, i.src0, 0, buffers[0]);
-  const uint32_t* b = read_bits(wave, i, i.src1, 1, buffers[1]);
-  const bool saturates = i.clamp;
-  each_lane(wave, [&](int lane) {
-    const int64_t exact = F(a[lane], b[lane]);
-    const int64_t bounded = std::clamp<int64_t>(exact, 0, UINT32_MAX);
-    result.lane[lane] = static_cast<uint32_t>(saturates ? bounded : exact);
-  });
-  write_bits(wave, i, i.dst, result.lane);
+  constexpr auto WRAPPED = [](uint32_t a, uint32_t b) { return static_cast<uint32_t>(F(a, b)); };
+  constexpr auto BOUNDED = [](uint32_t a, uint32_t b) {
+    return static_cast<uint32_t>(std::clamp<int64_t>(F(a, b), 0, UINT32_MAX));
+  };
+  if (!i.clamp) return bits2<WRAPPED>(wave, i);
+  Instruction unclamped = i;
+  unclamped.clamp = false;
+  bits2<BOUNDED>(wave, unclamped);
 }
 
 template <auto F>
