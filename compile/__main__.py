@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from compile.build import BuildOptions, build
-from compile.model import QUANTIZED
+from compile.options import QUANTIZED
 from compile.progress import progress_display
 from compile.target import CPU_LEVELS, HIP_CHIPS
 from compile.weights import DTYPES

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from compile.cache import cache_dir
-from compile.cpu_llama import CpuLlamaEmitter
-from compile.cpu_vision import LANES
-from compile.llama import LlamaEmitter
-from compile.matmul import Tuning
-from compile.model import QUANTIZED, ModelOptions
-from compile.quantize import GROUP
-from compile.sources import DEMO_SHA256, Source, open_source
+from compile.cpu.emitter import CpuLlamaEmitter
+from compile.cpu.vision import LANES
+from compile.gpu.decoder import LlamaEmitter
+from compile.cpu.matmul import Tuning
+from compile.options import QUANTIZED, ModelOptions
+from compile.formats.quantize import GROUP
+from compile.sources.open import DEMO_SHA256, Source, open_source
 from compile.target import Target, resolve_target
 from compile.weights import (
     DTYPES,
@@ -75,7 +75,7 @@ class BuildOptions:
     page_size: tokens a KV page. image_batch_sizes: tiles that are encoded together, of models that
     see: by default (1, 4), on CPUs one, between which others decode.
     row_major: matrices row by row, as GPUs have them, on a CPU too (to test that code there).
-    tuning: of a CPU's kernels; see `compile.search`.
+    tuning: of a CPU's kernels; see `compile.tools.tune_cpu`.
     """
 
     target: str = "cpu"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from compile.matmul import Tuning, Vectors
+from compile.cpu.matmul import Tuning, Vectors
 from sf_local.artifact import host_cpu_features
 from sf_local.errors import UnsupportedError
 
@@ -26,7 +26,7 @@ _V3 = ("ssse3", "sse4_1", "sse4_2", "popcnt", "cx16", "movbe", "avx", "f16c", "f
        "bmi2", "abm")  # fmt: skip
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 
-# By `python -m compile.search` on two cores of a Xeon (Emerald Rapids): a single row is 1.2 times
+# By `python -m compile.tools.tune_cpu` on two cores of a Xeon (Emerald Rapids): a single row is 1.2 times
 # as fast as with the default, 512 rows 1.14 times; 256 rows a task instead of 64 bring another 1.07
 # times at 512 rows, 1.1 at 2,048. On a Zen 4 the default won.
 TILED = Tuning(ahead=2048, blocks=2, task_bytes=1 << 18, row_chunk=256)

@@ -14,10 +14,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from compile.config import LlamaConfig, VisionConfig
-from compile.model import Parameter
-from compile.quantize import GROUP, ZERO, Groups, packed, quantized, with_bits
-from compile.sources import Source, SourceTensor
+from compile.models.spec import LlamaConfig, VisionConfig
+from compile.options import Parameter
+from compile.formats.quantize import GROUP, ZERO, Groups, packed, quantized, with_bits
+from compile.sources.open import Source, SourceTensor
 from sf_local import irpa
 from sf_local.errors import SourceError
 

@@ -191,7 +191,7 @@ def measure(artifact: Path, device: str, quick: bool) -> None:
     num_bytes = decode_bytes(open_artifact(artifact), bench.SHORT)
     say("decode, 1 row", f"{1e3 / rate:.2f} ms a token, for which {num_bytes / 1e9:.2f} GB are "
                          f"read: {rate * num_bytes / 1e9:.0f} GB/s")  # fmt: skip
-    say("see also", "python -m compile.kernels --help: which kernels take this time at least")
+    say("see also", "python -m compile.tools.gpu_report --help: which kernels take this time at least")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,9 +20,9 @@ from peers.models import hf_name, kept
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from compile.config import LlamaConfig, VisionConfig
-from compile.huggingface_vision import NAMES
-from compile.kernels import SHAPES, TOWERS
+from compile.models.spec import LlamaConfig, VisionConfig
+from compile.models.vision_families import NAMES
+from compile.tools.gpu_report import SHAPES, TOWERS
 from compile.weights import expected_shapes, vision_shapes
 
 BEGIN, END, IMAGE = "<|im_start|>", "<end_of_utterance>", "<image>"

@@ -25,8 +25,8 @@ from vision_reference import (
 
 from compile import BuildOptions, build, demo
 from compile.build import MLIR
-from compile.config import LlamaConfig, VisionConfig
-from compile.kernels import SHAPES
+from compile.models.spec import LlamaConfig, VisionConfig
+from compile.tools.gpu_report import SHAPES
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 PEERS = os.environ.get("SF_LOCAL_PEERS", "")

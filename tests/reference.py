@@ -11,7 +11,7 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from compile.config import LlamaConfig
+from compile.models.spec import LlamaConfig
 
 Weights = dict[str, np.ndarray]
 Array = npt.NDArray[Any]

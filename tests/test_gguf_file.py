@@ -24,9 +24,9 @@ from toy_sources import (
     write_gguf,
 )
 
-from compile.config import RopeScaling
-from compile.gguf_file import _tensor
-from compile.sources import open_source
+from compile.models.spec import RopeScaling
+from compile.sources.gguf import _tensor
+from compile.sources.open import open_source
 from compile.weights import check_tensors
 from sf_local.errors import SourceError, UnsupportedError
 

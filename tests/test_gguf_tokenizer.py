@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
-from compile.gguf_tokenizer import _merges, convert_tokenizer, special_id
+from compile.sources.gguf_tokenizer import _merges, convert_tokenizer, special_id
 from sf_local.errors import SourceError, UnsupportedError
 
 

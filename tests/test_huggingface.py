@@ -21,8 +21,8 @@ from toy_sources import (
     write_folder,
 )
 
-from compile.config import RopeScaling
-from compile.sources import open_source
+from compile.models.spec import RopeScaling
+from compile.sources.open import open_source
 from sf_local.errors import SourceError, UnsupportedError
 
 

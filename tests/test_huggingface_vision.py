@@ -23,10 +23,10 @@ from vision_reference import (
     write_vision_folder,
 )
 
-from compile.config import LlamaConfig, VisionConfig
-from compile.huggingface import _config as llama_config
-from compile.huggingface_vision import text_config, vision_config
-from compile.sources import open_source
+from compile.models.spec import LlamaConfig, VisionConfig
+from compile.sources.huggingface import _config as llama_config
+from compile.models.vision_families import text_config, vision_config
+from compile.sources.open import open_source
 from compile.weights import check_tensors
 from sf_local.errors import SourceError, UnsupportedError
 

@@ -1,4 +1,4 @@
-"""What IREE makes of the GPU's code, as `python -m compile.kernels` reads it."""
+"""What IREE makes of the GPU's code, as `python -m compile.tools.gpu_report` reads it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from compile.build import BuildOptions
-from compile.config import LlamaConfig, VisionConfig
-from compile.kernels import MI300X, SHAPES, TOWERS, Dispatch, Report, compile_shape, table
+from compile.models.spec import LlamaConfig, VisionConfig
+from compile.tools.gpu_report import MI300X, SHAPES, TOWERS, Dispatch, Report, compile_shape, table
 
 CONFIG = LlamaConfig(4096, 1024, 2048, 2, 8, 2, 64, 1e-5, 1e4, 1024, True)
 MATRICES = 2 * 2 * (1024 * (512 + 2 * 128) + 512 * 1024 + 3 * 1024 * 2048) + 2 * 4096 * 1024

@@ -11,12 +11,12 @@ from conftest import TINY, TINY_OPTIONS, TinyModel
 from reference import forward, random_weights
 from running import open_runner
 
-from compile.config import LlamaConfig, RopeScaling
-from compile.cpu_llama import CpuLlamaEmitter
-from compile.llama import LlamaEmitter
-from compile.matmul import Vectors
-from compile.model import ModelOptions
-from compile.quantize import GROUP, quantized
+from compile.models.spec import LlamaConfig, RopeScaling
+from compile.cpu.emitter import CpuLlamaEmitter
+from compile.gpu.decoder import LlamaEmitter
+from compile.cpu.matmul import Vectors
+from compile.options import ModelOptions
+from compile.formats.quantize import GROUP, quantized
 from compile.target import resolve_target
 from sf_local.artifact import host_cpu_features
 from sf_local.errors import UnsupportedError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from compile.mlir import Builder, Tensor
+from compile.mlir.builder import Builder, Tensor
 
 
 def test_generic_from_an_einsum() -> None:

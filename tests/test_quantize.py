@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from compile.quantize import GROUP, ZERO, Groups, from_gguf, packed, quantized, with_bits
+from compile.formats.quantize import GROUP, ZERO, Groups, from_gguf, packed, quantized, with_bits
 
 
 def weights(rows: int = 64, cols: int = 256, seed: int = 0) -> np.ndarray:

@@ -12,7 +12,7 @@ GOLDEN = Path("/work/shared/data/smollm2_greedy.json")  # llama.cpp, f32
 
 @pytest.mark.model
 def test_agrees_with_llama_cpp() -> None:
-    source = pytest.importorskip("compile.sources").open_source("demo")
+    source = pytest.importorskip("compile.sources.open").open_source("demo")
     weights = {name: np.asarray(t.read(slice(None))) for name, t in source.tensors.items()}
     for case in json.loads(GOLDEN.read_text())["cases"][:2]:
         prompt, generated = case["prompt_ids"], case["greedy_ids"]

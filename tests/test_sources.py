@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from toy_sources import CONFIG, hf_weights, refused, whole, write_folder, write_gguf
 
-from compile import sources
+from compile.sources.open import open as sources
 from compile.cache import cache_dir
-from compile.sources import open_source
+from compile.sources.open import open_source
 from sf_local.errors import SourceError
 
 

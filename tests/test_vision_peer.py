@@ -28,8 +28,8 @@ from vision_reference import (
 )
 
 from compile import BuildOptions, build
-from compile.config import LlamaConfig, VisionConfig
-from compile.kernels import SHAPES, TOWERS
+from compile.models.spec import LlamaConfig, VisionConfig
+from compile.tools.gpu_report import SHAPES, TOWERS
 from sf_local.artifact import open_artifact
 from sf_local.image_processor import ImageProcessor, ImageSettings
 from sf_local.prompt import ImageReader

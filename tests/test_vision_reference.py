@@ -23,7 +23,7 @@ from vision_reference import (
     write_vision_folder,
 )
 
-from compile.config import LlamaConfig, VisionConfig
+from compile.models.spec import LlamaConfig, VisionConfig
 
 UNTIED = replace(TINY, tied_embeddings=False)
 SCALE_1 = replace(IDEFICS3, scale_factor=1, num_layers=1)

@@ -14,7 +14,7 @@ import pytest
 from conftest import TINY, TinyModel
 from reference import rope_frequencies as reference_frequencies
 
-from compile.config import RopeScaling
+from compile.models.spec import RopeScaling
 from compile.weights import rope_frequencies, rope_table
 from sf_local.irpa import read_table
 
@@ -86,10 +86,10 @@ from pathlib import Path
 import numpy as np
 from conftest import TINY
 from reference import random_weights, write_hf_folder
-from compile.cpu_llama import CpuLlamaEmitter
-from compile.model import ModelOptions
-from compile.matmul import Vectors
-from compile.sources import open_source
+from compile.cpu.emitter import CpuLlamaEmitter
+from compile.options import ModelOptions
+from compile.cpu.matmul import Vectors
+from compile.sources.open import open_source
 from compile.weights import write_weights
 
 def anonymous() -> int:

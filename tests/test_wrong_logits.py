@@ -14,7 +14,7 @@ import pytest
 from conftest import TinyModel, random_weights
 from running import open_runner
 
-from compile.config import LlamaConfig
+from compile.models.spec import LlamaConfig
 from sf_local import Engine, SamplingParams, artifact, irpa
 from sf_local.artifact import WEIGHTS
 from sf_local.errors import EngineError

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 
-from compile.config import LlamaConfig
-from compile.huggingface import _canonical_name as canonical_name
-from compile.sources import Source, open_source
+from compile.models.spec import LlamaConfig
+from compile.sources.huggingface import _canonical_name as canonical_name
+from compile.sources.open import Source, open_source
 from compile.weights import check_tensors
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN = 2, 4, 2, 8, 32, 64

@@ -25,7 +25,7 @@ from reference import (
 )
 from safetensors.numpy import save_file
 
-from compile.config import LlamaConfig, VisionConfig
+from compile.models.spec import LlamaConfig, VisionConfig
 from compile.weights import vision_shapes
 
 IDEFICS3 = VisionConfig(

@@ -19,9 +19,9 @@ from test_model import perplexity, step_logprobs
 from test_quantize import plain_int4
 
 from compile import BuildOptions, build, demo
-from compile.quantize import GROUP, quantized
-from compile.source import Source, SourceTensor
-from compile.sources import open_source
+from compile.formats.quantize import GROUP, quantized
+from compile.sources.source import Source, SourceTensor
+from compile.sources.open import open_source
 
 
 def agreement(dtype: str) -> str:

@@ -15,8 +15,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from compile.cache import cache_dir
-from compile.huggingface import NAMES
-from compile.sources import demo_gguf, open_source
+from compile.sources.huggingface import NAMES
+from compile.sources.open import demo_gguf, open_source
 
 QUANTIZATIONS = {"F16": gguf.GGMLQuantizationType.F16, "Q8_0": gguf.GGMLQuantizationType.Q8_0}
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from compile.build import BuildOptions
-from compile.config import LlamaConfig, VisionConfig
-from compile.llama import LlamaEmitter
-from compile.mlir import Builder, Tensor, tensor_type
-from compile.model import SUMMARY, ModelOptions
-from compile.row_major import Weights, whole_subgroups
+from compile.models.spec import LlamaConfig, VisionConfig
+from compile.gpu.decoder import LlamaEmitter
+from compile.mlir.builder import Builder, Tensor, tensor_type
+from compile.options import SUMMARY, ModelOptions
+from compile.gpu.linear import Weights, whole_subgroups
 from compile.target import resolve_target
 
 

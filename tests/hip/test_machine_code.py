@@ -24,7 +24,7 @@ from reference import Array, forward, uneven_weights, write_hf_folder
 
 from compile import build
 from compile.build import MLIR, VMFB, BuildOptions
-from compile.model import MASKED, SUMMARY
+from compile.options import MASKED, SUMMARY
 
 FEW = {"prefill_batch_sizes": (1,), "decode_batch_sizes": (1, 8)}
 PLAN = Plan(TINY.vocab_size, TINY_OPTIONS.page_size)

@@ -14,7 +14,7 @@ from hip.driver import Driver, compile_code_object
 from hip.modules import Product, products_module
 
 from compile.build import VMFB
-from compile.row_major import SUBGROUP
+from compile.gpu.linear import SUBGROUP
 from sf_local.errors import UnsupportedError
 
 CHIPS = ("gfx90a", "gfx942", "gfx1100", "gfx1201")

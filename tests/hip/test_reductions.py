@@ -16,10 +16,10 @@ from conftest import TINY
 from vision_reference import IDEFICS3, LLAVA
 
 from compile.build import iree_compile
-from compile.config import VisionConfig
-from compile.llama import SEARCHED_AT_ONCE, LlamaEmitter
-from compile.mlir import Scalar, Tensor, tensor_type
-from compile.model import MASKED, ModelOptions
+from compile.models.spec import VisionConfig
+from compile.gpu.decoder import SEARCHED_AT_ONCE, LlamaEmitter
+from compile.mlir.builder import Scalar, Tensor, tensor_type
+from compile.options import MASKED, ModelOptions
 from compile.target import resolve_target
 
 VOCAB, ROWS = 300, 4

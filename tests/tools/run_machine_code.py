@@ -31,8 +31,8 @@ from vision_reference import IDEFICS3, LLAVA, random_model, write_vision_folder
 
 from compile import BuildOptions, build
 from compile.build import MLIR
-from compile.config import LlamaConfig
-from compile.kernels import SHAPES
+from compile.models.spec import LlamaConfig
+from compile.tools.gpu_report import SHAPES
 from compile.target import HIP_CHIPS
 
 MAIN = ("gfx942", "gfx90a", "gfx1100", "gfx1201")

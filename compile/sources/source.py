@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compile.config import LlamaConfig, VisionConfig
-from compile.quantize import Groups
+from compile.models.spec import LlamaConfig, VisionConfig
+from compile.formats.quantize import Groups
 from sf_local.errors import SourceError, UnsupportedError
 
 Rows = slice | NDArray[np.integer[Any]]

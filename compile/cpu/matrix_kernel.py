@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from compile import tiles
-from compile.kernel import KernelBuilder, Memory, Views
-from compile.matmul import TILES, Activations, Format
-from compile.mlir import Builder, Dim, Scalar, Tensor, tensor_type
-from compile.tiles import Tiles
+from compile.cpu import amx as tiles
+from compile.cpu.kernel import KernelBuilder, Memory, Views
+from compile.cpu.matmul import TILES, Activations, Format
+from compile.mlir.builder import Builder, Dim, Scalar, Tensor, tensor_type
+from compile.cpu.amx import Tiles
 
 WORKGROUPS = 64  # at least one a thread; those that find all done return at once
 MIN_TASKS = 16  # of a matrix, or some threads would wait for others

@@ -1,4 +1,4 @@
-"""`python -m compile.kernels SHAPE`: the kernels of a GPU, in decode, prefill and vision towers.
+"""`python -m compile.tools.gpu_report SHAPE`: the kernels of a GPU, in decode, prefill and vision towers.
 
 Without a GPU: compiles a model of a known shape, weights aside, and reads what IREE leaves: which
 kernels a function dispatches with which tensors, how many workgroups each has, and the chip's
@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compile.build import BuildOptions, iree_compile
-from compile.config import LlamaConfig, VisionConfig
-from compile.llama import LlamaEmitter
-from compile.model import ITEM_BYTES, ModelOptions
+from compile.models.spec import LlamaConfig, VisionConfig
+from compile.gpu.decoder import LlamaEmitter
+from compile.options import ITEM_BYTES, ModelOptions
 from compile.target import HIP_CHIPS, resolve_target
 
 SHAPES = {
@@ -327,7 +327,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m compile.kernels",
+        prog="python -m compile.tools.gpu_report",
         description="Kernels of a decode step, of prefill and of a vision tower: how many of each,"
         " workgroups x threads, matrix instructions in its code, bytes, roofline of one and all.",
     )

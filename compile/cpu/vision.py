@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
-from compile import tiles
-from compile.config import VisionConfig
-from compile.cpu_attention import QUERY_ROWS, Attention, AttentionMemory, KVLayout
-from compile.cpu_matrix import WORKGROUPS, MatrixKernel, padded
-from compile.kernel import LINE, Views, vector_type
-from compile.matmul import Activations, Format
-from compile.mlir import Builder, Scalar, Tensor
-from compile.model import Parameter
-from compile.tiled_attention import ROWS as TILED_ROWS
-from compile.tiled_attention import TiledAttention
-from compile.tiles import Tiles
-from compile.vision import activation, gelu
+from compile.cpu import amx as tiles
+from compile.models.spec import VisionConfig
+from compile.cpu.attention import QUERY_ROWS, Attention, AttentionMemory, KVLayout
+from compile.cpu.matrix_kernel import WORKGROUPS, MatrixKernel, padded
+from compile.cpu.kernel import LINE, Views, vector_type
+from compile.cpu.matmul import Activations, Format
+from compile.mlir.builder import Builder, Scalar, Tensor
+from compile.options import Parameter
+from compile.cpu.attention_amx import ROWS as TILED_ROWS
+from compile.cpu.attention_amx import TiledAttention
+from compile.cpu.amx import Tiles
+from compile.gpu.vision import activation, gelu
 
 PAGE = 32  # positions; those of a task that stores them:
 STORED = 16

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from compile import abi
-from compile.config import LlamaConfig, VisionConfig
-from compile.cpu_attention import KVLayout
-from compile.cpu_forward import Forward, Kind, Shape
-from compile.cpu_vision import Vision, VisionShape
-from compile.matmul import Format, Vectors
-from compile.mlir import Builder, Tensor
-from compile.model import ModelOptions, Parameter
+from compile.mlir import abi
+from compile.models.spec import LlamaConfig, VisionConfig
+from compile.cpu.attention import KVLayout
+from compile.cpu.decoder import Forward, Kind, Shape
+from compile.cpu.vision import Vision, VisionShape
+from compile.cpu.matmul import Format, Vectors
+from compile.mlir.builder import Builder, Tensor
+from compile.options import ModelOptions, Parameter
 from sf_local.irpa import num_bytes_together
 
 PREFILL = Kind("prefill", all_logits=True, is_decode=False)

@@ -15,10 +15,10 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from compile.config import LlamaConfig, RopeScaling
-from compile.gguf_tokenizer import convert_tokenizer, special_id
-from compile.quantize import Groups, from_gguf
-from compile.source import (
+from compile.models.spec import LlamaConfig, RopeScaling
+from compile.sources.gguf_tokenizer import convert_tokenizer, special_id
+from compile.formats.quantize import Groups, from_gguf
+from compile.sources.source import (
     Numbers,
     Progress,
     Rows,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from compile.quantize import GROUP
+from compile.formats.quantize import GROUP
 
 ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 QUANTIZED = ("int8", "int4")  # in groups, on CPUs

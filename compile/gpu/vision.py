@@ -14,9 +14,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from compile.config import VisionConfig
-from compile.mlir import Dim, Scalar, Tensor
-from compile.row_major import Weights, whole_subgroups
+from compile.models.spec import VisionConfig
+from compile.mlir.builder import Dim, Scalar, Tensor
+from compile.gpu.linear import Weights, whole_subgroups
 
 HIDDEN_SCORE = -1e4  # of padding: finite in f16
 

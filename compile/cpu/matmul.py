@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from compile.kernel import KernelBuilder, Memory, Views, lanes_of, vector_type
-from compile.mlir import Scalar
-from compile.model import ITEM_BYTES, QUANTIZED, Parameter
-from compile.quantize import GROUP, ZERO
+from compile.cpu.kernel import KernelBuilder, Memory, Views, lanes_of, vector_type
+from compile.mlir.builder import Scalar
+from compile.options import ITEM_BYTES, QUANTIZED, Parameter
+from compile.formats.quantize import GROUP, ZERO
 
 TILES = 2  # vectors of output features in a block
 PARTS = 2  # of a quantized activation: high, low
@@ -24,7 +24,7 @@ REGISTER_BITS = {4: "128", 8: "256", 16: "512"}  # by f32 lanes
 
 @dataclass(frozen=True)
 class Tuning:
-    """What `compile.search` finds for a CPU.
+    """What `compile.tools.tune_cpu` finds for a CPU.
 
     ahead: bytes that a single row, which waits for memory, asks for in advance. blocks: of outputs
     that a single row computes at once: sums that do not wait for one another. task_bytes: weights
@@ -199,7 +199,7 @@ class Format:
 
     @property
     def is_tiled(self) -> bool:
-        """Whether matrices of whole tiles are multiplied with them; see `compile.tiles`."""
+        """Whether matrices of whole tiles are multiplied with them; see `compile.cpu.amx`."""
         return not self.is_quantized and self.unit == 2 and self.vectors.has_tiles
 
     @property

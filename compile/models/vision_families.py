@@ -10,8 +10,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from compile.config import VisionConfig
-from compile.source import (
+from compile.models.spec import VisionConfig
+from compile.sources.source import (
     Numbers,
     Supported,
     Where,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from compile.mlir import Builder, Scalar, element_type, mask_type
+from compile.mlir.builder import Builder, Scalar, element_type, mask_type
 
 LINE = 16  # i32 of a cache line: counters of two phases never share one
 ROUNDING = 1.5 * 2**23

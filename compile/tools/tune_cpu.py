@@ -1,4 +1,4 @@
-"""`python -m compile.search`: which tuning of the CPU's kernels is fastest on this machine.
+"""`python -m compile.tools.tune_cpu`: which tuning of the CPU's kernels is fastest on this machine.
 
 One setting after the other, each value built, and all of them measured in turn in one process; the
 best stays for the next. What came out for the CPUs at hand is in `target.py`.
@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from compile.build import BuildOptions, build
-from compile.matmul import Tuning
+from compile.cpu.matmul import Tuning
 from compile.target import resolve_target
 from sf_local.engine import Engine
 from sf_local.request import SamplingParams
@@ -97,7 +97,7 @@ MEASURES: dict[str, Measure] = {
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m compile.search",
+        prog="python -m compile.tools.tune_cpu",
         description=f"Tokens a second of {', '.join(MEASURES)}, for each value of each setting.",
     )
     parser.add_argument("settings", nargs="*", default=list(VALUES), help=f"{', '.join(VALUES)}")

@@ -13,17 +13,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 
-from compile.config import Heads
-from compile.kernel import LINE, KernelBuilder, Memory, Views, lanes_of, vector_type
-from compile.matmul import (
+from compile.models.spec import Heads
+from compile.cpu.kernel import LINE, KernelBuilder, Memory, Views, lanes_of, vector_type
+from compile.cpu.matmul import (
     Activations,
     Streams,
     Vectors,
     operand,
     product,
 )
-from compile.mlir import Scalar
-from compile.model import ITEM_BYTES, MASKED
+from compile.mlir.builder import Scalar
+from compile.options import ITEM_BYTES, MASKED
 
 QUERY_ROWS = 4  # rows of one sequence that attend together
 CHUNK = 256  # positions between two corrections of a softmax

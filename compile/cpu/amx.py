@@ -10,9 +10,9 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field
 
-from compile.kernel import KernelBuilder, Memory, Views
-from compile.matmul import Activations, Format
-from compile.mlir import Scalar
+from compile.cpu.kernel import KernelBuilder, Memory, Views
+from compile.cpu.matmul import Activations, Format
+from compile.mlir.builder import Scalar
 
 LINES = 16  # rows of activations in a tile, or pairs of columns
 LINE_BYTES = 64

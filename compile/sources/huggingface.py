@@ -12,8 +12,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from compile.config import LlamaConfig, RopeScaling, VisionConfig
-from compile.huggingface_vision import (
+from compile.models.spec import LlamaConfig, RopeScaling, VisionConfig
+from compile.models.vision_families import (
     FAMILIES,
     image_settings,
     is_computed,
@@ -21,7 +21,7 @@ from compile.huggingface_vision import (
     vision_config,
     vision_name,
 )
-from compile.source import (
+from compile.sources.source import (
     Numbers,
     Progress,
     Source,

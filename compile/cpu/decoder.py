@@ -11,18 +11,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from compile import tiles
-from compile.config import LlamaConfig
-from compile.cpu_attention import QUERY_ROWS, SPLIT, Attention, AttentionMemory, KVLayout, Splits
-from compile.cpu_matrix import WORKGROUPS, MatrixKernel, padded
-from compile.kernel import LINE, Memory, Views, vector_type
-from compile.matmul import Format, Vectors
-from compile.mlir import Builder, Dim, Scalar, Tensor
-from compile.model import MASKED, SUMMARY, ModelOptions, Parameter
-from compile.quantize import GROUP
-from compile.tiled_attention import ROWS as TILED_ROWS
-from compile.tiled_attention import TiledAttention
-from compile.tiles import Tiles
+from compile.cpu import amx as tiles
+from compile.models.spec import LlamaConfig
+from compile.cpu.attention import QUERY_ROWS, SPLIT, Attention, AttentionMemory, KVLayout, Splits
+from compile.cpu.matrix_kernel import WORKGROUPS, MatrixKernel, padded
+from compile.cpu.kernel import LINE, Memory, Views, vector_type
+from compile.cpu.matmul import Format, Vectors
+from compile.mlir.builder import Builder, Dim, Scalar, Tensor
+from compile.options import MASKED, SUMMARY, ModelOptions, Parameter
+from compile.formats.quantize import GROUP
+from compile.cpu.attention_amx import ROWS as TILED_ROWS
+from compile.cpu.attention_amx import TiledAttention
+from compile.cpu.amx import Tiles
 
 SUMMARY_TASK = 16  # such blocks
 PHASES = 10  # a layer

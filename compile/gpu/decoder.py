@@ -15,12 +15,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compile import abi
-from compile.config import LlamaConfig, VisionConfig
-from compile.mlir import Builder, Dim, Scalar, Tensor
-from compile.model import MASKED, SUMMARY, ModelOptions, Parameter
-from compile.row_major import Weights, whole_subgroups
-from compile.vision import VisionEmitter
+from compile.mlir import abi
+from compile.models.spec import LlamaConfig, VisionConfig
+from compile.mlir.builder import Builder, Dim, Scalar, Tensor
+from compile.options import MASKED, SUMMARY, ModelOptions, Parameter
+from compile.gpu.linear import Weights, whole_subgroups
+from compile.gpu.vision import VisionEmitter
 
 SEARCHED_AT_ONCE = 128  # logits: four for each of 32 lanes
 

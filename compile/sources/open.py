@@ -16,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from compile.cache import cache_dir
-from compile.gguf_file import open_gguf
-from compile.huggingface import open_folder
-from compile.source import Progress, Source, SourceTensor, corrupt
+from compile.sources.gguf import open_gguf
+from compile.sources.huggingface import open_folder
+from compile.sources.source import Progress, Source, SourceTensor, corrupt
 from sf_local.artifact import file_sha256
 from sf_local.errors import SourceError
 

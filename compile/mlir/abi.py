@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from compile.mlir import Builder, Dim, Tensor, tensor_type
+from compile.mlir.builder import Builder, Dim, Tensor, tensor_type
 
 MAX_ARGUMENT_SIZE = 1 << 22
 
