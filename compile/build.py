@@ -29,8 +29,9 @@ from compile.weights import (
     type_name,
     write_weights,
 )
-from sf_local import artifact, irpa
-from sf_local.artifact import (
+from sf_local.artifact.open import open as artifact
+from sf_local.artifact import irpa
+from sf_local.artifact.open import (
     COMPILER_VERSION,
     CONFIG,
     FORMAT_VERSION,
@@ -50,8 +51,8 @@ from sf_local.errors import (
     SourceError,
     UnsupportedError,
 )
-from sf_local.image_processor import ImageSettings
-from sf_local.tokenizer import Tokenizer
+from sf_local.vision.processor import ImageSettings
+from sf_local.text.tokenizer import Tokenizer
 
 Emitter = LlamaEmitter | CpuLlamaEmitter
 Progress = Callable[[str, float | None], None]  # what is being done, and which share of it

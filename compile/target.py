@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from compile.cpu.matmul import Tuning, Vectors
-from sf_local.artifact import host_cpu_features
+from sf_local.artifact.open import host_cpu_features
 from sf_local.errors import UnsupportedError
 
 # What iree-compile 3.9.0 can generate code for.

@@ -18,7 +18,7 @@ from compile.models.spec import LlamaConfig, VisionConfig
 from compile.options import Parameter
 from compile.formats.quantize import GROUP, ZERO, Groups, packed, quantized, with_bits
 from compile.sources.open import Source, SourceTensor
-from sf_local import irpa
+from sf_local.artifact import irpa
 from sf_local.errors import SourceError
 
 DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}

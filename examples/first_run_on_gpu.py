@@ -22,16 +22,16 @@ from compile import BuildOptions, build, demo
 from compile.cache import cache_dir
 from compile.progress import progress_display
 from compile.target import resolve_target
-from sf_local import bench
-from sf_local.artifact import open_artifact
-from sf_local.bench_report import table
-from sf_local.device_info import DeviceInfo, devices, find_device, hip_library
-from sf_local.engine import Engine
+from sf_local.bench.measurements import measurements as bench
+from sf_local.artifact.open import open_artifact
+from sf_local.bench.report import table
+from sf_local.device.info import DeviceInfo, devices, find_device, hip_library
+from sf_local.engine.engine import Engine
 from sf_local.errors import DeviceError, SfLocalError
-from sf_local.generation import Output
-from sf_local.memory import GIB
-from sf_local.request import SamplingParams
-from sf_local.roofline import decode_bytes
+from sf_local.engine.generation import Output
+from sf_local.engine.memory import GIB
+from sf_local.request.request import SamplingParams
+from sf_local.bench.roofline import decode_bytes
 
 PROMPTS = (
     "The capital of France is",

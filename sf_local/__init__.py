@@ -17,11 +17,11 @@ from sf_local import errors
 from sf_local.errors import SfLocalError
 
 if TYPE_CHECKING:
-    from sf_local.backend import ShortfinLocal
-    from sf_local.device_info import DeviceInfo, devices
-    from sf_local.engine import Engine
-    from sf_local.generation import Output
-    from sf_local.request import SamplingParams
+    from sf_local.frontend.backend import ShortfinLocal
+    from sf_local.device.info import DeviceInfo, devices
+    from sf_local.engine.engine import Engine
+    from sf_local.engine.generation import Output
+    from sf_local.request.request import SamplingParams
 
 __all__ = [
     "DeviceInfo",
@@ -35,12 +35,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ShortfinLocal": "sf_local.backend",
-    "Engine": "sf_local.engine",
-    "Output": "sf_local.generation",
-    "SamplingParams": "sf_local.request",
-    "DeviceInfo": "sf_local.device_info",
-    "devices": "sf_local.device_info",
+    "ShortfinLocal": "sf_local.frontend.backend",
+    "Engine": "sf_local.engine.engine",
+    "Output": "sf_local.engine.generation",
+    "SamplingParams": "sf_local.request.request",
+    "DeviceInfo": "sf_local.device.info",
+    "devices": "sf_local.device.info",
 }
 
 if (sys.platform, platform.machine()) != ("linux", "x86_64"):
@@ -58,5 +58,5 @@ def __getattr__(name: str) -> Any:
 
 @wrapt.when_imported("sglang")
 def _attach(sglang: Any) -> None:
-    if "sf_local.backend" not in sys.modules:  # else it imports sglang, and attaches at its end
-        importlib.import_module("sf_local.backend")
+    if "sf_local.frontend.backend" not in sys.modules:  # else it imports sglang, and attaches at its end
+        importlib.import_module("sf_local.frontend.backend")

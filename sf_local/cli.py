@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sf_local.artifact import (
+from sf_local.artifact.open import (
     DTYPE_BYTES,
     Artifact,
     ModelConfig,
@@ -20,12 +20,12 @@ from sf_local.artifact import (
     open_artifact,
     verify,
 )
-from sf_local.device_info import devices, find_device
+from sf_local.device.info import devices, find_device
 from sf_local.errors import SfLocalError
 
 if TYPE_CHECKING:
-    from sf_local.engine import Engine, Handle
-    from sf_local.request import SamplingParams
+    from sf_local.engine.engine import Engine, Handle
+    from sf_local.request.request import SamplingParams
 
 GIB = 1 << 30
 DEVICES = "cpu, hip, hip:N, hip:GPU-<uuid>, or auto: what the artifact is for (default)"
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _params(args: argparse.Namespace, stop: Sequence[str] = ()) -> SamplingParams:
     """Options that are called like a field of SamplingParams."""
-    from sf_local.request import SamplingParams
+    from sf_local.request.request import SamplingParams
 
     names = {field.name for field in fields(SamplingParams)} - {"stop"}
     values = {name: value for name, value in vars(args).items() if name in names}
@@ -100,7 +100,7 @@ def _params(args: argparse.Namespace, stop: Sequence[str] = ()) -> SamplingParam
 
 
 def _engine(args: argparse.Namespace) -> Engine:
-    from sf_local.engine import Engine
+    from sf_local.engine.engine import Engine
 
     return Engine(args.artifact, args.device)
 
@@ -113,7 +113,7 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _chat(args: argparse.Namespace) -> None:
-    from sf_local.chat_template import derive_chat_template
+    from sf_local.text.chat_template import derive_chat_template
 
     with _engine(args) as engine:
         template = derive_chat_template(engine.tokenizer, engine.artifact.name)
@@ -180,8 +180,8 @@ def _devices(_: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from sf_local.bench import run
-    from sf_local.bench_report import check_plot, plot, table
+    from sf_local.bench.measurements import run
+    from sf_local.bench.report import check_plot, plot, table
 
     def progress(text: str) -> None:
         print(text, file=sys.stderr)

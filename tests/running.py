@@ -11,10 +11,10 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from sf_local.artifact import open_artifact
-from sf_local.device import Device
-from sf_local.runner import ModelRunner
-from sf_local.summary import Floats
+from sf_local.artifact.open import open_artifact
+from sf_local.device.device import Device
+from sf_local.model.runner import ModelRunner
+from sf_local.sampling.logits import Floats
 
 T = TypeVar("T")
 

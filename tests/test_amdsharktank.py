@@ -22,10 +22,10 @@ from conftest import TINY, TinyModel, peer, shared_data
 from reference import forward, logprobs, random_weights, write_hf_folder
 
 from sf_local import Engine, SamplingParams
-from sf_local.artifact import CONFIG, MANIFEST, VMFB, open_artifact
+from sf_local.artifact.open import CONFIG, MANIFEST, VMFB, open_artifact
 from sf_local.errors import CorruptFileError, EngineError, MismatchError, RequestError
-from sf_local.loop import _limits
-from sf_local.top_k import spread
+from sf_local.engine.core import _limits
+from sf_local.engine.top_k import spread
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "peers"
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from conftest import TinyModel
 
-from sf_local import artifact as module
-from sf_local import irpa
-from sf_local.artifact import (
+from sf_local.artifact.open import open as module
+from sf_local.artifact import irpa
+from sf_local.artifact.open import (
     CONFIG,
     MANIFEST,
     REPAIR,
@@ -28,8 +28,8 @@ from sf_local.artifact import (
     read_config,
     verify,
 )
-from sf_local.device_info import DeviceInfo
-from sf_local.engine import Engine
+from sf_local.device.info import DeviceInfo
+from sf_local.engine.engine import Engine
 from sf_local.errors import (
     ArtifactError,
     CorruptFileError,
@@ -421,8 +421,8 @@ def test_another_target(
     parts: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sf_local.loop.Device", None)  # nothing native may load
-    monkeypatch.setattr("sf_local.device_info._gpus", lambda: [GPU])
+    monkeypatch.setattr("sf_local.engine.core.Device", None)  # nothing native may load
+    monkeypatch.setattr("sf_local.device.info._gpus", lambda: [GPU])
     monkeypatch.setattr(module, "host_cpu_features", lambda: frozenset({"fma"}))
     opened(folder, **{"cpu_features": ["fma"], **changes})
     with pytest.raises(TargetError) as caught:
@@ -433,7 +433,7 @@ def test_another_target(
 
 def test_several_targets(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The device says which; without one the first will do."""
-    monkeypatch.setattr("sf_local.device_info._gpus", lambda: [GPU])
+    monkeypatch.setattr("sf_local.device.info._gpus", lambda: [GPU])
     several = tmp_path / "several"
     for name in ("cpu", "gfx1100"):
         shutil.copytree(folder, several / name)

@@ -18,7 +18,7 @@ from sglang.lang.choices import ChoicesSamplingMethod
 from sglang.lang.ir import SglSamplingParams
 
 import sf_local
-from sf_local.backend import to_params
+from sf_local.frontend.backend import to_params
 from sf_local.errors import ChatTemplateError, RequestError
 
 

@@ -14,12 +14,12 @@ from types import ModuleType
 import pytest
 from conftest import SeeingModel, TinyModel
 
-from sf_local.artifact import open_artifact
-from sf_local.bench import MEASUREMENTS
-from sf_local.bench_report import Figure, check_plot, summary, table
+from sf_local.artifact.open import open_artifact
+from sf_local.bench.measurements import MEASUREMENTS
+from sf_local.bench.report import Figure, check_plot, summary, table
 from sf_local.cli import main
 from sf_local.errors import RequestError
-from sf_local.roofline import (
+from sf_local.bench.roofline import (
     decode_bytes,
     encode_flops,
     peak_flops,

@@ -19,7 +19,7 @@ from compile.__main__ import _model_name, main
 from compile.cache import cache_dir
 from compile.target import HIP_CHIPS
 from sf_local import Engine, SamplingParams, cli
-from sf_local.artifact import WEIGHTS, compiled_targets, file_sha256, open_artifact, verify
+from sf_local.artifact.open import WEIGHTS, compiled_targets, file_sha256, open_artifact, verify
 from sf_local.errors import OutputError, SourceError, UnsupportedError
 
 SLOW = pytest.mark.slow

@@ -17,9 +17,9 @@ from sglang.lang.choices import (
 )
 
 from sf_local import Engine, SamplingParams
-from sf_local.choices import Score
+from sf_local.engine.scoring import Score
 from sf_local.errors import EngineError, RequestError
-from sf_local.runner import ModelRunner, Row
+from sf_local.model.runner import ModelRunner, Row
 
 PROMPT = "the quick brown fox"
 CHOICES = [" jumps", " sleeps over the dog", "y", " jumps over"]

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from sf_local import cpu_threads
+from sf_local.device import cpu_threads
 
 PROGRAM = """
 import os, sys, time
 cores = [int(core) for core in sys.argv[1].split(",")]
 os.sched_setaffinity(0, cores)
-from sf_local.device import Device
+from sf_local.device.device import Device
 def workers():
     for task in os.listdir("/proc/self/task"):
         if open(f"/proc/self/task/{task}/comm").read().startswith("iree-worker"):

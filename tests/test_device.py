@@ -3,7 +3,7 @@
 import threading
 from queue import SimpleQueue
 
-from sf_local.device import Device
+from sf_local.device.device import Device
 
 
 def test_coroutines_run_on_the_worker_thread() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import sf_local
-from sf_local.device_info import check_name, devices, find_device
-from sf_local.engine import Engine
+from sf_local.device.info import check_name, devices, find_device
+from sf_local.engine.engine import Engine
 from sf_local.errors import DeviceError, TargetError
 
 UNKNOWN = [

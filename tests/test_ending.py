@@ -14,9 +14,9 @@ import pytest
 from conftest import TinyModel
 
 from sf_local import Engine, SamplingParams
-from sf_local.engine import Handle
+from sf_local.engine.engine import Handle
 from sf_local.errors import EngineError
-from sf_local.generation import Generation
+from sf_local.engine.generation import Generation
 
 PROMPT = [5, 100, 33, 7, 250, 12]
 GOOD = SamplingParams(max_new_tokens=12, temperature=0, ignore_eos=True)
@@ -184,7 +184,7 @@ def test_parts_that_raise(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, plac
             if place == "scheduler":
                 patch.setattr(loop._scheduler, "add", failing)
             elif place == "sampler":
-                patch.setattr("sf_local.sampler._next", failing)
+                patch.setattr("sf_local.sampling.sampler._next", failing)
             else:
                 patch.setattr(loop._cache, "evict", failing)
                 engine.flush_cache()  # which ends the loop

@@ -18,7 +18,7 @@ from conftest import TinyModel
 from reference import forward
 
 from sf_local import Engine, SamplingParams
-from sf_local.engine import Output
+from sf_local.engine.engine import Output
 from sf_local.errors import DeviceError, EngineError, RequestError
 
 PROMPT = [5, 100, 33, 7, 250, 12]

@@ -14,7 +14,7 @@ from conftest import TinyModel
 
 from sf_local import Engine, SamplingParams
 from sf_local.errors import EngineError, GrammarError, RequestError
-from sf_local.masks import Mask
+from sf_local.grammar.mask import Mask
 
 PROMPT = [5, 100, 33, 7, 250, 12]
 SCHEMA = {
@@ -164,7 +164,7 @@ def test_a_grammar_that_gives_up_fails_its_request_alone(engine: Engine) -> None
 
     assert generation.grammar is not None
     generation.grammar.fill_mask = give_up  # type: ignore[method-assign]
-    from sf_local.engine import Handle
+    from sf_local.engine.engine import Handle
 
     with pytest.raises(GrammarError, match="enough"):
         Handle(engine, generation).result()
@@ -217,7 +217,7 @@ def test_a_mistake_harms_nobody_else(engine: Engine, monkeypatch: pytest.MonkeyP
         raise ValueError("injected")
 
     bad.sampler.change = fail  # type: ignore[method-assign]
-    from sf_local.engine import Handle
+    from sf_local.engine.engine import Handle
 
     with pytest.raises(EngineError, match="injected"):
         Handle(engine, bad).result()

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from test_tokenizer import byte_level_tokenizer, save, sentencepiece_tokenizer
 from tokenizers import normalizers
 
-from sf_local import grammar as module
+from sf_local.grammar.compiler import compiler as module
 from sf_local.errors import EngineError, GrammarError
-from sf_local.grammar import Grammar, GrammarCompiler
-from sf_local.grammar_schema import REFUSED_KEYWORDS
-from sf_local.tokenizer import Tokenizer
+from sf_local.grammar.compiler import Grammar, GrammarCompiler
+from sf_local.grammar.json_schema import REFUSED_KEYWORDS
+from sf_local.text.tokenizer import Tokenizer
 
 EOS = 2
 CLOSING = {ord(char) for char in '"]},'}
@@ -767,7 +767,7 @@ def test_grammars_from_many_threads(tokenizer: Tokenizer) -> None:
 
 
 def test_llguidance_is_imported_with_the_first_grammar() -> None:
-    code = "import sys, sf_local.grammar; sys.exit('llguidance' in sys.modules)"
+    code = "import sys, sf_local.grammar.compiler; sys.exit('llguidance' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -23,7 +23,7 @@ from transformers.models.llava.processing_llava import LlavaProcessor
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
-from sf_local.image_processor import ImageProcessor, ImageSettings
+from sf_local.vision.processor import ImageProcessor, ImageSettings
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]

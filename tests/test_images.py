@@ -24,7 +24,7 @@ import pytest
 from transformers.image_transforms import convert_to_rgb
 
 from sf_local.errors import ImageError, RequestError
-from sf_local.images import GivenImage
+from sf_local.vision.image_file import GivenImage
 
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]
 ORIENTATION = 0x0112
@@ -297,9 +297,9 @@ def test_urls(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
     refused("http://", "no host", allow_urls=True)
     refused("http://127.0.0.1:9/", "refused", allow_urls=True)
     refused(f"{web}/ftp", "unknown url type: ftp", allow_urls=True)
-    monkeypatch.setattr("sf_local.images._MAX_URL_BYTES", 100)
+    monkeypatch.setattr("sf_local.vision.image_file._MAX_URL_BYTES", 100)
     refused(url, "more than 0 MiB", allow_urls=True)
-    monkeypatch.setattr("sf_local.images._URL_SECONDS", 0.5)
+    monkeypatch.setattr("sf_local.vision.image_file._URL_SECONDS", 0.5)
     refused(f"{web}/slow", r"more than 0\.5 s", allow_urls=True)
 
 
@@ -316,7 +316,7 @@ def test_threads() -> None:
 
 def test_pillow_is_imported_with_the_first_image() -> None:
     program = """
-import sys, sf_local.images, sf_local.image_processor
+import sys, sf_local.vision.image_file, sf_local.vision.processor
 print({"PIL", "transformers", "torch", "urllib.request"} & set(sys.modules))
 """
     done = subprocess.run(

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from sf_local import irpa
+from sf_local.artifact import irpa
 from sf_local.errors import CorruptFileError, MissingFileError
 
 HEADER_BYTES, ENTRY_BYTES = 96, 80

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from sf_local.linkage import _addresses
+from sf_local.device.symbol_patch import _addresses
 
 PROGRAM = """
 import ctypes
 import shortfin
-from sf_local.device import _libshortfin
-from sf_local.linkage import call_slot, keep_joined_statuses
+from sf_local.device.device import _libshortfin
+from sf_local.device.symbol_patch import call_slot, keep_joined_statuses
 
 path = _libshortfin()
 library = ctypes.CDLL(str(path))

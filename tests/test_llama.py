@@ -18,10 +18,10 @@ from compile.cpu.matmul import Vectors
 from compile.options import ModelOptions
 from compile.formats.quantize import GROUP, quantized
 from compile.target import resolve_target
-from sf_local.artifact import host_cpu_features
+from sf_local.artifact.open import host_cpu_features
 from sf_local.errors import UnsupportedError
-from sf_local.runner import ModelRunner, Row, Wanted
-from sf_local.summary import Next, summarize
+from sf_local.model.runner import ModelRunner, Row, Wanted
+from sf_local.sampling.logits import Next, summarize
 
 PAGE = TINY_OPTIONS.page_size
 LLAMA3 = RopeScaling("llama3", 4.0, 1.0, 4.0, 64)

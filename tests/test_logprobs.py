@@ -12,7 +12,7 @@ from reference import forward, logprobs
 
 from sf_local import Engine, SamplingParams
 from sf_local.errors import RequestError
-from sf_local.logprobs import PromptLogprobs
+from sf_local.sampling.logprobs import PromptLogprobs
 
 PROMPT = [5, 100, 33, 7, 250, 12, 99, 98, 97, 96]
 PARAMS = SamplingParams(

@@ -13,9 +13,9 @@ from reference import logprobs
 from running import open_runner
 
 from compile import BuildOptions, demo
-from sf_local.engine import Engine
-from sf_local.request import SamplingParams
-from sf_local.runner import ModelRunner, Row
+from sf_local.engine.engine import Engine
+from sf_local.request.request import SamplingParams
+from sf_local.model.runner import ModelRunner, Row
 
 pytestmark = pytest.mark.model
 TIE = 0.05  # llama.cpp's KV cache is f16: nearer than this, either token may follow

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sf_local.page_pool import PagePool
+from sf_local.kv_cache.page_pool import PagePool
 
 
 def check(pool: PagePool, owners: Counter[int], kept: set[int]) -> None:

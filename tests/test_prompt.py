@@ -16,9 +16,9 @@ from test_image_processor import SMALL_LLAVA, SMALL_SMOLVLM, noise
 from vision_reference import ADDED_TOKENS, IMAGE_TOKEN, write_tokenizer
 
 from sf_local.errors import MismatchError, RequestError
-from sf_local.image_processor import ImageProcessor, ImageSettings
-from sf_local.prompt import CutImage, ImageCache, ImageReader, Prompt, Tile
-from sf_local.tokenizer import Tokenizer
+from sf_local.vision.processor import ImageProcessor, ImageSettings
+from sf_local.vision.reader import CutImage, ImageCache, ImageReader, Prompt, Tile
+from sf_local.text.tokenizer import Tokenizer
 
 IDEFICS3 = replace(SMALL_SMOLVLM, image_token_id=IMAGE_TOKEN, tokens_per_tile=3)
 LLAVA = replace(SMALL_LLAVA, image_token_id=IMAGE_TOKEN, tokens_per_tile=5)

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sf_local.page_pool import PagePool
-from sf_local.radix_cache import Match, RadixCache, Tokens, common_prefix_len
+from sf_local.kv_cache.page_pool import PagePool
+from sf_local.kv_cache.radix_cache import Match, RadixCache, Tokens, common_prefix_len
 
 
 def shared_len(a: Sequence[int], b: Sequence[int]) -> int:

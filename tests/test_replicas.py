@@ -11,9 +11,10 @@ from conftest import TinyModel
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sf_local import Engine, SamplingParams, replicas
+from sf_local import Engine, SamplingParams
+from sf_local.engine import replicas
 from sf_local.errors import DeviceError, EngineError
-from sf_local.replicas import BLOCK, MAX_LEAD, Router
+from sf_local.engine.replicas import BLOCK, MAX_LEAD, Router
 
 PROMPT = list(range(3, 3 + 4 * BLOCK))
 PARAMS = SamplingParams(max_new_tokens=8, temperature=0, ignore_eos=True)

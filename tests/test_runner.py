@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from conftest import TinyModel
 
-from sf_local.artifact import CONFIG, MANIFEST, REPAIR, VMFB, WEIGHTS, open_artifact
-from sf_local.device import Device
-from sf_local.engine import Engine
+from sf_local.artifact.open import CONFIG, MANIFEST, REPAIR, VMFB, WEIGHTS, open_artifact
+from sf_local.device.device import Device
+from sf_local.engine.engine import Engine
 from sf_local.errors import (
     ArtifactError,
     CorruptFileError,
@@ -22,7 +22,7 @@ from sf_local.errors import (
     MismatchError,
     TargetError,
 )
-from sf_local.runner import ModelRunner, Row
+from sf_local.model.runner import ModelRunner, Row
 
 T = TypeVar("T")
 NUM_PAGES, PAGE_SIZE, MAX_SEQ_LEN = 40, 8, 256

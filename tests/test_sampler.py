@@ -12,10 +12,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from sf_local.request import SamplingParams
-from sf_local.sampler import Row, Sampled, Sampler, candidates
-from sf_local.sampler import sample as sample_rows
-from sf_local.summary import BLOCK, summarize
+from sf_local.request.request import SamplingParams
+from sf_local.sampling.sampler import Row, Sampled, Sampler, candidates
+from sf_local.sampling.sampler import sample as sample_rows
+from sf_local.sampling.logits import BLOCK, summarize
 
 LOGITS = np.random.default_rng(3).permutation(np.linspace(-2, 2, 20, dtype=np.float32))
 

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sf_local.page_pool import PagePool
-from sf_local.radix_cache import Node, RadixCache
-from sf_local.request import Request, RequestStatus, SamplingParams
-from sf_local.scheduler import MAX_EXAMINED, Chunk, Limits, Scheduler, Step
+from sf_local.kv_cache.page_pool import PagePool
+from sf_local.kv_cache.radix_cache import Node, RadixCache
+from sf_local.request.request import Request, RequestStatus, SamplingParams
+from sf_local.engine.scheduler import MAX_EXAMINED, Chunk, Limits, Scheduler, Step
 
 GARBAGE = 0
 LIMITS = Limits((1, 3), (1, 4), prefill_tokens=16)

@@ -12,8 +12,8 @@ from reference import random_weights, write_hf_folder
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from sf_local.seams import MAX_TEXTS, SeamEncoder
-from sf_local.tokenizer import Tokenizer
+from sf_local.text.prompt_encoder import MAX_TEXTS, SeamEncoder
+from sf_local.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sf_local.summary import BLOCK, Next, summarize, unpack
+from sf_local.sampling.logits import BLOCK, Next, summarize, unpack
 
 VOCAB_SIZE = 3 * BLOCK - 7
 

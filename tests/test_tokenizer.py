@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from sf_local.errors import CorruptFileError, MissingFileError, RequestError
-from sf_local.tokenizer import Detokenizer, StopChecker, Tokenizer
+from sf_local.text.tokenizer import Detokenizer, StopChecker, Tokenizer
 
 TEXTS = [
     "Hello, world! The quick brown fox jumps over the lazy dog. ",
@@ -232,7 +232,7 @@ def test_unsupported_decoder(tmp_path: Path) -> None:
 
 
 def test_import_is_light() -> None:
-    code = "import sys, sf_local.tokenizer; print({'transformers', 'sglang'} & set(sys.modules))"
+    code = "import sys, sf_local.text.tokenizer; print({'transformers', 'sglang'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 

@@ -19,13 +19,13 @@ from reference import forward
 from running import encode_all, open_runner
 from vision_reference import IMAGE_TOKEN, encode
 
-import sf_local.loop
-from sf_local.artifact import Artifact, open_artifact
-from sf_local.engine import Engine
+import sf_local.engine.core
+from sf_local.artifact.open import Artifact, open_artifact
+from sf_local.engine.engine import Engine
 from sf_local.errors import EngineError, ImageError, RequestError
-from sf_local.image_processor import ImageProcessor, ImageSettings
-from sf_local.request import SamplingParams
-from sf_local.scheduler import Limits
+from sf_local.vision.processor import ImageProcessor, ImageSettings
+from sf_local.request.request import SamplingParams
+from sf_local.engine.scheduler import Limits
 
 PARAMS = SamplingParams(max_new_tokens=8, temperature=1, seed=3, ignore_eos=True)
 QUESTION = "see <image> what"
@@ -329,8 +329,8 @@ def test_a_tile_in_several_chunks(
     def few(artifact: Artifact) -> Limits:
         return replace(loop_limits(artifact), prefill_tokens=prefill_tokens)
 
-    loop_limits = sf_local.loop._limits
-    monkeypatch.setattr(sf_local.loop, "_limits", few)
+    loop_limits = sf_local.engine.core._limits
+    monkeypatch.setattr(sf_local.engine.core, "_limits", few)
     with Engine(model.artifact, kv_pages=120) as engine:
         check_logprobs(model, engine, "a <image> and <image>?", picture(90, 60), picture(8, 8))
         num_tokens = len(engine.prepare(QUESTION, [picture(90, 60)]).ids)
@@ -439,7 +439,7 @@ def test_urls_are_fetched_once_a_call(model: SeeingModel, monkeypatch: pytest.Mo
         fetched.append(url)
         return data
 
-    monkeypatch.setattr("sf_local.images._fetch", fetch)
+    monkeypatch.setattr("sf_local.vision.image_file._fetch", fetch)
     url = "https://example.com/a.png"
     with Engine(model.artifact, kv_pages=120, allow_urls=True) as engine:
         expected = engine.generate(QUESTION, PARAMS, images=[data]).token_ids

@@ -30,11 +30,11 @@ from vision_reference import (
 from compile import BuildOptions, build
 from compile.models.spec import LlamaConfig, VisionConfig
 from compile.tools.gpu_report import SHAPES, TOWERS
-from sf_local.artifact import open_artifact
-from sf_local.image_processor import ImageProcessor, ImageSettings
-from sf_local.prompt import ImageReader
-from sf_local.runner import ModelRunner, Row
-from sf_local.tokenizer import Tokenizer
+from sf_local.artifact.open import open_artifact
+from sf_local.vision.processor import ImageProcessor, ImageSettings
+from sf_local.vision.reader import ImageReader
+from sf_local.model.runner import ModelRunner, Row
+from sf_local.text.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4  # of the largest value
 UNTIED = replace(TINY, tied_embeddings=False)

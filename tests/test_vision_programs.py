@@ -14,8 +14,8 @@ import sglang as sgl
 from conftest import SeeingModel, TinyModel
 from test_vision import picture, png
 
-from sf_local.backend import ShortfinLocal
-from sf_local.chat_template import resolve_chat_template
+from sf_local.frontend.backend import ShortfinLocal
+from sf_local.text.chat_template import resolve_chat_template
 
 SMOLVLM = (
     "<s>{% for message in messages %}{{message['role'] | capitalize}}"

@@ -16,7 +16,7 @@ from reference import rope_frequencies as reference_frequencies
 
 from compile.models.spec import RopeScaling
 from compile.weights import rope_frequencies, rope_table
-from sf_local.irpa import read_table
+from sf_local.artifact.irpa import read_table
 
 DTYPES = {"f32": np.float32, "bf16": ml_dtypes.bfloat16}
 

@@ -15,13 +15,15 @@ from conftest import TinyModel, random_weights
 from running import open_runner
 
 from compile.models.spec import LlamaConfig
-from sf_local import Engine, SamplingParams, artifact, irpa
-from sf_local.artifact import WEIGHTS
+from sf_local import Engine, SamplingParams
+from sf_local.artifact.open import open as artifact
+from sf_local.artifact import irpa
+from sf_local.artifact.open import WEIGHTS
 from sf_local.errors import EngineError
-from sf_local.logprobs import PromptLogprobs
-from sf_local.runner import ModelRunner, Row, Wanted
-from sf_local.sampler import Sampler, sample
-from sf_local.summary import Next, WrongLogits, find_wrong, summarize
+from sf_local.sampling.logprobs import PromptLogprobs
+from sf_local.model.runner import ModelRunner, Row, Wanted
+from sf_local.sampling.sampler import Sampler, sample
+from sf_local.sampling.logits import Next, WrongLogits, find_wrong, summarize
 
 VOCAB = 320
 NAN, INFINITE, NONE, IMPOSSIBLE = (3 + byte for byte in b"~^`_")  # the last tokens of prompts

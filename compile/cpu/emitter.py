@@ -12,7 +12,7 @@ from compile.cpu.vision import Vision, VisionShape
 from compile.cpu.matmul import Format, Vectors
 from compile.mlir.builder import Builder, Tensor
 from compile.options import ModelOptions, Parameter
-from sf_local.irpa import num_bytes_together
+from sf_local.artifact.irpa import num_bytes_together
 
 PREFILL = Kind("prefill", all_logits=True, is_decode=False)
 PREFILL_NEXT = Kind("prefill_next", all_logits=False, is_decode=False)

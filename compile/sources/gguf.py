@@ -28,7 +28,7 @@ from compile.sources.source import (
     map_file,
     unsupported,
 )
-from sf_local.artifact import file_sha256
+from sf_local.artifact.open import file_sha256
 from sf_local.errors import SourceError, UnsupportedError
 
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # type id -> struct code

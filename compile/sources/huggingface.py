@@ -34,7 +34,7 @@ from compile.sources.source import (
     read_json,
     unsupported,
 )
-from sf_local.artifact import file_sha256
+from sf_local.artifact.open import file_sha256
 from sf_local.errors import SourceError
 
 NAMES = {

@@ -19,7 +19,7 @@ from compile.cache import cache_dir
 from compile.sources.gguf import open_gguf
 from compile.sources.huggingface import open_folder
 from compile.sources.source import Progress, Source, SourceTensor, corrupt
-from sf_local.artifact import file_sha256
+from sf_local.artifact.open import file_sha256
 from sf_local.errors import SourceError
 
 __all__ = ["DEMO_SHA256", "Source", "SourceTensor", "demo_gguf", "open_source"]

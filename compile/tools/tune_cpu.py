@@ -19,8 +19,8 @@ from statistics import median
 from compile.build import BuildOptions, build
 from compile.cpu.matmul import Tuning
 from compile.target import resolve_target
-from sf_local.engine import Engine
-from sf_local.request import SamplingParams
+from sf_local.engine.engine import Engine
+from sf_local.request.request import SamplingParams
 
 VALUES = {
     "ahead": (0, 1024, 2048, 4096, 8192),

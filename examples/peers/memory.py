@@ -2,7 +2,7 @@
 
 from worker import serve
 
-from sf_local.roofline import read_bandwidth
+from sf_local.bench.roofline import read_bandwidth
 
 
 def warm(prompt: list[int]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from worker import seconds, serve
 
 from sf_local import Engine, SamplingParams
-from sf_local.artifact import open_artifact
+from sf_local.artifact.open import open_artifact
 
 artifact = open_artifact(sys.argv[1])
 pages = -(-int(sys.argv[2]) // artifact.config.page_size)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from compile.target import resolve_target
-from sf_local.artifact import COMPILER_VERSION, VMFB
+from sf_local.artifact.open import COMPILER_VERSION, VMFB
 
 HERE = Path(__file__).parent
 LIBRARY = "libamdhip64.so"

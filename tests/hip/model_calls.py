@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from running import open_runner
 
-from sf_local.runner import ModelRunner, Row
-from sf_local.summary import Next
+from sf_local.model.runner import ModelRunner, Row
+from sf_local.sampling.logits import Next
 
 Arrays = dict[str, npt.NDArray[Any]]
 SPECIAL = 3  # tokens that stand for no byte

@@ -78,7 +78,7 @@ def test_properties(
 def test_no_device(hip_driver: Driver) -> None:
     outcome = hip_driver.run(
         """
-    from sf_local.device import Device
+    from sf_local.device.device import Device
     from sf_local.errors import DeviceError
 
     try:

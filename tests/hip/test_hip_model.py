@@ -19,10 +19,10 @@ PROMPT = list(range(5, 16))
 RUN = """
     import json, sys
     from hip.control import fail, mark, memory
-    from sf_local import device as devices
-    from sf_local.engine import Engine
+    from sf_local.device.device import device as devices
+    from sf_local.engine.engine import Engine
     from sf_local.errors import SfLocalError
-    from sf_local.request import SamplingParams
+    from sf_local.request.request import SamplingParams
 
     artifact, device, cpu_artifact = sys.argv[1:4]
     prompt = json.loads(sys.argv[4])
@@ -145,7 +145,7 @@ def test_answers_of_minus_one_are_refused(run_model: Callable[..., Outcome]) -> 
         + """
     import shutil, tempfile
     from pathlib import Path
-    from sf_local import runner
+    from sf_local.model import runner
 
     unpack, messages = runner.unpack, []
 
@@ -184,7 +184,8 @@ def test_nan_ends_its_request_alone(
     import shutil, tempfile
     from pathlib import Path
     import numpy as np
-    from sf_local import artifact as artifacts, irpa
+    from sf_local.artifact.open import open as artifacts
+    from sf_local.artifact import irpa
 
     artifacts.MAX_HASHED_AT_LOAD = -1
     with tempfile.TemporaryDirectory() as folder:
@@ -226,7 +227,7 @@ SUITE = """
 
     import pytest
 
-    from sf_local.engine import Engine
+    from sf_local.engine.engine import Engine
 
     chip, *arguments = sys.argv[1:]
     start = Engine.__init__
@@ -276,8 +277,8 @@ def test_code_for_another_chip_is_refused(run_model: Callable[..., Outcome]) -> 
     outcome = run_model(
         RUN
         + """
-    import sf_local.engine, sf_local.runner
-    sf_local.engine.check_target = sf_local.runner.check_target = lambda *_: None
+    import sf_local.engine.engine, sf_local.model.runner
+    sf_local.engine.engine.check_target = sf_local.model.runner.check_target = lambda *_: None
     try:
         Engine(artifact, device)
     except SfLocalError as error:
@@ -310,7 +311,7 @@ def test_what_a_decode_step_calls(
     outcome = run_model(
         RUN
         + f"""
-    from sf_local.runner import ModelRunner
+    from sf_local.model.runner import ModelRunner
 
     decode = ModelRunner.decode
 

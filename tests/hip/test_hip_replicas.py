@@ -14,9 +14,9 @@ FEW = {"prefill_batch_sizes": (1,), "decode_batch_sizes": (1, 2)}
 CODE = """
     import json, sys
     from hip.control import fail
-    from sf_local.engine import Engine
+    from sf_local.engine.engine import Engine
     from sf_local.errors import SfLocalError
-    from sf_local.request import SamplingParams
+    from sf_local.request.request import SamplingParams
 
     artifact, devices = sys.argv[1], json.loads(sys.argv[2])
     PARAMS = SamplingParams(max_new_tokens=24, temperature=1, seed=3, ignore_eos=True)

@@ -22,11 +22,11 @@ RUN = """
     import numpy as np
     import PIL.Image
     from hip.control import fail, mark, memory
-    from sf_local import device as devices
-    from sf_local.engine import Engine
+    from sf_local.device.device import device as devices
+    from sf_local.engine.engine import Engine
     from sf_local.errors import SfLocalError
-    from sf_local.request import SamplingParams
-    from sf_local.runner import ModelRunner
+    from sf_local.request.request import SamplingParams
+    from sf_local.model.runner import ModelRunner
 
     artifact, device, cpu_artifact, fault = sys.argv[1:5]
     PARAMS = SamplingParams(max_new_tokens=8, temperature=1, seed=3, ignore_eos=True)

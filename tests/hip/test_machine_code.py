@@ -32,8 +32,8 @@ SEED = 11
 
 TEXT = """
     import json, sys
-    from sf_local.engine import Engine
-    from sf_local.request import SamplingParams
+    from sf_local.engine.engine import Engine
+    from sf_local.request.request import SamplingParams
 
     artifact, device, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     greedy = SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True)

@@ -54,9 +54,9 @@ IMAGES = """
 
     import numpy as np
     import PIL.Image
-    from sf_local import device as devices
-    from sf_local.engine import Engine
-    from sf_local.request import SamplingParams
+    from sf_local.device.device import device as devices
+    from sf_local.engine.engine import Engine
+    from sf_local.request.request import SamplingParams
 
     artifact, device = sys.argv[1:3]
     devices.PATIENCE = 1000  # seconds
@@ -72,7 +72,7 @@ GREEDY = """
     import json, sys
     from pathlib import Path
     from running import open_runner
-    from sf_local.runner import Row
+    from sf_local.model.runner import Row
 
     artifact, prompts, seconds = sys.argv[1], json.loads(sys.argv[2]), float(sys.argv[3])
     import time

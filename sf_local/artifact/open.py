@@ -1,0 +1,425 @@
+"""Find and check what was compiled, before anything native loads.
+
+An artifact is a folder: model.vmfb, weights.irpa, config.json (shortfin's paged_llm_v1),
+artifact.json (ours), tokenizer.json and tokenizer_config.json. Small files are hashed at every
+load, large ones are compared by size; `verify` hashes everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sf_local.artifact import irpa
+from sf_local.errors import (
+    CorruptFileError,
+    MismatchError,
+    MissingFileError,
+    TargetError,
+    VersionError,
+)
+from sf_local.vision.processor import ImageSettings
+
+T = TypeVar("T")
+
+# 4: AMD code whose best token is right; until 3 it was -1 in every row
+FORMAT_VERSION = 4
+COMPILER_VERSION = "3.9.0"
+VMFB, WEIGHTS, CONFIG, MANIFEST = "model.vmfb", "weights.irpa", "config.json", "artifact.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+REPAIR = "compile the model again: sf-compile SOURCE -o FOLDER --force"
+NORMALIZATIONS = None, "none", "log_softmax", "softmax"
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+MAX_HASHED_AT_LOAD = 1 << 20
+
+
+@dataclass(frozen=True)
+class PagedKVCache:
+    """`paged_kv_cache` of config.json; a page holds `block_seq_stride` tokens of all layers."""
+
+    attention_head_count_kv: int
+    block_seq_stride: int
+    device_block_count: int
+    kv_cache_dtype: str
+    paged_kv_block_size_elements_per_device: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """config.json: shortfin's `paged_llm_v1` parameters, field for field."""
+
+    max_seq_len: int
+    transformer_block_count: int
+    attn_head_dim: int
+    prefill_batch_sizes: list[int]
+    decode_batch_sizes: list[int]
+    paged_kv_cache: PagedKVCache
+    has_prefill_position: bool = False
+    module_name: str = "module"
+    module_abi_version: int = 1
+    logits_normalization: str | None = "none"
+    top_k: int | None = None
+
+    @property
+    def page_size(self) -> int:
+        """Tokens a page."""
+        return self.paged_kv_cache.block_seq_stride
+
+    @property
+    def page_elements(self) -> int:
+        sizes = self.paged_kv_cache.paged_kv_block_size_elements_per_device
+        return sizes[0] if sizes else self._expected_page_elements
+
+    @property
+    def page_bytes(self) -> int:
+        return self.page_elements * DTYPE_BYTES[self.paged_kv_cache.kv_cache_dtype]
+
+    @property
+    def _expected_page_elements(self) -> int:
+        cache = self.paged_kv_cache
+        return (
+            self.transformer_block_count * 2 * cache.attention_head_count_kv
+            * cache.block_seq_stride * self.attn_head_dim
+        )  # fmt: skip
+
+    def check(self) -> None:
+        """Raise ValueError, saying what is wrong, unless the values make sense together."""
+        cache = self.paged_kv_cache
+        for name in ("max_seq_len", "transformer_block_count", "attn_head_dim"):
+            _positive_int(name, getattr(self, name))
+        sizes = cache.paged_kv_block_size_elements_per_device
+        if sizes is not None and not (isinstance(sizes, list) and len(sizes) == 1):
+            raise ValueError(
+                f"paged_kv_block_size_elements_per_device must be a list of one, found {sizes!r}"
+            )
+        for name in ("attention_head_count_kv", "block_seq_stride"):
+            _positive_int(name, getattr(cache, name))
+        for name in ("prefill_batch_sizes", "decode_batch_sizes"):
+            sizes = getattr(self, name)
+            if not isinstance(sizes, list) or not sizes or sizes != sorted(sizes):
+                raise ValueError(f"{name} must be an ascending list, found {sizes!r}")
+            for size in sizes:
+                _positive_int(name, size)
+        if self.top_k is not None:
+            _positive_int("top_k", self.top_k)
+        if self.logits_normalization not in NORMALIZATIONS:
+            raise ValueError(
+                f"logits_normalization {self.logits_normalization!r}; one of {list(NORMALIZATIONS)}"
+            )
+        if cache.kv_cache_dtype not in DTYPE_BYTES:
+            raise ValueError(f"kv_cache_dtype {cache.kv_cache_dtype!r}; one of {list(DTYPE_BYTES)}")
+        if self.page_elements != self._expected_page_elements:
+            raise ValueError(
+                f"paged_kv_block_size_elements_per_device is {self.page_elements}, but layers * "
+                f"2 * kv heads * page size * head_dim is {self._expected_page_elements}"
+            )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """artifact.json: what was compiled, for what, and from what."""
+
+    format_version: int
+    compiler_version: str
+    source: Mapping[str, str]  # name, sha256
+    target: str  # "cpu", or a chip such as "gfx942"
+    device: str  # "cpu" | "hip"
+    cpu_features: Sequence[str]
+    weight_dtype: str
+    kv_dtype: str
+    vocab_size: int
+    hidden_size: int  # of an embedding
+    bos_token_id: int | None
+    eos_token_ids: Sequence[int]
+    functions: Sequence[str]
+    config: Mapping[str, Any]  # config.json as it was made
+    parameters_sha256: str
+    files: Mapping[str, Mapping[str, Any]]  # name -> size, sha256
+    images: Mapping[str, Any] | None = None  # fields of ImageSettings, of a model that sees
+
+    def check(self) -> None:
+        """Raise TypeError, KeyError or ValueError where a value is not what it should be."""
+        for name, file in self.files.items():
+            _instance(f"files/{name}/size", file["size"], int)
+            _instance(f"files/{name}/sha256", file["sha256"], str)
+        for name in ("functions", "cpu_features", "eos_token_ids"):
+            _instance(name, getattr(self, name), list)
+        _positive_int("vocab_size", self.vocab_size)
+        _positive_int("hidden_size", self.hidden_size)
+        _instance("source", self.source["name"], str)
+        _instance("config", self.config, dict)
+        if self.images is not None:
+            ImageSettings(**self.images).check()
+
+    @property
+    def image_batch_sizes(self) -> list[int]:
+        """Tiles that are encoded together."""
+        found = (re.fullmatch(r"encode_image_bs(\d+)", name) for name in self.functions)
+        return sorted(int(match[1]) for match in found if match)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The checked files of one compiled model."""
+
+    vmfb: Path
+    weights: tuple[Path, ...]
+    tokenizer: Path  # folder
+    config: ModelConfig
+    manifest: Manifest | None  # None for files made by amdsharktank
+
+    @property
+    def name(self) -> str:
+        return self.vmfb.parent.name
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a sequence. A prefill of amdsharktank's that fills the whole context is wrong: it
+        promises the compiler a page less."""
+        longest, page_size = self.config.max_seq_len, self.config.page_size
+        return longest if self.manifest else (-(-longest // page_size) - 1) * page_size
+
+    @cached_property
+    def num_weight_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.weights)
+
+
+def open_artifact(
+    vmfb: str | Path,
+    *,
+    config: str | Path | None = None,
+    parameters: str | Path | Sequence[str | Path] | None = None,
+    tokenizer: str | Path | None = None,
+    targets: Sequence[str] = (),
+) -> Artifact:
+    """Find the files of an artifact and check them against each other.
+
+    `vmfb` is the artifact's folder, or a `.vmfb` file with the rest found beside it or given by
+    the other arguments (`tokenizer` is a folder, or a tokenizer.json). Of a folder that was
+    compiled for several targets the first of `targets` that is there, or of all. Raises
+    ArtifactError.
+    """
+    path = find_target(vmfb, targets)
+    folder = path if path.is_dir() else path.parent
+    vmfb_path = _existing(path / VMFB if path.is_dir() else path)
+    manifest = _read_manifest(folder / MANIFEST)
+    config_path = Path(config).expanduser() if config else folder / CONFIG
+    model = read_config(config_path)
+    weights = _weight_paths(parameters, folder)
+    tokenizer_folder = Path(tokenizer).expanduser() if tokenizer else folder
+    if tokenizer_folder.is_file():
+        tokenizer_folder = tokenizer_folder.parent
+    for name in TOKENIZER_FILES:
+        _existing(tokenizer_folder / name)
+    tables = {name: e for p in weights for name, e in irpa.read_table(p).items()}
+    artifact = Artifact(vmfb_path, weights, tokenizer_folder, model, manifest)
+    if manifest:
+        _check_files(folder, manifest, [vmfb_path, *weights, config_path])
+        _check_config(config_path, model, manifest)
+        if manifest.parameters_sha256 != parameters_sha256({n: e.type for n, e in tables.items()}):
+            raise MismatchError(
+                f"{weights[0]}: these weights do not fit {vmfb_path}: names or shapes differ from "
+                f"what was compiled; {REPAIR}"
+            )
+    return artifact
+
+
+def find_target(vmfb: str | Path, targets: Sequence[str] = ()) -> Path:
+    """The path itself; or in a folder with artifacts for several targets, the one for the first of
+    `targets` that is there, or of all. Raises ArtifactError."""
+    path = Path(vmfb).expanduser()
+    if not path.exists():
+        raise MissingFileError(f"vmfb={str(vmfb)!r}: no such file or folder; {REPAIR}")
+    is_one = path.is_file() or (path / MANIFEST).exists() or (path / VMFB).exists()
+    if is_one or not (found := compiled_targets(path)):
+        return path
+    for name in targets or found:
+        if name in found:
+            return path / name
+    raise TargetError(
+        f"{path}: compiled for {', '.join(found)}, not for {' or '.join(targets)}; add it with "
+        f"sf-compile SOURCE -o {path} --force --target {','.join([*found, targets[0]])}"
+    )
+
+
+def compiled_targets(vmfb: str | Path) -> list[str]:
+    """What an artifact was compiled for, as far as its folder tells; it may hold several."""
+    path = Path(vmfb).expanduser()
+    folder = path if path.is_dir() else path.parent
+    several = [manifest.parent.name for manifest in folder.glob(f"*/{MANIFEST}")]
+    manifest = _read_manifest(folder / MANIFEST)
+    return [manifest.target] if manifest else sorted(several)
+
+
+def host_cpu_features() -> frozenset[str]:
+    """The flags of this machine's CPU, as /proc/cpuinfo names them."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    match = re.search(r"^flags\s*:\s*(.*)$", text, re.MULTILINE)
+    return frozenset(match[1].split()) if match else frozenset()
+
+
+def check_target(manifest: Manifest, target: str) -> None:
+    """Raise TargetError unless the artifact was made for this target ("cpu", or a chip) and CPU."""
+    if manifest.target != target:
+        raise TargetError(
+            f"the artifact was compiled for {manifest.target}, not for {target}; add that with "
+            f"sf-compile SOURCE -o FOLDER --force --target {manifest.target},{target}"
+        )
+    missing = sorted(set(manifest.cpu_features) - host_cpu_features()) if target == "cpu" else []
+    if missing:
+        raise TargetError(
+            f"the artifact was compiled for another CPU: this one lacks {', '.join(missing)}; "
+            "compile it here, or for any CPU with sf-compile --cpu generic"
+        )
+
+
+def verify(artifact: Artifact) -> None:
+    """Hash every file that artifact.json lists; raise CorruptFileError where one differs."""
+    if artifact.manifest is None:
+        raise MissingFileError(
+            f"{artifact.vmfb.parent / MANIFEST}: there are no hashes to verify without it"
+        )
+    for name, expected in artifact.manifest.files.items():
+        _check_hash(_existing(artifact.vmfb.parent / name), str(expected["sha256"]))
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Read and check config.json."""
+    data = _read_json(path)
+    try:
+        cache = _from_dict(PagedKVCache, data.get("paged_kv_cache"))
+        model = _from_dict(ModelConfig, data | {"paged_kv_cache": cache})
+        model.check()
+    except (TypeError, ValueError) as error:
+        raise CorruptFileError(f"{path}: not a paged_llm_v1 config: {error}; {REPAIR}") from error
+    return model
+
+
+def parameters_sha256(types: Mapping[str, str]) -> str:
+    """Identity of a set of parameters: a hash of their names and types."""
+    return hashlib.sha256(json.dumps(sorted(types.items())).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_manifest(path: Path) -> Manifest | None:
+    if not path.exists():
+        return None
+    data = _read_json(path)
+    version = data.get("format_version")
+    if version != FORMAT_VERSION:
+        target = data.get("target")
+        raise VersionError(
+            f"{path}: format_version {version!r}, this sf_local reads {FORMAT_VERSION}; {REPAIR}"
+            + (f" --target {target}" if isinstance(target, str) else "")
+        )
+    try:
+        manifest = _from_dict(Manifest, data)
+        manifest.check()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CorruptFileError(f"{path}: not a manifest: {error}; {REPAIR}") from error
+    if manifest.compiler_version != COMPILER_VERSION:
+        raise VersionError(
+            f"{path}: compiled by iree-compile {manifest.compiler_version}, but shortfin runs only "
+            f"what {COMPILER_VERSION} made; {REPAIR}"
+        )
+    return manifest
+
+
+def _check_files(folder: Path, manifest: Manifest, paths: Sequence[Path]) -> None:
+    """Compare sizes with artifact.json, and hashes too where a file is small."""
+    for path in [*paths, *(folder / name for name in TOKENIZER_FILES)]:
+        expected = manifest.files.get(path.name) if path.parent == folder else None
+        if expected is None or not path.exists():
+            continue
+        size = path.stat().st_size
+        if size != expected["size"]:
+            raise CorruptFileError(
+                f"{path}: {expected['size']} bytes expected, {size} found; copy it again, or "
+                f"{REPAIR}"
+            )
+        if size <= MAX_HASHED_AT_LOAD:
+            _check_hash(path, str(expected["sha256"]))
+
+
+def _check_hash(path: Path, expected: str) -> None:
+    found = file_sha256(path)
+    if found != expected:
+        raise CorruptFileError(
+            f"{path}: changed since it was compiled: sha256 {expected} expected, {found} found; "
+            f"{REPAIR}"
+        )
+
+
+def _check_config(path: Path, config: ModelConfig, manifest: Manifest) -> None:
+    """Raise MismatchError where config.json differs from the one the VMFB was made with."""
+    found = asdict(config)
+    for part in (found, found["paged_kv_cache"]):
+        made = manifest.config if part is found else manifest.config["paged_kv_cache"]
+        for name, value in part.items():
+            free = name in ("paged_kv_cache", "device_block_count") or value is None
+            if not free and value != made.get(name):
+                raise MismatchError(
+                    f"{path}: {name} is {value!r}, but the VMFB was compiled with "
+                    f"{made.get(name)!r}; {REPAIR}"
+                )
+
+
+def _weight_paths(
+    parameters: str | Path | Sequence[str | Path] | None, folder: Path
+) -> tuple[Path, ...]:
+    if parameters is None:
+        return (_existing(folder / WEIGHTS),)
+    if isinstance(parameters, (str, Path)):
+        parameters = [parameters]
+    if not parameters:
+        raise MissingFileError(f"parameters={parameters!r}: name at least one .irpa file")
+    return tuple(_existing(Path(p).expanduser()) for p in parameters)
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise MissingFileError(f"{path}: the file is missing from the artifact; {REPAIR}")
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(_existing(path).read_text())
+    except (ValueError, OSError) as error:
+        raise CorruptFileError(f"{path}: not readable as JSON ({error}); {REPAIR}") from error
+    if not isinstance(data, dict):
+        raise CorruptFileError(f"{path}: a JSON object was expected; {REPAIR}")
+    return data
+
+
+def _from_dict(kind: Callable[..., T], data: Any) -> T:
+    """A dataclass from JSON; unknown and missing keys raise TypeError."""
+    if not isinstance(data, dict):
+        raise TypeError(f"an object was expected, found {data!r}")
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(data.keys() - known):
+        raise TypeError(f"unknown keys: {', '.join(unknown)}")
+    return kind(**data)
+
+
+def _instance(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, found {value!r}")
+
+
+def _positive_int(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, found {value!r}")

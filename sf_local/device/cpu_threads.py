@@ -1,0 +1,70 @@
+"""Which cores IREE's worker threads run on: all that this process may use, one thread each.
+
+shortfin asks IREE for the cores of one sysfs "cluster". Where cores share no L2 cache, as on
+Intel's servers, that is a single core. There is no option for more, so the call is redirected.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sf_local.device.symbol_patch import call_slot
+
+MAX_THREADS = 63  # of an IREE topology
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+_ASKED = "iree_task_topology_initialize_from_physical_cores"
+_Answer = ctypes.CFUNCTYPE(
+    ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_size_t,
+    ctypes.c_void_p,
+)  # fmt: skip
+
+
+def usable_cores() -> list[int]:
+    """One logical CPU of each core that this process may use, as far as its share of time goes."""
+    allowed = os.sched_getaffinity(0)
+    cores = sorted({min(_siblings(cpu) & allowed) for cpu in allowed})
+    return cores[: min(_quota(), MAX_THREADS)]
+
+
+@contextmanager
+def workers_on(library: ctypes.CDLL, path: Path, cores: list[int]) -> Iterator[None]:
+    """Systems that are created inside have one worker on each of these cores.
+
+    library: libshortfin, loaded from `path`.
+    """
+    cpu_ids = (ctypes.c_uint32 * len(cores))(*cores)
+    use = library.iree_task_topology_initialize_from_logical_cpu_set
+    use.restype, use.argtypes = ctypes.c_void_p, [ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p]
+    answer = _Answer(lambda node, level, spread, most, topology: use(len(cores), cpu_ids, topology))
+    slot = call_slot(library, path, _ASKED)
+    before = slot.value
+    slot.value = ctypes.cast(answer, ctypes.c_void_p).value
+    try:
+        yield
+    finally:
+        slot.value = before
+
+
+def _siblings(cpu: int) -> set[int]:
+    """The logical CPUs of its core."""
+    file = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+    try:
+        ranges = [part.split("-") for part in file.read_text().strip().split(",")]
+    except OSError:
+        return {cpu}
+    return {cpu} | {i for ends in ranges for i in range(int(ends[0]), int(ends[-1]) + 1)}
+
+
+def _quota() -> int:
+    """CPUs that a container's quota amounts to."""
+    try:
+        quota, period = QUOTA.read_text().split()
+        return max(1, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):  # none, or "max"
+        return MAX_THREADS

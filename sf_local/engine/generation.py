@@ -1,0 +1,204 @@
+"""Generation: one request with what turns its tokens into text, and what is delivered of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sf_local.sampling.logprobs import Logprobs, PromptLogprobs
+from sf_local.request.request import Request, SamplingParams
+from sf_local.sampling.sampler import Sampled, Sampler
+from sf_local.text.tokenizer import Detokenizer, StopChecker, Tokenizer
+
+if TYPE_CHECKING:
+    from sf_local.grammar.compiler import Grammar
+
+
+@dataclass(frozen=True)
+class Output:
+    """A finished generation.
+
+    text: without stop strings and special tokens. token_ids: all new tokens, the one that ended it
+    included. finish_reason: "stop", "length", "abort" or "timeout"; matched: the stop text or token
+    id. cached_tokens: of the prompt, found in the cache. logprobs: with `return_logprob`.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    matched: str | int | None
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    time_to_first_token: float  # seconds since submit
+    latency: float  # seconds since submit
+    logprobs: Logprobs | None = None
+
+
+Delivery = tuple[str, Output | None] | BaseException
+
+
+class Generation:
+    """A request with what chooses its tokens and turns them into text; lives on the loop's thread.
+
+    grammar: what its text must follow. is_streamed: whether text is delivered before the end.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        tokenizer: Tokenizer,
+        eos_ids: frozenset[int],
+        grammar: Grammar | None = None,
+    ) -> None:
+        self.request, self.grammar, params = request, grammar, request.params
+        self.deliver: Callable[[Delivery], object] = lambda item: None
+        self.remember: Callable[[Sequence[int], str], None] | None = None
+        self.has_sampled = False
+        self.is_streamed = True
+        self._detokenizer = Detokenizer(tokenizer, request.prompt_ids)
+        self._stops = StopChecker(params.stop)
+        self._stop_ids = _stop_ids(params, tokenizer, eos_ids)
+        end_ids = self._stop_ids.keys() | (eos_ids if grammar is not None else ())
+        self.sampler = Sampler(params, request.prompt_ids, end_ids)
+        self._prompt_logprobs = _prompt_logprobs(request)
+        self._output_logprobs: list[Sampled] = []
+        self._unread: list[int] = []  # tokens that have not become text
+        self._text: list[str] = []
+        self._num_delivered = 0  # parts of the text
+        self._matched: str | int | None = None
+        self._started_at = time.perf_counter()
+        self._first_token_at = self._started_at
+        self.deadline = None if params.timeout is None else self._started_at + params.timeout
+
+    @property
+    def takes_the_best(self) -> bool:
+        """Whether the likeliest token is all that is asked for."""
+        return self.grammar is None and self.sampler.takes_the_best
+
+    def accept(self, sampled: Sampled, can_jump: bool) -> str | None:
+        """Take a sampled token; the reason, if it ends the generation.
+
+        With `can_jump` the tokens that the grammar then forces are taken as well.
+        """
+        reason = self._push(sampled)
+        if self.grammar is None or reason == "stop":
+            return reason
+        self.grammar.accept(sampled.token)
+        if self.grammar.is_complete:
+            return "stop"
+        return reason or self.jump(can_jump)
+
+    def jump(self, can_jump: bool) -> str | None:
+        """Take the tokens that the grammar forces; the reason, if the generation ends here."""
+        if self.grammar is None or self.request.max_new_tokens == 0:
+            return None
+        forced, reason = self.grammar.forced() if can_jump else [], None
+        for number, token in enumerate(forced, 1):
+            reason = self._push(Sampled(token, 0.0))
+            if reason == "stop" or (reason and number < len(forced)):
+                return reason
+        return "stop" if self.grammar.is_complete else reason
+
+    def take_logits(self, position: int, logits: NDArray[np.float32]) -> None:
+        """Logits [n, V] after the tokens from `position` on, some of which may be wanted."""
+        if self._prompt_logprobs is not None:
+            self._prompt_logprobs.add(position, logits)
+
+    def write(self) -> None:
+        """Deliver the text there is by now, to those who wait for parts of it."""
+        if self.is_streamed:
+            self._read()
+            if text := self._undelivered():
+                self.deliver((text, None))
+
+    def _push(self, sampled: Sampled) -> str | None:
+        """Append a token; the reason, if it ends the generation. Text can wait, stops cannot."""
+        request, token = self.request, sampled.token
+        if not request.output_ids:
+            self._first_token_at = time.perf_counter()
+        request.output_ids.append(token)
+        self.sampler.push(token)
+        if request.params.return_logprob:
+            self._output_logprobs.append(sampled)
+        if token in self._stop_ids and len(request.output_ids) > request.params.min_new_tokens:
+            self._matched = self._stop_ids[token]
+            return "stop"
+        self._unread.append(token)
+        if request.params.stop:
+            self._read()
+            if self._stops.matched is not None:
+                return "stop"
+        return "length" if len(request.output_ids) >= request.max_new_tokens else None
+
+    def _read(self) -> None:
+        """Turn new tokens into text."""
+        self._text += [self._stops.push(self._detokenizer.push(t))[0] for t in self._unread]
+        self._unread.clear()
+
+    def _undelivered(self) -> str:
+        text = "".join(self._text[self._num_delivered :])
+        self._num_delivered = len(self._text)
+        return text
+
+    def finish(self, reason: str) -> None:
+        """Deliver the text held back as one last delta, with the output."""
+        self._read()
+        self._text.append(self._stops.push(self._detokenizer.flush())[0] + self._stops.flush())
+        if self._stops.matched is not None:
+            reason, self._matched = "stop", self._stops.matched
+        request, now = self.request, time.perf_counter()
+        output = Output(
+            text="".join(self._text),
+            token_ids=request.output_ids,
+            finish_reason=reason,
+            matched=self._matched,
+            prompt_tokens=len(request.prompt_ids),
+            completion_tokens=len(request.output_ids),
+            cached_tokens=request.num_cached or 0,
+            time_to_first_token=self._first_token_at - self._started_at,
+            latency=now - self._started_at,
+            logprobs=self._logprobs(),
+        )
+        if self.remember is not None and request.output_ids:
+            self.remember(request.output_ids, output.text)
+        self.deliver((self._undelivered(), output))
+
+    def _logprobs(self) -> Logprobs | None:
+        if not self.request.params.return_logprob:
+            return None
+        logprobs = Logprobs() if self._prompt_logprobs is None else self._prompt_logprobs.result()
+        logprobs.output = [sampled.logprob or 0.0 for sampled in self._output_logprobs]
+        logprobs.output_top = [list(sampled.top) for sampled in self._output_logprobs]
+        return logprobs
+
+
+def _prompt_logprobs(request: Request) -> PromptLogprobs | None:
+    """Collects what is asked for of the prompt, and marks from where its logits are wanted."""
+    params = request.params
+    if not params.return_logprob or params.logprob_start_len < 0:
+        return None
+    if params.logprob_start_len < len(request.prompt_ids) - 1:
+        request.first_logits = params.logprob_start_len
+    return PromptLogprobs(request.prompt_ids, params.logprob_start_len, params.top_logprobs_num)
+
+
+def _stop_ids(
+    params: SamplingParams, tokenizer: Tokenizer, eos_ids: frozenset[int]
+) -> dict[int, str | int]:
+    """Tokens that end a generation, and what to report as matched.
+
+    Special tokens never show in the text, so a stop string that is one is matched by its id.
+    """
+    ids: dict[int, str | int] = {} if params.ignore_eos else {i: i for i in eos_ids}
+    ids |= {i: i for i in params.stop_token_ids}
+    for stop in params.stop:
+        token = tokenizer.token_id(stop)
+        if token in tokenizer.special_ids:
+            ids[token] = stop
+    return ids

@@ -1,0 +1,68 @@
+"""How large the KV cache gets: kv_pages, kv_memory or the default, checked against free memory."""
+
+from __future__ import annotations
+
+import re
+
+from sf_local.artifact.open import ModelConfig
+from sf_local.errors import RequestError
+
+MAX_DEFAULT_BYTES = 1 << 30  # on the CPU, and where the driver does not say what is free
+GPU_SHARE = 0.8  # of what the weights leave free; activations need some of the rest
+
+
+def num_kv_pages(
+    config: ModelConfig,
+    device: str,
+    available: int | None,
+    pages: int | None,
+    memory: int | str | None,
+    weight_bytes: int = 0,
+) -> int:
+    """How many pages to give out; raises RequestError for a size that cannot be had.
+
+    `available` bytes are left on `device` ("cpu" or "hip") once the weights are there; None if
+    unknown.
+    """
+    if pages is not None and memory is not None:
+        raise RequestError(f"kv_pages={pages} and kv_memory={memory!r}: give one of them")
+    if pages is None and memory is None:
+        return max(1, _default_pages(config, device, available))
+    if pages is None:
+        pages = memory_bytes("kv_memory", memory, available) // config.page_bytes
+        name, low = f"kv_memory={memory!r}", f"one page of {config.page_bytes} bytes"
+    else:
+        name, low = f"kv_pages={pages!r}", "1"
+    if not isinstance(pages, int) or isinstance(pages, bool) or pages < 1:
+        raise RequestError(f"{name} must be at least {low}")
+    if available is not None and pages * config.page_bytes > available:
+        beside = "" if device == "cpu" else f" beside weights of {weight_bytes / 2**30:.1f} GiB"
+        raise RequestError(
+            f"{name}: {pages * config.page_bytes / 2**30:.1f} GiB of KV pages, but "
+            f"{available / 2**30:.1f} GiB are free{beside}; use at most "
+            f"{available // config.page_bytes} pages"
+        )
+    return pages
+
+
+def _default_pages(config: ModelConfig, device: str, available: int | None) -> int:
+    if device != "cpu" and available is not None:
+        return int(available * GPU_SHARE) // config.page_bytes
+    contexts = -(-config.max_seq_len // config.page_size) * config.decode_batch_sizes[-1]
+    most = MAX_DEFAULT_BYTES if available is None else min(MAX_DEFAULT_BYTES, available)
+    return min(contexts, most // config.page_bytes)
+
+
+def memory_bytes(name: str, memory: int | str | None, available: int | None) -> int:
+    """Bytes of 1073741824, "1GiB", "512MiB" or, of what is available, "50%"."""
+    if isinstance(memory, int) and not isinstance(memory, bool) and memory >= 0:
+        return memory
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]iB|B)", str(memory).strip())
+    if not match:
+        raise RequestError(f'{name}={memory!r} must be bytes, "2GiB", "512MiB" or "50%"')
+    number, unit = float(match[1]), match[2]
+    if unit == "%":
+        if available is None:
+            raise RequestError(f"{name}={memory!r}: give bytes; it is not known what is free")
+        return int(available * number / 100)
+    return int(number * 1024 ** "BKMGT".index(unit[0]))

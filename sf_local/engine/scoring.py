@@ -1,0 +1,99 @@
+"""Scores of texts that could continue a prompt, for `sgl.select` and `Engine.score`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from sf_local.errors import EngineError, RequestError
+from sf_local.engine.generation import Output
+from sf_local.kv_cache.radix_cache import common_prefix_len
+from sf_local.request.request import SamplingParams, shown
+from sf_local.engine.top_k import refusal
+
+if TYPE_CHECKING:
+    from sf_local.engine.engine import Engine, Handle
+    from sf_local.vision.image_file import ImageInput
+
+
+@dataclass(frozen=True)
+class Score:
+    """Tokens of a continuation with their natural log probabilities, given all before them.
+
+    The tokens are those of prompt and continuation together that the prompt alone does not have:
+    where both merge at the seam, the merged token counts. unconditional: without the prompt; the
+    first is None, for nothing is before it.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    unconditional: list[float | None] | None
+    prompt_tokens: int
+    cached_tokens: int
+
+    @property
+    def mean(self) -> float:
+        return sum(self.logprobs) / len(self.logprobs)
+
+
+def score(
+    engine: Engine,
+    prompt: str,
+    continuations: Sequence[str],
+    unconditional: bool,
+    params: SamplingParams,
+    images: Sequence[ImageInput] = (),
+) -> list[Score]:
+    """Score all continuations at once; the prompt is computed once, if it is not cached.
+
+    params: only priority and timeout count. Raises RequestError for a continuation that adds no
+    token, EngineError if the timeout passes.
+    """
+    is_list = isinstance(continuations, Sequence) and not isinstance(continuations, str)
+    if not (is_list and continuations and all(isinstance(c, str) for c in continuations)):
+        raise RequestError(f"choices={shown(continuations)} must be a list of str, not empty")
+    if (k := engine.artifact.config.top_k) is not None:
+        raise refusal("choices", continuations, k)
+    images = engine.given(images)
+    before = engine.prepare(engine.encode(prompt), images) if prompt else None
+    prompts = [engine.prepare(engine.encode(prompt, c), images) for c in continuations]
+    starts = [0 if before is None else common_prefix_len(before.ids, p.ids) for p in prompts]
+    for index, (ready, start) in enumerate(zip(prompts, starts, strict=True)):
+        if not 0 < start < len(ready.ids):
+            problem = "has no text before it" if not start else "adds no token to the prompt"
+            raise RequestError(f"choices[{index}]={shown(continuations[index])} {problem}")
+    params = SamplingParams(
+        max_new_tokens=0, return_logprob=True, priority=params.priority, timeout=params.timeout
+    )
+    given = [
+        engine.submit(ready, replace(params, logprob_start_len=start - 1))
+        for ready, start in zip(prompts, starts, strict=True)
+    ]
+    alone: list[Handle | None] = [None] * len(given)
+    if unconditional:
+        params = replace(params, logprob_start_len=0)
+        pairs = zip(prompts, starts, strict=True)
+        alone = [engine.submit(ready.ids[start:], params) for ready, start in pairs]
+    return [
+        _score(_finished(a), None if b is None else _finished(b))
+        for a, b in zip(given, alone, strict=True)
+    ]
+
+
+def _score(given: Output, alone: Output | None) -> Score:
+    assert given.logprobs is not None
+    return Score(
+        token_ids=list(given.logprobs.prompt_ids[1:]),
+        logprobs=[value for value in given.logprobs.prompt if value is not None],
+        unconditional=alone.logprobs.prompt if alone and alone.logprobs else None,
+        prompt_tokens=given.prompt_tokens,
+        cached_tokens=given.cached_tokens,
+    )
+
+
+def _finished(handle: Handle) -> Output:
+    output = handle.result()
+    if output.finish_reason != "length":
+        raise EngineError(f"scoring ended early: {output.finish_reason}")
+    return output

@@ -1,0 +1,258 @@
+"""ShortfinLocal: the engine as an SGLang frontend backend. The only importer of sglang."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import sglang
+from sglang.lang.backend.base_backend import BaseBackend
+from sglang.lang.chat_template import ChatTemplate
+from sglang.lang.choices import (
+    ChoicesDecision,
+    ChoicesSamplingMethod,
+    token_length_normalized,
+)
+from sglang.lang.interpreter import StreamExecutor
+from sglang.lang.ir import SglSamplingParams
+
+from sf_local.text.chat_template import resolve_chat_template
+from sf_local.engine.scoring import Score
+from sf_local.engine.engine import Engine
+from sf_local.errors import ChatTemplateError, RequestError
+from sf_local.engine.generation import Output
+from sf_local.vision.image_file import ImageInput
+from sf_local.request.request import SamplingParams, shown
+from sf_local.frontend.translation import entries, meta_info, to_params
+
+
+class TokenUsage:
+    """Tokens that a backend has read and written; usable from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        self.prompt_tokens = self.completion_tokens = self.cached_tokens = 0
+
+    def add(self, outputs: Sequence[Output | Score]) -> None:
+        with self._lock:
+            for output in outputs:
+                self.prompt_tokens += output.prompt_tokens
+                self.cached_tokens += output.cached_tokens
+                self.completion_tokens += getattr(output, "completion_tokens", 0)
+
+
+class ShortfinLocal(BaseBackend):  # type: ignore[misc]
+    """An SGLang backend that runs a compiled model inside this process.
+
+    Args:
+        vmfb: the artifact's folder, or its .vmfb file.
+        device: a name or a list of names, as `Engine` takes it.
+        chat_template: the name of an SGLang template, a ChatTemplate, or Jinja text; by default
+            the model's own.
+        config, parameters, tokenizer: files that do not lie beside the .vmfb.
+        kv_pages, kv_memory: the size of the KV cache, as `Engine` takes it.
+        image_memory: as `Engine` takes it.
+        defaults: what SGLang's arguments cannot carry: seed, repetition_penalty, logit_bias, ebnf,
+            priority and timeout; and stops, to which SGLang's are added.
+
+    Raises ArtifactError, DeviceError or ChatTemplateError here; what a program asks for and cannot
+    get raises RequestError, which SGLang keeps in `state.error()`.
+    """
+
+    is_chat_model = False
+
+    def __init__(
+        self,
+        vmfb: str | Path,
+        device: str | Sequence[str] = "cpu",
+        *,
+        chat_template: str | ChatTemplate | None = None,
+        config: str | Path | None = None,
+        parameters: str | Path | Sequence[str | Path] | None = None,
+        tokenizer: str | Path | None = None,
+        kv_pages: int | None = None,
+        kv_memory: int | str | None = None,
+        image_memory: int | str = "256MiB",
+        defaults: SamplingParams | None = None,
+    ) -> None:
+        super().__init__()
+        self._defaults = SamplingParams() if defaults is None else defaults
+        if not isinstance(self._defaults, SamplingParams):
+            raise RequestError(f"defaults={shown(defaults)} must be SamplingParams")
+        self.token_usage = TokenUsage()
+        self.engine = Engine(
+            vmfb,
+            device,
+            config=config,
+            parameters=parameters,
+            tokenizer=tokenizer,
+            kv_pages=kv_pages,
+            kv_memory=kv_memory,
+            image_memory=image_memory,
+        )
+        try:
+            self.chat_template = self._resolve(chat_template)
+        except BaseException:
+            self.shutdown()
+            raise
+
+    def get_model_name(self) -> str:
+        """A folder from which transformers loads the tokenizer."""
+        return str(self.engine.artifact.tokenizer)
+
+    @property
+    def endpoint(self) -> ShortfinLocal:
+        """The backend itself; SGLang asks for it as it does with its own Runtime."""
+        return self
+
+    def get_server_info(self) -> dict[str, Any]:
+        """What is loaded, and the engine's counters."""
+        engine = self.engine
+        return {
+            "model_path": self.get_model_name(),
+            "artifact": str(engine.artifact.vmfb.parent),
+            "max_total_num_tokens": engine.max_tokens,
+            **engine.stats(),
+        }
+
+    def generate(
+        self, s: StreamExecutor, sampling_params: SglSamplingParams
+    ) -> tuple[str | list[str], Any]:
+        """The text that continues `s`, and its meta info as SGLang's server gives it.
+
+        With n > 1 both are lists; SGLang continues the program with the first text.
+        """
+        params = to_params(sampling_params, self._defaults)
+        outputs = self.engine.samples(self._text(s), params, images=_images(s))
+        self.token_usage.add(outputs)
+        infos = [meta_info(o, self.engine.tokenizer, sampling_params) for o in outputs]
+        if params.n == 1:
+            return outputs[0].text, infos[0]
+        return [output.text for output in outputs], infos
+
+    def generate_stream(
+        self, s: StreamExecutor, sampling_params: SglSamplingParams
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Text deltas with meta info; the last one carries the finish reason and all else."""
+        params = to_params(sampling_params, self._defaults)
+        if params.n > 1:
+            raise RequestError(f"n={params.n}: a stream is one text; use n=1, or stream=False")
+        handle = self.engine.submit(self._text(s), params, images=_images(s))
+        for delta, output in handle.deltas():
+            if output is None:
+                yield delta, {"finish_reason": None}
+            else:
+                self.token_usage.add([output])
+                yield delta, meta_info(output, self.engine.tokenizer, sampling_params)
+
+    def select(
+        self,
+        s: StreamExecutor,
+        choices: list[str],
+        temperature: float,
+        choices_method: ChoicesSamplingMethod = token_length_normalized,
+    ) -> ChoicesDecision:
+        """The choice that `choices_method` prefers, by its log probabilities after `s`."""
+        if not (isinstance(temperature, (int, float)) and 0 <= temperature <= 1e-5):
+            raise RequestError(
+                f"temperature={shown(temperature)}: choices are scored, not sampled; use 0"
+            )
+        if not isinstance(choices_method, ChoicesSamplingMethod):
+            raise RequestError(
+                f"choices_method={shown(choices_method)} must be one of sgl's, such as "
+                "sgl.token_length_normalized, or a ChoicesSamplingMethod of your own"
+            )
+        unconditional = choices_method.requires_unconditional_logprobs
+        scores = self.engine.score(
+            self._text(s), choices, unconditional=unconditional, params=self._defaults,
+            images=_images(s),
+        )  # fmt: skip
+        self.token_usage.add(scores)
+        tokenizer = self.engine.tokenizer
+        return choices_method(
+            choices=choices,
+            normalized_prompt_logprobs=[score.mean for score in scores],
+            input_token_logprobs=[
+                entries(score.logprobs, score.token_ids, tokenizer) for score in scores
+            ],
+            output_token_logprobs=[[] for _ in scores],
+            unconditional_token_logprobs=[
+                entries(score.unconditional, score.token_ids, tokenizer)
+                for score in scores
+                if score.unconditional is not None
+            ]
+            or None,
+        )
+
+    def using(self, **overrides: Any) -> ShortfinLocal:
+        """This backend with other `defaults`: `ask.run(..., backend=backend.using(seed=1))`."""
+        view = copy.copy(self)
+        view._defaults = replace(self._defaults, **overrides)
+        return view
+
+    def cache_prefix(self, prefix_str: str) -> None:
+        """A hint from SGLang: what a batch of programs begins with."""
+        self.engine.warm(prefix_str)
+
+    def commit_lazy_operations(self, s: StreamExecutor) -> None:
+        """A hint from SGLang: the text so far is about to be forked."""
+        self.engine.warm(self._text(s), images=_images(s))
+
+    def flush_cache(self) -> None:
+        """Free all KV pages that no request uses."""
+        self.engine.flush_cache()
+
+    def shutdown(self, drain: bool = False) -> None:
+        """End the engine; generations under way fail, or are finished first with `drain`."""
+        self.engine.shutdown(drain)
+
+    def __enter__(self) -> ShortfinLocal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    def _resolve(self, chat_template: str | ChatTemplate | None) -> ChatTemplate:
+        tokenizer, name = self.engine.tokenizer, self.engine.artifact.name
+        image_token = self.engine.image_token
+        if chat_template is None and tokenizer.chat_template is None:
+            template = _NoTemplate(name=name, default_system_prompt=None, role_prefix_and_suffix={})
+            template.image_token = image_token or template.image_token
+            return template
+        return resolve_chat_template(chat_template, tokenizer, name, image_token)
+
+    def _text(self, s: StreamExecutor) -> str:
+        """What SGLang wrote so far, with images as the model's own template has them."""
+        text = str(s.text_)
+        image_first = getattr(self.chat_template, "image_first", None)
+        return text.replace(*image_first) if image_first else text
+
+
+class _NoTemplate(ChatTemplate):  # type: ignore[misc]
+    """Of a base model: plain text works, roles raise."""
+
+    def get_prefix_and_suffix(self, role: str, hist_messages: list[Any]) -> tuple[str, str]:
+        raise ChatTemplateError(
+            f"{self.name} has no chat template, so sgl.{role}() has no meaning; give one with "
+            'ShortfinLocal(chat_template="chatml"), or write the prompt as plain text'
+        )
+
+
+def _images(s: StreamExecutor) -> list[ImageInput]:
+    """What a program has shown so far: files, which SGLang has read already, and PIL images, of
+    which its copies do not tell which side is up."""
+    return [
+        base64.b64decode(data) if isinstance(given, (str, bytes)) else given
+        for given, data in s.images_
+    ]
+
+
+sglang.ShortfinLocal = ShortfinLocal

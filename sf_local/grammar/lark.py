@@ -1,0 +1,154 @@
+"""Grammars in Lark's syntax, as llguidance reads it, or in llama.cpp's GBNF, checked before."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from sf_local.grammar.json_schema import checked_schema
+from sf_local.grammar.limits import MAX_OPTIONAL, MAX_PATTERNS, Refused, as_json, lark_grammar, shown
+
+MAX_RULE_LEVELS = 1_024  # about 4 KiB of stack each
+_GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
+_LARK = re.compile(  # as llguidance splits a text; what is not here cannot hide anything
+    r"""(?P<comment>(?:\#|//)[^\n]*)
+    |(?P<string>"(?:\\(?:["\\/bfnrt]|u[a-fA-F0-9]{4}|x[a-fA-F0-9]{2})|[^"\\\x00-\x1F\x7F])*"i?)
+    |(?P<regex>/(?:\\.|[^/\\])+/[imslux]*)
+    |(?P<special><[^<>\s]+>)
+    |%(?P<json>json|regex|llguidance)
+    |%(?P<directive>ignore|lark)
+    |(?P<attribute>\b(?:stop|max_tokens|temperature)\b)(?=\s*=)
+    |(?P<name>[!?_]*[A-Za-z][\w-]*)
+    |(?P<open>[(\[{])
+    |(?P<close>[)\]}])
+    |(?P<colon>:)
+    |(?P<optional>[*?])
+    |(?P<and>&)""",
+    re.VERBOSE,
+)
+_OPTIONAL = re.compile(r"\\.|(?P<optional>[*?]|\{0?,)", re.DOTALL)
+
+
+def ebnf_grammar(text: str) -> str:
+    if _GBNF_RULE.search(text):
+        text = _gbnf_to_lark(text)
+    return lark_grammar("".join(_LarkCheck(text).pieces()))
+
+
+def _gbnf_to_lark(text: str) -> str:
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    try:
+        return gbnf_to_lark(text)
+    except RecursionError:
+        raise
+    except Exception as error:  # it raises bare ones
+        raise Refused(f"is not GBNF: {error}.") from None
+
+
+class _LarkCheck:
+    """Refuses what of a Lark text is not only about text, or would crash llguidance."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._depth = self._deepest = self._num_levels = self._num_ands = 0
+        self._names: list[str] = []  # in the current definition
+        self._num_optional = Counter[str]()  # in each definition
+        self._parts: dict[str, list[str]] = {"": self._names}  # names in each definition
+        self._definition = ""
+        self._directives: set[str] = set()
+
+    def pieces(self) -> Iterator[str]:
+        """The text, with our options in its schemas."""
+        done = 0
+        while (found := _LARK.search(self._text, done)) is not None:
+            yield self._text[done : found.end()]
+            done = found.end()
+            self._directives.add(found["json"] or found["directive"])
+            if found["json"]:
+                piece, done = self._json(found["json"], done)
+                yield piece
+            else:
+                self._count(found)
+        yield self._text[done:]
+        self._check_counts()
+
+    def _count(self, found: re.Match[str]) -> None:
+        kind = found.lastgroup
+        if kind in ("special", "attribute"):
+            raise Refused(
+                f"has the {'special token' if kind == 'special' else kind} {shown(found[0])} at "
+                f"{_place(self._text, found.start())}, which is not supported. Remove it."
+            )
+        if kind == "open":
+            self._depth += 1
+            self._deepest = max(self._deepest, self._depth)
+        elif kind == "close":
+            self._depth -= 1
+        elif kind == "and":
+            self._num_ands += 1
+        elif kind == "optional":
+            self._num_optional[self._definition] += 1
+        elif kind == "regex":
+            optional = [part for part in _OPTIONAL.finditer(found[0]) if part["optional"]]
+            self._num_optional[self._definition] += len(optional)
+        elif kind == "name":
+            self._names.append(found[0])
+        elif kind == "colon":
+            self._begin_definition()
+
+    def _begin_definition(self) -> None:
+        self._num_levels += 1 + self._deepest
+        self._deepest = 0
+        self._definition = self._names.pop() if self._names else ""
+        self._names = self._parts.setdefault(self._definition, [])
+
+    def _check_counts(self) -> None:
+        if "ignore" in self._directives and self._directives & {"json", "lark"}:
+            raise Refused(  # llguidance loses track where either may come next
+                "has %ignore beside %json or %lark, which is not supported. Write out where spaces "
+                "may be."
+            )
+        # llguidance follows rules depth first on the native stack, each one once.
+        if self._num_levels + self._deepest > MAX_RULE_LEVELS:
+            raise Refused(f"has too many rules and brackets (over {MAX_RULE_LEVELS:,}). Split it.")
+        if self._num_ands >= MAX_PATTERNS:
+            raise Refused(f"has more than {MAX_PATTERNS - 1} intersections (&). Simplify it.")
+        # Terminals are put into those that name them; each takes time with the square.
+        sizes: dict[str, int] = {}
+        if sum(self._size(name, sizes) ** 2 for name in self._parts) > MAX_OPTIONAL**2:
+            raise Refused(f"has more than {MAX_OPTIONAL:,} optional parts. Simplify it.")
+
+    def _size(self, name: str, sizes: dict[str, int]) -> int:
+        """How many optional parts the terminal `name` has, with those in it; 0 for a rule's names.
+
+        A terminal that names itself is llguidance's to refuse.
+        """
+        if name not in sizes:
+            sizes[name] = 0
+            parts = [part for part in self._parts.get(name, []) if part.strip("_")[:1].isupper()]
+            is_terminal = name.strip("_")[:1].isupper()
+            inner = sum(self._size(part, sizes) for part in parts) if is_terminal else 0
+            sizes[name] = self._num_optional[name] + inner
+        return sizes[name]
+
+    def _json(self, directive: str, start: int) -> tuple[str, int]:
+        """The JSON after `%directive` as llguidance gets it, and where it ends."""
+        text = self._text
+        start += len(text[start:]) - len(text[start:].lstrip())
+        try:
+            value, end = json.JSONDecoder().raw_decode(text, start)
+        except json.JSONDecodeError as error:
+            where = _place(text, error.pos)
+            raise Refused(f"has no JSON after %{directive}: {error.msg} at {where}.") from None
+        if directive == "llguidance" and value != {}:
+            where = _place(text, start)
+            raise Refused(f"has options in %llguidance at {where}; only {{}} is supported.")
+        return f" {as_json(checked_schema(value) if directive == 'json' else value)}", end
+
+
+def _place(text: str, index: int) -> str:
+    line = text.count("\n", 0, index) + 1
+    return f"line {line}, column {index - text.rfind(chr(10), 0, index)}"

@@ -1,0 +1,150 @@
+"""Python's regexes in llguidance's syntax, which reads many of them otherwise."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from typing import Any
+
+from sf_local.grammar.limits import MAX_OPTIONAL, Refused, lark_grammar
+
+MAX_FORCED = 10_000  # characters that a counted repeat may demand
+_parser: Any = importlib.import_module("re._parser")  # the only way to Python's regex trees
+# Where Unicode versions could differ, the written regex allows less than Python's: ASCII for \d, \w
+# and \s, and for their opposites all but at least what Python counts in. None of these uses \d, \w
+# or \s, for which llguidance substitutes ASCII inside schemas.
+_ASCII_SETS = {"DIGIT": "0-9", "WORD": "0-9A-Za-z_", "SPACE": r"\x09-\x0D\x20"}
+_UNICODE_SETS = {
+    "DIGIT": r"\p{Nd}",
+    "WORD": r"\p{L}\p{N}_",
+    "SPACE": r"\x09-\x0D\x1C-\x20\x85\xA0\u1680\u2000-\u200A\u2028\u2029\u202F\u205F\u3000",
+}
+_NOT_REGULAR = {
+    "ASSERT": "look-ahead or look-behind",
+    "ASSERT_NOT": "negative look-ahead or look-behind",
+    "FAILURE": "negative look-ahead or look-behind",
+    "GROUPREF": "a backreference",
+    "GROUPREF_EXISTS": "a conditional group (?(...)...)",
+    "ATOMIC_GROUP": "an atomic group (?>...)",
+    "POSSESSIVE_REPEAT": "a possessive repeat such as *+",
+}
+
+
+def regex_grammar(text: str) -> str:
+    pattern = RegexWriter().write(text)
+    return lark_grammar(f"start: /{pattern}/" if pattern else 'start: ""')
+
+
+class RegexWriter:
+    """Writes Python's regexes in llguidance's syntax, which reads many of them otherwise.
+
+    One for all regexes of a grammar: what they may cost is limited together.
+    """
+
+    def __init__(self) -> None:
+        self._num_optional = 0
+        self._is_search = self._is_ascii = False
+
+    def write(self, text: str, is_search: bool = False) -> str:
+        """A regex for texts that `text` matches as a whole, or with `is_search` in some part."""
+        try:
+            tree = _parser.parse(text)
+        except re.error as error:
+            raise Refused(f"is not a regex: {error}.") from None
+        except OverflowError as error:
+            raise Refused(f"is not a regex: {error}. Lower its counts.") from None
+        flags = tree.state.flags
+        self._is_search, self._is_ascii = is_search, bool(flags & re.ASCII)
+        if self._is_ascii and flags & re.IGNORECASE:
+            raise Refused("combines the flags a and i, which is not supported. Remove one.")
+        pattern = self._sequence(tree, bool(flags & re.DOTALL), True, True)
+        return f"(?i:{pattern})" if flags & re.IGNORECASE else pattern
+
+    def _sequence(self, tree: Any, dotall: bool, first: bool, last: bool) -> str:
+        """`first`, `last`: nothing of the regex comes before or after `tree`."""
+        solid = [i for i, (op, _) in enumerate(tree) if str(op) != "AT"]
+        start, end = (solid[0], solid[-1]) if solid else (len(tree), -1)
+        # A sequence of n parts that may be empty takes time and space with the square of n.
+        self._num_optional += sum(tree[i : i + 1].getwidth()[0] == 0 for i in solid)
+        if self._num_optional > MAX_OPTIONAL:
+            raise Refused(f"has more than {MAX_OPTIONAL:,} optional parts. Simplify it.")
+        return "".join(
+            self._item(str(op), value, dotall, first and i <= start, last and i >= end)
+            for i, (op, value) in enumerate(tree)
+        )
+
+    def _item(self, op: str, value: Any, dotall: bool, first: bool, last: bool) -> str:
+        if op == "LITERAL":
+            return _escaped(value)
+        if op == "NOT_LITERAL":
+            return f"[^{_escaped(value)}]"
+        if op == "ANY":
+            return "(?s:.)" if dotall else r"[^\x0A]"
+        if op == "IN":
+            return self._class(value)
+        if op == "AT":
+            return self._anchor(str(value), first, last)
+        if op == "BRANCH":
+            branches = [self._sequence(tree, dotall, first, last) for tree in value[1]]
+            return f"(?:{'|'.join(branches)})"
+        if op == "SUBPATTERN":
+            return self._group(value, dotall, first, last)
+        if op in ("MAX_REPEAT", "MIN_REPEAT"):
+            return self._repeat(value, dotall)
+        raise Refused(f"contains {_NOT_REGULAR.get(op, op)}, which is not supported. Rewrite it.")
+
+    def _anchor(self, name: str, first: bool, last: bool) -> str:
+        if name in ("AT_BEGINNING", "AT_BEGINNING_STRING"):
+            is_edge, written = first, "^"
+        elif name in ("AT_END", "AT_END_STRING"):
+            is_edge, written = last, "$"
+        else:
+            raise Refused("contains a word boundary (\\b, \\B), which is not supported. Remove it.")
+        if not is_edge:
+            raise Refused(f"has {written} in the middle, which is not supported. Remove it.")
+        return written if self._is_search else ""
+
+    def _group(self, value: Any, dotall: bool, first: bool, last: bool) -> str:
+        _, add, remove, tree = value
+        if (add | remove) & (re.ASCII | re.UNICODE):
+            raise Refused("changes the flags a or u for a part, which is not supported.")
+        if self._is_ascii and add & re.IGNORECASE:
+            raise Refused("combines the flags a and i, which is not supported. Remove one.")
+        dotall = bool((dotall or add & re.DOTALL) and not remove & re.DOTALL)
+        flag = "i" if add & re.IGNORECASE else "-i" if remove & re.IGNORECASE else ""
+        return f"(?{flag}:{self._sequence(tree, dotall, first, last)})"
+
+    def _repeat(self, value: Any, dotall: bool) -> str:
+        low, high, tree = value
+        if low * tree.getwidth()[0] > MAX_FORCED:
+            raise Refused(f"demands more than {MAX_FORCED:,} characters. Lower its counts.")
+        inner = self._sequence(tree, dotall, False, False)
+        most = "" if high == _parser.MAXREPEAT else int(high)
+        return f"(?:{inner}){{{int(low)},{most}}}"
+
+    def _class(self, items: Any) -> str:
+        is_negated = str(items[0][0]) == "NEGATE"
+        parts = [self._class_item(str(op), value, is_negated) for op, value in items[is_negated:]]
+        return f"[{'^' * is_negated}{''.join(parts)}]"
+
+    def _class_item(self, op: str, value: Any, is_negated: bool) -> str:
+        if op == "LITERAL":
+            return _escaped(value)
+        if op == "RANGE":
+            low = 0xE000 if 0xD800 <= value[0] < 0xE000 else value[0]
+            high = 0xD7FF if 0xD800 <= value[1] < 0xE000 else value[1]
+            return f"{_escaped(low)}-{_escaped(high)}"
+        name = str(value).removeprefix("CATEGORY_")
+        is_opposite = name.startswith("NOT_")
+        is_small = self._is_ascii or is_opposite == is_negated
+        chars = (_ASCII_SETS if is_small else _UNICODE_SETS)[name.removeprefix("NOT_")]
+        return f"[^{chars}]" if is_opposite else chars
+
+
+def _escaped(code: int) -> str:
+    char = chr(code)
+    if char.isascii() and char.isalnum():
+        return char
+    if 0xD800 <= code < 0xE000:
+        raise Refused(f"asks for the surrogate \\u{code:x}, which no text can contain. Remove it.")
+    return f"\\x{{{code:X}}}"

@@ -1,0 +1,286 @@
+"""Sampler: logits and SamplingParams to tokens.
+
+What sums the logits up says in which block of the vocabulary a draw ends, and which blocks hold
+candidates at all, so only these are looked into. A row comes out the same in any company.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sf_local.sampling.logprobs import likeliest
+from sf_local.request.request import SamplingParams
+from sf_local.sampling.logits import BLOCK, Floats, Next, WrongLogits, summarize, what_is_wrong
+
+LESS_THAN_ALL = 1 - 2**-50  # rounding must not reach beyond the last weight
+FLAT = 1e6  # a temperature at which all tokens are equally likely
+
+Tokens = NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A token; with its log probability and the likeliest tokens', if asked for."""
+
+    token: int
+    logprob: float | None = None
+    top: Sequence[tuple[float, int]] = ()
+
+
+class Allowed(Protocol):
+    """What a grammar allows next; each may raise."""
+
+    def has(self, token: int) -> bool: ...
+
+    def tokens(self) -> Tokens: ...
+
+
+class Sampler:
+    """What the tokens of one request depend on besides logits: penalties, bias, randomness.
+
+    prompt_ids: tokens that the repetition penalty counts as seen. end_ids: tokens that
+    `min_new_tokens` forbids. scale: what logits are multiplied by.
+    """
+
+    def __init__(
+        self, params: SamplingParams, prompt_ids: Iterable[int] = (), end_ids: Iterable[int] = ()
+    ) -> None:
+        self.params = params
+        self.scale = 1.0 if params.is_greedy else 1 / min(params.temperature, FLAT)
+        self.was_refused = True  # the grammar did not allow what was drawn last without its mask
+        self._random = np.random.default_rng(params.seed)
+        self._num_tokens = 0
+        self._end_ids = np.fromiter(end_ids, np.intp)
+        bias = params.logit_bias
+        self._bias_ids = np.fromiter(bias, np.intp)
+        self._bias = np.fromiter(bias.values(), np.float32)
+        self._has_penalties = params.has_penalties
+        self._counts: dict[int, int] = {}  # of each token in the answer
+        if params.repetition_penalty != 1:
+            self._counts = dict.fromkeys(prompt_ids, 0)
+        self.is_uncut = params.is_greedy or (
+            params.top_k < 0 and params.top_p == 1 and params.min_p == 0
+        )
+
+    @property
+    def changes_logits(self) -> bool:
+        return self._has_penalties or len(self._bias_ids) > 0 or self._is_too_short
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all tokens stand by their logits, and nothing but the choice is asked for."""
+        return self.is_uncut and not self.params.return_logprob and not self.changes_logits
+
+    @property
+    def takes_the_best(self) -> bool:
+        """Whether the likeliest token is all that is asked for."""
+        return self.params.is_greedy and self.is_plain
+
+    @property
+    def needs_mask(self) -> bool:
+        """Whether a grammar's mask is needed, as far as one can tell before the draw."""
+        return self.was_refused or not self.is_plain
+
+    @property
+    def _is_too_short(self) -> bool:
+        return self._num_tokens < self.params.min_new_tokens
+
+    def push(self, token: int) -> None:
+        """Count a token of the answer."""
+        self._num_tokens += 1
+        if self._has_penalties:
+            self._counts[token] = self._counts.get(token, 0) + 1
+
+    def change(self, logits: Floats, allowed: Tokens | None = None) -> None:
+        """Apply penalties, bias and minimal length to logits [V], in this order, in place.
+
+        Frequency and presence penalty as in OpenAI's API, repetition penalty as in CTRL (Keskar et
+        al. 2019): positive logits of tokens seen in prompt or answer are divided by it, others
+        multiplied. Where only end tokens are `allowed` they stay possible.
+        """
+        params = self.params
+        if self._has_penalties and self._counts:
+            ids = np.fromiter(self._counts, np.intp, len(self._counts))
+            counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
+            seen = logits[ids] - params.frequency_penalty * counts
+            seen -= params.presence_penalty * (counts > 0)
+            penalty = params.repetition_penalty
+            logits[ids] = np.where(seen > 0, seen / penalty, seen * penalty)
+        if len(self._bias_ids):
+            logits[self._bias_ids] += self._bias
+        if self._is_too_short:
+            ends = self._end_ids[self._end_ids < len(logits)]
+            if allowed is None or not np.isin(allowed, ends).all():
+                logits[ends] = -np.inf
+
+    def draw(self) -> float:
+        """The next random number, in [0, 1)."""
+        return self._random.random()
+
+
+def sample(
+    samplers: Sequence[Sampler], following: Next, allowed: Sequence[Allowed | None]
+) -> list[Sampled | Exception]:
+    """The next tokens of requests: from what follows them, and what their grammars allow.
+
+    Where nothing else is asked for, a token is drawn without the grammar first, and again with it
+    if that one is not allowed: of the same distribution, and seldom needed. The exception is what a
+    grammar raised, or WrongLogits.
+    """
+    result: list[Sampled | Exception] = []
+    for i, (sampler, grammar) in enumerate(zip(samplers, allowed, strict=True)):
+        try:
+            sampled = _next(sampler, following, i, grammar)
+            if i < len(following.logits) and not following.logits[i, sampled.token] < math.inf:
+                raise WrongLogits(what_is_wrong(float(following.logits[i, sampled.token])))
+            result.append(sampled)
+        except Exception as error:
+            result.append(error)
+    return result
+
+
+def _next(sampler: Sampler, following: Next, i: int, allowed: Allowed | None) -> Sampled:
+    """The next token of row `i`."""
+    if sampler.is_plain:
+        greedy = sampler.params.is_greedy
+        token = int(following.best[i]) if greedy else _draw(sampler, following, i)
+        if allowed is None:
+            return Sampled(token)
+        sampler.was_refused = not allowed.has(token)
+        if not sampler.was_refused:
+            return Sampled(token)
+    tokens = None if allowed is None else allowed.tokens()
+    if tokens is None and not sampler.changes_logits:
+        return _choose(sampler, following.take(slice(i, i + 1)))
+    logits = following.logits[i]
+    if sampler.changes_logits:
+        logits = logits.copy()
+        sampler.change(logits, tokens)
+    if tokens is not None:
+        logits = logits[tokens]
+    found = _choose(sampler, summarize(logits[None], np.array([sampler.scale], np.float32)))
+    if tokens is None:
+        return found
+    top = [(value, int(tokens[token])) for value, token in found.top]
+    return Sampled(int(tokens[found.token]), found.logprob, top)
+
+
+def _draw(sampler: Sampler, following: Next, i: int) -> int:
+    """The token of row `i` where the sum of weights passes a random share of the total."""
+    maxima, scale = following.maxima[i], sampler.scale
+    weights = following.sums[i] * np.exp((maxima - maxima.max()) * scale)
+    block, share = _find(weights, sampler.draw())
+    logits = following.logits[i, block * BLOCK : (block + 1) * BLOCK]
+    place, _ = _find(np.exp((logits - maxima[block]) * scale), share)
+    return block * BLOCK + place
+
+
+def _find(weights: NDArray[np.floating], share: float) -> tuple[int, float]:
+    """Where the running sum of weights passes a share of their total, and by which share of that
+    weight."""
+    running = weights.cumsum(dtype=np.float64)
+    if not 0 < running[-1] < math.inf:
+        # Of a total of 0 no token is possible.
+        raise WrongLogits(what_is_wrong(float(running[-1]) or -math.inf))
+    bound = share * (LESS_THAN_ALL * running[-1])
+    place = int(running.searchsorted(bound, "right"))
+    return place, float(1 - (running[place] - bound) / weights[place])
+
+
+class Row:
+    """One row of `Next` by its sampler's scale. The weight of the likeliest token is 1."""
+
+    def __init__(self, following: Next, scale: float) -> None:
+        [self.logits], [self._maxima], self._scale = following.logits, following.maxima, scale
+        self._top = float(self._maxima.max())
+        weights = following.sums[0] * np.exp(
+            (self._maxima.astype(np.float64) - self._top) * self._scale
+        )
+        self.total = float(weights.sum())
+
+    def logs(self, tokens: Tokens) -> NDArray[np.float64]:
+        """Logarithms of the weights of some tokens."""
+        logs: NDArray[np.float64] = (
+            self.logits[tokens].astype(np.float64) - self._top
+        ) * self._scale
+        return logs
+
+    def at_least(self, weight: float) -> Tokens:
+        """All tokens of this weight or more, and maybe some that come near it."""
+        return self._reach(self._top + math.log(weight) / self._scale - 1e-3)
+
+    def likeliest(self, count: int) -> Tokens:
+        """That many tokens, best first."""
+        if not 0 < count <= len(self._maxima):
+            return likeliest(self.logits, count)
+        # So many blocks hold a logit of at least ...: what is below is not among the largest.
+        tokens = self._reach(np.partition(self._maxima, -count)[-count])
+        return np.asarray(tokens[likeliest(self.logits[tokens], count)])
+
+    def _reach(self, logit: float) -> Tokens:
+        """All tokens with this logit or more."""
+        blocks = np.flatnonzero(self._maxima >= logit)
+        tokens = (blocks[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)
+        tokens = tokens[tokens < len(self.logits)]
+        return np.asarray(tokens[self.logits[tokens] >= logit])
+
+
+def _choose(sampler: Sampler, following: Next) -> Sampled:
+    """The choice for one row, with what is reported of it."""
+    params, token = sampler.params, int(following.best[0])
+    if sampler.is_uncut:
+        if not params.is_greedy:
+            token = _draw(sampler, following, 0)
+    else:
+        row = Row(following, sampler.scale)
+        tokens = candidates(row, params)
+        place, _ = _find(np.exp(row.logs(tokens)), sampler.draw())
+        token = int(tokens[place])
+    if not params.return_logprob:
+        return Sampled(token)
+    row = Row(following, sampler.scale)
+    total = math.log(row.total)
+    tops = row.likeliest(params.top_logprobs_num)
+    tops = tops[row.logits[tops] > -np.inf]
+    top = zip((row.logs(tops) - total).tolist(), tops.tolist(), strict=True)
+    return Sampled(token, float(row.logs(np.array([token]))[0]) - total, list(top))
+
+
+def candidates(row: Row, params: SamplingParams) -> Tokens:
+    """Tokens that may be drawn: top-k, of these top-p, of these min-p; as SGLang orders them."""
+    least = max(params.min_p, float(np.finfo(np.float32).tiny))  # the largest weight is 1
+    total = row.total
+    if 0 < params.top_k < len(row.logits):
+        tokens = row.likeliest(params.top_k)
+        total = float(np.exp(row.logs(tokens)).sum())
+    elif params.top_p < 1:
+        tokens = _most(row, params.top_p * total)
+    else:
+        tokens = row.at_least(least)
+    weights = np.exp(row.logs(tokens))
+    if params.top_p < 1:
+        nucleus = _nucleus(weights, params.top_p * total)
+        tokens, weights = tokens[nucleus], weights[nucleus]
+    return tokens[weights >= least]
+
+
+def _most(row: Row, total: float) -> Tokens:
+    """All tokens above some weight that together reach `total`: few are left to sort."""
+    for bound in (1e-2, 1e-4, 1e-6):
+        tokens = row.at_least(bound)
+        if np.exp(row.logs(tokens)).sum() >= total:
+            return tokens
+    return np.arange(len(row.logits))
+
+
+def _nucleus(weights: NDArray[np.float64], total: float) -> Tokens:
+    """The fewest largest entries that together reach `total` (Holtzman et al. 2020)."""
+    order = np.argsort(-weights, kind="stable")
+    before = np.cumsum(weights[order]) - weights[order]
+    return order[: max(int(np.searchsorted(before, total)), 1)]

@@ -1,0 +1,89 @@
+"""SeamEncoder: text to tokens, keeping the tokens that a model generated for the same text.
+
+SGLang hands over whole texts, and a tokenizer may split a generated text otherwise than the model
+wrote it. Encoded afresh, such a prompt would miss the cache from the first difference on.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from itertools import accumulate
+
+from sf_local.text.tokenizer import Tokenizer
+
+MAX_TEXTS = 512
+MAX_CHARACTERS = 4 << 20  # of all remembered texts together
+
+
+class SeamEncoder:
+    """Encodes prompts; those that begin with a remembered text begin with its tokens.
+
+    The remembered tokens are used up to the last place where a token of the prompt's own encoding
+    begins as well, so the rest is split as the tokenizer would. Usable from any thread.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._texts: OrderedDict[str, list[int]] = OrderedDict()  # text -> tokens, oldest first
+        self._lengths: Counter[int] = Counter()
+        self._num_characters = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, text: str, end: int | None = None) -> list[int]:
+        """The tokens of `text`; raises RequestError where Tokenizer.encode does.
+
+        What is remembered counts in the first `end` characters only.
+        """
+        ids = self._tokenizer.encode(text)
+        known = self._longest_known(text[:end])
+        return ids if known is None else self._join(known, ids)
+
+    def remember(self, prompt: str, prompt_ids: list[int], ids: Sequence[int], text: str) -> None:
+        """`prompt`, encoded as `prompt_ids`, was continued by `ids`, which read as `text`."""
+        with self._lock:
+            self._forget(prompt + text)
+            self._texts[prompt + text] = [*prompt_ids, *ids]
+            self._lengths[len(prompt + text)] += 1
+            self._num_characters += len(prompt + text)
+            while len(self._texts) > MAX_TEXTS or self._num_characters > MAX_CHARACTERS:
+                self._forget(next(iter(self._texts)))
+
+    def _forget(self, text: str) -> None:
+        if self._texts.pop(text, None) is not None:
+            self._num_characters -= len(text)
+            self._lengths[len(text)] -= 1
+            if not self._lengths[len(text)]:
+                del self._lengths[len(text)]
+
+    def _longest_known(self, text: str) -> list[int] | None:
+        with self._lock:
+            for length in sorted(self._lengths, reverse=True):
+                if length <= len(text) and (ids := self._texts.get(text[:length])) is not None:
+                    return ids
+        return None
+
+    def _join(self, known: Sequence[int], ids: list[int]) -> list[int]:
+        """`known` tokens as far as they agree with the text of `ids`, then the rest of `ids`."""
+        known_ends, known_bytes = self._ends(known)
+        ends, text = self._ends(ids)
+        same = _common_len(known_bytes, text)
+        for index in range(bisect_right(known_ends, same), 0, -1):
+            at = bisect_right(ends, known_ends[index - 1])
+            if at and ends[at - 1] == known_ends[index - 1]:
+                return [*known[:index], *ids[at:]]
+        return ids
+
+    def _ends(self, ids: Sequence[int]) -> tuple[list[int], bytes]:
+        """Where each token ends in the bytes of all."""
+        pieces = [self._tokenizer.written_bytes(i) for i in ids]
+        return list(accumulate(map(len, pieces))), b"".join(pieces)
+
+
+def _common_len(a: bytes, b: bytes) -> int:
+    length = min(len(a), len(b))
+    if a[:length] == b[:length]:
+        return length
+    return next(i for i in range(length) if a[i] != b[i])

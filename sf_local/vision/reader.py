@@ -1,0 +1,219 @@
+"""Prompts as they are computed: token ids, and tiles of images in the place of some of them."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sf_local.errors import MismatchError, RequestError
+from sf_local.vision.processor import ImageProcessor, ImageSettings
+from sf_local.vision.image_file import GivenImage, ImageInput
+from sf_local.text.tokenizer import Tokenizer
+
+MAX_TOKENS = 1 << 16  # of a tile
+MAX_CUTTING = 2  # images at once: one of 64 megapixels takes nearly 1 GiB
+
+
+@dataclass(eq=False)
+class Tile:
+    """A tile of an image, shared by all requests that show it.
+
+    pixels uint8 [size, size, 3], until it is encoded: embeds f32 [tokens, H].
+    """
+
+    pixels: NDArray[np.uint8] | None
+    embeds: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
+
+    @property
+    def num_bytes(self) -> int:
+        pixels = self.pixels  # which another thread may let go of
+        return self.embeds.nbytes + (0 if pixels is None else pixels.nbytes)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Positions start .. end - 1 of a prompt, which the embeddings of an image's tile take."""
+
+    start: int
+    end: int
+    tile: Tile
+    image: CutImage  # kept as long as a prompt shows it, and so not cut again
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids; where images are, their `keys` are numbers that only the same pixels have."""
+
+    ids: list[int]
+    keys: list[int]
+    spans: list[Span] = field(default_factory=list)
+    unexpanded: list[int] = field(default_factory=list)
+
+    @property
+    def plain(self) -> list[int]:
+        """Token ids with a marker for each image."""
+        return self.unexpanded or self.ids
+
+
+@dataclass(frozen=True, eq=False)
+class CutImage:
+    """The grid of an image's tiles, all of them, and a number for what they show."""
+
+    rows: int
+    columns: int
+    tiles: tuple[Tile, ...]
+    number: int
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tile.num_bytes for tile in self.tiles)
+
+
+class ImageCache:
+    """Cut images by key: all that prompts show, and the last ones used, up to about `max_bytes`.
+
+    Usable from any thread.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._images: OrderedDict[bytes, CutImage] = OrderedDict()
+        self._shown: WeakValueDictionary[bytes, CutImage] = WeakValueDictionary()
+        self._lock = threading.Lock()
+
+    def get(self, key: bytes) -> CutImage | None:
+        with self._lock:
+            found = self._shown.get(key)
+            return None if found is None else self._keep(key, found)
+
+    def add(self, key: bytes, image: CutImage) -> CutImage:
+        """The image that is kept for the key: another thread may have been faster."""
+        with self._lock:
+            return self._keep(key, self._shown.setdefault(key, image))
+
+    def _keep(self, key: bytes, image: CutImage) -> CutImage:
+        self._images[key] = image
+        self._images.move_to_end(key)
+        self._trim()
+        return image
+
+    def _trim(self) -> None:
+        """Images grow when they are encoded."""
+        sizes = {key: image.num_bytes for key, image in self._images.items()}
+        num_bytes = sum(sizes.values())
+        while num_bytes > self._max_bytes and len(self._images) > 1:
+            key, _ = self._images.popitem(last=False)
+            num_bytes -= sizes[key]
+
+
+class ImageReader:
+    """Puts images into prompts of one model; usable from any thread."""
+
+    def __init__(
+        self, settings: ImageSettings, tokenizer: Tokenizer, max_bytes: int, allow_urls: bool
+    ) -> None:
+        self._settings, self._tokenizer = settings, tokenizer
+        self._processor = ImageProcessor(settings)
+        self._cache, self._allow_urls = ImageCache(max_bytes), allow_urls
+        self._cutting = threading.BoundedSemaphore(MAX_CUTTING)
+        self._markers: dict[tuple[int, int], list[int]] = {}  # by grid
+        token, ids = settings.image_token, self._encode(settings.image_token * 2)
+        if ids != [settings.image_token_id] * 2:
+            raise MismatchError(
+                f"the tokenizer reads {token * 2!r} as {ids}, not as the model's image token "
+                f"{settings.image_token_id} twice; use the tokenizer that came with the model"
+            )
+
+    def given(self, image: ImageInput) -> GivenImage:
+        """For several prompts, so that it is read once."""
+        return image if isinstance(image, GivenImage) else GivenImage(image, self._allow_urls)
+
+    def expand(self, ids: list[int], images: Sequence[ImageInput], max_tokens: int) -> Prompt:
+        """A prompt with the tiles of `images` in the place of its markers.
+
+        Raises ImageError for an image that cannot be used, RequestError unless there is one for
+        each marker, and where they cannot fit `max_tokens`.
+        """
+        token = self._settings.image_token_id
+        num_markers = ids.count(token)
+        if num_markers != len(images):
+            raise RequestError(
+                f"images: there are {len(images)}, and {num_markers} markers in the prompt; put "
+                f"{self._settings.image_token} where each image belongs, and nowhere else"
+            )
+        if not images:
+            return Prompt(ids, ids)
+        cut = self._cut_all(images, max_tokens)
+        prompt, markers = Prompt([], [], unexpanded=ids), iter(cut)
+        for part in ids:
+            if part == token:
+                self._append(prompt, next(markers))
+            else:
+                prompt.ids.append(part)
+                prompt.keys.append(part)
+        return prompt
+
+    def _cut_all(self, images: Sequence[ImageInput], max_tokens: int) -> list[CutImage]:
+        """No more of them than it takes to see that they do not fit."""
+        cut: list[CutImage] = []
+        for image in images:
+            self._check_room(cut, images, max_tokens)
+            cut.append(self._cut(image))
+        self._check_room(cut, images, max_tokens)
+        return cut
+
+    def _check_room(
+        self, cut: Sequence[CutImage], images: Sequence[ImageInput], max_tokens: int
+    ) -> None:
+        """Each image that is not cut yet has one tile or more."""
+        num_tiles = sum(len(image.tiles) for image in cut) + len(images) - len(cut)
+        if (least := num_tiles * self._settings.tokens_per_tile) > max_tokens:
+            raise RequestError(
+                f"images: {len(images)} of them take {least} tokens or more, and the context is "
+                f"{max_tokens}: no room for an answer; give fewer"
+            )
+
+    def _append(self, prompt: Prompt, image: CutImage) -> None:
+        count, token, seen = self._settings.tokens_per_tile, self._settings.image_token_id, 0
+        for part in self._marker_ids(image.rows, image.columns):
+            key = part
+            if part == token:
+                tile, offset = divmod(seen, count)
+                key = -1 - (((image.number << 16) + tile) * MAX_TOKENS + offset)
+                if not offset:
+                    start = len(prompt.ids)
+                    prompt.spans.append(Span(start, start + count, image.tiles[tile], image))
+                seen += 1
+            prompt.ids.append(part)
+            prompt.keys.append(key)
+        assert seen == count * len(image.tiles)
+
+    def _marker_ids(self, rows: int, columns: int) -> list[int]:
+        if (rows, columns) not in self._markers:
+            text = self._processor.marker_text(rows, columns)
+            self._markers[rows, columns] = self._encode(text)
+        return self._markers[rows, columns]
+
+    def _encode(self, text: str) -> list[int]:
+        """Without the token that prompts begin with."""
+        ids = self._tokenizer.encode(text)
+        return ids[1:] if ids[0] == self._tokenizer.bos_token_id else ids
+
+    def _cut(self, image: ImageInput) -> CutImage:
+        given = self.given(image)
+        if (found := self._cache.get(given.key)) is not None:
+            return found
+        with self._cutting:
+            if (found := self._cache.get(given.key)) is not None:
+                return found
+            tiles = self._processor.tiles(given.pixels())
+            number = int.from_bytes(given.key, "little")
+            # Each with memory of its own, which is free when it is let go of.
+            parts = tuple(Tile(pixels.copy()) for pixels in tiles.pixels)
+            return self._cache.add(given.key, CutImage(tiles.rows, tiles.columns, parts, number))
