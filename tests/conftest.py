@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hip.driver import LIBRARY, Driver, build_driver, compile_code_object, compile_twins
-from hip.modules import model_emitter
-from hip.probe import Probe
-from reference import random_weights, write_hf_folder
-from vision_reference import (
+from tests.hip.driver import LIBRARY, Driver, build_driver, compile_code_object, compile_twins
+from tests.hip.modules import model_emitter
+from tests.hip.probe import Probe
+from tests.support.reference import random_weights, write_hf_folder
+from tests.support.vision_reference import (
     IDEFICS3,
     LLAVA,
     forward_images,

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import shared_data
-from reference import logprobs
-from running import open_runner
+from tests.support.tiny import shared_data
+from tests.support.reference import logprobs
+from tests.support.running import open_runner
 
 from compile import BuildOptions, demo
 from sf_local.engine.engine import Engine

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from hip.dispatches import Difference, Dispatch, compare_record, read_dispatches, wrong_ones
-from hip.driver import Driver, Outcome
-from hip.model_calls import Arrays, Plan
+from tests.hip.dispatches import Difference, Dispatch, compare_record, read_dispatches, wrong_ones
+from tests.hip.driver import Driver, Outcome
+from tests.hip.model_calls import Arrays, Plan
 
 # A device that failed may wait for ever when it is closed: such a process ends at once.
 CALLS = """
@@ -18,7 +18,7 @@ CALLS = """
     from pathlib import Path
 
     import numpy as np
-    from hip.model_calls import Plan, run_calls
+    from tests.hip.model_calls import Plan, run_calls
 
     artifact, plan, results, patience = sys.argv[1:5]
     try:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from running import open_runner
+from tests.support.running import open_runner
 
 from sf_local.model.runner import ModelRunner, Row
 from sf_local.sampling.logits import Next

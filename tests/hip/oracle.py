@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from hip import pcode
-from hip.pcode import Array, Context, PcodeError, Value, boolean, real, retype, unsigned
+from tests.hip import pcode
+from tests.hip.pcode import Array, Context, PcodeError, Value, boolean, real, retype, unsigned
 
 VCC, M0, EXEC = 106, 124, 126  # numbers of registers in a State
 _NULL, _LITERAL = 124, 255  # numbers in encodings; NULL is RDNA's

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 
-from hip.probe import Line
+from tests.hip.probe import Line
 
 # A name, operands, and modifiers in any order: equal for equal instructions however written.
 Parts = tuple[str, tuple[str, ...], frozenset[str]]

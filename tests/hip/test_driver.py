@@ -5,14 +5,14 @@ from __future__ import annotations
 import signal
 
 import pytest
-from hip.driver import Driver
+from tests.hip.driver import Driver
 
 from compile.target import HIP_CHIPS
 
 START = """
     import json, sys, time
     from ctypes import memset, string_at
-    from hip.control import *
+    from tests.hip.control import *
 """
 
 

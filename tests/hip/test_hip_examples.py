@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hip.driver import Driver
+from tests.hip.driver import Driver
 
 from compile import BuildOptions, build
 

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TinyModel
-from hip.driver import Call, Driver, Outcome
+from tests.support.tiny import TinyModel
+from tests.hip.driver import Call, Driver, Outcome
 
 FEW = {"prefill_batch_sizes": (1,), "decode_batch_sizes": (1, 2)}
 PROMPT = list(range(5, 16))
 
 RUN = """
     import json, sys
-    from hip.control import fail, mark, memory
+    from tests.hip.control import fail, mark, memory
     from sf_local.device.device import device as devices
     from sf_local.engine.engine import Engine
     from sf_local.errors import SfLocalError
@@ -379,7 +379,7 @@ def test_memory_is_flat(run_model: Callable[..., Outcome]) -> None:
         RUN
         + """
     import random
-    from hip.control import resident
+    from tests.hip.control import resident
 
     rng, seen = random.Random(5), []
     with Engine(artifact, device, kv_pages=100) as engine:

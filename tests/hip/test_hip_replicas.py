@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import TinyModel
-from hip.driver import Driver
+from tests.support.tiny import TinyModel
+from tests.hip.driver import Driver
 
 FEW = {"prefill_batch_sizes": (1,), "decode_batch_sizes": (1, 2)}
 CODE = """
     import json, sys
-    from hip.control import fail
+    from tests.hip.control import fail
     from sf_local.engine.engine import Engine
     from sf_local.errors import SfLocalError
     from sf_local.request.request import SamplingParams

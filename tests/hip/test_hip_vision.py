@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import SeeingModel
-from hip.driver import Call, Driver, Outcome
+from tests.support.tiny import SeeingModel
+from tests.hip.driver import Call, Driver, Outcome
 from test_hip_model import LOST, between, check_failure
 
 FEW = {"num_layers": 1, "prefill_batch_sizes": (1,), "decode_batch_sizes": (1, 2)}
@@ -21,7 +21,7 @@ RUN = """
 
     import numpy as np
     import PIL.Image
-    from hip.control import fail, mark, memory
+    from tests.hip.control import fail, mark, memory
     from sf_local.device.device import device as devices
     from sf_local.engine.engine import Engine
     from sf_local.errors import SfLocalError
@@ -180,7 +180,7 @@ def test_memory_is_flat(run_model: Callable[..., Outcome]) -> None:
         RUN
         + """
     import random
-    from hip.control import resident
+    from tests.hip.control import resident
 
     rng, seen = random.Random(5), []
     with open_engine(image_memory="1MiB") as engine:

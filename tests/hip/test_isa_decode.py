@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CODE_CHIPS
-from hip.probe import Line, Probe
-from hip.rocmasm import (
+from tests.support.tiny import CODE_CHIPS
+from tests.hip.probe import Line, Probe
+from tests.hip.rocmasm import (
     Function,
     compare,
     in_common,

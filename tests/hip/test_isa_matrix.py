@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hip.matrix_layouts import (
+from tests.hip.matrix_layouts import (
     BEFORE_GFX942,
     BITS,
     IREE_LAYOUTS,
@@ -27,7 +27,7 @@ from hip.matrix_layouts import (
     grid,
     iree_lanes,
 )
-from hip.probe import AGPR, IsaFault, Probe, State
+from tests.hip.probe import AGPR, IsaFault, Probe, State
 
 Floats = npt.NDArray[np.float64]
 Bits = npt.NDArray[np.uint64]

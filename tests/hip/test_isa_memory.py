@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hip.driver import LIBRARY, Driver
-from hip.oracle import M0
-from hip.probe import AGPR, IsaFault, Probe, State
+from tests.hip.driver import LIBRARY, Driver
+from tests.hip.oracle import M0
+from tests.hip.probe import AGPR, IsaFault, Probe, State
 
 CHIPS = ("gfx942", "gfx1100", "gfx1201")
 ARCHS = {"gfx9": "cdna", "gfx11": "rdna3", "gfx12": "rdna4"}

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from conftest import CODE_CHIPS, CODE_OPTIONS, MACHINE_CODE_CHIPS, TINY
-from hip.driver import compile_code_object
-from hip.modules import model_emitter
-from hip.oracle import (
+from tests.support.tiny import CODE_CHIPS, CODE_OPTIONS, MACHINE_CODE_CHIPS, TINY
+from tests.hip.driver import compile_code_object
+from tests.hip.modules import model_emitter
+from tests.hip.oracle import (
     EXEC,
     M0,
     Batch,
@@ -35,9 +35,9 @@ from hip.oracle import (
     decode,
     expected,
 )
-from hip.pcode import Array, Value, ones
-from hip.probe import KEEP_DENORMALS, NUM_SGPRS, NUM_VGPRS, IsaFault, Probe, State
-from vision_reference import IDEFICS3, LLAVA
+from tests.hip.pcode import Array, Value, ones
+from tests.hip.probe import KEEP_DENORMALS, NUM_SGPRS, NUM_VGPRS, IsaFault, Probe, State
+from tests.support.vision_reference import IDEFICS3, LLAVA
 
 FLUSH_F32 = 0x30  # MODE: these bits are off where float32 denormals become zeros
 IEEE = 0x200  # MODE: signalling NaNs come out quiet; gfx12 has no such bit

@@ -14,13 +14,13 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from conftest import MACHINE_CODE_CHIPS, TINY, TINY_OPTIONS, TinyModel
-from hip.dispatches import BOUNDS, wrong_ones
-from hip.driver import Driver, Outcome, compile_code_object
-from hip.machine_runs import Run, chip_of, run_beside_twins
-from hip.model_calls import Arrays, Plan
-from hip.modules import summing_module
-from reference import Array, forward, uneven_weights, write_hf_folder
+from tests.support.tiny import MACHINE_CODE_CHIPS, TINY, TINY_OPTIONS, TinyModel
+from tests.hip.dispatches import BOUNDS, wrong_ones
+from tests.hip.driver import Driver, Outcome, compile_code_object
+from tests.hip.machine_runs import Run, chip_of, run_beside_twins
+from tests.hip.model_calls import Arrays, Plan
+from tests.hip.modules import summing_module
+from tests.support.reference import Array, forward, uneven_weights, write_hf_folder
 
 from compile import build
 from compile.build import MLIR, VMFB, BuildOptions

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from hip.driver import Driver
-from tools.run_machine_code import GOLDEN, Case, pairs, run_cases
+from tests.hip.driver import Driver
+from tests.tools.run_machine_code import GOLDEN, Case, pairs, run_cases
 
 
 @pytest.mark.slow

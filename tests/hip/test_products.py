@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hip.driver import Driver, compile_code_object
-from hip.modules import Product, products_module
+from tests.hip.driver import Driver, compile_code_object
+from tests.hip.modules import Product, products_module
 
 from compile.build import VMFB
 from compile.gpu.linear import SUBGROUP

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY
-from vision_reference import IDEFICS3, LLAVA
+from tests.support.tiny import TINY
+from tests.support.vision_reference import IDEFICS3, LLAVA
 
 from compile.build import iree_compile
 from compile.models.spec import VisionConfig

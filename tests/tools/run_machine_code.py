@@ -21,13 +21,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import TINY, TINY_OPTIONS
-from hip.dispatches import BOUNDS, Difference, worst, wrong_ones
-from hip.driver import Driver, Outcome, build_driver, compile_twins
-from hip.machine_runs import Run, run_beside_twins
-from hip.model_calls import Plan
-from reference import forward, random_weights, uneven_weights, write_hf_folder
-from vision_reference import IDEFICS3, LLAVA, random_model, write_vision_folder
+from tests.support.tiny import TINY, TINY_OPTIONS
+from tests.hip.dispatches import BOUNDS, Difference, worst, wrong_ones
+from tests.hip.driver import Driver, Outcome, build_driver, compile_twins
+from tests.hip.machine_runs import Run, run_beside_twins
+from tests.hip.model_calls import Plan
+from tests.support.reference import forward, random_weights, uneven_weights, write_hf_folder
+from tests.support.vision_reference import IDEFICS3, LLAVA, random_model, write_vision_folder
 
 from compile import BuildOptions, build
 from compile.build import MLIR
@@ -71,7 +71,7 @@ IMAGES = """
 GREEDY = """
     import json, sys
     from pathlib import Path
-    from running import open_runner
+    from tests.support.running import open_runner
     from sf_local.model.runner import Row
 
     artifact, prompts, seconds = sys.argv[1], json.loads(sys.argv[2]), float(sys.argv[3])

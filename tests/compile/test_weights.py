@@ -1,0 +1,118 @@
+"""What the archive holds: the source's matrices in the target's layout, and rope tables."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from tests.support.tiny import TINY, TinyModel
+from tests.support.reference import rope_frequencies as reference_frequencies
+
+from compile.models.spec import RopeScaling
+from compile.weights import rope_frequencies, rope_table
+from sf_local.artifact.irpa import read_table
+
+DTYPES = {"f32": np.float32, "bf16": ml_dtypes.bfloat16}
+
+
+def read(path: Path, name: str) -> np.ndarray:
+    entry = read_table(path)[name]
+    *shape, dtype = entry.type.split("x")
+    data = path.read_bytes()[entry.offset : entry.offset + entry.num_bytes]
+    return np.frombuffer(data, DTYPES[dtype]).reshape([int(d) for d in shape])
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_packed_matrices(make_tiny: Callable[..., TinyModel], dtype: str) -> None:
+    """Tiles [N/n, K/k, n, k] of q, k and v together; what is padded is zero."""
+    model = make_tiny(weight_dtype=dtype, kv_dtype=dtype)
+    tiles = read(model.artifact / "weights.irpa", "blk.1.attn_qkv.weight")
+    matrix = tiles.transpose(0, 2, 1, 3).reshape(tiles.shape[0] * tiles.shape[2], -1)
+    parts = [model.weights[f"blk.1.attn_{x}.weight"] for x in "qkv"]
+    expected = np.concatenate(parts).astype(DTYPES[dtype])
+    np.testing.assert_array_equal(matrix[: len(expected), : expected.shape[1]], expected)
+    assert not matrix[len(expected) :].any() and not matrix[:, expected.shape[1] :].any()
+
+
+def test_gate_and_up_alternate(make_tiny: Callable[..., TinyModel]) -> None:
+    """Each block is half gates, half ups; 71 features of both are padded with zeros."""
+    model = make_tiny(intermediate_size=71)
+    tiles = read(model.artifact / "weights.irpa", "blk.0.ffn_gate_up.weight")
+    blocks = tiles.transpose(0, 2, 1, 3).reshape(len(tiles), 2, tiles.shape[2] // 2, -1)
+    for found, name in zip(blocks.swapaxes(0, 1), ("gate", "up"), strict=True):
+        matrix = found.reshape(-1, found.shape[-1])
+        np.testing.assert_array_equal(matrix[:71, :48], model.weights[f"blk.0.ffn_{name}.weight"])
+        assert not matrix[71:].any() and not matrix[:, 48:].any()
+
+
+def test_row_major_matrices(make_tiny: Callable[..., TinyModel]) -> None:
+    model = make_tiny(row_major=True)
+    found = read(model.artifact / "weights.irpa", "blk.0.ffn_down.weight")
+    np.testing.assert_array_equal(found, model.weights["blk.0.ffn_down.weight"])
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        RopeScaling("linear", 4.0),
+        RopeScaling("llama3", 8.0, 1.0, 4.0, 64),
+        RopeScaling("factors", 1.0, factors=(1.0, 2.0, 3.0, 4.0)),
+    ],
+)
+def test_rope(scaling: RopeScaling | None) -> None:
+    config = replace(TINY, rope_scaling=scaling)
+    np.testing.assert_allclose(rope_frequencies(config), reference_frequencies(config), rtol=1e-12)
+    table = rope_table(config, 0, 16)
+    assert table.shape == (16, 2, 4) and table.dtype == np.float32
+    np.testing.assert_array_equal(rope_table(config, 9, 11), table[9:11])
+    np.testing.assert_allclose(table[9, 1], np.sin(9 * rope_frequencies(config)), atol=1e-7)
+
+
+@pytest.mark.slow
+def test_conversion_streams(tmp_path: Path) -> None:
+    """1.3 GB of weights in four matrices convert within 300 MB of anonymous memory."""
+    program = f"""
+import json, re, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from dataclasses import replace
+from pathlib import Path
+import numpy as np
+from tests.support.tiny import TINY
+from tests.support.reference import random_weights, write_hf_folder
+from compile.cpu.emitter import CpuLlamaEmitter
+from compile.options import ModelOptions
+from compile.cpu.matmul import Vectors
+from compile.sources.open import open_source
+from compile.weights import write_weights
+
+def anonymous() -> int:
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+
+config = replace(TINY, num_layers=1, hidden_size=2048, intermediate_size=32768, vocab_size=40000)
+folder = Path({str(tmp_path)!r})
+if sys.argv[1] == "write":
+    write_hf_folder(folder / "source", config, random_weights(config, 0))
+else:
+    options = ModelOptions("bf16", "bf16", 16, (1,), (1,), 64)
+    source = open_source(folder / "source")
+    before, peak = anonymous(), 0
+    def watch(done, total):
+        global peak
+        peak = max(peak, anonymous())
+    parameters = list(CpuLlamaEmitter(config, options, Vectors(16, 8)).parameters.values())
+    write_weights(folder / "weights.irpa", source, parameters, watch)
+    print(peak - before)
+"""
+    subprocess.run([sys.executable, "-c", program, "write"], check=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", program, "convert"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert 0 < int(done.stdout) < 300

@@ -1,0 +1,117 @@
+"""examples/bench_peers.py without any peer: a script that answers jobs stands in for them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from tests.support.tiny import TinyModel
+
+from compile import BuildOptions, demo
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+WORKER = """
+import json, sys
+speed, broken = float(sys.argv[1]), sys.argv[2:]
+for line in sys.stdin:
+    name, *arguments = json.loads(line)
+    if "exit" in broken:
+        sys.exit("out of luck")
+    reply = {"error": "no such thing"} if name in broken else {"value": speed}
+    print(json.dumps(reply), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def peers() -> ModuleType:
+    sys.path.insert(0, str(EXAMPLES))
+    spec = importlib.util.spec_from_file_location("bench_peers", EXAMPLES / "bench_peers.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench_peers"] = module  # for its dataclasses
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_table(peers: ModuleType) -> None:
+    def fake(*arguments: str) -> object:
+        return peers.Worker([sys.executable, "-c", WORKER, *arguments], is_model=False)
+
+    workers = {
+        "ours": fake("30"), "theirs": fake("20"), "broken": fake("1", "decode"),
+        "gone": fake("1", "exit"), "absent": "not installed in /peers",
+    }  # fmt: skip
+    table = [
+        peers.Row("decode", peers.DECODE, "ours", "theirs", 1.3),
+        peers.Row("wait", peers.CACHED, "ours", "theirs", 1.0, "s"),
+        peers.Row("half", peers.DECODE, "ours", "theirs", 0.8, "GB/s", 0.5),
+        peers.Row("start", peers.START, "ours", "theirs", None, "s"),
+        peers.Row("memory", peers.MEMORY, "ours", "", 1.25, "x"),
+        *(peers.Row(name, peers.DECODE, "ours", name) for name in ("broken", "gone", "absent")),
+    ]
+    try:
+        measured = peers.measure(table, workers, 2, lambda line: None)
+    finally:
+        for worker in workers.values():
+            if not isinstance(worker, str):
+                worker.close()
+    another_model = peers.Worker(fake("1").command)
+    with pytest.raises(RuntimeError, match="its first token is"):
+        another_model.measure(peers.DECODE, [])
+    decode, wait, half, start, memory, broken, gone, absent = peers.results(table, measured)
+    assert decode["ours"]["values"] == [30, 30] and decode["ratio"]["values"] == [1.5, 1.5]
+    assert wait["ratio"]["median"] == pytest.approx(2 / 3)  # lower is better
+    assert half["ours"]["median"] == 15 and half["ratio"]["median"] == 0.75
+    assert len(start["ratio"]["values"]) == 2 and start["ours"]["min"] > 0
+    assert memory["ratio"]["median"] == 30 and "missing" not in memory["theirs"]
+    assert broken["theirs"]["missing"] == "no such thing" and "ratio" not in broken
+    assert gone["theirs"]["missing"] == "it ended: out of luck"
+    assert absent["theirs"]["missing"] == "not installed in /peers"
+    lines = peers.text([decode, wait, memory, absent]).splitlines()
+    assert lines[1].split("  ")[-1] == ">= 1.3" and "1.5 [1.5..1.5]" in lines[1]
+    assert lines[3].endswith("<= 1.25") and "not installed in /peers" in lines[4]
+
+
+def test_missing_peers(peers: ModuleType, tmp_path: Path) -> None:
+    worker = peers.peer_worker(tmp_path, "llama.cpp", "llama_cpp_python.py", Path)
+    assert worker == f"not installed in {tmp_path}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ([], "give at least one of --bf16, --int8 and --int4"),
+        (["--bf16", "{tiny}"], "in f32, but the peers have SmolLM2"),
+        (["--int8", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_mistakes(
+    peers: ModuleType,
+    tiny: TinyModel,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    error: str,
+) -> None:
+    with pytest.raises(SystemExit):
+        peers.main([argument.format(tiny=tiny.artifact) for argument in arguments])
+    assert error in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_alone(peers: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ours is measured where no peer is installed."""
+    artifact, file = demo(BuildOptions(weight_dtype="bf16")), tmp_path / "peers.json"
+    peers.main(
+        ["--bf16", str(artifact), "--peers", str(tmp_path), "--rounds", "1", "--json", str(file)]
+    )
+    assert "not installed" in capsys.readouterr().out
+    found = json.loads(file.read_text())["results"]
+    assert all(result["ours"]["median"] > 0 for result in found)
+    assert {r["work"] for r in found if "ratio" in r} == {
+        "bytes read / memory bandwidth", "peak memory / (weights + KV)",
+    }  # fmt: skip

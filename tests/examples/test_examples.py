@@ -1,0 +1,96 @@
+"""Every example runs: with no arguments, on the real demo model; or on random weights."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.support.tiny import SeeingModel
+from PIL import Image
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name: str, *arguments: str) -> str:
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("multi_turn.py", r"Paris[\s\S]*first token after \d+ ms, then \d+ tokens/s"),
+        ("streaming.py", r"(?i)\bsea\b"),
+        ("fork.py", r"Tip 1: \s*\w[\s\S]*Tip 2: \s*\w[\s\S]*In summary,"),
+        ("batch.py", r"France: .*Paris"),
+        ("constrained.py", r"Europe (True|False) name='.*' country='.*' continent='\w+'\n Asia"),
+        ("offline_batch.py", r"The largest ocean is.*Pacific"),
+    ],
+)
+def test_example(smollm2: Path, name: str, expected: str) -> None:
+    assert re.search(expected, run(name))
+    if name != "offline_batch.py":
+        assert re.search(expected, run(name, "--vmfb", str(smollm2), "--device", "cpu"))
+
+
+def test_describe_image(tmp_path: Path) -> None:
+    """The second question does not compute the picture again."""
+    path = tmp_path / "blue.png"
+    Image.new("RGB", (70, 300), "blue").save(path)
+    for arguments in ([], [str(path)]):
+        out = run("describe_image.py", "--random", *arguments)
+        first, second = re.findall(r"\[(\d+) tokens, (\d+) of them cached; first token after", out)
+        assert int(first[1]) == 0 and int(second[1]) >= int(first[0])
+        assert re.search(r"A: (photo|drawing)\n[^\n]*\nA: \d\d?\n$", out)
+
+
+def test_describe_image_without_weights() -> None:
+    command = [sys.executable, EXAMPLES / "describe_image.py", "--model", "/no/such/folder"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    for part in ("'/no/such/folder': not found", "hf download HuggingFaceTB/", "--random"):
+        assert part in done.stderr
+
+
+@pytest.mark.parametrize(("family", "cases"), [("idefics3", {"1", "10"}), ("llava", {"1"})])
+def test_bench_images(
+    make_seeing: Callable[..., SeeingModel], tmp_path: Path, family: str, cases: set[str]
+) -> None:
+    file = tmp_path / "images.json"
+    out = run("bench_images.py", str(make_seeing(family).artifact),
+              "--rounds", "1", "--json", str(file))  # fmt: skip
+    figures = json.loads(file.read_text())["figures"]
+    assert {name.split(" tile")[0] for name in figures if " tile" in name} == cases
+    assert all(name in out and figure["median"] > 0 for name, figure in figures.items())
+    for case in cases:
+        assert any(re.match(f"{case} tiles?: encode: share of peak", name) for name in figures)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--peers", "/nowhere"), "run install_peers.sh /nowhere torch"),
+        (("some", "--peers", "/nowhere"), "leave out ARTIFACT"),
+        (("--rounds", "0"), "--rounds 0: must be at least 1"),
+    ],
+)
+def test_bench_images_refuses(arguments: tuple[str, ...], message: str) -> None:
+    command = [sys.executable, EXAMPLES / "bench_images.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and message in done.stderr
+
+
+def test_there_is_no_other_example() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "common.py", "multi_turn.py", "streaming.py", "fork.py", "batch.py", "constrained.py",
+        "offline_batch.py", "describe_image.py", "random_smolvlm.py", "bench_peers.py",
+        "bench_shape.py", "bench_images.py", "first_run_on_gpu.py",
+    }  # fmt: skip

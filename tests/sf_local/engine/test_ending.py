@@ -1,0 +1,233 @@
+"""Whatever raises while a request ends, or on its way there: its waiter is told, and no other."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from queue import SimpleQueue
+from typing import Any
+
+import pytest
+from tests.support.tiny import TinyModel
+
+from sf_local import Engine, SamplingParams
+from sf_local.engine.engine import Handle
+from sf_local.errors import EngineError
+from sf_local.engine.generation import Generation
+
+PROMPT = [5, 100, 33, 7, 250, 12]
+GOOD = SamplingParams(max_new_tokens=12, temperature=0, ignore_eos=True)
+BAD = replace(GOOD, seed=666, stop=["never"])
+TIMEOUT = 20  # seconds
+
+
+class Panic(BaseException):
+    """As a library in Rust raises."""
+
+
+@pytest.fixture(scope="module", params=["cpu", ["cpu", "cpu"]], ids=["loop", "replicas"])
+def engine(request: pytest.FixtureRequest, tiny: TinyModel) -> Iterator[Engine]:
+    with Engine(tiny.artifact, request.param) as engine:
+        yield engine
+
+
+def told(wait: Callable[[], object]) -> BaseException:
+    """What it raises, before long."""
+    errors: SimpleQueue[BaseException | None] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            wait()
+            errors.put(None)
+        except BaseException as error:
+            errors.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    error = errors.get(timeout=TIMEOUT)
+    assert error is not None
+    return error
+
+
+def idle(engine: Engine) -> None:
+    """Nobody is left, no page is lost, and others are served."""
+    deadline = time.monotonic() + TIMEOUT
+    while (stats := engine.stats())["running"] or stats["waiting"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert stats["pages_free"] + stats["pages_cached"] == stats["pages_total"]
+    assert engine.generate(PROMPT, GOOD).completion_tokens == 12
+
+
+def fail(patch: pytest.MonkeyPatch, name: str, error: BaseException) -> None:
+    """Let a method of generations raise, of those with BAD's seed."""
+    method = getattr(Generation, name)
+
+    def failing(self: Generation, *arguments: Any) -> Any:
+        if self.request.params.seed == BAD.seed:
+            raise error
+        return method(self, *arguments)
+
+    patch.setattr(Generation, name, failing)
+
+
+async def last(texts: Any) -> None:
+    async for _ in texts:
+        pass
+
+
+WAITS: dict[str, Callable[[Engine, SamplingParams], object]] = {
+    "result": lambda e, p: e.submit(PROMPT, p).result(),
+    "stream": lambda e, p: list(e.stream(PROMPT, p)),
+    "samples": lambda e, p: e.samples(PROMPT, replace(p, n=3)),
+    "agenerate": lambda e, p: asyncio.run(e.agenerate(PROMPT, p)),
+    "astream": lambda e, p: asyncio.run(last(e.astream(PROMPT, p))),
+}
+
+
+@pytest.mark.parametrize("error", [OverflowError("out of range"), Panic("out of range")], ids=repr)
+@pytest.mark.parametrize("name", ["accept", "finish", "_read", "_undelivered", "_logprobs"])
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_generation_that_raises(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, wait: str, name: str, error: BaseException
+) -> None:
+    other = engine.submit([*PROMPT, 1], GOOD)
+    expected = engine.submit([*PROMPT, 1], GOOD).result().token_ids
+    fail(monkeypatch, name, error)
+    found = told(lambda: WAITS[wait](engine, BAD))
+    assert isinstance(found, EngineError) and "the step failed: out of range" in str(found)
+    assert other.result().token_ids == expected
+    idle(engine)
+
+
+@pytest.mark.parametrize("name", ["write", "finish", "_read"])
+def test_an_error_behind_an_error(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The first one is told."""
+    fail(monkeypatch, "accept", ValueError("the first"))
+    fail(monkeypatch, name, ValueError("the second"))
+    assert "the first" in str(told(lambda: engine.generate(PROMPT, BAD)))
+    idle(engine)
+
+
+@pytest.mark.parametrize("name", ["push", "flush"])
+def test_a_detokenizer_that_raises(engine: Engine, name: str) -> None:
+    generation = engine._generation(PROMPT, GOOD)
+
+    def failing(*_: Any) -> str:
+        raise OverflowError("can't convert negative int to unsigned")
+
+    setattr(generation._detokenizer, name, failing)
+    assert "negative int" in str(told(lambda: Handle(engine, generation).result()))
+    idle(engine)
+
+
+def test_a_text_that_cannot_be_remembered(engine: Engine) -> None:
+    generation = engine._generation("abc", GOOD)
+    generation.remember = lambda *_: 1 / 0
+    assert "division by zero" in str(told(lambda: Handle(engine, generation).result()))
+    idle(engine)
+
+
+def test_scores(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_logits = Generation.take_logits
+
+    def failing(self: Generation, position: int, logits: Any) -> None:
+        if self.request.prompt_ids[-1] == 3 + ord("!"):
+            raise MemoryError("no room for logits")
+        take_logits(self, position, logits)
+
+    monkeypatch.setattr(Generation, "take_logits", failing)
+    assert "no room" in str(told(lambda: engine.score("abc", ["d", "e!", "f"])))
+    assert len(engine.score("abc", ["d", "e"])) == 2
+    idle(engine)
+
+
+def test_a_callback_that_raises(engine: Engine) -> None:
+    """It ends its generation, of which nobody hears."""
+    generation = engine._generation(PROMPT, replace(GOOD, max_new_tokens=200))
+    calls = []
+
+    def deliver(item: Any) -> None:
+        calls.append(item)
+        raise RuntimeError("injected")
+
+    generation.deliver = deliver
+    engine._loop.submit(generation)
+    idle(engine)
+    assert len(calls) == 2 and isinstance(calls[1], EngineError)
+    assert generation.request.finish_reason == "abort"
+
+
+def test_an_event_loop_that_is_closed(engine: Engine) -> None:
+    """Its generations end, for whom nobody waits."""
+    loop = asyncio.new_event_loop()
+    texts = engine.astream(PROMPT, replace(GOOD, max_new_tokens=240))
+    loop.run_until_complete(anext(texts))
+    loop.close()
+    before = engine.stats()["completion_tokens"]
+    idle(engine)
+    assert engine.stats()["completion_tokens"] - before < 200
+
+
+@pytest.mark.parametrize("place", ["scheduler", "sampler", "cache"])
+def test_parts_that_raise(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    def failing(*_: Any) -> Any:
+        raise ValueError("injected")
+
+    with Engine(tiny.artifact) as engine:
+        loop: Any = engine._loop
+        with monkeypatch.context() as patch:
+            if place == "scheduler":
+                patch.setattr(loop._scheduler, "add", failing)
+            elif place == "sampler":
+                patch.setattr("sf_local.sampling.sampler._next", failing)
+            else:
+                patch.setattr(loop._cache, "evict", failing)
+                engine.flush_cache()  # which ends the loop
+            assert "injected" in str(told(lambda: engine.generate(PROMPT, GOOD)))
+        if place != "cache":
+            idle(engine)
+
+
+def test_a_loop_that_ends_tells_all_though_some_raise(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine(tiny.artifact) as engine:
+        runner: Any = engine._loop._runner  # type: ignore[union-attr]
+        submitted = threading.Event()
+
+        async def lost(*_: Any) -> Any:
+            submitted.wait(TIMEOUT)
+            runner.is_broken = True
+            raise RuntimeError("the GPU fell off the bus")
+
+        monkeypatch.setattr(runner, "decode", lost)
+        monkeypatch.setattr(runner, "recover", lost)
+        fail(monkeypatch, "_read", ValueError("injected"))
+        handles = [engine.submit([*PROMPT, i], p) for i in range(2) for p in (BAD, GOOD)]
+        submitted.set()
+        for handle in handles:
+            assert isinstance(told(handle.result), EngineError)
+        assert engine._loop._ended.wait(TIMEOUT)  # type: ignore[union-attr]
+
+
+def test_replicas_close_though_one_raises(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tiny.artifact, ["cpu", "cpu"])
+    first, second = engine._loop._loops  # type: ignore[union-attr]
+    close = first.close
+
+    def failing() -> None:
+        close()
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(first, "close", failing)
+    handles = [engine.submit([i, *PROMPT], replace(GOOD, max_new_tokens=200)) for i in range(4)]
+    with pytest.raises(RuntimeError, match="injected"):
+        engine.shutdown()
+    assert second._ended.is_set()
+    for handle in handles:
+        assert isinstance(told(handle.result), EngineError)

@@ -1,0 +1,584 @@
+"""The engine on a tiny model: answers, mistakes, cancellation, failures, and every way to end."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.support.tiny import TinyModel
+from tests.support.reference import forward
+
+from sf_local import Engine, SamplingParams
+from sf_local.engine.engine import Output
+from sf_local.errors import DeviceError, EngineError, RequestError
+
+PROMPT = [5, 100, 33, 7, 250, 12]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: TinyModel) -> Iterator[Engine]:
+    with Engine(tiny.artifact) as engine:
+        yield engine
+        assert_idle(engine)
+
+
+def assert_idle(engine: Engine) -> None:
+    """No request owns a page."""
+    stats = engine.stats()
+    assert (stats["running"], stats["waiting"]) == (0, 0)
+    assert stats["pages_used"] == 0
+
+
+def greedy(count: int, **rest: Any) -> SamplingParams:
+    return SamplingParams(max_new_tokens=count, temperature=0, ignore_eos=True, **rest)
+
+
+def oracle(model: TinyModel, prompt: list[int], count: int) -> list[int]:
+    """Greedy tokens by the reference, computed from scratch for every token."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(forward(model.config, model.weights, tokens)[-1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def test_greedy_tokens_are_the_references(engine: Engine, tiny: TinyModel) -> None:
+    output = engine.generate(PROMPT, greedy(20))
+    assert output.token_ids == oracle(tiny, PROMPT, 20)
+    assert output.finish_reason == "length"
+    assert (output.prompt_tokens, output.completion_tokens) == (6, 20)
+    assert 0 < output.time_to_first_token <= output.latency
+
+
+def test_a_seed_repeats_and_another_differs(engine: Engine) -> None:
+    def tokens(seed: int) -> list[int]:
+        return engine.generate(PROMPT, SamplingParams(max_new_tokens=20, seed=seed)).token_ids
+
+    assert tokens(1) == tokens(1)
+    assert tokens(1) != tokens(2)
+
+
+def test_deltas_concatenate_to_the_text(engine: Engine) -> None:
+    params = SamplingParams(max_new_tokens=60, seed=3, ignore_eos=True)
+    handle = engine.submit(PROMPT, params)
+    deltas = list(handle)
+    assert "".join(deltas) == handle.result().text == engine.generate(PROMPT, params).text
+    assert len(deltas) > 1
+
+
+def test_stop_strings_and_tokens(engine: Engine) -> None:
+    free = engine.generate("abc", SamplingParams(max_new_tokens=60, seed=3, ignore_eos=True))
+    stop = free.text[20:23]
+    cut = engine.generate(
+        "abc", SamplingParams(max_new_tokens=60, seed=3, ignore_eos=True, stop=[stop, "never"])
+    )
+    assert cut.text == free.text[: free.text.index(stop)]
+    assert (cut.finish_reason, cut.matched) == ("stop", stop)
+    token = free.token_ids[5]
+    ended = engine.generate(
+        "abc",
+        SamplingParams(max_new_tokens=60, seed=3, ignore_eos=True, stop_token_ids=[token]),
+    )
+    assert ended.token_ids == free.token_ids[: free.token_ids.index(token) + 1]
+    assert (ended.finish_reason, ended.matched) == ("stop", token)
+
+
+def test_the_models_own_end_token_stops(engine: Engine, tiny: TinyModel) -> None:
+    """The tiny tokenizer's </s> is id 2; a stop string that is a special token matches its id."""
+    params = SamplingParams(max_new_tokens=250, seed=0)
+    outputs = [engine.generate([9], SamplingParams(max_new_tokens=200, seed=s)) for s in range(8)]
+    stopped = [o for o in outputs if o.finish_reason == "stop"]
+    assert stopped and all(o.token_ids[-1] == 2 and o.matched == 2 for o in stopped)
+    named = engine.generate(
+        [9], SamplingParams(max_new_tokens=200, seed=0, ignore_eos=True, stop="</s>")
+    )
+    assert named.finish_reason == "length" or named.token_ids[-1] == 2
+    assert params.max_new_tokens == 250
+
+
+def test_no_new_tokens(engine: Engine) -> None:
+    output = engine.generate(PROMPT, SamplingParams(max_new_tokens=0))
+    assert (output.text, output.token_ids, output.finish_reason) == ("", [], "length")
+
+
+def test_the_context_ends_with_length(engine: Engine, tiny: TinyModel) -> None:
+    context = tiny.config.max_seq_len
+    output = engine.generate(PROMPT, greedy(10_000))
+    assert output.prompt_tokens + output.completion_tokens == context
+    assert output.finish_reason == "length"
+    longest = engine.generate([1] * (context - 1), greedy(5))
+    assert longest.completion_tokens == 1
+    with pytest.raises(RequestError, match=f"{context} tokens leave no room"):
+        engine.submit([1] * context)
+
+
+def test_a_small_pool_ends_with_length(tiny: TinyModel) -> None:
+    with Engine(tiny.artifact, kv_pages=3) as engine:
+        output = engine.generate(PROMPT, greedy(100))
+        assert output.prompt_tokens + output.completion_tokens == 3 * 8
+        assert output.token_ids == oracle(tiny, PROMPT, 18)
+        assert_idle(engine)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "prompt is empty"),
+        ([], "prompt is empty"),
+        ([300], "300 is no token id"),
+        ([-1], "-1 is no token id"),
+        (["a"], "'a' is no token id"),
+        ("\ud800", "surrogate"),
+        (b"abc", "must be a str"),
+        ({1: 2}, "must be a str"),
+        (None, "must be a str"),
+    ],
+)
+def test_bad_prompts(engine: Engine, prompt: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        engine.submit(prompt)
+
+
+@pytest.mark.parametrize("kv_pages", [0, -1, 1.5, True, "all"])
+def test_bad_kv_pages(tiny: TinyModel, kv_pages: Any) -> None:
+    with pytest.raises(RequestError, match="kv_pages"):
+        Engine(tiny.artifact, kv_pages=kv_pages)
+
+
+def test_unknown_device(tiny: TinyModel) -> None:
+    with pytest.raises(DeviceError, match="'tpu' is unknown"):
+        Engine(tiny.artifact, "tpu")
+
+
+def test_many_threads(engine: Engine) -> None:
+    """Each gets its own answer, whatever else is under way."""
+    params = [SamplingParams(max_new_tokens=12, seed=i, ignore_eos=True) for i in range(48)]
+    alone = [engine.generate([i + 3, 9], p).token_ids for i, p in enumerate(params)]
+    with ThreadPoolExecutor(16) as threads:
+        together = threads.map(
+            lambda i: engine.generate([i + 3, 9], params[i]).token_ids, range(len(params))
+        )
+        assert list(together) == alone
+
+
+def test_cancel(engine: Engine) -> None:
+    running, waiting = (engine.submit(PROMPT, greedy(240)) for _ in range(2))
+    next(iter(running.deltas()))
+    waiting.cancel()
+    assert waiting.result().finish_reason == "abort"
+    running.cancel()
+    assert engine.generate(PROMPT, greedy(3)).completion_tokens == 3
+
+
+def test_leaving_a_stream_cancels_it(engine: Engine) -> None:
+    stream = engine.submit(PROMPT, greedy(240)).deltas()
+    next(stream)
+    stream.close()
+    engine.generate(PROMPT, greedy(1))
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("stop", ["a" * 10_000, "\n" * 9_999 + "b", "never"])
+def test_a_hundred_long_stops(engine: Engine, stop: str) -> None:
+    stops = [f"{stop}{i}" for i in range(100)]
+    free = engine.generate(PROMPT, SamplingParams(max_new_tokens=60, seed=1, ignore_eos=True))
+    params = SamplingParams(max_new_tokens=60, seed=1, ignore_eos=True, stop=stops)
+    handle = engine.submit(PROMPT, params)
+    assert "".join(handle) == handle.result().text == free.text
+
+
+def test_a_failed_step_fails_its_requests_and_no_others(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five requests decode in calls of four and one; a call of four fails once."""
+    with Engine(tiny.artifact) as engine:
+        runner = engine._loop._runner
+        decode, failures = runner.decode, []
+        submitted = threading.Event()
+
+        async def failing(rows: Any, *rest: Any) -> Any:
+            submitted.wait(30)  # nobody ends before everybody runs
+            if len(rows) == 4 and not failures:
+                failures.append(rows)
+                raise RuntimeError("injected")
+            return await decode(rows, *rest)
+
+        monkeypatch.setattr(runner, "decode", failing)
+        handles = [engine.submit([*PROMPT, i], greedy(30)) for i in range(5)]
+        submitted.set()
+        failed = 0
+        for i, handle in enumerate(handles):
+            try:
+                assert handle.result().token_ids == oracle(tiny, [*PROMPT, i], 30)
+            except EngineError:
+                failed += 1
+                with pytest.raises(EngineError, match="injected"):  # whoever asks again
+                    handle.result()
+        assert failed == 4
+        assert_idle(engine)
+
+
+def test_a_native_failure_leaves_the_engine_usable(tiny: TinyModel) -> None:
+    """A call with too few arguments fails inside IREE; the interpreter must still exit, too."""
+    program = f"""
+from sf_local import Engine, SamplingParams
+from sf_local.errors import EngineError
+engine = Engine({str(tiny.artifact)!r})
+params = SamplingParams(max_new_tokens=9, temperature=0, ignore_eos=True)
+expected = engine.generate([5, 6], params).token_ids
+functions = engine._loop._runner._functions
+good, functions["decode_next_bs1"] = functions["decode_next_bs1"], functions["prefill_bs1"]
+shuffled = engine._loop._runner._call
+async def drop_one(name, inputs, *rest):
+    if functions[name] is functions["prefill_bs1"]:
+        inputs = dict(list(inputs.items())[:3])
+    return await shuffled(name, inputs, *rest)
+engine._loop._runner._call = drop_one
+try:
+    engine.generate([5, 6], params)
+    raise SystemExit("no error")
+except EngineError as error:
+    assert "the step failed" in str(error) and len(str(error).splitlines()) == 1
+    assert "iree" not in str(error) and "iree" in str(error.__cause__)
+engine._loop._runner._call = shuffled
+functions["decode_next_bs1"] = good
+assert engine.generate([5, 6], params).token_ids == expected
+stats = engine.stats()
+assert stats["pages_used"] == 0
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_lost_device_says_so_for_ever(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call fails and the device cannot be recovered: everyone hears why, nothing hangs."""
+    with Engine(tiny.artifact) as engine:
+        runner, all_submitted = engine._loop._runner, threading.Event()
+
+        async def lost(*_: Any) -> Any:
+            all_submitted.wait()
+            runner.is_broken = True
+            raise RuntimeError("the GPU fell off the bus")
+
+        monkeypatch.setattr(runner, "decode", lost)
+        monkeypatch.setattr(runner, "recover", lost)
+        handles = [engine.submit([*PROMPT, i], greedy(30)) for i in range(6)]
+        all_submitted.set()
+        for handle in handles:
+            with pytest.raises(EngineError, match="fell off the bus"):
+                handle.result()
+        with pytest.raises(EngineError, match="fell off the bus"):
+            engine.submit(PROMPT)
+        assert_idle(engine)
+
+
+def test_close_fails_what_is_under_way(tiny: TinyModel) -> None:
+    engine = Engine(tiny.artifact)
+    handles = [engine.submit(PROMPT, greedy(200)) for _ in range(3)]
+    engine.shutdown()
+    engine.shutdown()
+    for handle in handles:
+        with pytest.raises(EngineError, match="closed"):
+            handle.result()
+        handle.cancel()
+    with pytest.raises(EngineError, match="closed"):
+        engine.submit(PROMPT)
+
+
+def test_submitting_while_closing_never_hangs(tiny: TinyModel) -> None:
+    engine = Engine(tiny.artifact)
+
+    def use(i: int) -> Output | None:
+        try:
+            return engine.generate(PROMPT, greedy(5))
+        except EngineError:
+            return None
+
+    with ThreadPoolExecutor(8) as threads:
+        outputs = threads.map(use, range(64))
+        next(iter(outputs))
+        engine.shutdown()
+        assert None in list(outputs)
+
+
+def test_garbage_collection_ends_the_thread(tiny: TinyModel) -> None:
+    engine: Engine | None = Engine(tiny.artifact)
+    assert engine is not None
+    loop = engine._loop
+    engine = None
+    gc.collect()
+    assert loop._ended.wait(10)
+
+
+def test_a_stream_keeps_its_engine(tiny: TinyModel) -> None:
+    stream = Engine(tiny.artifact).stream(PROMPT, greedy(20))
+    gc.collect()
+    assert "".join(stream)
+
+
+def test_two_threads_wait_for_one_handle(engine: Engine) -> None:
+    handle = engine.submit(PROMPT, greedy(30))
+    with ThreadPoolExecutor(4) as threads:
+        outputs = list(threads.map(lambda _: handle.result(), range(4)))
+    assert outputs == [outputs[0]] * 4
+
+
+def test_two_engines_side_by_side(engine: Engine, tiny: TinyModel) -> None:
+    with Engine(tiny.artifact) as other:
+        handles = [e.submit(PROMPT, greedy(10)) for e in (engine, other)]
+        assert handles[0].result().token_ids == handles[1].result().token_ids
+
+
+@pytest.mark.parametrize("ending", ["pass", "del engine", "raise SystemExit(0)", "handle.result()"])
+def test_interpreter_exit_is_clean(tiny: TinyModel, ending: str) -> None:
+    program = f"""
+import tempfile
+folder = tempfile.TemporaryDirectory()  # finalizers from before shortfin run after its own
+from sf_local import Engine, SamplingParams
+engine = Engine({str(tiny.artifact)!r})
+handle = engine.submit([5, 6], SamplingParams(max_new_tokens=200, ignore_eos=True))
+{ending}
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_missing_artifact(tmp_path: Path) -> None:
+    threads = threading.active_count()
+    with pytest.raises(Exception, match="no such file"):
+        Engine(tmp_path / "nothing")
+    assert threading.active_count() == threads
+
+
+def test_logits_of_padded_rows_stay_finite(tiny: TinyModel) -> None:
+    """A request's pages are reused dirty by the next one; nothing of the old one leaks in."""
+    with Engine(tiny.artifact, kv_pages=6) as engine:
+        tokens = [engine.generate(PROMPT, greedy(30)).token_ids for _ in range(3)]
+        assert tokens[0] == tokens[1] == tokens[2]
+        assert np.array(tokens).shape == (3, 30)
+
+
+def test_a_repeated_prompt_is_cached_to_the_token(tiny: TinyModel) -> None:
+    with Engine(tiny.artifact) as engine:
+        first = engine.generate(PROMPT * 4, greedy(10))
+        again = engine.generate(PROMPT * 4, greedy(10))
+        other = engine.generate([*PROMPT * 3, 1, 2], greedy(10))
+        assert (first.cached_tokens, again.cached_tokens, other.cached_tokens) == (0, 23, 18)
+        assert first.token_ids == again.token_ids == oracle(tiny, PROMPT * 4, 10)
+        assert other.token_ids == oracle(tiny, [*PROMPT * 3, 1, 2], 10)
+        stats = engine.stats()
+        assert stats["pages_cached"] > 0 and stats["hit_rate"] > 0.5
+        engine.flush_cache()
+        assert engine.stats()["pages_free"] == engine.stats()["pages_total"]
+        assert engine.generate(PROMPT * 4, greedy(10)).cached_tokens == 0
+
+
+def test_the_page_that_a_prompt_continues_is_evicted_for_it(tiny: TinyModel) -> None:
+    """In a pool that is all its own: it goes on in the very same page."""
+    prompts = [[*PROMPT * 2, *[9] * n, n] for n in (3, 9, 1, 7, 2, 9, 4)]
+    with Engine(tiny.artifact, kv_pages=4) as engine:
+        for prompt in prompts:
+            assert engine.generate(prompt, greedy(6)).token_ids == oracle(tiny, prompt, 6)
+
+
+def test_forks_share_one_computation(tiny: TinyModel) -> None:
+    """Eight at once with a common beginning; the cache sees it once, also while it is computed."""
+    shared = [7, 8, 9] * 20
+    with Engine(tiny.artifact) as engine:
+        handles = [engine.submit([*shared, i], greedy(6)) for i in range(8)]
+        outputs = [handle.result() for handle in handles]
+        assert sorted(o.cached_tokens for o in outputs) == [0] + [60] * 7
+        for i, output in enumerate(outputs):
+            assert output.token_ids == oracle(tiny, [*shared, i], 6)
+
+
+def test_samples_are_remembered(tiny: TinyModel) -> None:
+    """So that a prompt that goes on after one, as SGLang's do, has its tokens."""
+    with Engine(tiny.artifact) as engine:
+        [output] = engine.samples("abc", SamplingParams(5, regex="[a-z]{5}"))
+        known = engine._encode._longest_known("abc" + output.text)
+        assert known == [*engine.encode("abc"), *output.token_ids]
+
+
+def test_samples_of_one_prompt(tiny: TinyModel) -> None:
+    with Engine(tiny.artifact) as engine:
+        params = SamplingParams(max_new_tokens=12, seed=5, n=4, ignore_eos=True)
+        outputs = engine.samples(PROMPT * 4, params)
+        assert len({tuple(o.token_ids) for o in outputs}) == 4
+        assert [o.token_ids for o in engine.samples(PROMPT * 4, params)] == [
+            o.token_ids for o in outputs
+        ]
+        assert sum(o.cached_tokens for o in outputs) >= 3 * 23
+
+
+def test_preempted_requests_lose_nothing(tiny: TinyModel) -> None:
+    """Sixteen requests of up to 60 tokens in 12 pages: they take turns, and all come out right."""
+    with Engine(tiny.artifact, kv_pages=12) as engine:
+        prompts = [[*PROMPT, i, 3 * i] for i in range(16)]
+        handles = [engine.submit(p, greedy(50)) for p in prompts]
+        for prompt, handle in zip(prompts, handles, strict=True):
+            deltas = "".join(handle)
+            assert handle.result().token_ids == oracle(tiny, prompt, 50)
+            assert handle.result().text == deltas
+        assert engine.stats()["preemptions"] > 0
+        assert_idle(engine)
+
+
+def test_a_timeout_ends_with_the_text_so_far(engine: Engine) -> None:
+    late = engine.generate(PROMPT, greedy(10_000, timeout=0.0))
+    assert (late.finish_reason, late.token_ids) == ("timeout", [])
+    output = engine.generate(PROMPT, greedy(240, timeout=0.02))
+    assert output.finish_reason == "timeout" and len(output.token_ids) < 240
+    assert engine.generate(PROMPT, greedy(3, timeout=100.0)).finish_reason == "length"
+
+
+def test_priority_goes_first(tiny: TinyModel) -> None:
+    """With room for one request at a time, the last one in is the second one out."""
+    with Engine(tiny.artifact, kv_pages=4) as engine:
+        order: list[int] = []
+        handles = [
+            engine.submit([*PROMPT * 2, i], greedy(15, priority=priority))
+            for i, priority in enumerate([0, 0, 0, 5])
+        ]
+
+        def wait(i: int) -> None:
+            handles[i].result()
+            order.append(i)
+
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(wait, range(4)))
+        assert order.index(3) <= 1
+
+
+def test_dropping_a_handle_cancels(engine: Engine) -> None:
+    handle = engine.submit(PROMPT, greedy(240))
+    next(handle.deltas())
+    del handle
+    gc.collect()
+    engine.generate(PROMPT, greedy(1))
+    assert_idle(engine)
+
+
+def test_asyncio(engine: Engine, tiny: TinyModel) -> None:
+    async def main() -> None:
+        outputs = await asyncio.gather(
+            *(engine.agenerate([*PROMPT, i], greedy(8)) for i in range(10))
+        )
+        for i, output in enumerate(outputs):
+            assert output.token_ids == oracle(tiny, [*PROMPT, i], 8)
+        text = "".join([delta async for delta in engine.astream([*PROMPT, 3], greedy(8))])
+        assert text == outputs[3].text
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(engine.agenerate(PROMPT, greedy(240)), 0.01)
+        with pytest.raises(RequestError):
+            await engine.agenerate("")
+
+    asyncio.run(main())
+    engine.generate(PROMPT, greedy(1))
+    assert_idle(engine)
+
+
+def test_drain_finishes_what_is_under_way(tiny: TinyModel) -> None:
+    engine = Engine(tiny.artifact)
+    handles = [engine.submit([*PROMPT, i], greedy(30)) for i in range(6)]
+    engine.shutdown(drain=True)
+    assert [len(handle.result().token_ids) for handle in handles] == [30] * 6
+    with pytest.raises(EngineError, match="closed"):
+        engine.submit(PROMPT)
+
+
+def test_use_after_fork(tiny: TinyModel) -> None:
+    """The child gets an error and exits cleanly; the parent goes on."""
+    program = f"""
+import os, sys
+from sf_local import Engine, SamplingParams
+from sf_local.errors import EngineError
+engine = Engine({str(tiny.artifact)!r})
+params = SamplingParams(max_new_tokens=5, temperature=0, ignore_eos=True)
+before = engine.generate([5, 6], params).token_ids
+child = os.fork()
+if child == 0:
+    try:
+        engine.generate([5, 6], params)
+    except EngineError as error:
+        assert "os.fork()" in str(error)
+        sys.exit(7)
+    sys.exit(1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert engine.generate([5, 6], params).token_ids == before
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("wait", ["handle.result()", "list(handle)"])
+def test_ctrl_c_returns_at_once(tiny: TinyModel, wait: str) -> None:
+    """The generation would take minutes; KeyboardInterrupt ends it and the process."""
+    program = f"""
+import os, signal, threading
+from sf_local import Engine, SamplingParams
+engine = Engine({str(tiny.artifact)!r})
+call = engine._loop._runner._call
+async def slow(name, inputs, *rest):
+    import time
+    time.sleep(0.5)
+    return await call(name, inputs, *rest)
+engine._loop._runner._call = slow
+handle = engine.submit([5, 6], SamplingParams(max_new_tokens=240, ignore_eos=True))
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    {wait}
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=20
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
+
+
+@pytest.mark.parametrize(
+    ("memory", "pages"), [(20_000, 9), ("16KiB", 8), ("0.5MiB", 256), ("100 KiB", 50)]
+)
+def test_kv_memory(tiny: TinyModel, memory: int | str, pages: int) -> None:
+    """A page of the tiny model takes 2 KiB."""
+    with Engine(tiny.artifact, kv_memory=memory) as engine:
+        assert engine.stats()["pages_total"] == pages
+
+
+def test_kv_memory_by_default_holds_the_largest_batch(tiny: TinyModel) -> None:
+    with Engine(tiny.artifact) as engine:
+        assert engine.stats()["pages_total"] == 4 * 256 // 8
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"kv_memory": "lots"},
+        {"kv_memory": "1GB"},
+        {"kv_memory": 100},
+        {"kv_memory": "0%"},
+        {"kv_memory": "900TiB"},
+        {"kv_memory": True},
+        {"kv_pages": 10**12},
+        {"kv_pages": 5, "kv_memory": "1GiB"},
+    ],
+    ids=str,
+)
+def test_bad_kv_sizes(tiny: TinyModel, size: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="kv_"):
+        Engine(tiny.artifact, **size)
