@@ -7,11 +7,11 @@ import sys
 import time
 from pathlib import Path
 
-from compile.build import BuildOptions, build
-from compile.options import QUANTIZED
+from compile.build import build
+from compile.formats.layout import DTYPES, QUANTIZED
+from compile.options import BuildOptions
 from compile.progress import progress_display
 from compile.target import CPU_LEVELS, HIP_CHIPS
-from compile.weights import DTYPES
 from sf_local.errors import SfLocalError
 
 

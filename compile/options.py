@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from compile.formats.quantize import GROUP
-
-ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
-QUANTIZED = ("int8", "int4")  # in groups, on CPUs
-MASKED = -1e30  # finite: a row without any valid position must not become NaN
-SUMMARY = 256  # tokens of a summarized block of logits
+from compile.formats.layout import DTYPES, QUANTIZED
+from compile.target import Tuning
+from sf_local.errors import UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -43,32 +41,56 @@ class ModelOptions:
         return [f"{name}_bs{size}" for name, size in [*self.calls, *images]]
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """One tensor of the archive, in the layout the compiled code reads.
+Progress = Callable[[str, float | None], None]  # what is being done, and which share of it
 
-    A matrix [N, K] is stored row by row, or in blocks of rows, padded with zeros: floats
-    [N/block, K/unit, block, unit], quantized weights as `quantize.packed` says.
+
+MAX_BATCH_SIZE = 256
+
+
+PAGE_SIZES = (8, 16, 32, 64, 128, 256)
+
+
+def _silent(stage: str, share: float | None) -> None:
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildOptions:
+    """What to build; raises UnsupportedError for values that cannot be built.
+
+    None means the target's default; for max_seq_len, in tokens, the model's own context.
+    target: "cpu", an AMD chip such as "gfx942", or several as "gfx942,gfx1100,cpu"; cpu: "host",
+    "generic", "x86-64-v3" or "x86-64-v4". weight_dtype, kv_dtype: "f32", "f16" or "bf16".
+    page_size: tokens a KV page. image_batch_sizes: tiles that are encoded together, of models that
+    see: by default (1, 4), on CPUs one, between which others decode.
+    row_major: matrices row by row, as GPUs have them, on a CPU too (to test that code there).
+    tuning: of a CPU's kernels; see `compile.tools.tune_cpu`.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    block: int = 0  # rows; 0 if row by row
-    unit: int = 1
+    target: str = "cpu"
+    cpu: str = "host"
+    weight_dtype: str | None = None
+    kv_dtype: str | None = None
+    page_size: int = 16
+    prefill_batch_sizes: tuple[int, ...] = (1, 4)
+    decode_batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
+    image_batch_sizes: tuple[int, ...] | None = None
+    max_seq_len: int | None = None
+    row_major: bool = False
+    tuning: Tuning | None = None
 
-    @property
-    def is_quantized(self) -> bool:
-        return self.dtype in QUANTIZED
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * (1 if self.is_quantized else ITEM_BYTES[self.dtype])
-
-    @property
-    def matrix_size(self) -> tuple[int, int]:
-        """Rows and columns, padding included."""
-        if not self.block:
-            return self.shape[0], self.shape[1]
-        unit = GROUP if self.is_quantized else self.unit
-        return self.shape[0] * self.block, self.shape[1] * unit
+    def __post_init__(self) -> None:
+        for name, allowed in (("weight_dtype", (*DTYPES, *QUANTIZED)), ("kv_dtype", DTYPES)):
+            if (value := getattr(self, name)) not in (None, *allowed):
+                raise UnsupportedError(f"{name}={value!r}; use one of {', '.join(allowed)}")
+        if self.page_size not in PAGE_SIZES:
+            raise UnsupportedError(f"page_size={self.page_size!r}; use one of {PAGE_SIZES}")
+        for name in ("prefill_batch_sizes", "decode_batch_sizes", "image_batch_sizes"):
+            sizes = getattr(self, name)
+            if sizes is None:
+                continue
+            in_range = all(1 <= size <= MAX_BATCH_SIZE for size in sizes)
+            if not sizes or list(sizes) != sorted(set(sizes)) or not in_range:
+                raise UnsupportedError(
+                    f"{name}={sizes!r}; give different sizes from 1 to {MAX_BATCH_SIZE}, ascending"
+                )

@@ -5,9 +5,44 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from compile.cpu.matmul import Tuning, Vectors
 from sf_local.artifact.open import host_cpu_features
 from sf_local.errors import UnsupportedError
+
+TILES = 2  # vectors of output features in a block
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What `compile.tools.tune_cpu` finds for a CPU.
+
+    ahead: bytes that a single row, which waits for memory, asks for in advance. blocks: of outputs
+    that a single row computes at once: sums that do not wait for one another. task_bytes: weights
+    of a task. row_chunk: rows of a task.
+    """
+
+    ahead: int = 1024
+    blocks: int = 1
+    task_bytes: int = 1 << 17
+    row_chunk: int = 128
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """What a CPU has: f32 lanes of a vector, rows of one product, dot products of bf16 and int8,
+    and tiles (AMX) of bf16."""
+
+    lanes: int
+    max_rows: int
+    has_dot: bool = False
+    has_int8_dot: bool = False
+    has_tiles: bool = False
+    tuning: Tuning = Tuning()
+
+    @property
+    def block(self) -> int:
+        """Output features of a block."""
+        return TILES * self.lanes
+
 
 # What iree-compile 3.9.0 can generate code for.
 HIP_CHIPS = ("gfx908", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1101", "gfx1200", "gfx1201")
@@ -26,9 +61,9 @@ _V3 = ("ssse3", "sse4_1", "sse4_2", "popcnt", "cx16", "movbe", "avx", "f16c", "f
        "bmi2", "abm")  # fmt: skip
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 
-# By `python -m compile.tools.tune_cpu` on two cores of a Xeon (Emerald Rapids): a single row is 1.2 times
-# as fast as with the default, 512 rows 1.14 times; 256 rows a task instead of 64 bring another 1.07
-# times at 512 rows, 1.1 at 2,048. On a Zen 4 the default won.
+# By `python -m compile.tools.tune_cpu` on two cores of a Xeon (Emerald Rapids): a single row is
+# 1.2 times as fast as with the default, 512 rows 1.14 times; 256 rows a task instead of 64 bring
+# another 1.07 times at 512 rows, 1.1 at 2,048. On a Zen 4 the default won.
 TILED = Tuning(ahead=2048, blocks=2, task_bytes=1 << 18, row_chunk=256)
 
 

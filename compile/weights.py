@@ -5,24 +5,21 @@ Rows are read, converted and packed a block at a time, so memory does not grow w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from compile.models.spec import LlamaConfig, VisionConfig
-from compile.options import Parameter
+from compile.formats.layout import DTYPES, Parameter
 from compile.formats.quantize import GROUP, ZERO, Groups, packed, quantized, with_bits
+from compile.models.rope import ROPE_BLOCK, rope_table
+from compile.models.tensors import expected_shapes, vision_shapes
 from compile.sources.open import Source, SourceTensor
 from sf_local.artifact import irpa
 from sf_local.errors import SourceError
 
-DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
-ROPE_BLOCK = 8192  # positions
 WHOLE = "model"  # the name of the archive's storage as one parameter
 BLOCK_ELEMENTS = 16 << 20  # of one block of rows; 64 MiB in f32
 
@@ -62,56 +59,6 @@ def check_tensors(source: Source) -> None:
             )
 
 
-def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes [out, in] of all source tensors, by canonical name."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "token_embd.weight": (config.vocab_size, hidden),
-        "output_norm.weight": (hidden,),
-    }
-    if not config.tied_embeddings:
-        shapes["output.weight"] = (config.vocab_size, hidden)
-    for i in range(config.num_layers):
-        shapes |= {
-            f"blk.{i}.attn_norm.weight": (hidden,),
-            f"blk.{i}.attn_q.weight": (heads, hidden),
-            f"blk.{i}.attn_k.weight": (kv, hidden),
-            f"blk.{i}.attn_v.weight": (kv, hidden),
-            f"blk.{i}.attn_output.weight": (hidden, heads),
-            f"blk.{i}.ffn_norm.weight": (hidden,),
-            f"blk.{i}.ffn_gate.weight": (inner, hidden),
-            f"blk.{i}.ffn_up.weight": (inner, hidden),
-            f"blk.{i}.ffn_down.weight": (hidden, inner),
-        }
-    return shapes
-
-
-def vision_shapes(config: VisionConfig, text_hidden: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of a vision tower's tensors and of those that make its output a Llama's input."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "v.patch_embd.weight": (hidden, config.patch_elements),
-        "v.position_embd.weight": (config.num_positions, hidden),
-    }
-    biased: dict[str, tuple[int, ...]] = {}
-    for i in range(config.num_layers):
-        biased |= {f"v.blk.{i}.{norm}": (hidden,) for norm in ("ln1", "ln2")}
-        biased |= {f"v.blk.{i}.attn_{x}": (hidden, hidden) for x in ("q", "k", "v", "out")}
-        biased |= {f"v.blk.{i}.ffn_up": (inner, hidden), f"v.blk.{i}.ffn_down": (hidden, inner)}
-    if config.has_class_token:
-        shapes["v.class_embd"] = (hidden,)
-        biased |= {"v.pre_ln": (hidden,)}
-        biased |= {"mm.1": (text_hidden, hidden), "mm.2": (text_hidden, text_hidden)}
-    else:
-        shapes["v.patch_embd.bias"] = (hidden,)
-        shapes["mm.fc.weight"] = (text_hidden, hidden * config.scale_factor**2)
-        biased |= {"v.post_ln": (hidden,)}
-    for name, shape in biased.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    return shapes
-
-
 def write_weights(
     path: Path,
     source: Source,
@@ -140,31 +87,6 @@ def write_weights(
 
 def type_name(parameter: Parameter) -> str:
     return "x".join([*map(str, parameter.shape), parameter.dtype])
-
-
-def rope_table(config: LlamaConfig, start: int, end: int) -> NDArray[np.float32]:
-    """Cosines and sines of positions start to end - 1: [end - start, 2, D/2]."""
-    angles = np.arange(start, end)[:, None] * rope_frequencies(config)
-    return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-
-
-def rope_frequencies(config: LlamaConfig) -> NDArray[np.float64]:
-    """[D/2] radians a position, scaled as Llama 3.1 and transformers do."""
-    half = config.head_dim // 2
-    frequencies: NDArray[np.float64] = config.rope_theta ** (-np.arange(half) / half)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    if scaling.kind == "linear":
-        return frequencies / scaling.factor
-    if scaling.kind == "factors":
-        return frequencies / np.asarray(scaling.factors, np.float64)
-    # llama3: the share of the unscaled frequency grows with the turns made in the old context
-    turns = scaling.original_max_seq_len * frequencies / (2 * math.pi)
-    share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    share = np.clip(share, 0, 1)
-    stretched: NDArray[np.float64] = frequencies * (share + (1 - share) / scaling.factor)
-    return stretched
 
 
 def _parameter_blocks(source: Source, parameter: Parameter) -> Iterator[Array]:

@@ -25,14 +25,14 @@ from PIL import Image
 from random_smolvlm import SMOLVLM_256M, random_smolvlm
 
 from sf_local import Engine, SamplingParams
+from sf_local.artifact.manifest import ImageSettings
 from sf_local.artifact.open import Artifact
 from sf_local.bench.measurements import report, stream_gap
 from sf_local.bench.report import Figure, table
-from sf_local.errors import RequestError, SfLocalError
-from sf_local.engine.generation import Output
-from sf_local.vision.processor import ImageSettings
-from sf_local.vision.reader import ImageReader
 from sf_local.bench.roofline import encode_flops, peak_flops
+from sf_local.errors import RequestError, SfLocalError
+from sf_local.request.output import Output
+from sf_local.vision.reader import ImageReader
 
 FIRST, SECOND = "What is it?", "Which colours does it have?"
 ENCODE = Job("encode", lambda rng: [])

@@ -31,8 +31,8 @@ from peers import models
 
 from compile.cache import cache_dir
 from sf_local.artifact.open import Artifact, open_artifact
-from sf_local.errors import RequestError, SfLocalError
 from sf_local.bench.roofline import decode_bytes
+from sf_local.errors import RequestError, SfLocalError
 
 SCRIPTS = Path(__file__).parent / "peers"
 CONTEXT = 2304  # tokens of KV cache, for us and for llama.cpp

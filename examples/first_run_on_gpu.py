@@ -22,16 +22,16 @@ from compile import BuildOptions, build, demo
 from compile.cache import cache_dir
 from compile.progress import progress_display
 from compile.target import resolve_target
-from sf_local.bench.measurements import measurements as bench
 from sf_local.artifact.open import open_artifact
+from sf_local.bench import measurements as bench
 from sf_local.bench.report import table
+from sf_local.bench.roofline import decode_bytes
 from sf_local.device.info import DeviceInfo, devices, find_device, hip_library
 from sf_local.engine.engine import Engine
-from sf_local.errors import DeviceError, SfLocalError
-from sf_local.engine.generation import Output
 from sf_local.engine.memory import GIB
-from sf_local.request.request import SamplingParams
-from sf_local.bench.roofline import decode_bytes
+from sf_local.errors import DeviceError, SfLocalError
+from sf_local.request.output import Output
+from sf_local.request.params import SamplingParams
 
 PROMPTS = (
     "The capital of France is",
@@ -191,7 +191,10 @@ def measure(artifact: Path, device: str, quick: bool) -> None:
     num_bytes = decode_bytes(open_artifact(artifact), bench.SHORT)
     say("decode, 1 row", f"{1e3 / rate:.2f} ms a token, for which {num_bytes / 1e9:.2f} GB are "
                          f"read: {rate * num_bytes / 1e9:.0f} GB/s")  # fmt: skip
-    say("see also", "python -m compile.tools.gpu_report --help: which kernels take this time at least")
+    say(
+        "see also",
+        "python -m compile.tools.gpu_report --help: which kernels take this time at least",
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,9 +21,9 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from compile.models.spec import LlamaConfig, VisionConfig
+from compile.models.tensors import expected_shapes, vision_shapes
 from compile.models.vision_families import NAMES
 from compile.tools.gpu_report import SHAPES, TOWERS
-from compile.weights import expected_shapes, vision_shapes
 
 BEGIN, END, IMAGE = "<|im_start|>", "<end_of_utterance>", "<image>"
 CELLS = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]

@@ -17,11 +17,11 @@ from sf_local import errors
 from sf_local.errors import SfLocalError
 
 if TYPE_CHECKING:
-    from sf_local.frontend.backend import ShortfinLocal
     from sf_local.device.info import DeviceInfo, devices
     from sf_local.engine.engine import Engine
-    from sf_local.engine.generation import Output
-    from sf_local.request.request import SamplingParams
+    from sf_local.frontend.backend import ShortfinLocal
+    from sf_local.request.output import Output
+    from sf_local.request.params import SamplingParams
 
 __all__ = [
     "DeviceInfo",
@@ -58,5 +58,7 @@ def __getattr__(name: str) -> Any:
 
 @wrapt.when_imported("sglang")
 def _attach(sglang: Any) -> None:
-    if "sf_local.frontend.backend" not in sys.modules:  # else it imports sglang, and attaches at its end
+    if (
+        "sf_local.frontend.backend" not in sys.modules
+    ):  # else it imports sglang, and attaches at its end
         importlib.import_module("sf_local.frontend.backend")

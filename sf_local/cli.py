@@ -12,20 +12,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sf_local.artifact.open import (
-    DTYPE_BYTES,
-    Artifact,
-    ModelConfig,
-    compiled_targets,
-    open_artifact,
-    verify,
-)
+from sf_local.artifact.manifest import DTYPE_BYTES, ModelConfig
+from sf_local.artifact.open import Artifact, compiled_targets, open_artifact, verify
 from sf_local.device.info import devices, find_device
 from sf_local.errors import SfLocalError
 
 if TYPE_CHECKING:
-    from sf_local.engine.engine import Engine, Handle
-    from sf_local.request.request import SamplingParams
+    from sf_local.engine.engine import Engine
+    from sf_local.engine.handle import Handle
+    from sf_local.request.params import SamplingParams
 
 GIB = 1 << 30
 DEVICES = "cpu, hip, hip:N, hip:GPU-<uuid>, or auto: what the artifact is for (default)"
@@ -92,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _params(args: argparse.Namespace, stop: Sequence[str] = ()) -> SamplingParams:
     """Options that are called like a field of SamplingParams."""
-    from sf_local.request.request import SamplingParams
+    from sf_local.request.params import SamplingParams
 
     names = {field.name for field in fields(SamplingParams)} - {"stop"}
     values = {name: value for name, value in vars(args).items() if name in names}

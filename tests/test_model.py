@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.tiny import shared_data
-from tests.support.reference import logprobs
-from tests.support.running import open_runner
 
 from compile import BuildOptions, demo
 from sf_local.engine.engine import Engine
-from sf_local.request.request import SamplingParams
-from sf_local.model.runner import ModelRunner, Row
+from sf_local.model.runner import ModelRunner
+from sf_local.request.batch import Row
+from sf_local.request.params import SamplingParams
+from tests.support.perplexity import perplexity, step_logprobs
+from tests.support.running import open_runner
+from tests.support.tiny import shared_data
 
 pytestmark = pytest.mark.model
 TIE = 0.05  # llama.cpp's KV cache is f16: nearer than this, either token may follow
@@ -28,22 +29,6 @@ def golden() -> list[dict[str, Any]]:
     ]
     assert len(cases) == 16
     return cases
-
-
-def step_logprobs(artifact: Path, cases: list[dict[str, Any]]) -> list[np.ndarray]:
-    """Log probabilities [steps, V] of each case, with the golden tokens forced."""
-
-    async def use(runner: ModelRunner) -> list[np.ndarray]:
-        results = []
-        for case in cases:
-            tokens = case["prompt_ids"] + case["greedy_ids"][:-1]
-            pages = list(range(1, 2 + len(tokens) // runner.config.page_size))
-            logits = (await runner.prefill_all([Row(tokens, 0, pages)]))[0]
-            results.append(logprobs(logits[len(case["prompt_ids"]) - 1 :]))
-        return results
-
-    with open_runner(artifact) as run:
-        return run(use)
 
 
 def first_tie(case: dict[str, Any]) -> int:
@@ -83,21 +68,6 @@ def test_the_default_agrees_on_the_likeliest_token(
     expected = np.concatenate([case["greedy_ids"] for case in golden])
     assert len(expected) == 572
     assert (found == expected).mean() >= 0.98
-
-
-def perplexity(artifact: Path, ids: list[int]) -> float:
-    async def use(runner: ModelRunner) -> float:
-        pages = list(range(1, 2 + len(ids) // runner.config.page_size))
-        losses = []
-        for start in range(0, len(ids) - 1, 512):
-            chunk = ids[start : min(start + 512, len(ids) - 1)]
-            logits = (await runner.prefill_all([Row(chunk, start, pages)]))[0]
-            targets = ids[start + 1 : start + 1 + len(chunk)]
-            losses.append(-logprobs(logits)[np.arange(len(chunk)), targets])
-        return float(np.exp(np.concatenate(losses).mean()))
-
-    with open_runner(artifact, num_pages=128) as run:
-        return run(use)
 
 
 @pytest.mark.parametrize(

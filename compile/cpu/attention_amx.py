@@ -7,10 +7,11 @@ work for several threads.
 
 from __future__ import annotations
 
-from compile.cpu.attention import CHUNK, Attention, Chunk, KVLayout, Local
-from compile.cpu.kernel import vector_type
-from compile.mlir.builder import Scalar
 from compile.cpu.amx import COLUMNS, LINE_BYTES, LINES, WHOLE, Config, Tiles
+from compile.cpu.attention import CHUNK, Attention, Chunk, Local
+from compile.cpu.kernel import vector_type
+from compile.cpu.kv_layout import KVLayout
+from compile.mlir.builder import Scalar
 
 ROWS = 2 * LINES  # two tiles, so that keys and values are read half as often
 SUMS, X, OTHERS = (0, 1, 2, 3), (4, 5), (6, 7)  # registers; of X for queries and their shares

@@ -12,17 +12,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from compile.cpu import amx as tiles
-from compile.models.spec import LlamaConfig
-from compile.cpu.attention import QUERY_ROWS, SPLIT, Attention, AttentionMemory, KVLayout, Splits
-from compile.cpu.matrix_kernel import WORKGROUPS, MatrixKernel, padded
-from compile.cpu.kernel import LINE, Memory, Views, vector_type
-from compile.cpu.matmul import Format, Vectors
-from compile.mlir.builder import Builder, Dim, Scalar, Tensor
-from compile.options import MASKED, SUMMARY, ModelOptions, Parameter
-from compile.formats.quantize import GROUP
+from compile.cpu.amx import Tiles
+from compile.cpu.attention import QUERY_ROWS, SPLIT, Attention, AttentionMemory, Splits
 from compile.cpu.attention_amx import ROWS as TILED_ROWS
 from compile.cpu.attention_amx import TiledAttention
-from compile.cpu.amx import Tiles
+from compile.cpu.kernel import LINE, Memory, Views, vector_type
+from compile.cpu.kv_layout import KVLayout
+from compile.cpu.matmul import Format
+from compile.cpu.matrix_kernel import WORKGROUPS, MatrixKernel, padded
+from compile.formats.layout import MASKED, SUMMARY, Parameter
+from compile.formats.quantize import GROUP
+from compile.mlir.builder import Builder, Dim, Scalar, Tensor
+from compile.models.spec import LlamaConfig
+from compile.options import ModelOptions
+from compile.target import Vectors
 
 SUMMARY_TASK = 16  # such blocks
 PHASES = 10  # a layer

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from compile.mlir import abi
-from compile.models.spec import LlamaConfig, VisionConfig
-from compile.cpu.attention import KVLayout
 from compile.cpu.decoder import Forward, Kind, Shape
+from compile.cpu.kv_layout import KVLayout
+from compile.cpu.matmul import Format
 from compile.cpu.vision import Vision, VisionShape
-from compile.cpu.matmul import Format, Vectors
+from compile.formats.layout import Parameter
+from compile.mlir import abi
 from compile.mlir.builder import Builder, Tensor
-from compile.options import ModelOptions, Parameter
+from compile.models.spec import LlamaConfig, VisionConfig
+from compile.options import ModelOptions
+from compile.target import Vectors
 from sf_local.artifact.irpa import num_bytes_together
 
 PREFILL = Kind("prefill", all_logits=True, is_decode=False)

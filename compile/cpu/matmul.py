@@ -12,47 +12,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from compile.cpu.kernel import KernelBuilder, Memory, Views, lanes_of, vector_type
-from compile.mlir.builder import Scalar
-from compile.options import ITEM_BYTES, QUANTIZED, Parameter
+from compile.formats.layout import ITEM_BYTES, QUANTIZED, Parameter
 from compile.formats.quantize import GROUP, ZERO
+from compile.mlir.builder import Scalar
+from compile.target import TILES, Vectors
 
-TILES = 2  # vectors of output features in a block
 PARTS = 2  # of a quantized activation: high, low
 LARGEST = 127 * 128 + 63  # of its values
 REGISTER_BITS = {4: "128", 8: "256", 16: "512"}  # by f32 lanes
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What `compile.tools.tune_cpu` finds for a CPU.
-
-    ahead: bytes that a single row, which waits for memory, asks for in advance. blocks: of outputs
-    that a single row computes at once: sums that do not wait for one another. task_bytes: weights
-    of a task. row_chunk: rows of a task.
-    """
-
-    ahead: int = 1024
-    blocks: int = 1
-    task_bytes: int = 1 << 17
-    row_chunk: int = 128
-
-
-@dataclass(frozen=True)
-class Vectors:
-    """What a CPU has: f32 lanes of a vector, rows of one product, dot products of bf16 and int8,
-    and tiles (AMX) of bf16."""
-
-    lanes: int
-    max_rows: int
-    has_dot: bool = False
-    has_int8_dot: bool = False
-    has_tiles: bool = False
-    tuning: Tuning = Tuning()
-
-    @property
-    def block(self) -> int:
-        """Output features of a block."""
-        return TILES * self.lanes
 
 
 @dataclass(frozen=True)

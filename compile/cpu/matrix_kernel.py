@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from compile.cpu import amx as tiles
-from compile.cpu.kernel import KernelBuilder, Memory, Views
-from compile.cpu.matmul import TILES, Activations, Format
-from compile.mlir.builder import Builder, Dim, Scalar, Tensor, tensor_type
 from compile.cpu.amx import Tiles
+from compile.cpu.kernel import KernelBuilder, Memory, Views
+from compile.cpu.matmul import Activations, Format
+from compile.mlir.builder import Builder, Dim, Scalar, Tensor, tensor_type
+from compile.target import TILES
 
 WORKGROUPS = 64  # at least one a thread; those that find all done return at once
 MIN_TASKS = 16  # of a matrix, or some threads would wait for others

@@ -11,17 +11,18 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from compile.cpu import amx as tiles
-from compile.models.spec import VisionConfig
-from compile.cpu.attention import QUERY_ROWS, Attention, AttentionMemory, KVLayout
-from compile.cpu.matrix_kernel import WORKGROUPS, MatrixKernel, padded
-from compile.cpu.kernel import LINE, Views, vector_type
-from compile.cpu.matmul import Activations, Format
-from compile.mlir.builder import Builder, Scalar, Tensor
-from compile.options import Parameter
+from compile.cpu.amx import Tiles
+from compile.cpu.attention import QUERY_ROWS, Attention, AttentionMemory
 from compile.cpu.attention_amx import ROWS as TILED_ROWS
 from compile.cpu.attention_amx import TiledAttention
-from compile.cpu.amx import Tiles
-from compile.gpu.vision import activation, gelu
+from compile.cpu.kernel import LINE, Views, vector_type
+from compile.cpu.kv_layout import KVLayout
+from compile.cpu.matmul import Activations, Format
+from compile.cpu.matrix_kernel import WORKGROUPS, MatrixKernel, padded
+from compile.formats.layout import Parameter
+from compile.mlir.activations import activation, gelu
+from compile.mlir.builder import Builder, Scalar, Tensor
+from compile.models.spec import VisionConfig
 
 PAGE = 32  # positions; those of a task that stores them:
 STORED = 16

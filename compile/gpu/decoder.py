@@ -15,12 +15,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compile.mlir import abi
-from compile.models.spec import LlamaConfig, VisionConfig
-from compile.mlir.builder import Builder, Dim, Scalar, Tensor
-from compile.options import MASKED, SUMMARY, ModelOptions, Parameter
+from compile.formats.layout import MASKED, SUMMARY, Parameter
 from compile.gpu.linear import Weights, whole_subgroups
 from compile.gpu.vision import VisionEmitter
+from compile.mlir import abi
+from compile.mlir.builder import Builder, Dim, Scalar, Tensor
+from compile.models.spec import LlamaConfig, VisionConfig
+from compile.options import ModelOptions
 
 SEARCHED_AT_ONCE = 128  # logits: four for each of 32 lanes
 

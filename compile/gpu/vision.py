@@ -12,29 +12,14 @@ make tiles that do not fit the registers of RDNA; and batches of all sizes share
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from compile.models.spec import VisionConfig
-from compile.mlir.builder import Dim, Scalar, Tensor
 from compile.gpu.linear import Weights, whole_subgroups
+from compile.mlir.activations import activation, gelu
+from compile.mlir.builder import Dim, Scalar, Tensor
+from compile.models.spec import VisionConfig
 
 HIDDEN_SCORE = -1e4  # of padding: finite in f16
-
-
-def activation(x: Scalar, name: str, exp: Callable[[Scalar], Scalar] | None = None) -> Scalar:
-    """GELU in its approximations by tanh, or by a logistic function ("quick"); both are x times a
-    logistic function (Hendrycks and Gimpel 2016)."""
-    exp = exp or (lambda y: y.math("exp"))
-    if name == "gelu_tanh":
-        z = (x * x * 0.044715 + 1.0) * x * (2 * math.sqrt(2 / math.pi))
-    else:
-        assert name == "quick_gelu"
-        z = x * 1.702
-    return x / (exp(z * -1.0) + 1.0)
-
-
-def gelu(x: Scalar) -> Scalar:
-    return x * 0.5 * ((x * math.sqrt(0.5)).math("erf") + 1.0)
 
 
 class VisionEmitter:

@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from compile.models.spec import VisionConfig
-from compile.sources.source import (
+from compile.reading import (
     Numbers,
     Supported,
     Where,

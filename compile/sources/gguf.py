@@ -15,20 +15,12 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from compile.models.spec import LlamaConfig, RopeScaling
-from compile.sources.gguf_tokenizer import convert_tokenizer, special_id
 from compile.formats.quantize import Groups, from_gguf
-from compile.sources.source import (
-    Numbers,
-    Progress,
-    Rows,
-    Source,
-    SourceTensor,
-    corrupt,
-    map_file,
-    unsupported,
-)
-from sf_local.artifact.open import file_sha256
+from compile.models.spec import LlamaConfig, RopeScaling
+from compile.reading import Numbers, corrupt, map_file, unsupported
+from compile.sources.gguf_tokenizer import convert_tokenizer, special_id
+from compile.sources.source import Progress, Rows, Source, SourceTensor
+from sf_local.artifact.manifest import file_sha256
 from sf_local.errors import SourceError, UnsupportedError
 
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # type id -> struct code

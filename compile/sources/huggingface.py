@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,61 +11,27 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from compile.models.spec import LlamaConfig, RopeScaling, VisionConfig
+from compile.models.llama import BUFFERS, MODEL_TYPES, _canonical_name, _config
+from compile.models.spec import LlamaConfig, VisionConfig
 from compile.models.vision_families import (
     FAMILIES,
     image_settings,
     is_computed,
     text_config,
     vision_config,
-    vision_name,
 )
-from compile.sources.source import (
-    Numbers,
-    Progress,
-    Source,
-    SourceTensor,
-    Supported,
-    Where,
+from compile.reading import (
     check_supported,
     corrupt,
     map_file,
     read_json,
     unsupported,
 )
-from sf_local.artifact.open import file_sha256
+from compile.sources.source import Progress, Source, SourceTensor
+from sf_local.artifact.manifest import file_sha256
 from sf_local.errors import SourceError
 
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")  # that old versions stored
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-MODEL_TYPES: Supported = {
-    "model_type": (["llama", *FAMILIES], ", ".join(map(repr, ["llama", *FAMILIES])))
-}
-SUPPORTED: Supported = {  # anything else would be computed wrongly
-    "model_type": (["llama"], "'llama'"),
-    "architectures": ([["LlamaForCausalLM"], [], None], "['LlamaForCausalLM']"),
-    "hidden_act": (["silu"], "'silu'"),
-    "attention_bias": ([False, None], "false"),
-    "mlp_bias": ([False, None], "false"),
-    "num_local_experts": ([0, None], "models without experts"),
-    "sliding_window": ([None], "full attention"),
-    "partial_rotary_factor": ([1, None], "1"),
-    "quantization_config": ([{}, None], "F32, F16 and BF16 weights, or a quantized .gguf"),
-}
 
 
 def open_folder(folder: Path, name: str, progress: Progress) -> Source:
@@ -90,45 +55,6 @@ def open_folder(folder: Path, name: str, progress: Progress) -> Source:
     return Source(
         name, config, tensors, sha256, tokenizer_json, tokenizer_config, bos, eos, vision, settings
     )
-
-
-def _config(path: Where, raw: dict[str, Any]) -> LlamaConfig:
-    """The defaults are those of transformers' LlamaConfig."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, or older
-    if not isinstance(rope, dict):
-        raise corrupt(path, "an object for rope_parameters or rope_scaling", repr(rope))
-    found = {"hidden_act": "silu", "partial_rotary_factor": rope.get("partial_rotary_factor")} | raw
-    check_supported(path, found, SUPPORTED)
-    numbers, rope_numbers = Numbers(path, raw), Numbers(path, rope)
-    hidden = numbers.integer("hidden_size")
-    return LlamaConfig(
-        vocab_size=numbers.integer("vocab_size"),
-        hidden_size=hidden,
-        intermediate_size=numbers.integer("intermediate_size"),
-        num_layers=numbers.integer("num_hidden_layers"),
-        **numbers.heads(hidden, "num_attention_heads", "num_key_value_heads", "head_dim"),
-        rms_eps=numbers.number("rms_norm_eps", 1e-6),
-        rope_theta=rope_numbers.number("rope_theta", numbers.number("rope_theta", 10000.0)),
-        max_seq_len=numbers.integer("max_position_embeddings", 2048),
-        tied_embeddings=raw.get("tie_word_embeddings") is True,
-        rope_scaling=_rope_scaling(rope_numbers),
-    )
-
-
-def _rope_scaling(rope: Numbers) -> RopeScaling | None:
-    kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind not in ("linear", "llama3"):
-        raise unsupported(rope.path, f"rope type {kind!r}", "'default', 'linear', 'llama3'")
-    factor = rope.number("factor")
-    if kind == "linear":
-        return RopeScaling("linear", factor)
-    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-    trained = rope.integer("original_max_position_embeddings")
-    if not 0 < low < high:
-        raise corrupt(rope.path, "0 < low_freq_factor < high_freq_factor", f"{low}, {high}")
-    return RopeScaling("llama3", factor, low, high, trained)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -187,16 +113,6 @@ def _add_tensors(path: Path, tensors: dict[str, SourceTensor]) -> None:
         raw = np.frombuffer(mapped, np.uint8, last - first, start + first)
         data = raw.view(DTYPES[entry["dtype"]]).reshape(shape)  # no copy
         tensors[canonical] = SourceTensor(shape, data.__getitem__)
-
-
-def _canonical_name(name: str) -> str:
-    if vision := vision_name(name):
-        return vision
-    name = re.sub(r"(language|text)_model\.", "", name, count=1)
-    found = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.weight", name)
-    if not found or found[2] not in NAMES:
-        return name
-    return (f"blk.{found[1]}." if found[1] else "") + f"{NAMES[found[2]]}.weight"
 
 
 def _tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""`python -m compile.tools.gpu_report SHAPE`: the kernels of a GPU, in decode, prefill and vision towers.
+"""`python -m compile.tools.gpu_report SHAPE`: the kernels of a GPU, in decode, prefill, vision.
 
 Without a GPU: compiles a model of a known shape, weights aside, and reads what IREE leaves: which
 kernels a function dispatches with which tensors, how many workgroups each has, and the chip's
@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from compile.build import BuildOptions, iree_compile
-from compile.models.spec import LlamaConfig, VisionConfig
+from compile.formats.layout import ITEM_BYTES
 from compile.gpu.decoder import LlamaEmitter
-from compile.options import ITEM_BYTES, ModelOptions
+from compile.models.spec import LlamaConfig, VisionConfig
+from compile.options import BuildOptions, ModelOptions
 from compile.target import HIP_CHIPS, resolve_target
+from compile.toolchain import iree_compile
 
 SHAPES = {
     "smollm2-135m": LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 1e-5, 1e5, 8192, True),

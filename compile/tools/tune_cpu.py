@@ -16,11 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from compile.build import BuildOptions, build
-from compile.cpu.matmul import Tuning
-from compile.target import resolve_target
+from compile.build import build
+from compile.options import BuildOptions
+from compile.target import Tuning, resolve_target
 from sf_local.engine.engine import Engine
-from sf_local.request.request import SamplingParams
+from sf_local.request.params import SamplingParams
 
 VALUES = {
     "ahead": (0, 1024, 2048, 4096, 8192),

@@ -15,8 +15,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from compile.cache import cache_dir
-from compile.sources.huggingface import NAMES
-from compile.sources.open import demo_gguf, open_source
+from compile.models.llama import NAMES
+from compile.sources.demo import demo_gguf
+from compile.sources.open import open_source
 
 QUANTIZATIONS = {"F16": gguf.GGMLQuantizationType.F16, "Q8_0": gguf.GGMLQuantizationType.Q8_0}
 

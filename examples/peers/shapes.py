@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from peers.models import kept
 
-from compile.sources.open import demo_gguf
+from compile.sources.demo import demo_gguf
 
 BLOCK = 32  # numbers that share a scale in Q8_0
 KINDS = {"bf16": "F16", "int8": "Q8_0"}  # of the same width

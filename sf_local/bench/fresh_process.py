@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sf_local.artifact.open import Artifact
 from sf_local.engine.engine import Engine
-from sf_local.request.request import SamplingParams
+from sf_local.request.params import SamplingParams
 
 
 @dataclass(frozen=True)

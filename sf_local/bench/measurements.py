@@ -21,18 +21,19 @@ from platform import python_version
 from statistics import median
 from typing import Any
 
-from sf_local.bench import fresh_process
 from sf_local.artifact.open import Artifact, open_artifact
+from sf_local.bench import fresh_process
 from sf_local.bench.report import Figure, summary
-from sf_local.device.info import find_device
-from sf_local.engine.engine import Engine, PromptInput
-from sf_local.errors import RequestError
-from sf_local.engine.generation import Output
-from sf_local.engine.kv_budget import num_kv_pages
-from sf_local.engine.core import Loop
-from sf_local.request.request import SamplingParams
 from sf_local.bench.roofline import decode_bytes, peak_flops, prefill_flops, read_bandwidth
+from sf_local.device.info import find_device
+from sf_local.engine.engine import Engine
+from sf_local.engine.input_processor import PromptInput
+from sf_local.engine.kv_budget import num_kv_pages
+from sf_local.engine.replicas import Replica
 from sf_local.engine.scheduler import Limits
+from sf_local.errors import RequestError
+from sf_local.request.output import Output
+from sf_local.request.params import SamplingParams
 
 ROWS = 8  # requests at once
 ALL_ROWS = (1, 2, 4, 8, 16)
@@ -390,13 +391,13 @@ def _object(
     bench: Bench, prompt: list[int], params: SamplingParams, jumps: bool
 ) -> tuple[float, float]:
     """Steps and seconds of one constrained answer; its prompt is cached."""
-    loop = bench.engine._loop
-    assert isinstance(loop, Loop)
+    replica = bench.engine._placement
+    assert isinstance(replica, Replica)
     bench.run([prompt], 0)
     before, started_at = bench.engine.stats()["steps"], time.perf_counter()
-    loop._can_jump = jumps
+    replica.core._can_jump = jumps
     bench.engine.generate(prompt, params)
-    loop._can_jump = True
+    replica.core._can_jump = True
     return bench.engine.stats()["steps"] - before, time.perf_counter() - started_at
 
 

@@ -20,8 +20,8 @@ import shortfin as sf
 
 from sf_local.device.cpu_threads import usable_cores, workers_on
 from sf_local.device.info import find_device
-from sf_local.errors import DeviceError
 from sf_local.device.symbol_patch import keep_joined_statuses
+from sf_local.errors import DeviceError
 
 # Decode is a chain of short dispatches: without spinning, workers sleep between them (12.6 ms a
 # token against 10.0). amdsharktank's CPU code needs more than the default 128 KiB of stack.

@@ -1,97 +1,37 @@
 """Engine: one model on one device, for any number of callers, and the handles they wait on.
 
-Mistakes of a caller raise in the caller's own thread; the work is done by `loop.py`.
+Mistakes of a caller raise in the caller's own thread; the work is done by `core.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import weakref
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from numbers import Integral
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
-from sf_local.artifact.open import Artifact, check_target, compiled_targets, open_artifact
-from sf_local.engine.scoring import Score, score
-from sf_local.device.info import DeviceInfo, check_name, find_device
+from sf_local.artifact.open import compiled_targets
+from sf_local.device.info import check_name, find_device
+from sf_local.engine.generation import Generation
+from sf_local.engine.handle import Handle
+from sf_local.engine.input_processor import InputProcessor, PromptInput
+from sf_local.engine.kv_budget import memory_bytes
+from sf_local.engine.placement import Place, open_places
+from sf_local.engine.scoring import score
 from sf_local.errors import DeviceError, RequestError
-from sf_local.engine.generation import Delivery, Generation, Output
-from sf_local.vision.processor import ImageSettings
-from sf_local.vision.image_file import GivenImage, ImageInput
-from sf_local.engine.kv_budget import memory_bytes, num_kv_pages
-from sf_local.engine.core import Loop
-from sf_local.engine.memory import memory_left
-from sf_local.vision.reader import ImageReader, Prompt
-from sf_local.engine.replicas import Replicas
-from sf_local.request.request import Request, SamplingParams, shown
-from sf_local.text.prompt_encoder import SeamEncoder
+from sf_local.request.output import Delivery, Output, Score
+from sf_local.request.params import SamplingParams
+from sf_local.request.prompt import Prompt
 from sf_local.text.tokenizer import Tokenizer
-from sf_local.engine.top_k import check_params
+from sf_local.vision.image_file import GivenImage, ImageInput
 
 if TYPE_CHECKING:
-    from sf_local.grammar.compiler import Grammar, GrammarCompiler
+    pass
 
 __all__ = ["Engine", "Handle", "Output"]
-
-PromptInput = str | Sequence[int] | Prompt
-
-
-class Handle:
-    """A generation under way. Iterate over text deltas, or wait for the whole `result()`.
-
-    Dropping the handle, or leaving an iteration early, cancels the generation.
-    """
-
-    def __init__(self, engine: Engine, generation: Generation) -> None:
-        self._engine = engine  # which lives as long as its generations
-        self._generation, self._loop = generation, engine._loop
-        self._deliveries: SimpleQueue[Delivery] = SimpleQueue()
-        self._output: Output | None = None
-        generation.deliver = self._deliveries.put
-        self._loop.submit(generation)
-
-    def __iter__(self) -> Iterator[str]:
-        """Text deltas that concatenate to the result's text."""
-        return (text for text, _ in self.deltas() if text)
-
-    def deltas(self) -> Iterator[tuple[str, Output | None]]:
-        """Text deltas; the last one, which may be empty, comes with the output."""
-        self._loop.check_process()
-        try:
-            while self._output is None:
-                item = self._deliveries.get()
-                if isinstance(item, BaseException):
-                    self._deliveries.put(item)  # for whoever asks again
-                    raise item
-                text, output = item
-                if output is not None:
-                    self._output = output
-                    self._deliveries.put(("", output))  # for another thread that waits
-                yield text, output
-        finally:
-            if self._output is None:
-                self.cancel()
-
-    def result(self) -> Output:
-        """Wait for the end. Raises what ended the generation, if it failed."""
-        self._generation.is_streamed = False
-        for _ in self:
-            pass
-        assert self._output is not None
-        return self._output
-
-    def cancel(self) -> None:
-        """End the generation after the current step, with reason "abort"."""
-        self._loop.cancel(self._generation)
-
-    def __del__(self) -> None:
-        if getattr(self, "_output", self) is None:
-            self.cancel()
 
 
 class Engine:
@@ -136,7 +76,7 @@ class Engine:
             check_name(spec)
         places = [find_device(spec, compiled_targets(vmfb)) for spec in specs]
         opened = [
-            _Place.of(
+            Place.of(
                 place, vmfb, kv_pages, kv_memory, config=config, parameters=parameters,
                 tokenizer=tokenizer,
             )
@@ -145,20 +85,13 @@ class Engine:
         self.devices = [place.name for place in places]
         self.artifact = opened[0].artifact
         self.tokenizer = Tokenizer(self.artifact.tokenizer)
-        self._images = _image_reader(self.artifact, self.tokenizer, image_bytes, allow_urls)
-        self._loop = _open_loops(opened)
-        self._finalizer = weakref.finalize(self, self._loop.close)
-        self._eos_ids = _eos_ids(self.artifact, self.tokenizer)
-        self._encode = SeamEncoder(self.tokenizer)
-        manifest = self.artifact.manifest
-        self.vocab_size = manifest.vocab_size if manifest else self.tokenizer.vocab_size
         self.max_tokens = min(place.max_tokens for place in opened)
-
-    @functools.cached_property
-    def _grammars(self) -> GrammarCompiler:
-        from sf_local.grammar.compiler import GrammarCompiler  # a tenth of all imports, for those who use it
-
-        return GrammarCompiler(self.tokenizer, self.vocab_size, self._eos_ids)
+        self._inputs = InputProcessor(
+            self.artifact, self.tokenizer, self.max_tokens, image_bytes, allow_urls
+        )
+        self.vocab_size = self._inputs.vocab_size
+        self._placement = open_places(opened)
+        self._finalizer = weakref.finalize(self, self._placement.close)
 
     @property
     def image_token(self) -> str | None:
@@ -260,7 +193,7 @@ class Engine:
             loop.call_soon_threadsafe(items.put_nowait, item)
 
         generation.deliver = deliver
-        self._loop.submit(generation)
+        self._placement.submit(generation)
         output = None
         try:
             while output is None:
@@ -271,7 +204,7 @@ class Engine:
                 yield text, output
         finally:
             if output is None:
-                self._loop.cancel(generation)
+                self._placement.cancel(generation)
 
     def score(
         self,
@@ -290,7 +223,7 @@ class Engine:
         """A hint that prompts will begin so: compute it into the cache. Returns at once."""
         with contextlib.suppress(RequestError):
             params = SamplingParams(max_new_tokens=0, temperature=0)
-            self._loop.submit(self._generation(prompt, params, images))
+            self._placement.submit(self._generation(prompt, params, images))
 
     def stats(self) -> dict[str, float]:
         """Counters since the start, and what is going on.
@@ -302,11 +235,11 @@ class Engine:
         compiled functions, where mask_seconds of CPU time for grammars are hidden; sample_seconds.
         encoded_tiles: of images, in encode_seconds of the calls.
         """
-        return self._loop.stats()
+        return self._placement.stats()
 
     def flush_cache(self) -> None:
         """Free all pages that no request uses; returns when it is done."""
-        self._loop.flush_cache()
+        self._placement.flush_cache()
 
     def shutdown(self, drain: bool = False) -> None:
         """End the loop thread and free the device.
@@ -314,8 +247,8 @@ class Engine:
         With `drain`, generations under way are finished first; else they fail. Later calls raise.
         """
         if drain:
-            self._loop.drain()
-        self._loop.close()
+            self._placement.drain()
+        self._placement.close()
         self._finalizer.detach()
 
     def __enter__(self) -> Engine:
@@ -326,174 +259,24 @@ class Engine:
 
     def given(self, images: Sequence[ImageInput]) -> list[GivenImage]:
         """Images for several prompts, so that each is read once; raises RequestError."""
-        self._check_images(images)
-        return [self._images.given(image) for image in images] if self._images else []
+        return self._inputs.given(images)
 
     def prepare(self, prompt: PromptInput, images: Sequence[ImageInput] = ()) -> Prompt:
         """A prompt that can be submitted many times, and is encoded only here.
 
         Raises RequestError as `submit` does, ImageError for an image that cannot be used.
         """
-        if isinstance(prompt, Prompt):
-            if images:
-                raise RequestError("images: the prompt was prepared with its own; give one or none")
-            # Another engine may have prepared it, whose model knows other tokens, or images
-            self._prompt_ids([max(prompt.ids)] if prompt.ids else [])
-            self._check_images(prompt.spans)
-            return self._fitting(prompt)
-        self._check_images(images)
-        ids = self._prompt_ids(prompt)
-        if self._images is not None:
-            return self._fitting(self._images.expand(ids, images, self.max_tokens))
-        return self._fitting(Prompt(ids, ids))
-
-    def _check_images(self, images: Sequence[object]) -> None:
-        if not isinstance(images, Sequence) or isinstance(images, str | bytes | bytearray):
-            raise RequestError(f"images={shown(images)} must be a list; put a single one in []")
-        if images and self._images is None:
-            raise RequestError(
-                f"images: {len(images)} given, but {self.artifact.name} is a text model; compile "
-                "one that sees, such as SmolVLM or LLaVA-1.5"
-            )
-
-    def _generation(
-        self, prompt: PromptInput, params: SamplingParams | None, images: Sequence[ImageInput] = ()
-    ) -> Generation:
-        self._loop.check_usable()
-        params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise RequestError(f"params={shown(params)} must be SamplingParams")
-        if params.n != 1:
-            raise RequestError(f"n={params.n}: several answers to one prompt come from `samples`")
-        ready = self.prepare(prompt, images)
-        self._check_params(params, len(ready.ids))
-        max_new_tokens = min(params.max_new_tokens, self.max_tokens - len(ready.ids))
-        request = Request(
-            ready.ids, params, max_new_tokens, spans=ready.spans, prompt_keys=ready.keys
-        )
-        grammar = self._grammar(params)
-        generation = Generation(request, self.tokenizer, self._eos_ids, grammar)
-        if isinstance(prompt, str):
-            generation.remember = functools.partial(self._encode.remember, prompt, ready.plain)
-        return generation
-
-    def _grammar(self, params: SamplingParams) -> Grammar | None:
-        if params.regex is not None:
-            return self._grammars.regex(params.regex)
-        if params.json_schema is not None:
-            return self._grammars.json_schema(params.json_schema)
-        return None if params.ebnf is None else self._grammars.ebnf(params.ebnf)
-
-    def _check_params(self, params: SamplingParams, prompt_len: int) -> None:
-        """What depends on the model or the prompt; the rest was checked when they were made."""
-        if self.artifact.config.top_k is not None:
-            check_params(params, self.artifact.config.top_k)
-        self._check_tokens("logit_bias", params.logit_bias)
-        self._check_tokens("stop_token_ids", params.stop_token_ids)
-        if params.top_logprobs_num > self.vocab_size:
-            raise RequestError(
-                f"top_logprobs_num={params.top_logprobs_num}: the model has {self.vocab_size} "
-                "tokens"
-            )
-        if params.return_logprob and params.logprob_start_len >= prompt_len:
-            raise RequestError(
-                f"logprob_start_len={params.logprob_start_len}: the prompt has {prompt_len} "
-                "tokens; give a smaller position, or -1 for none of them"
-            )
-
-    def _check_tokens(self, name: str, tokens: Iterable[int]) -> None:
-        for token in tokens:
-            is_id = isinstance(token, Integral) and not isinstance(token, bool)
-            if not (is_id and 0 <= token < self.vocab_size):
-                raise RequestError(
-                    f"{name}: {shown(token)} is no token id; the model has 0 to "
-                    f"{self.vocab_size - 1}"
-                )
+        return self._inputs.prepare(prompt, images)
 
     def encode(self, prompt: str, continuation: str = "") -> list[int]:
         """Tokens of a prompt, and of what may continue it.
 
         Where the prompt continues an answer of ours, the tokens are those that this came in.
         """
-        return self._encode(prompt + continuation, len(prompt))
+        return self._inputs.encode(prompt, continuation)
 
-    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str):
-            ids = self.encode(prompt)
-        elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
-            raise RequestError(f"prompt={shown(prompt)} must be a str, or a list of token ids")
-        else:
-            ids = list(cast(Sequence[int], prompt))
-        if not ids:
-            raise RequestError("prompt is empty; give at least one token (a BOS, or a space)")
-        self._check_tokens("prompt", ids)
-        return ids
-
-    def _fitting(self, prompt: Prompt) -> Prompt:
-        """The prompt; RequestError if the context has no room for it and an answer."""
-        if len(prompt.ids) >= self.max_tokens:
-            of_images = sum(span.end - span.start for span in prompt.spans)
-            whose = f" ({of_images} of images)" if of_images else ""
-            raise RequestError(
-                f"prompt: {len(prompt.ids)} tokens{whose} leave no room for an answer in a context "
-                f"of {self.max_tokens}; shorten it, or raise kv_pages or the model's max_seq_len"
-            )
-        return prompt
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A device with what was compiled for it, and how many KV pages it gets, page 0 included."""
-
-    device: DeviceInfo
-    artifact: Artifact
-    num_pages: int
-
-    @classmethod
-    def of(
-        cls, device: DeviceInfo, vmfb: str | Path, kv_pages: int | None,
-        kv_memory: int | str | None, **files: Any,
-    ) -> _Place:  # fmt: skip
-        """Checked as far as it goes without the device."""
-        artifact = open_artifact(vmfb, targets=[device.chip], **files)
-        if artifact.manifest:
-            check_target(artifact.manifest, device.chip)
-        num_bytes = artifact.num_weight_bytes
-        available = memory_left(device, num_bytes)
-        pages = num_kv_pages(
-            artifact.config, device.kind, available, kv_pages, kv_memory, num_bytes
-        )
-        return cls(device, artifact, 1 + pages)
-
-    @property
-    def max_tokens(self) -> int:
-        artifact = self.artifact
-        return min(artifact.max_tokens, (self.num_pages - 1) * artifact.config.page_size)
-
-
-def _open_loops(places: Sequence[_Place]) -> Loop | Replicas:
-    loops: list[Loop] = []
-    try:
-        for place in places:
-            loops.append(Loop(place.artifact, place.device.name, place.num_pages))
-    except BaseException:
-        for loop in loops:
-            loop.close()
-        raise
-    return loops[0] if len(loops) == 1 else Replicas(loops)
-
-
-def _image_reader(
-    artifact: Artifact, tokenizer: Tokenizer, max_bytes: int, allow_urls: bool
-) -> ImageReader | None:
-    """None for a text model."""
-    settings = artifact.manifest and artifact.manifest.images
-    if not settings:
-        return None
-    return ImageReader(ImageSettings(**settings), tokenizer, max_bytes, allow_urls)
-
-
-def _eos_ids(artifact: Artifact, tokenizer: Tokenizer) -> frozenset[int]:
-    if artifact.manifest:
-        return frozenset(artifact.manifest.eos_token_ids)
-    return frozenset([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
+    def _generation(
+        self, prompt: PromptInput, params: SamplingParams | None, images: Sequence[ImageInput] = ()
+    ) -> Generation:
+        self._placement.check_usable()
+        return self._inputs.generation(prompt, params, images)

@@ -4,43 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sf_local.sampling.logprobs import Logprobs, PromptLogprobs
-from sf_local.request.request import Request, SamplingParams
+from sf_local.request.output import Delivery, Logprobs, Output
+from sf_local.request.params import SamplingParams
+from sf_local.request.request import Request
+from sf_local.sampling.logprobs import PromptLogprobs
 from sf_local.sampling.sampler import Sampled, Sampler
-from sf_local.text.tokenizer import Detokenizer, StopChecker, Tokenizer
+from sf_local.text.detokenizer import Detokenizer, StopChecker
+from sf_local.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from sf_local.grammar.compiler import Grammar
-
-
-@dataclass(frozen=True)
-class Output:
-    """A finished generation.
-
-    text: without stop strings and special tokens. token_ids: all new tokens, the one that ended it
-    included. finish_reason: "stop", "length", "abort" or "timeout"; matched: the stop text or token
-    id. cached_tokens: of the prompt, found in the cache. logprobs: with `return_logprob`.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    matched: str | int | None
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    time_to_first_token: float  # seconds since submit
-    latency: float  # seconds since submit
-    logprobs: Logprobs | None = None
-
-
-Delivery = tuple[str, Output | None] | BaseException
+    from sf_local.grammar.matcher import Grammar
 
 
 class Generation:
@@ -67,6 +45,7 @@ class Generation:
         end_ids = self._stop_ids.keys() | (eos_ids if grammar is not None else ())
         self.sampler = Sampler(params, request.prompt_ids, end_ids)
         self._prompt_logprobs = _prompt_logprobs(request)
+        request.takes_the_best = self._takes_the_best
         self._output_logprobs: list[Sampled] = []
         self._unread: list[int] = []  # tokens that have not become text
         self._text: list[str] = []
@@ -77,7 +56,7 @@ class Generation:
         self.deadline = None if params.timeout is None else self._started_at + params.timeout
 
     @property
-    def takes_the_best(self) -> bool:
+    def _takes_the_best(self) -> bool:
         """Whether the likeliest token is all that is asked for."""
         return self.grammar is None and self.sampler.takes_the_best
 
@@ -124,6 +103,7 @@ class Generation:
             self._first_token_at = time.perf_counter()
         request.output_ids.append(token)
         self.sampler.push(token)
+        request.takes_the_best = self._takes_the_best
         if request.params.return_logprob:
             self._output_logprobs.append(sampled)
         if token in self._stop_ids and len(request.output_ids) > request.params.min_new_tokens:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from sf_local.artifact.open import ModelConfig
+from sf_local.artifact.manifest import ModelConfig
 from sf_local.errors import RequestError
 
 MAX_DEFAULT_BYTES = 1 << 30  # on the CPU, and where the driver does not say what is free

@@ -1,4 +1,5 @@
-"""Replicas: one loop a device, as if they were one; requests go where their beginning was computed.
+"""Replicas: one engine core a device, as if they were one; requests go where their beginning was
+computed.
 
 Knows of prompts what they were sent with, not what a replica still holds in its cache.
 """
@@ -7,12 +8,21 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
-from sf_local.errors import SfLocalError
+from sf_local.artifact.open import Artifact
+from sf_local.device.device import Device
+from sf_local.engine.core import EngineCore
+from sf_local.engine.failures import Failures
 from sf_local.engine.generation import Generation
-from sf_local.engine.core import Loop
+from sf_local.engine.scheduler import limits_of
+from sf_local.engine.stats import hit_rate
+from sf_local.engine.worker import Worker
+from sf_local.errors import SfLocalError
+from sf_local.model.runner import ModelRunner
+
+RunnerFactory = Callable[[Artifact, Device, int], ModelRunner]
 
 BLOCK = 16  # tokens that are remembered together
 MAX_BLOCKS = 1 << 16
@@ -51,57 +61,94 @@ def _prefixes(tokens: Sequence[int]) -> list[int]:
     return found
 
 
-class Replicas:
-    """Several loops in the place of one; those whose device is lost get no more requests."""
+class Replica:
+    """A core on a worker of its own: what takes the generations of one device."""
 
-    def __init__(self, loops: Sequence[Loop]) -> None:
-        self._loops, self._router, self._lock = loops, Router(), threading.Lock()
+    def __init__(
+        self, artifact: Artifact, device: str, num_pages: int, make_runner: RunnerFactory
+    ) -> None:
+        def open_core(opened: Device, failures: Failures) -> EngineCore:
+            runner = make_runner(artifact, opened, num_pages)
+            return EngineCore(artifact, opened, runner, num_pages, limits_of(artifact), failures)
+
+        self.worker = Worker(device, open_core)
+        self.core = self.worker.core
+        self.drain, self.close = self.worker.drain, self.worker.close
+        self.check_process, self.check_usable = self.worker.check_process, self.worker.check_usable
+
+    def submit(self, generation: Generation) -> None:
+        self.worker.ask(lambda: self.core.add(generation))
+
+    def cancel(self, generation: Generation) -> None:
+        self.worker.tell(lambda: self.core.cancel(generation))
+
+    def flush_cache(self) -> None:
+        self.worker.ask_and_wait(self.core.flush_cache)
+
+    def stats(self) -> dict[str, float]:
+        return self.core.stats()
+
+    @property
+    def is_usable(self) -> bool:
+        return self.worker.is_usable
+
+    @property
+    def num_requests(self) -> int:
+        return self.worker.num_requests
+
+
+class Replicas:
+    """Several replicas in the place of one; those whose device is lost get no more requests."""
+
+    def __init__(self, replicas: Sequence[Replica]) -> None:
+        self.replicas, self._router, self._lock = replicas, Router(), threading.Lock()
 
     def submit(self, generation: Generation) -> None:
         self.check_usable()
-        loads = {i: loop.num_requests for i, loop in enumerate(self._loops) if loop.is_usable}
+        loads = {
+            i: replica.num_requests for i, replica in enumerate(self.replicas) if replica.is_usable
+        }
         with self._lock:
             request = generation.request
             chosen = self._router.choose(request.prompt_keys or request.prompt_ids, loads)
-        self._loops[chosen].submit(generation)
+        self.replicas[chosen].submit(generation)
 
     def cancel(self, generation: Generation) -> None:
-        for loop in self._loops:  # those that do not have it ignore it
-            loop.cancel(generation)
+        for replica in self.replicas:  # those that do not have it ignore it
+            replica.cancel(generation)
 
     def flush_cache(self) -> None:
-        for loop in self._loops:
-            if loop.is_usable:
-                loop.flush_cache()
+        for replica in self.replicas:
+            if replica.is_usable:
+                replica.flush_cache()
 
     def drain(self) -> None:
-        for loop in self._loops:
-            loop.drain()
+        for replica in self.replicas:
+            replica.drain()
 
     def close(self) -> None:
         with ExitStack() as closing:  # all of them, also if one raises
-            for loop in self._loops:
-                closing.callback(loop.close)
+            for replica in self.replicas:
+                closing.callback(replica.close)
 
     def stats(self) -> dict[str, float]:
         """The sum over all replicas."""
-        every = [loop.stats() for loop in self._loops]
+        every = [replica.stats() for replica in self.replicas]
         total = {name: sum(stats[name] for stats in every) for name in every[0]}
-        prompt_tokens = total["prompt_tokens"]
-        total["hit_rate"] = total["cached_tokens"] / prompt_tokens if prompt_tokens else 0.0
+        total["hit_rate"] = hit_rate(total["cached_tokens"], total["prompt_tokens"])
         return total
 
     def check_process(self) -> None:
-        self._loops[0].check_process()
+        self.replicas[0].check_process()
 
     def check_usable(self) -> None:
-        """Raise what the loops raise, once no replica is left."""
+        """Raise what the replicas raise, once no replica is left."""
         self.check_process()
-        if not any(loop.is_usable for loop in self._loops):
+        if not any(replica.is_usable for replica in self.replicas):
             causes: list[SfLocalError] = []
-            for loop in self._loops:
+            for replica in self.replicas:
                 try:
-                    loop.check_usable()
+                    replica.check_usable()
                 except SfLocalError as error:
                     causes.append(error)
             raise type(causes[0])("; ".join(dict.fromkeys(map(str, causes))))

@@ -10,11 +10,13 @@ from __future__ import annotations
 import itertools
 from bisect import insort
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
+from sf_local.artifact.open import Artifact
 from sf_local.kv_cache.page_pool import PagePool
 from sf_local.kv_cache.radix_cache import Match, RadixCache, common_prefix_len
+from sf_local.request.batch import Chunk, Step
 from sf_local.request.request import Request, RequestStatus
 
 MAX_EXAMINED = 64  # waiting requests looked at in one step
@@ -32,27 +34,6 @@ class Limits:
     prefill_tokens: int = 256
     max_running: int = 64
     reuse: Literal["tokens", "pages", "nothing"] = "tokens"
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens [start, end) of one request, to be computed in one call."""
-
-    request: Request
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class Step:
-    """Page copies (source, destination), in order; then prefill calls; then decode calls."""
-
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    prefills: list[list[Chunk]] = field(default_factory=list)
-    decodes: list[list[Chunk]] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.prefills or self.decodes)
 
 
 class Scheduler:
@@ -84,7 +65,7 @@ class Scheduler:
         decoding = [r for r in self.running if r.is_decoding]
         size = self.limits.decode_batch_sizes[-1]
         groups = [decoding[i : i + size] for i in range(0, len(decoding), size)]
-        decodes = [[_chunk(r, r.num_tokens) for r in group] for group in groups]
+        decodes = [[Chunk.of(r, r.num_tokens) for r in group] for group in groups]
         return Step(copies, self._prefills(), decodes)
 
     def computed(self, chunk: Chunk) -> None:
@@ -253,7 +234,7 @@ class Scheduler:
             slots = next(size for size in sizes if size > len(chunks)) * padded
             if chunks and slots > self.limits.prefill_tokens:
                 break
-            chunks.append(_chunk(request, request.num_computed + count))
+            chunks.append(Chunk.of(request, request.num_computed + count))
             longest, num_slots = max(longest, count), slots
         return chunks, num_slots
 
@@ -266,9 +247,18 @@ class Scheduler:
         return min(end - request.num_computed, self.limits.prefill_tokens)
 
 
-def _chunk(request: Request, end: int) -> Chunk:
-    return Chunk(request, request.num_computed, end)
-
-
 def _rank(request: Request) -> tuple[int, int]:
     return (-request.params.priority, request.sequence)
+
+
+def limits_of(artifact: Artifact) -> Limits:
+    """Our own code starts anywhere; amdsharktank's at pages, or only at the beginning."""
+    config = artifact.config
+    sizes = config.prefill_batch_sizes, config.decode_batch_sizes
+    if not config.has_prefill_position:
+        return Limits(*sizes, prefill_tokens=artifact.max_tokens, reuse="nothing")
+    if artifact.manifest:
+        return Limits(*sizes)
+    most = min(Limits.prefill_tokens, artifact.max_tokens)
+    whole_pages = max(1, most // config.page_size) * config.page_size
+    return Limits(*sizes, prefill_tokens=whole_pages, reuse="pages")

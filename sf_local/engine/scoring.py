@@ -3,38 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from sf_local.errors import EngineError, RequestError
-from sf_local.engine.generation import Output
-from sf_local.kv_cache.radix_cache import common_prefix_len
-from sf_local.request.request import SamplingParams, shown
 from sf_local.engine.top_k import refusal
+from sf_local.errors import EngineError, RequestError
+from sf_local.kv_cache.radix_cache import common_prefix_len
+from sf_local.request.checks import shown
+from sf_local.request.output import Output, Score
+from sf_local.request.params import SamplingParams
 
 if TYPE_CHECKING:
-    from sf_local.engine.engine import Engine, Handle
+    from sf_local.engine.engine import Engine
+    from sf_local.engine.handle import Handle
     from sf_local.vision.image_file import ImageInput
-
-
-@dataclass(frozen=True)
-class Score:
-    """Tokens of a continuation with their natural log probabilities, given all before them.
-
-    The tokens are those of prompt and continuation together that the prompt alone does not have:
-    where both merge at the seam, the merged token counts. unconditional: without the prompt; the
-    first is None, for nothing is before it.
-    """
-
-    token_ids: list[int]
-    logprobs: list[float]
-    unconditional: list[float | None] | None
-    prompt_tokens: int
-    cached_tokens: int
-
-    @property
-    def mean(self) -> float:
-        return sum(self.logprobs) / len(self.logprobs)
 
 
 def score(

@@ -5,12 +5,9 @@ What needs the other tokens' logits is refused; what does not sees them as impos
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
-
 from sf_local.errors import RequestError
-from sf_local.request.request import SamplingParams, shown
-from sf_local.sampling.logits import Floats
+from sf_local.request.checks import shown
+from sf_local.request.params import SamplingParams
 
 # Could choose a token that is not among the k likeliest, or ask for the probability of one.
 NEED_ALL = (
@@ -39,10 +36,3 @@ def refusal(name: str, value: object, k: int) -> RequestError:
         f"{name}={shown(value)} needs the logits of all tokens, but the model was compiled with "
         f"top_k={k} and gives only the likeliest; leave it out, or export the model without top_k"
     )
-
-
-def spread(values: Floats, ids: NDArray[np.int64]) -> Floats:
-    """Logits [n, V] with `values` [n, k] at `ids` [n, k]; -inf for the tokens between."""
-    logits = np.full((len(ids), int(ids.max()) + 1), -np.inf, np.float32)
-    np.put_along_axis(logits, ids, values, axis=1)
-    return logits

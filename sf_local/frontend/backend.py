@@ -21,14 +21,14 @@ from sglang.lang.choices import (
 from sglang.lang.interpreter import StreamExecutor
 from sglang.lang.ir import SglSamplingParams
 
-from sf_local.text.chat_template import resolve_chat_template
-from sf_local.engine.scoring import Score
 from sf_local.engine.engine import Engine
 from sf_local.errors import ChatTemplateError, RequestError
-from sf_local.engine.generation import Output
-from sf_local.vision.image_file import ImageInput
-from sf_local.request.request import SamplingParams, shown
 from sf_local.frontend.translation import entries, meta_info, to_params
+from sf_local.request.checks import shown
+from sf_local.request.output import Output, Score
+from sf_local.request.params import SamplingParams
+from sf_local.text.chat_template import resolve_chat_template
+from sf_local.vision.image_file import ImageInput
 
 
 class TokenUsage:

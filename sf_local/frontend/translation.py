@@ -9,9 +9,9 @@ from typing import Any
 from sglang.lang.ir import REGEX_BOOL, REGEX_FLOAT, REGEX_INT, REGEX_STR, SglSamplingParams
 
 from sf_local.errors import RequestError
-from sf_local.engine.generation import Output
-from sf_local.sampling.logprobs import Logprobs, Top
-from sf_local.request.request import GRAMMARS, SamplingParams, shown
+from sf_local.request.checks import shown
+from sf_local.request.output import Logprobs, Output, Top
+from sf_local.request.params import GRAMMARS, SamplingParams
 from sf_local.text.tokenizer import Tokenizer
 
 _SAME_NAME = (

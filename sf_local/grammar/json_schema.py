@@ -10,8 +10,8 @@ from typing import Any
 from urllib.parse import unquote
 
 from sf_local.errors import GrammarError
-from sf_local.grammar.regex import RegexWriter
 from sf_local.grammar.limits import MAX_PATTERNS, Refused, as_json, shown
+from sf_local.grammar.regex import RegexWriter
 
 MAX_PATTERN_PROPERTIES = 64  # of a schema; all pairs are compared
 MAX_PROPERTIES = 1_000  # of one object; time grows with the square

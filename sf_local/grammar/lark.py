@@ -8,7 +8,14 @@ from collections import Counter
 from collections.abc import Iterator
 
 from sf_local.grammar.json_schema import checked_schema
-from sf_local.grammar.limits import MAX_OPTIONAL, MAX_PATTERNS, Refused, as_json, lark_grammar, shown
+from sf_local.grammar.limits import (
+    MAX_OPTIONAL,
+    MAX_PATTERNS,
+    Refused,
+    as_json,
+    lark_grammar,
+    shown,
+)
 
 MAX_RULE_LEVELS = 1_024  # about 4 KiB of stack each
 _GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)

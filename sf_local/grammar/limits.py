@@ -7,7 +7,8 @@ such that compiling ends within about two seconds and its recursion within 4 MiB
 from __future__ import annotations
 
 import json
-from typing import Any
+import re
+from typing import Any, NoReturn
 
 MAX_OPTIONAL = 1_000  # parts of regexes that may be empty
 MAX_PATTERNS = 6  # regexes that one text must match; time grows exponentially
@@ -36,3 +37,21 @@ def as_json(value: Any) -> str:
             "Remove it."
         ) from None
     return text
+
+
+def _cleaned(message: str) -> str:
+    """llguidance's message, shortened, without the marks of its own verbosity."""
+    message = re.split("<non-verbose/>|<backtrace>", message)[0].strip().rstrip(".")
+    return message if len(message) <= 400 else f"{message[:200]} ... {message[-200:]}"
+
+
+def _refuse(message: str) -> NoReturn:
+    """Raise what llguidance said; in our words where its own speak of other things."""
+    if "recursion limit exceeded" in message:
+        raise RecursionError
+    if "oneOf constraints are not supported" in message:
+        raise Refused(
+            "has a oneOf whose alternatives may overlap, which is not supported. Use anyOf, or "
+            "give each one a required property with a constant of its own."
+        )
+    raise Refused(f"cannot be compiled: {_cleaned(message)}.")

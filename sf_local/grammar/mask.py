@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sf_local.errors import GrammarError
 
 if TYPE_CHECKING:
-    from sf_local.grammar.compiler import Grammar
+    from sf_local.grammar.matcher import Grammar
 
 
 class Mask:

@@ -8,86 +8,43 @@ one is memory corruption.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
-import shortfin as sf
 import shortfin.array as sfnp
 from numpy.typing import NDArray
 
-from sf_local.model.arrays import NUMPY_DTYPES, Argument, Array, Download, Upload, buffer_bytes, read
-from sf_local.artifact.open import COMPILER_VERSION, REPAIR, Artifact, check_target
-from sf_local.device.device import Device, allow_tiles, reason
+from sf_local.artifact.manifest import REPAIR, ImageSettings
+from sf_local.artifact.open import Artifact, check_target
+from sf_local.device.device import Device, allow_tiles
+from sf_local.engine.scheduler import Limits
 from sf_local.errors import (
-    ArtifactError,
-    CorruptFileError,
-    DeviceError,
     EngineError,
     MismatchError,
     TargetError,
-    VersionError,
 )
-from sf_local.vision.processor import ImageProcessor, ImageSettings
-from sf_local.vision.reader import Span
-from sf_local.engine.scheduler import Limits
-from sf_local.sampling.logits import BLOCK, Floats, Next, summarize, unpack
-from sf_local.engine.top_k import spread
+from sf_local.model.arrays import (
+    NUMPY_DTYPES,
+    Argument,
+    Array,
+    Download,
+    Upload,
+    buffer_bytes,
+    read,
+)
+from sf_local.model.inputs import MIN_WIDTH, VECTOR, _fitting, _prefill_name
+from sf_local.model.kv_pages import MAX_PENDING
+from sf_local.model.outputs import WANTED, Wanted, _needed, _usual
+from sf_local.model.program import _load_program
+from sf_local.request.batch import Row
+from sf_local.sampling.logits import BLOCK, Floats, Next, spread, summarize, unpack
+from sf_local.vision.processor import ImageProcessor
 
-MIN_WIDTH = 2  # columns of a page table that amdsharktank's code needs
-VECTOR = 16  # positions that one step of a CPU's attention adds up
 MAX_VOCAB = 1 << 24  # tokens; what is beyond cannot be one
-MAX_PENDING = 16  # copies to wait for at a time; IREE's poller aborts at about 64
 
-# What the AMD driver says to code for another chip.
-OTHER_CHIP = ("hipErrorNoBinaryForGpu", "hipErrorInvalidImage", "hipErrorInvalidKernelFile")
 
 T = TypeVar("T")
-Meanwhile = Callable[[], None]
-
-
-def _nothing() -> None:
-    pass
-
-
-@dataclass(frozen=True)
-class Row:
-    """Tokens of one sequence at positions start .. start + len(tokens) - 1, and all its pages.
-
-    spans: where tiles, which have embeddings, take the place of tokens.
-    """
-
-    tokens: Sequence[int]
-    start: int
-    page_ids: Sequence[int]
-    spans: Sequence[Span] = ()
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.tokens)
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a call is for.
-
-    scales: by which each row's logits are summed up; None for 1. num_logits: rows, from the first
-    on, whose logits are needed; None for all; what sums them up is enough for the others. copy:
-    else results are let go of before the next call. meanwhile: called while the device runs.
-    """
-
-    scales: Sequence[float] | None = None
-    num_logits: int | None = None
-    copy: bool = True
-    meanwhile: Meanwhile = _nothing
-
-    def scales_of(self, num_rows: int) -> Floats:
-        return np.array(self.scales or [1.0] * num_rows, np.float32)
-
-
-WANTED = Wanted()
 
 
 class ModelRunner:
@@ -483,83 +440,3 @@ class ModelRunner:
             return self._program.lookup_function(f"{self.config.module_name}.{name}")
         except ValueError:  # "Function ... not found in program"
             return None
-
-
-def _prefill_name(inputs: Mapping[str, Argument]) -> str:
-    return "prefill_embeds" if "embeds" in inputs else "prefill"
-
-
-def _needed(
-    results: Sequence[Any], num_rows: int, wanted: Wanted, are_summed_up: bool
-) -> list[Any]:
-    """The first rows of the results, or None; the others are padding."""
-    if not are_summed_up:
-        return [array.view(slice(0, num_rows)) for array in results]
-    logits, *sums = results
-    num_logits = num_rows if wanted.num_logits is None else wanted.num_logits
-    needed = logits.view(slice(0, num_logits)) if num_logits else None
-    return [needed, *(array.view(slice(0, num_rows)) for array in sums)]
-
-
-def _usual(values: Array, copy: bool) -> Array:
-    """Floats as f32; without `copy` in the same memory where possible."""
-    dtype = values.dtype if values.dtype == np.int64 else np.float32
-    return values.astype(dtype, copy=copy)
-
-
-def _fitting(sizes: Sequence[int], count: int) -> int:
-    """The smallest compiled batch that holds `count` rows."""
-    for size in sizes:
-        if size >= count:
-            return size
-    raise EngineError(f"{count} rows do not fit the largest compiled batch, {sizes[-1]}")
-
-
-def _load_program(artifact: Artifact, device: Device) -> Any:
-    try:
-        module = sf.ProgramModule.load(device.system, str(artifact.vmfb), mmap=True)
-    except Exception as error:
-        raise _load_error(artifact, device, error) from error
-    parameters = sf.StaticProgramParameters(device.system, parameter_scope="model")
-    try:
-        for path in artifact.weights:
-            parameters.load(str(path), mmap=True)
-        return sf.Program(
-            [sf.ProgramModule.parameter_provider(device.system, parameters), module],
-            devices=device.fiber.raw_devices,
-            isolation=sf.ProgramIsolation.PER_FIBER,
-        )
-    except Exception as error:
-        raise _load_error(artifact, device, error) from error
-
-
-def _load_error(
-    artifact: Artifact, device: Device, error: Exception
-) -> ArtifactError | DeviceError:
-    """What IREE's message means for the user."""
-    text = str(error)
-    vmfb: Path = artifact.vmfb
-    is_of_gpu = "HIP driver error" in text or "semaphore was aborted" in text
-    if is_of_gpu and not any(name in text for name in OTHER_CHIP):
-        return DeviceError(f"{vmfb} cannot be loaded ({reason(error)})")
-    if "RESOURCE_EXHAUSTED" in text:
-        return DeviceError(
-            f"{vmfb.parent}: the device has no room for the weights ({reason(error)}); free "
-            "some of its memory, or use a smaller model"
-        )
-    if "required module features" in text or "bytecode version" in text:
-        return VersionError(
-            f"{vmfb}: made by another iree-compile; shortfin runs only what {COMPILER_VERSION} "
-            f"made; {REPAIR}"
-        )
-    if is_of_gpu or "HAL device" in text or "INCOMPATIBLE" in text:
-        return TargetError(
-            f"{vmfb}: compiled for another device than {device.kind!r}; {REPAIR} --target "
-            f"{'cpu' if device.kind == 'cpu' else 'CHIP'}"
-        )
-    if "parameter" in text.lower():
-        return MismatchError(
-            f"{', '.join(map(str, artifact.weights))}: these weights do not fit {vmfb} "
-            f"({reason(error)}); {REPAIR}"
-        )
-    return CorruptFileError(f"{vmfb}: cannot be loaded ({reason(error)}); {REPAIR}")

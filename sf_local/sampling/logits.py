@@ -105,3 +105,10 @@ def summarize(logits: Floats, scales: Floats) -> Next:
     weights *= scales[:, None, None]
     sums = np.exp(weights, out=weights).sum(axis=2)
     return Next(logits, logits.argmax(axis=1), maxima, sums)
+
+
+def spread(values: Floats, ids: NDArray[np.int64]) -> Floats:
+    """Logits [n, V] with `values` [n, k] at `ids` [n, k]; -inf for the tokens between."""
+    logits = np.full((len(ids), int(ids.max()) + 1), -np.inf, np.float32)
+    np.put_along_axis(logits, ids, values, axis=1)
+    return logits

@@ -4,31 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sf_local.request.output import Logprobs, Top
 from sf_local.sampling.logits import WrongLogits, what_is_wrong
-
-Top = list[tuple[float, int]]  # (log probability, token), best first
-
-
-@dataclass
-class Logprobs:
-    """Natural log probabilities of a prompt's tokens from some position on, and of its answer's.
-
-    prompt_ids, prompt: those tokens; the first has None, for nothing is known before it. The
-    model's own distribution. output: the answer's tokens, under the distribution they were drawn
-    from before top-k, top-p and min-p; 0 for those that a grammar forced. prompt_top, output_top:
-    the likeliest tokens in their places.
-    """
-
-    prompt_ids: Sequence[int] = ()
-    prompt: list[float | None] = field(default_factory=list)
-    prompt_top: list[Top | None] = field(default_factory=list)
-    output: list[float] = field(default_factory=list)
-    output_top: list[Top] = field(default_factory=list)
 
 
 class PromptLogprobs:

@@ -4,7 +4,6 @@ Knows nothing of models or requests. Tokens are bytes: a text is the bytes of it
 UTF-8, so one token at a time and all at once give the same text.
 """
 
-import codecs
 import ctypes
 import json
 import re
@@ -137,88 +136,6 @@ class Tokenizer:
         if declared is not None:
             return bool(declared)
         return self.bos_token_id in self._tokenizer.encode("").ids[:1]
-
-
-class Detokenizer:
-    """The text of one generated sequence, token by token.
-
-    The deltas and the flush concatenate to `tokenizer.decode` of the pushed ids. No delta ends
-    inside a character. After a prompt the first token keeps its leading space.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
-        self._token_bytes = tokenizer.token_bytes
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._strips_space = tokenizer.strips_first_space and not any(
-            map(tokenizer.token_bytes, prompt_ids)
-        )
-
-    def push(self, token_id: int) -> str:
-        """The text that `token_id` completes; empty inside a character."""
-        return self._without_first_space(self._utf8.decode(self._token_bytes(token_id)))
-
-    def flush(self) -> str:
-        """The rest: U+FFFD if the sequence ended inside a character."""
-        return self._without_first_space(self._utf8.decode(b"", final=True))
-
-    def _without_first_space(self, text: str) -> str:
-        if not (text and self._strips_space):
-            return text
-        self._strips_space = False
-        return text.removeprefix(" ")
-
-
-class StopChecker:
-    """Cuts a streamed text at its earliest stop string, across the borders of deltas.
-
-    Attributes:
-        matched: the stop string the text was cut at; the shortest, if several begin there.
-    """
-
-    matched: str | None
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.matched = None
-        self._stops = sorted({stop for stop in stops if stop}, key=len)
-        self._held = ""
-
-    def push(self, delta: str) -> tuple[str, bool]:
-        """Add `delta`; returns the text that is now certain, and whether a stop was reached."""
-        if not self._stops:
-            return delta, False
-        if self.matched is not None:
-            return "", True
-        text = self._held + delta
-        match, unfinished = self._find(text), self._find_unfinished(text)
-        if match < len(text) and match <= unfinished:
-            self._cut(text, match)
-            return text[:match], True
-        self._held = text[unfinished:]
-        return text[:unfinished], False
-
-    def flush(self) -> str:
-        """The end of the text: what was held back, up to a stop string in it."""
-        text, self._held = self._held, ""
-        match = self._find(text)
-        if match < len(text):
-            self._cut(text, match)
-        return text[:match]
-
-    def _find(self, text: str) -> int:
-        """Where the earliest stop string begins, or the length of `text`."""
-        return min((i for i in map(text.find, self._stops) if i >= 0), default=len(text))
-
-    def _find_unfinished(self, text: str) -> int:
-        """Where the earliest stop string begins that `text` ends inside of, or its length."""
-        first = max(0, len(text) - len(self._stops[-1]) + 1)
-        for start in range(first, len(text)):
-            if any(stop.startswith(text[start:]) for stop in self._stops):
-                return start
-        return len(text)
-
-    def _cut(self, text: str, match: int) -> None:
-        self.matched = next(stop for stop in self._stops if text.startswith(stop, match))
-        self._held = ""
 
 
 def _read_config(file: Path) -> dict[str, Any]:

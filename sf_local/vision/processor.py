@@ -7,86 +7,14 @@ bit. Knows nothing of files, tokenizers or engines. Pillow is imported with the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sf_local.artifact.manifest import ImageSettings
+
 Pixels = NDArray[np.uint8]
-
-_MAX_IDEFICS3_SIDE = 4096  # transformers scales larger images down once more
-
-
-@dataclass(frozen=True)
-class ImageSettings:
-    """How a model wants its images; all of it can be written as JSON.
-
-    family: "idefics3" scales an image until its longer side is resize_to, then to a grid of whole
-    tiles (if it splits), and adds a tile of the whole; "llava" scales the shorter side to resize_to
-    and crops one tile from the middle.
-
-    tile_size: pixels along a tile's side. tokens_per_tile: image tokens that stand for it.
-    image_token, image_token_id: such a token. resample: number of a Pillow filter. rescale, mean,
-    std: of red, green and blue, what the model reads is (level * rescale - mean) / std.
-    """
-
-    family: str
-    tile_size: int
-    tokens_per_tile: int
-    image_token: str
-    image_token_id: int
-    resize_to: int
-    splits: bool
-    resample: int
-    rescale: float
-    mean: list[float]
-    std: list[float]
-
-    def check(self) -> None:
-        """Raise ValueError that says which setting is wrong."""
-        for name, (rule, holds) in _RULES.items():
-            value = getattr(self, name)
-            if not holds(value):
-                raise ValueError(f"{name}={value!r} must be {rule}")
-        if self.family == "llava" and self.splits:
-            raise ValueError("splits=True must be False: LLaVA reads one tile of an image")
-        if self.family == "llava" and self.resize_to < self.tile_size:
-            raise ValueError(
-                f"resize_to={self.resize_to} must be at least tile_size={self.tile_size}"
-            )
-        if self.family == "idefics3" and self.resize_to > _MAX_IDEFICS3_SIDE:
-            raise ValueError(f"resize_to={self.resize_to} must be at most {_MAX_IDEFICS3_SIDE}")
-
-
-def _is_int(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value: Any) -> bool:
-    return _is_int(value, 0) or (isinstance(value, float) and math.isfinite(value))
-
-
-def _are_numbers(values: Any) -> bool:
-    return isinstance(values, list) and len(values) == 3 and all(map(_is_number, values))
-
-
-_Rule = tuple[str, Callable[[Any], bool]]
-_SIZE: _Rule = ("an int of at least 1", lambda value: _is_int(value, 1))
-_RULES: dict[str, _Rule] = {
-    "family": ('"idefics3" or "llava"', lambda value: value in ("idefics3", "llava")),
-    "tile_size": _SIZE,
-    "tokens_per_tile": _SIZE,
-    "image_token": ("a str, not empty", lambda value: isinstance(value, str) and value != ""),
-    "image_token_id": ("an int of at least 0", lambda value: _is_int(value, 0)),
-    "resize_to": _SIZE,
-    "splits": ("a bool", lambda value: isinstance(value, bool)),
-    "resample": ("an int from 0 to 5", lambda value: _is_int(value, 0) and value <= 5),
-    "rescale": ("a number above 0", lambda value: _is_number(value) and value > 0),
-    "mean": ("a list of 3 numbers", _are_numbers),
-    "std": ("a list of 3 numbers above 0", lambda value: _are_numbers(value) and min(value) > 0),
-}
 
 
 @dataclass(frozen=True, eq=False)

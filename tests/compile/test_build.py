@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.tiny import TINY_OPTIONS, TinyModel
 
 from compile import BuildOptions, build
 from compile.__main__ import _model_name, main
 from compile.cache import cache_dir
 from compile.target import HIP_CHIPS
 from sf_local import Engine, SamplingParams, cli
-from sf_local.artifact.open import WEIGHTS, compiled_targets, file_sha256, open_artifact, verify
+from sf_local.artifact.manifest import WEIGHTS, file_sha256
+from sf_local.artifact.open import compiled_targets, open_artifact, verify
 from sf_local.errors import OutputError, SourceError, UnsupportedError
+from tests.support.tiny import TINY_OPTIONS, TinyModel
 
 SLOW = pytest.mark.slow
 FILES = {

@@ -11,12 +11,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from tests.support.tiny import TINY, TinyModel
-from tests.support.reference import rope_frequencies as reference_frequencies
 
+from compile.models.rope import rope_frequencies, rope_table
 from compile.models.spec import RopeScaling
-from compile.weights import rope_frequencies, rope_table
 from sf_local.artifact.irpa import read_table
+from tests.support.reference import rope_frequencies as reference_frequencies
+from tests.support.tiny import TINY, TinyModel
 
 DTYPES = {"f32": np.float32, "bf16": ml_dtypes.bfloat16}
 
@@ -80,7 +80,7 @@ def test_conversion_streams(tmp_path: Path) -> None:
     """1.3 GB of weights in four matrices convert within 300 MB of anonymous memory."""
     program = f"""
 import json, re, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
@@ -88,7 +88,7 @@ from tests.support.tiny import TINY
 from tests.support.reference import random_weights, write_hf_folder
 from compile.cpu.emitter import CpuLlamaEmitter
 from compile.options import ModelOptions
-from compile.cpu.matmul import Vectors
+from compile.target import Vectors
 from compile.sources.open import open_source
 from compile.weights import write_weights
 

@@ -18,16 +18,17 @@ from typing import Any
 import iree.compiler
 import numpy as np
 import pytest
-from tests.support.tiny import TINY, TinyModel, peer, shared_data
-from tests.support.reference import forward, logprobs, random_weights, write_hf_folder
 
 from sf_local import Engine, SamplingParams
-from sf_local.artifact.open import CONFIG, MANIFEST, VMFB, open_artifact
+from sf_local.artifact.manifest import CONFIG, MANIFEST, VMFB
+from sf_local.artifact.open import open_artifact
+from sf_local.engine.scheduler import _limits
 from sf_local.errors import CorruptFileError, EngineError, MismatchError, RequestError
-from sf_local.engine.core import _limits
-from sf_local.engine.top_k import spread
+from sf_local.sampling.logits import spread
+from tests.support.reference import forward, logprobs, random_weights, write_hf_folder
+from tests.support.tiny import TINY, TinyModel, peer, shared_data
 
-EXAMPLES = Path(__file__).parents[1] / "examples" / "peers"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "peers"
 
 # A toy with amdsharktank's interface. What follows token t are t + OFFSETS, by VALUES, in no order.
 VALUES, OFFSETS, MODULUS = (1.0, 3.0, 2.0, 0.0), (7, 1, 5, 3), 250
@@ -143,7 +144,7 @@ def test_what_is_no_token_ends_its_request(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, wrong: int
 ) -> None:
     """Among the candidates, whether or not it is the likeliest."""
-    runner: Any = engine._loop._runner  # type: ignore[union-attr]
+    runner: Any = engine._placement.core.runner  # type: ignore[union-attr]
     call = runner._call
 
     async def changed(*arguments: Any) -> Any:

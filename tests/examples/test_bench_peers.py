@@ -9,11 +9,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from tests.support.tiny import TinyModel
 
 from compile import BuildOptions, demo
+from tests.support.tiny import TinyModel
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 WORKER = """
 import json, sys
 speed, broken = float(sys.argv[1]), sys.argv[2:]

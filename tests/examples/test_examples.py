@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.support.tiny import SeeingModel
 from PIL import Image
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+from tests.support.tiny import SeeingModel
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(name: str, *arguments: str) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from compile.target import resolve_target
-from sf_local.artifact.open import COMPILER_VERSION, VMFB
+from sf_local.artifact.manifest import COMPILER_VERSION, VMFB
 
 HERE = Path(__file__).parent
 LIBRARY = "libamdhip64.so"
@@ -102,7 +102,7 @@ class Driver:
         runs. machine: words for the interpreter of machine code, as kernel.cpp lists them. record:
         the file that "both" writes its results to, as compare.h says. Raises TimeoutExpired.
         """
-        paths = [str(HERE.parents[1]), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+        paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
         with tempfile.TemporaryDirectory() as folder:
             log = Path(folder) / "calls.jsonl"
             settings = {

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from tests.hip.dispatches import Difference, Dispatch, compare_record, read_dispatches, wrong_ones
 from tests.hip.driver import Driver, Outcome
 from tests.hip.model_calls import Arrays, Plan

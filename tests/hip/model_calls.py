@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tests.support.running import open_runner
 
-from sf_local.model.runner import ModelRunner, Row
+from sf_local.model.runner import ModelRunner
+from sf_local.request.batch import Row
 from sf_local.sampling.logits import Next
+from tests.support.running import open_runner
 
 Arrays = dict[str, npt.NDArray[Any]]
 SPECIAL = 3  # tokens that stand for no byte

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from compile.build import BuildOptions
-from compile.models.spec import LlamaConfig, VisionConfig
+from compile.formats.layout import SUMMARY
 from compile.gpu.decoder import LlamaEmitter
-from compile.mlir.builder import Builder, Tensor, tensor_type
-from compile.options import SUMMARY, ModelOptions
 from compile.gpu.linear import Weights, whole_subgroups
+from compile.mlir.builder import Builder, Tensor, tensor_type
+from compile.models.spec import LlamaConfig, VisionConfig
+from compile.options import BuildOptions, ModelOptions
 from compile.target import resolve_target
 
 

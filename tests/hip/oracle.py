@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from tests.hip import pcode
 from tests.hip.pcode import Array, Context, PcodeError, Value, boolean, real, retype, unsigned
 

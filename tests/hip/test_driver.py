@@ -5,9 +5,9 @@ from __future__ import annotations
 import signal
 
 import pytest
-from tests.hip.driver import Driver
 
 from compile.target import HIP_CHIPS
+from tests.hip.driver import Driver
 
 START = """
     import json, sys, time

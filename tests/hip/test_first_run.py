@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.support.tiny import TinyModel
+
 from tests.hip.driver import Driver, Outcome
+from tests.support.tiny import TinyModel
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "first_run_on_gpu.py"
 START = f"""

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.hip.driver import Driver
 
 from compile import BuildOptions, build
+from tests.hip.driver import Driver
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.hip.driver import Driver, Outcome
+from tests.hip.failures import LOST, between, check_failure
 from tests.support.tiny import TinyModel
-from tests.hip.driver import Call, Driver, Outcome
 
 FEW = {"prefill_batch_sizes": (1,), "decode_batch_sizes": (1, 2)}
 PROMPT = list(range(5, 16))
@@ -19,10 +21,10 @@ PROMPT = list(range(5, 16))
 RUN = """
     import json, sys
     from tests.hip.control import fail, mark, memory
-    from sf_local.device.device import device as devices
+    from sf_local.device import device as devices
     from sf_local.engine.engine import Engine
     from sf_local.errors import SfLocalError
-    from sf_local.request.request import SamplingParams
+    from sf_local.request.params import SamplingParams
 
     artifact, device, cpu_artifact = sys.argv[1:4]
     prompt = json.loads(sys.argv[4])
@@ -184,7 +186,7 @@ def test_nan_ends_its_request_alone(
     import shutil, tempfile
     from pathlib import Path
     import numpy as np
-    from sf_local.artifact.open import open as artifacts
+    from sf_local.artifact import open as artifacts
     from sf_local.artifact import irpa
 
     artifacts.MAX_HASHED_AT_LOAD = -1
@@ -234,8 +236,8 @@ SUITE = """
 
     class ForChip:
         def pytest_sessionstart(self):
-            conftest = sys.modules["conftest"]
-            conftest.TINY_OPTIONS = replace(conftest.TINY_OPTIONS, target=chip)
+            import tests.support.tiny as tiny
+            tiny.TINY_OPTIONS = replace(tiny.TINY_OPTIONS, target=chip)
 
     def start_on_gpu(self, vmfb, device="cpu", **rest):
         start(self, vmfb, "hip", **rest)
@@ -347,10 +349,6 @@ def test_what_a_decode_step_calls(
     assert all(call.result in ("hipSuccess", "hipErrorNotReady") for call in step)
 
 
-def between(copies: list[Call], source: str, to: str) -> list[Call]:
-    return [c for c in copies if (c.notes["from"], c.notes["to"]) == (source, to)]
-
-
 # Memory
 
 
@@ -402,7 +400,6 @@ def test_memory_is_flat(run_model: Callable[..., Outcome]) -> None:
 
 # Failures
 
-LOST = "it is lost to this process: start the program again"
 FAULTS = {
     # at start, from the first call on
     "hipMalloc:1:hipErrorOutOfMemory": "hipMalloc failed with hipErrorOutOfMemory",
@@ -467,17 +464,6 @@ FAILING = (
 def some(faults: Any) -> list[Any]:
     """A core of them by default."""
     return [pytest.param(f, marks=() if f in CORE else pytest.mark.slow) for f in faults]
-
-
-def check_failure(outcome: Outcome, message: str, cpu_answer: list[list[int]]) -> None:
-    """Everyone hears why in a few words, the CPU is as it was, and the process ends well."""
-    errors, tokens = outcome.value
-    assert errors and tokens == cpu_answer[0]
-    assert outcome.stderr == ""
-    for kind, text in errors:
-        assert kind == "DeviceError"
-        assert message in text and "device='cpu'" in text
-        assert "\n" not in text and "iree" not in text and len(text) < 600
 
 
 @pytest.mark.parametrize("fault", some(FAULTS))

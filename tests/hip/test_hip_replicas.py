@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.support.tiny import TinyModel
+
 from tests.hip.driver import Driver
+from tests.support.tiny import TinyModel
 
 FEW = {"prefill_batch_sizes": (1,), "decode_batch_sizes": (1, 2)}
 CODE = """
@@ -16,7 +17,7 @@ CODE = """
     from tests.hip.control import fail
     from sf_local.engine.engine import Engine
     from sf_local.errors import SfLocalError
-    from sf_local.request.request import SamplingParams
+    from sf_local.request.params import SamplingParams
 
     artifact, devices = sys.argv[1], json.loads(sys.argv[2])
     PARAMS = SamplingParams(max_new_tokens=24, temperature=1, seed=3, ignore_eos=True)

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tests.support.tiny import SeeingModel
+
 from tests.hip.driver import Call, Driver, Outcome
-from test_hip_model import LOST, between, check_failure
+from tests.hip.failures import LOST, between, check_failure
+from tests.support.tiny import SeeingModel
 
 FEW = {"num_layers": 1, "prefill_batch_sizes": (1,), "decode_batch_sizes": (1, 2)}
 MODELS = [("idefics3", "gfx942"), ("llava", "gfx1100")]
@@ -22,10 +23,10 @@ RUN = """
     import numpy as np
     import PIL.Image
     from tests.hip.control import fail, mark, memory
-    from sf_local.device.device import device as devices
+    from sf_local.device import device as devices
     from sf_local.engine.engine import Engine
     from sf_local.errors import SfLocalError
-    from sf_local.request.request import SamplingParams
+    from sf_local.request.params import SamplingParams
     from sf_local.model.runner import ModelRunner
 
     artifact, device, cpu_artifact, fault = sys.argv[1:5]

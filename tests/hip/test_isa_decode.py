@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.tiny import CODE_CHIPS
+
 from tests.hip.probe import Line, Probe
 from tests.hip.rocmasm import (
     Function,
@@ -19,6 +19,7 @@ from tests.hip.rocmasm import (
     read_functions,
     without_padding,
 )
+from tests.support.tiny import CODE_CHIPS
 
 ARCHS = {"gfx9": "cdna", "gfx11": "rdna3", "gfx12": "rdna4"}
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+
 from tests.hip.matrix_layouts import (
     BEFORE_GFX942,
     BITS,

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+
 from tests.hip.driver import LIBRARY, Driver
 from tests.hip.oracle import M0
 from tests.hip.probe import AGPR, IsaFault, Probe, State

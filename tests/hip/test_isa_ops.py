@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from tests.support.tiny import CODE_CHIPS, CODE_OPTIONS, MACHINE_CODE_CHIPS, TINY
+
 from tests.hip.driver import compile_code_object
 from tests.hip.modules import model_emitter
 from tests.hip.oracle import (
@@ -37,6 +37,7 @@ from tests.hip.oracle import (
 )
 from tests.hip.pcode import Array, Value, ones
 from tests.hip.probe import KEEP_DENORMALS, NUM_SGPRS, NUM_VGPRS, IsaFault, Probe, State
+from tests.support.tiny import CODE_CHIPS, CODE_OPTIONS, MACHINE_CODE_CHIPS, TINY
 from tests.support.vision_reference import IDEFICS3, LLAVA
 
 FLUSH_F32 = 0x30  # MODE: these bits are off where float32 denormals become zeros
@@ -470,7 +471,7 @@ def test_every_other_operation_is_tested_elsewhere(
 
 def check_names(names: set[str]) -> None:
     for module, starts in ELSEWHERE.items():
-        covered: set[str] = import_module(f"hip.{module}").OPCODES
+        covered: set[str] = import_module(f"tests.hip.{module}").OPCODES
         missing = {name for name in names if name.startswith(starts)} - covered
         assert not missing, f"{module} has no case for {sorted(missing)}"
 

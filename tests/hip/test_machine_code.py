@@ -14,17 +14,19 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from tests.support.tiny import MACHINE_CODE_CHIPS, TINY, TINY_OPTIONS, TinyModel
+
+from compile import build
+from compile.build import VMFB
+from compile.folder import MLIR
+from compile.formats.layout import MASKED, SUMMARY
+from compile.options import BuildOptions
 from tests.hip.dispatches import BOUNDS, wrong_ones
 from tests.hip.driver import Driver, Outcome, compile_code_object
 from tests.hip.machine_runs import Run, chip_of, run_beside_twins
 from tests.hip.model_calls import Arrays, Plan
 from tests.hip.modules import summing_module
 from tests.support.reference import Array, forward, uneven_weights, write_hf_folder
-
-from compile import build
-from compile.build import MLIR, VMFB, BuildOptions
-from compile.options import MASKED, SUMMARY
+from tests.support.tiny import MACHINE_CODE_CHIPS, TINY, TINY_OPTIONS, TinyModel
 
 FEW = {"prefill_batch_sizes": (1,), "decode_batch_sizes": (1, 8)}
 PLAN = Plan(TINY.vocab_size, TINY_OPTIONS.page_size)
@@ -33,7 +35,7 @@ SEED = 11
 TEXT = """
     import json, sys
     from sf_local.engine.engine import Engine
-    from sf_local.request.request import SamplingParams
+    from sf_local.request.params import SamplingParams
 
     artifact, device, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     greedy = SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True)
@@ -90,7 +92,7 @@ def make_uneven(
 
         write_hf_folder(folder / "source", model.config, weights)
         options = BuildOptions(**vars(TINY_OPTIONS) | {"target": chip_of(model.artifact)} | FEW)
-        with patch("compile.build.iree_compile", take_over):
+        with patch("compile.toolchain.iree_compile", take_over):
             artifact = build(folder / "source", folder / "artifact", options, keep_mlir=True)
         return TinyModel(model.config, weights, folder / "source", artifact)
 

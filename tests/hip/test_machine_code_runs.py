@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from tests.hip.driver import Driver
 from tests.tools.run_machine_code import GOLDEN, Case, pairs, run_cases
 

@@ -6,7 +6,18 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from tests.hip.pcode import Context, PcodeError, Value, evaluate, extend, fused, parse, real, unsigned
+
+from tests.hip.pcode import (
+    Context,
+    PcodeError,
+    Value,
+    evaluate,
+    extend,
+    fused,
+    parse,
+    real,
+    unsigned,
+)
 
 RNG = np.random.default_rng(0)
 A = RNG.integers(0, 2**32, 256, np.uint32)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.hip.driver import Driver, compile_code_object
-from tests.hip.modules import Product, products_module
 
 from compile.build import VMFB
 from compile.gpu.linear import SUBGROUP
 from sf_local.errors import UnsupportedError
+from tests.hip.driver import Driver, compile_code_object
+from tests.hip.modules import Product, products_module
 
 CHIPS = ("gfx90a", "gfx942", "gfx1100", "gfx1201")
 DTYPES = ("f32", "f16", "bf16")

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.support.tiny import TINY
-from tests.support.vision_reference import IDEFICS3, LLAVA
 
-from compile.build import iree_compile
-from compile.models.spec import VisionConfig
+from compile.formats.layout import MASKED
 from compile.gpu.decoder import SEARCHED_AT_ONCE, LlamaEmitter
 from compile.mlir.builder import Scalar, Tensor, tensor_type
-from compile.options import MASKED, ModelOptions
+from compile.models.spec import VisionConfig
+from compile.options import ModelOptions
 from compile.target import resolve_target
+from compile.toolchain import iree_compile
+from tests.support.tiny import TINY
+from tests.support.vision_reference import IDEFICS3, LLAVA
 
 VOCAB, ROWS = 300, 4
 SAFE = {"arith.addf", "arith.maximumf", "arith.minui"}

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.support.tiny import TinyModel
 
 from sf_local.cli import main
+from tests.support.tiny import TinyModel
 
 
 def test_generate(tiny: TinyModel, capsys: pytest.CaptureFixture[str]) -> None:

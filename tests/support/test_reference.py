@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from tests.support.reference import forward, logprobs
 
 GOLDEN = Path("/work/shared/data/smollm2_greedy.json")  # llama.cpp, f32

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from compile.models.spec import LlamaConfig, VisionConfig
 from tests.support.tiny import TINY, peer
 from tests.support.vision_reference import (
     IDEFICS3,
@@ -22,8 +24,6 @@ from tests.support.vision_reference import (
     random_model,
     write_vision_folder,
 )
-
-from compile.models.spec import LlamaConfig, VisionConfig
 
 UNTIED = replace(TINY, tied_embeddings=False)
 SCALE_1 = replace(IDEFICS3, scale_factor=1, num_layers=1)

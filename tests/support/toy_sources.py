@@ -8,15 +8,15 @@ import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from test_gguf_tokenizer import byte_level_fields
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 
+from compile.models.llama import _canonical_name as canonical_name
 from compile.models.spec import LlamaConfig
-from compile.sources.huggingface import _canonical_name as canonical_name
 from compile.sources.open import Source, open_source
 from compile.weights import check_tensors
+from tests.support.tokenizers import byte_level_fields
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN = 2, 4, 2, 8, 32, 64
 FIELDS = byte_level_fields(words=("ab",))

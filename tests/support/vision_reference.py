@@ -12,6 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from safetensors.numpy import save_file
+
+from compile.models.spec import LlamaConfig, VisionConfig
+from compile.models.tensors import vision_shapes
 from tests.support.reference import (
     Array,
     Weights,
@@ -23,10 +27,6 @@ from tests.support.reference import (
     write_json,
     write_tokenizer,
 )
-from safetensors.numpy import save_file
-
-from compile.models.spec import LlamaConfig, VisionConfig
-from compile.weights import vision_shapes
 
 IDEFICS3 = VisionConfig(
     family="idefics3",

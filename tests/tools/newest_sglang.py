@@ -25,7 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+CHECKOUT = Path(__file__).resolve().parents[2]
 FRONTEND = ["aiohttp", "ipython", "msgspec", "requests", "tqdm"]  # what SGLang's language imports
 
 
@@ -37,10 +37,9 @@ def main(folder: Path, version: str | None) -> int:
 
 
 def build_tiny(folder: Path) -> Path:
-    from tests.support.tiny import TINY, TINY_OPTIONS
-    from tests.support.reference import random_weights, write_hf_folder
-
     from compile import build
+    from tests.support.reference import random_weights, write_hf_folder
+    from tests.support.tiny import TINY, TINY_OPTIONS
 
     write_hf_folder(folder / "source", TINY, random_weights(TINY, 7))
     return build(folder / "source", folder / "artifact", TINY_OPTIONS)

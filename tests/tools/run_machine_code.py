@@ -19,21 +19,20 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.support.tiny import TINY, TINY_OPTIONS
+from compile import BuildOptions, build
+from compile.folder import MLIR
+from compile.models.spec import LlamaConfig
+from compile.target import HIP_CHIPS
+from compile.tools.gpu_report import SHAPES
 from tests.hip.dispatches import BOUNDS, Difference, worst, wrong_ones
 from tests.hip.driver import Driver, Outcome, build_driver, compile_twins
 from tests.hip.machine_runs import Run, run_beside_twins
 from tests.hip.model_calls import Plan
 from tests.support.reference import forward, random_weights, uneven_weights, write_hf_folder
+from tests.support.tiny import TINY, TINY_OPTIONS
 from tests.support.vision_reference import IDEFICS3, LLAVA, random_model, write_vision_folder
-
-from compile import BuildOptions, build
-from compile.build import MLIR
-from compile.models.spec import LlamaConfig
-from compile.tools.gpu_report import SHAPES
-from compile.target import HIP_CHIPS
 
 MAIN = ("gfx942", "gfx90a", "gfx1100", "gfx1201")
 # What the slow tests run: about five minutes.
@@ -54,9 +53,9 @@ IMAGES = """
 
     import numpy as np
     import PIL.Image
-    from sf_local.device.device import device as devices
+    from sf_local.device import device as devices
     from sf_local.engine.engine import Engine
-    from sf_local.request.request import SamplingParams
+    from sf_local.request.params import SamplingParams
 
     artifact, device = sys.argv[1:3]
     devices.PATIENCE = 1000  # seconds
@@ -72,7 +71,7 @@ GREEDY = """
     import json, sys
     from pathlib import Path
     from tests.support.running import open_runner
-    from sf_local.model.runner import Row
+    from sf_local.request.batch import Row
 
     artifact, prompts, seconds = sys.argv[1], json.loads(sys.argv[2]), float(sys.argv[3])
     import time

@@ -1,4 +1,6 @@
-"""A soak of the engine: many threads, random requests, a tiny pool. `python tests/tools/soak.py 1200`
+"""A soak of the engine: many threads, random requests, a tiny pool.
+
+`python tests/tools/soak.py 1200` runs it for 20 minutes.
 
 Every answer is compared with that of the same request alone; nothing may be lost, hung or leaked.
 """
@@ -51,8 +53,8 @@ def soak(artifact: Path, seconds: float, kv_pages: int = 40) -> Report:
         stats = engine.stats()
         assert (stats["running"], stats["waiting"], stats["pages_used"]) == (0, 0, 0), stats
         assert stats["pages_free"] + stats["pages_cached"] == stats["pages_total"], stats
-        engine._loop._pool.check_integrity()
-        engine._loop._cache.check_integrity()
+        engine._placement.core.pool.check_integrity()
+        engine._placement.core.cache.check_integrity()
         engine.flush_cache()
         assert engine.stats()["pages_free"] == stats["pages_total"]
         report.endings["preempted"] = int(stats["preemptions"])
@@ -110,10 +112,9 @@ def _resident_mib() -> int:
 def main() -> None:
     import tempfile
 
-    from tests.support.tiny import TINY, TINY_OPTIONS
-    from tests.support.reference import random_weights, write_hf_folder
-
     from compile import build
+    from tests.support.reference import random_weights, write_hf_folder
+    from tests.support.tiny import TINY, TINY_OPTIONS
 
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from tests.support.tiny import TinyModel
 from tests.tools.soak import soak
 

@@ -14,14 +14,14 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
-from tests.support.tiny import SHARED
-from test_model import perplexity, step_logprobs
-from test_quantize import plain_int4
 
 from compile import BuildOptions, build, demo
 from compile.formats.quantize import GROUP, quantized
-from compile.sources.source import Source, SourceTensor
 from compile.sources.open import open_source
+from compile.sources.source import Source, SourceTensor
+from tests.support.perplexity import perplexity, step_logprobs
+from tests.support.quantized import plain_int4
+from tests.support.tiny import SHARED
 
 
 def agreement(dtype: str) -> str:

@@ -9,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from compile.formats.quantize import GROUP, ZERO, Groups, from_gguf, packed, quantized, with_bits
+from tests.support.quantized import plain_int4
 
 
 def weights(rows: int = 64, cols: int = 256, seed: int = 0) -> np.ndarray:
@@ -18,15 +19,6 @@ def weights(rows: int = 64, cols: int = 256, seed: int = 0) -> np.ndarray:
 def error(found: np.ndarray, expected: np.ndarray) -> float:
     """Root of the mean square, over that of the weights."""
     return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
-
-
-def plain_int4(x: np.ndarray) -> np.ndarray:
-    """From minimum to maximum in 15 steps, the obvious way."""
-    groups = x.reshape(-1, GROUP)
-    low, high = groups.min(axis=1, keepdims=True), groups.max(axis=1, keepdims=True)
-    scale = (high - low) / 15
-    codes = np.rint((groups - low) / np.where(scale == 0, 1, scale))
-    return (codes * scale + low).reshape(x.shape)
 
 
 def test_eight_bits_are_near() -> None:

@@ -7,21 +7,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.tiny import TINY, TINY_OPTIONS, TinyModel
-from tests.support.reference import forward, random_weights
-from tests.support.running import open_runner
 
-from compile.models.spec import LlamaConfig, RopeScaling
 from compile.cpu.emitter import CpuLlamaEmitter
-from compile.gpu.decoder import LlamaEmitter
-from compile.cpu.matmul import Vectors
-from compile.options import ModelOptions
 from compile.formats.quantize import GROUP, quantized
-from compile.target import resolve_target
+from compile.gpu.decoder import LlamaEmitter
+from compile.models.spec import LlamaConfig, RopeScaling
+from compile.options import ModelOptions
+from compile.target import Vectors, resolve_target
 from sf_local.artifact.open import host_cpu_features
 from sf_local.errors import UnsupportedError
-from sf_local.model.runner import ModelRunner, Row, Wanted
+from sf_local.model.outputs import Wanted
+from sf_local.model.runner import ModelRunner
+from sf_local.request.batch import Row
 from sf_local.sampling.logits import Next, summarize
+from tests.support.reference import forward, random_weights
+from tests.support.running import open_runner
+from tests.support.tiny import TINY, TINY_OPTIONS, TinyModel
 
 PAGE = TINY_OPTIONS.page_size
 LLAMA3 = RopeScaling("llama3", 4.0, 1.0, 4.0, 64)
@@ -165,7 +166,7 @@ def test_the_first_of_equally_likely_tokens_is_best(
         weights["token_embd.weight"][:] = weights["token_embd.weight"][0]
         return weights
 
-    monkeypatch.setattr("conftest.random_weights", same_rows)
+    monkeypatch.setattr("tests.support.tiny.random_weights", same_rows)
     model = make_tiny(row_major=row_major, vocab_size=600)
     with open_runner(model.artifact) as run:
         found = run(lambda r: r.decode([Row([9], 0, [1])]))

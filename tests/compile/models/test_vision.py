@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,32 +13,23 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
-from tests.support.tiny import TINY, SeeingModel, TinyModel
-from tests.support.reference import forward
-from tests.support.running import encode_all, open_runner
-from tests.support.vision_reference import IMAGE_TOKEN, encode
 
-import sf_local.engine.core
+import sf_local.engine.replicas
+from sf_local.artifact.manifest import ImageSettings
 from sf_local.artifact.open import Artifact, open_artifact
 from sf_local.engine.engine import Engine
-from sf_local.errors import EngineError, ImageError, RequestError
-from sf_local.vision.processor import ImageProcessor, ImageSettings
-from sf_local.request.request import SamplingParams
 from sf_local.engine.scheduler import Limits
+from sf_local.errors import EngineError, ImageError, RequestError
+from sf_local.request.params import SamplingParams
+from sf_local.vision.processor import ImageProcessor
+from tests.support.pictures import picture, png
+from tests.support.reference import forward
+from tests.support.running import encode_all, open_runner
+from tests.support.tiny import TINY, SeeingModel, TinyModel
+from tests.support.vision_reference import IMAGE_TOKEN, encode
 
 PARAMS = SamplingParams(max_new_tokens=8, temperature=1, seed=3, ignore_eos=True)
 QUESTION = "see <image> what"
-
-
-def picture(width: int, height: int, seed: int = 0) -> PIL.Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3))
-    return PIL.Image.fromarray(pixels.astype(np.uint8)).resize((width, height))
-
-
-def png(image: PIL.Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
 
 
 @pytest.fixture(scope="module", params=["idefics3", "llava"])
@@ -87,7 +77,7 @@ def test_embeddings_that_are_wrong_end_their_request_alone(
 ) -> None:
     """Encoded with others, of which one shows another image; the same image later is encoded
     again."""
-    runner: Any = engine._loop._runner  # type: ignore[union-attr]
+    runner: Any = engine._placement.core.runner  # type: ignore[union-attr]
     encode_tiles, images = runner.encode, [picture(32, 32), picture(32, 32, 1)]
     first, second = (engine.generate(QUESTION, PARAMS, images=[i]).token_ids for i in images)
     victim = pixels_of(engine, picture(32, 32, 2))[0]
@@ -329,8 +319,8 @@ def test_a_tile_in_several_chunks(
     def few(artifact: Artifact) -> Limits:
         return replace(loop_limits(artifact), prefill_tokens=prefill_tokens)
 
-    loop_limits = sf_local.engine.core._limits
-    monkeypatch.setattr(sf_local.engine.core, "_limits", few)
+    loop_limits = sf_local.engine.replicas.limits_of
+    monkeypatch.setattr(sf_local.engine.replicas, "limits_of", few)
     with Engine(model.artifact, kv_pages=120) as engine:
         check_logprobs(model, engine, "a <image> and <image>?", picture(90, 60), picture(8, 8))
         num_tokens = len(engine.prepare(QUESTION, [picture(90, 60)]).ids)
@@ -345,13 +335,13 @@ def test_replicas_answer_as_one(model: SeeingModel) -> None:
         handles = [engine.submit(QUESTION, PARAMS, images=[i]) for i in images for _ in range(2)]
         found = [handle.result().token_ids for handle in handles]
         assert found[::2] == found[1::2] == expected
-        loops = engine._loop._loops  # type: ignore[union-attr]
+        loops = engine._placement.replicas  # type: ignore[union-attr]
         assert all(loop.stats()["encoded_tiles"] for loop in loops)
 
 
 def test_cancelled_and_late_while_encoding(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was encoded is kept for those that come after; the rest never was."""
-    runner = engine._loop._runner  # type: ignore[union-attr]
+    runner = engine._placement.core.runner  # type: ignore[union-attr]
     encode, is_encoding, may_go_on = runner.encode, threading.Event(), threading.Event()
 
     async def held(tiles: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -377,7 +367,7 @@ def test_cancelled_and_late_while_encoding(engine: Engine, monkeypatch: pytest.M
 def test_others_decode_between_tiles(
     model: SeeingModel, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner, calls = engine._loop._runner, list[str]()  # type: ignore[union-attr]
+    runner, calls = engine._placement.core.runner, list[str]()  # type: ignore[union-attr]
     encode, decode = runner.encode, runner.decode
 
     async def encoding(tiles: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -9,9 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.tiny import TINY
-from tests.support.reference import Weights
 from safetensors.numpy import load_file, save_file
+
+from compile.models.llama import _config as llama_config
+from compile.models.spec import LlamaConfig, VisionConfig
+from compile.models.vision_families import text_config, vision_config
+from compile.sources.open import open_source
+from compile.weights import check_tensors
+from sf_local.errors import SourceError, UnsupportedError
+from tests.support.reference import Weights
+from tests.support.tiny import TINY
 from tests.support.toy_sources import refused, whole
 from tests.support.vision_reference import (
     CHAT_TEMPLATE,
@@ -22,13 +29,6 @@ from tests.support.vision_reference import (
     random_model,
     write_vision_folder,
 )
-
-from compile.models.spec import LlamaConfig, VisionConfig
-from compile.sources.huggingface import _config as llama_config
-from compile.models.vision_families import text_config, vision_config
-from compile.sources.open import open_source
-from compile.weights import check_tensors
-from sf_local.errors import SourceError, UnsupportedError
 
 MODELS = {"idefics3": IDEFICS3, "llava": LLAVA}
 UNTIED = replace(TINY, tied_embeddings=False)

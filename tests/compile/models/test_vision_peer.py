@@ -14,11 +14,22 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-from tests.support.tiny import TINY, TINY_OPTIONS, peer
 from PIL import Image
+
+from compile import BuildOptions, build
+from compile.models.spec import LlamaConfig, VisionConfig
+from compile.tools.gpu_report import SHAPES, TOWERS
+from sf_local.artifact.manifest import ImageSettings
+from sf_local.artifact.open import open_artifact
+from sf_local.model.runner import ModelRunner
+from sf_local.request.batch import Row
+from sf_local.text.tokenizer import Tokenizer
+from sf_local.vision.processor import ImageProcessor
+from sf_local.vision.reader import ImageReader
+from tests.support.pictures import picture
 from tests.support.reference import Array
 from tests.support.running import encode_all, open_runner
-from test_vision import picture
+from tests.support.tiny import TINY, TINY_OPTIONS, peer
 from tests.support.vision_reference import (
     IDEFICS3,
     LLAVA,
@@ -26,15 +37,6 @@ from tests.support.vision_reference import (
     random_model,
     write_vision_folder,
 )
-
-from compile import BuildOptions, build
-from compile.models.spec import LlamaConfig, VisionConfig
-from compile.tools.gpu_report import SHAPES, TOWERS
-from sf_local.artifact.open import open_artifact
-from sf_local.vision.processor import ImageProcessor, ImageSettings
-from sf_local.vision.reader import ImageReader
-from sf_local.model.runner import ModelRunner, Row
-from sf_local.text.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4  # of the largest value
 UNTIED = replace(TINY, tied_embeddings=False)

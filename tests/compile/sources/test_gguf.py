@@ -13,6 +13,12 @@ import gguf
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
+
+from compile.models.spec import RopeScaling
+from compile.sources.gguf import _tensor
+from compile.sources.open import open_source
+from compile.weights import check_tensors
+from sf_local.errors import SourceError, UnsupportedError
 from tests.support.toy_sources import (
     CONFIG,
     HIDDEN,
@@ -23,12 +29,6 @@ from tests.support.toy_sources import (
     whole,
     write_gguf,
 )
-
-from compile.models.spec import RopeScaling
-from compile.sources.gguf import _tensor
-from compile.sources.open import open_source
-from compile.weights import check_tensors
-from sf_local.errors import SourceError, UnsupportedError
 
 
 def test_file(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_flipped_bytes_never_escape(tmp_path: Path) -> None:
 
 @pytest.mark.model
 def test_smollm2_tokenizes_like_llama_cpp(tmp_path: Path) -> None:
-    data = Path(__file__).parents[2] / "shared/data/smollm2_greedy.json"
+    data = Path(__file__).parents[4] / "shared/data/smollm2_greedy.json"
     if not data.exists():
         pytest.skip(f"no reference ids: {data} is missing")
     source = open_source("demo")

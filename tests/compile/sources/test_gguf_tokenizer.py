@@ -4,33 +4,10 @@ import time
 from typing import Any
 
 import pytest
-from tokenizers.pre_tokenizers import ByteLevel
 
 from compile.sources.gguf_tokenizer import _merges, convert_tokenizer, special_id
 from sf_local.errors import SourceError, UnsupportedError
-
-
-def byte_level_fields(pre: str = "smollm", words: tuple[str, ...] = (), **extra: Any) -> dict:
-    """<bos> <eos>, every byte, and `words`, each built by merging its letters left to right."""
-    tokens = ["<bos>", "<eos>", *sorted(ByteLevel.alphabet())]
-    merges = []
-    for word in words:
-        for end in range(2, len(word) + 1):
-            if word[:end] not in tokens:
-                tokens.append(word[:end])
-                merges.append(f"{word[: end - 1]} {word[end - 1]}")
-    fields = {
-        "general.architecture": "llama",
-        "llama.context_length": 64,
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3, 3] + [1] * (len(tokens) - 2),
-        "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.bos_token_id": 0,
-        "tokenizer.ggml.eos_token_id": 1,
-    }
-    return fields | {f"tokenizer.ggml.{key}": value for key, value in extra.items()}
+from tests.support.tokenizers import byte_level_fields
 
 
 def sentencepiece_fields(**extra: Any) -> dict:

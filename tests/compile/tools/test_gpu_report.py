@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from compile.build import BuildOptions
 from compile.models.spec import LlamaConfig, VisionConfig
+from compile.options import BuildOptions
 from compile.tools.gpu_report import MI300X, SHAPES, TOWERS, Dispatch, Report, compile_shape, table
 
 CONFIG = LlamaConfig(4096, 1024, 2048, 2, 8, 2, 64, 1e-5, 1e4, 1024, True)

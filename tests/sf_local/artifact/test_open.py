@@ -7,24 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.tiny import TinyModel
 
-from sf_local.artifact.open import open as module
 from sf_local.artifact import irpa
-from sf_local.artifact.open import (
+from sf_local.artifact import open as module
+from sf_local.artifact.manifest import (
     CONFIG,
     MANIFEST,
     REPAIR,
     TOKENIZER_FILES,
     VMFB,
     WEIGHTS,
+    file_sha256,
+    parameters_sha256,
+)
+from sf_local.artifact.open import (
     Artifact,
     check_target,
     compiled_targets,
-    file_sha256,
     host_cpu_features,
     open_artifact,
-    parameters_sha256,
     read_config,
     verify,
 )
@@ -38,6 +39,7 @@ from sf_local.errors import (
     TargetError,
     VersionError,
 )
+from tests.support.tiny import TinyModel
 
 
 @pytest.fixture
@@ -421,7 +423,7 @@ def test_another_target(
     parts: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sf_local.engine.core.Device", None)  # nothing native may load
+    monkeypatch.setattr("sf_local.engine.worker.Device", None)  # nothing native may load
     monkeypatch.setattr("sf_local.device.info._gpus", lambda: [GPU])
     monkeypatch.setattr(module, "host_cpu_features", lambda: frozenset({"fma"}))
     opened(folder, **{"cpu_features": ["fma"], **changes})

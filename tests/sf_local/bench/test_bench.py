@@ -12,13 +12,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from tests.support.tiny import SeeingModel, TinyModel
 
 from sf_local.artifact.open import open_artifact
 from sf_local.bench.measurements import MEASUREMENTS
 from sf_local.bench.report import Figure, check_plot, summary, table
-from sf_local.cli import main
-from sf_local.errors import RequestError
 from sf_local.bench.roofline import (
     decode_bytes,
     encode_flops,
@@ -26,6 +23,9 @@ from sf_local.bench.roofline import (
     prefill_flops,
     read_bandwidth,
 )
+from sf_local.cli import main
+from sf_local.errors import RequestError
+from tests.support.tiny import SeeingModel, TinyModel
 
 
 def test_bench(tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

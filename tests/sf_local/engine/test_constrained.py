@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.grammars import regexes, schemas
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from sf_local import Engine, SamplingParams
 from sf_local.errors import GrammarError
+from tests.support.grammars import regexes, schemas
 
 pytestmark = pytest.mark.model
 ROWS = 8

@@ -11,12 +11,12 @@ from queue import SimpleQueue
 from typing import Any
 
 import pytest
-from tests.support.tiny import TinyModel
 
 from sf_local import Engine, SamplingParams
-from sf_local.engine.engine import Handle
-from sf_local.errors import EngineError
 from sf_local.engine.generation import Generation
+from sf_local.engine.handle import Handle
+from sf_local.errors import EngineError
+from tests.support.tiny import TinyModel
 
 PROMPT = [5, 100, 33, 7, 250, 12]
 GOOD = SamplingParams(max_new_tokens=12, temperature=0, ignore_eos=True)
@@ -156,7 +156,7 @@ def test_a_callback_that_raises(engine: Engine) -> None:
         raise RuntimeError("injected")
 
     generation.deliver = deliver
-    engine._loop.submit(generation)
+    engine._placement.submit(generation)
     idle(engine)
     assert len(calls) == 2 and isinstance(calls[1], EngineError)
     assert generation.request.finish_reason == "abort"
@@ -179,14 +179,14 @@ def test_parts_that_raise(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, plac
         raise ValueError("injected")
 
     with Engine(tiny.artifact) as engine:
-        loop: Any = engine._loop
+        loop: Any = engine._placement
         with monkeypatch.context() as patch:
             if place == "scheduler":
-                patch.setattr(loop._scheduler, "add", failing)
+                patch.setattr(loop.core.scheduler, "add", failing)
             elif place == "sampler":
                 patch.setattr("sf_local.sampling.sampler._next", failing)
             else:
-                patch.setattr(loop._cache, "evict", failing)
+                patch.setattr(loop.core.cache, "evict", failing)
                 engine.flush_cache()  # which ends the loop
             assert "injected" in str(told(lambda: engine.generate(PROMPT, GOOD)))
         if place != "cache":
@@ -197,7 +197,7 @@ def test_a_loop_that_ends_tells_all_though_some_raise(
     tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Engine(tiny.artifact) as engine:
-        runner: Any = engine._loop._runner  # type: ignore[union-attr]
+        runner: Any = engine._placement.core.runner  # type: ignore[union-attr]
         submitted = threading.Event()
 
         async def lost(*_: Any) -> Any:
@@ -212,12 +212,12 @@ def test_a_loop_that_ends_tells_all_though_some_raise(
         submitted.set()
         for handle in handles:
             assert isinstance(told(handle.result), EngineError)
-        assert engine._loop._ended.wait(TIMEOUT)  # type: ignore[union-attr]
+        assert engine._placement.worker._ended.wait(TIMEOUT)  # type: ignore[union-attr]
 
 
 def test_replicas_close_though_one_raises(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(tiny.artifact, ["cpu", "cpu"])
-    first, second = engine._loop._loops  # type: ignore[union-attr]
+    first, second = engine._placement.replicas  # type: ignore[union-attr]
     close = first.close
 
     def failing() -> None:
@@ -228,6 +228,6 @@ def test_replicas_close_though_one_raises(tiny: TinyModel, monkeypatch: pytest.M
     handles = [engine.submit([i, *PROMPT], replace(GOOD, max_new_tokens=200)) for i in range(4)]
     with pytest.raises(RuntimeError, match="injected"):
         engine.shutdown()
-    assert second._ended.is_set()
+    assert second.worker._ended.is_set()
     for handle in handles:
         assert isinstance(told(handle.result), EngineError)

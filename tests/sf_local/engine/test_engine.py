@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.tiny import TinyModel
-from tests.support.reference import forward
 
 from sf_local import Engine, SamplingParams
 from sf_local.engine.engine import Output
 from sf_local.errors import DeviceError, EngineError, RequestError
+from tests.support.reference import forward
+from tests.support.tiny import TinyModel
 
 PROMPT = [5, 100, 33, 7, 250, 12]
 
@@ -200,7 +200,7 @@ def test_a_failed_step_fails_its_requests_and_no_others(
 ) -> None:
     """Five requests decode in calls of four and one; a call of four fails once."""
     with Engine(tiny.artifact) as engine:
-        runner = engine._loop._runner
+        runner = engine._placement.core.runner
         decode, failures = runner.decode, []
         submitted = threading.Event()
 
@@ -234,21 +234,21 @@ from sf_local.errors import EngineError
 engine = Engine({str(tiny.artifact)!r})
 params = SamplingParams(max_new_tokens=9, temperature=0, ignore_eos=True)
 expected = engine.generate([5, 6], params).token_ids
-functions = engine._loop._runner._functions
+functions = engine._placement.core.runner._functions
 good, functions["decode_next_bs1"] = functions["decode_next_bs1"], functions["prefill_bs1"]
-shuffled = engine._loop._runner._call
+shuffled = engine._placement.core.runner._call
 async def drop_one(name, inputs, *rest):
     if functions[name] is functions["prefill_bs1"]:
         inputs = dict(list(inputs.items())[:3])
     return await shuffled(name, inputs, *rest)
-engine._loop._runner._call = drop_one
+engine._placement.core.runner._call = drop_one
 try:
     engine.generate([5, 6], params)
     raise SystemExit("no error")
 except EngineError as error:
     assert "the step failed" in str(error) and len(str(error).splitlines()) == 1
     assert "iree" not in str(error) and "iree" in str(error.__cause__)
-engine._loop._runner._call = shuffled
+engine._placement.core.runner._call = shuffled
 functions["decode_next_bs1"] = good
 assert engine.generate([5, 6], params).token_ids == expected
 stats = engine.stats()
@@ -263,7 +263,7 @@ assert stats["pages_used"] == 0
 def test_a_lost_device_says_so_for_ever(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call fails and the device cannot be recovered: everyone hears why, nothing hangs."""
     with Engine(tiny.artifact) as engine:
-        runner, all_submitted = engine._loop._runner, threading.Event()
+        runner, all_submitted = engine._placement.core.runner, threading.Event()
 
         async def lost(*_: Any) -> Any:
             all_submitted.wait()
@@ -314,10 +314,10 @@ def test_submitting_while_closing_never_hangs(tiny: TinyModel) -> None:
 def test_garbage_collection_ends_the_thread(tiny: TinyModel) -> None:
     engine: Engine | None = Engine(tiny.artifact)
     assert engine is not None
-    loop = engine._loop
+    loop = engine._placement
     engine = None
     gc.collect()
-    assert loop._ended.wait(10)
+    assert loop.worker._ended.wait(10)
 
 
 def test_a_stream_keeps_its_engine(tiny: TinyModel) -> None:
@@ -408,7 +408,7 @@ def test_samples_are_remembered(tiny: TinyModel) -> None:
     """So that a prompt that goes on after one, as SGLang's do, has its tokens."""
     with Engine(tiny.artifact) as engine:
         [output] = engine.samples("abc", SamplingParams(5, regex="[a-z]{5}"))
-        known = engine._encode._longest_known("abc" + output.text)
+        known = engine._inputs._encode._longest_known("abc" + output.text)
         assert known == [*engine.encode("abc"), *output.token_ids]
 
 
@@ -532,12 +532,12 @@ def test_ctrl_c_returns_at_once(tiny: TinyModel, wait: str) -> None:
 import os, signal, threading
 from sf_local import Engine, SamplingParams
 engine = Engine({str(tiny.artifact)!r})
-call = engine._loop._runner._call
+call = engine._placement.core.runner._call
 async def slow(name, inputs, *rest):
     import time
     time.sleep(0.5)
     return await call(name, inputs, *rest)
-engine._loop._runner._call = slow
+engine._placement.core.runner._call = slow
 handle = engine.submit([5, 6], SamplingParams(max_new_tokens=240, ignore_eos=True))
 threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:

@@ -10,11 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from tests.support.tiny import TinyModel
 
 from sf_local import Engine, SamplingParams
 from sf_local.errors import EngineError, GrammarError, RequestError
 from sf_local.grammar.mask import Mask
+from tests.support.tiny import TinyModel
 
 PROMPT = [5, 100, 33, 7, 250, 12]
 SCHEMA = {
@@ -40,7 +40,7 @@ def engine(tiny: TinyModel) -> Iterator[Engine]:
 
 @pytest.fixture
 def no_jumps(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine._loop, "_can_jump", False)
+    monkeypatch.setattr(engine._placement.core, "_can_jump", False)
 
 
 def check(text: str) -> None:
@@ -64,7 +64,7 @@ def test_forced_tokens_are_not_decoded(engine: Engine, monkeypatch: pytest.Monke
     check(text)
     forced = engine.stats()["forced_tokens"]
     assert forced > 0
-    monkeypatch.setattr(engine._loop, "_can_jump", False)
+    monkeypatch.setattr(engine._placement.core, "_can_jump", False)
     plain_text, plain = steps(engine, params)
     assert plain_text == text
     assert jumping <= plain / 2
@@ -164,7 +164,7 @@ def test_a_grammar_that_gives_up_fails_its_request_alone(engine: Engine) -> None
 
     assert generation.grammar is not None
     generation.grammar.fill_mask = give_up  # type: ignore[method-assign]
-    from sf_local.engine.engine import Handle
+    from sf_local.engine.handle import Handle
 
     with pytest.raises(GrammarError, match="enough"):
         Handle(engine, generation).result()
@@ -217,7 +217,7 @@ def test_a_mistake_harms_nobody_else(engine: Engine, monkeypatch: pytest.MonkeyP
         raise ValueError("injected")
 
     bad.sampler.change = fail  # type: ignore[method-assign]
-    from sf_local.engine.engine import Handle
+    from sf_local.engine.handle import Handle
 
     with pytest.raises(EngineError, match="injected"):
         Handle(engine, bad).result()

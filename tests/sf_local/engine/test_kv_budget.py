@@ -2,9 +2,9 @@
 
 import pytest
 
-from sf_local.artifact.open import ModelConfig, PagedKVCache
-from sf_local.errors import RequestError
+from sf_local.artifact.manifest import ModelConfig, PagedKVCache
 from sf_local.engine.kv_budget import GPU_SHARE, MAX_DEFAULT_BYTES, num_kv_pages
+from sf_local.errors import RequestError
 
 CACHE = PagedKVCache(2, 16, 64, "float16")
 CONFIG = ModelConfig(1024, 4, 32, [1], [1, 8], CACHE)  # 16 KiB a page, 512 pages by default

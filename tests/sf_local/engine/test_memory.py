@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sf_local.device.info import DeviceInfo, find_device
-from sf_local.errors import DeviceError
 from sf_local.engine.memory import memory_left
+from sf_local.errors import DeviceError
 
 GPU = DeviceInfo("hip:0", "gfx942", "Card", 8 << 30)
 

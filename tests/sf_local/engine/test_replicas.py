@@ -7,14 +7,14 @@ import threading
 from typing import Any
 
 import pytest
-from tests.support.tiny import TinyModel
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sf_local import Engine, SamplingParams
 from sf_local.engine import replicas
-from sf_local.errors import DeviceError, EngineError
 from sf_local.engine.replicas import BLOCK, MAX_LEAD, Router
+from sf_local.errors import DeviceError, EngineError
+from tests.support.tiny import TinyModel
 
 PROMPT = list(range(3, 3 + 4 * BLOCK))
 PARAMS = SamplingParams(max_new_tokens=8, temperature=0, ignore_eos=True)
@@ -58,7 +58,7 @@ def test_the_choice_is_always_one_of_those_there(tokens: list[int], loads: dict[
 
 
 def loops(engine: Engine) -> Any:
-    return engine._loop._loops  # type: ignore[union-attr]
+    return engine._placement.replicas  # type: ignore[union-attr]
 
 
 def test_two_replicas_answer_as_one(tiny: TinyModel) -> None:
@@ -94,11 +94,11 @@ def test_a_lost_replica_leaves_the_others(tiny: TinyModel, monkeypatch: pytest.M
 
         async def lost(*_: Any) -> Any:
             all_submitted.wait()
-            broken._runner.is_broken = True
+            broken.core.runner.is_broken = True
             raise RuntimeError("the GPU fell off the bus")
 
-        monkeypatch.setattr(broken._runner, "prefill", lost)
-        monkeypatch.setattr(broken._runner, "recover", lost)
+        monkeypatch.setattr(broken.core.runner, "prefill", lost)
+        monkeypatch.setattr(broken.core.runner, "recover", lost)
         handles = [engine.submit([i, *PROMPT], PARAMS) for i in range(2)]
         all_submitted.set()
         failures = 0
@@ -108,7 +108,7 @@ def test_a_lost_replica_leaves_the_others(tiny: TinyModel, monkeypatch: pytest.M
             except EngineError:
                 failures += 1
         assert failures == 1
-        broken._ended.wait(30)
+        broken.worker._ended.wait(30)
         for i in range(4):
             assert len(engine.generate([i, *PROMPT], PARAMS).token_ids) == 8
         whole.close()

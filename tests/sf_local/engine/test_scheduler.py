@@ -15,10 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sf_local.engine.scheduler import MAX_EXAMINED, Limits, Scheduler
 from sf_local.kv_cache.page_pool import PagePool
 from sf_local.kv_cache.radix_cache import Node, RadixCache
-from sf_local.request.request import Request, RequestStatus, SamplingParams
-from sf_local.engine.scheduler import MAX_EXAMINED, Chunk, Limits, Scheduler, Step
+from sf_local.request.batch import Chunk, Step
+from sf_local.request.params import SamplingParams
+from sf_local.request.request import Request, RequestStatus
 
 GARBAGE = 0
 LIMITS = Limits((1, 3), (1, 4), prefill_tokens=16)

@@ -7,9 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.support.tiny import TinyModel
-from tests.support.reference import forward, logprobs
-from tests.support.running import open_runner
 from sglang.lang.choices import (
     greedy_token_selection,
     token_length_normalized,
@@ -17,9 +14,13 @@ from sglang.lang.choices import (
 )
 
 from sf_local import Engine, SamplingParams
-from sf_local.engine.scoring import Score
 from sf_local.errors import EngineError, RequestError
-from sf_local.model.runner import ModelRunner, Row
+from sf_local.model.runner import ModelRunner
+from sf_local.request.batch import Row
+from sf_local.request.output import Score
+from tests.support.reference import forward, logprobs
+from tests.support.running import open_runner
+from tests.support.tiny import TinyModel
 
 PROMPT = "the quick brown fox"
 CHOICES = [" jumps", " sleeps over the dog", "y", " jumps over"]
@@ -150,5 +151,5 @@ def test_scores_do_not_depend_on_earlier_answers(engine: Engine) -> None:
     before = engine.score(PROMPT, CHOICES)
     ids = engine.encode(PROMPT)
     tokens = [3 + byte for byte in b"xyz"]
-    engine._encode.remember(PROMPT, ids, tokens, CHOICES[0])
+    engine._inputs._encode.remember(PROMPT, ids, tokens, CHOICES[0])
     assert [s.token_ids for s in engine.score(PROMPT, CHOICES)] == [s.token_ids for s in before]

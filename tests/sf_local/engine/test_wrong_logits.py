@@ -11,19 +11,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.tiny import TinyModel, random_weights
-from tests.support.running import open_runner
 
 from compile.models.spec import LlamaConfig
 from sf_local import Engine, SamplingParams
-from sf_local.artifact.open import open as artifact
 from sf_local.artifact import irpa
-from sf_local.artifact.open import WEIGHTS
+from sf_local.artifact import open as artifact
+from sf_local.artifact.manifest import WEIGHTS
 from sf_local.errors import EngineError
-from sf_local.sampling.logprobs import PromptLogprobs
-from sf_local.model.runner import ModelRunner, Row, Wanted
-from sf_local.sampling.sampler import Sampler, sample
+from sf_local.model.outputs import Wanted
+from sf_local.model.runner import ModelRunner
+from sf_local.request.batch import Row
 from sf_local.sampling.logits import Next, WrongLogits, find_wrong, summarize
+from sf_local.sampling.logprobs import PromptLogprobs
+from sf_local.sampling.sampler import Sampler, sample
+from tests.support.running import open_runner
+from tests.support.tiny import TinyModel, random_weights
 
 VOCAB = 320
 NAN, INFINITE, NONE, IMPOSSIBLE = (3 + byte for byte in b"~^`_")  # the last tokens of prompts
@@ -67,7 +69,7 @@ def odd_weights(config: LlamaConfig, seed: int) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def odd(make_tiny: Callable[..., TinyModel]) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("conftest.random_weights", odd_weights)
+        patch.setattr("tests.support.tiny.random_weights", odd_weights)
         return make_tiny(vocab_size=VOCAB, tied_embeddings=False).artifact
 
 
@@ -235,7 +237,7 @@ def test_one_wrong_number(
     """In decodes of two rows, of the longer one."""
     long, short = PROMPT * 4, PROMPT
     with Engine(tiny.artifact) as engine:
-        runner = engine._loop._runner  # type: ignore[union-attr]
+        runner = engine._placement.core.runner  # type: ignore[union-attr]
         decode, alone = runner.decode, engine.generate(short, GREEDY).token_ids
 
         async def changed(rows: Any, wanted: Any) -> Next:

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import sglang as sgl
-from tests.support.tiny import TinyModel
 from sglang.lang.backend.base_backend import BaseBackend
 from sglang.lang.choices import ChoicesSamplingMethod
 from sglang.lang.ir import SglSamplingParams
 
 import sf_local
-from sf_local.frontend.backend import to_params
 from sf_local.errors import ChatTemplateError, RequestError
+from sf_local.frontend.backend import to_params
+from tests.support.tiny import TinyModel
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import sglang as sgl
-from tests.support.tiny import TinyModel
 
 import sf_local
 from sf_local.errors import RequestError
+from tests.support.tiny import TinyModel
 
 Backend = sf_local.ShortfinLocal
 EOS = 2
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (Path(__file__).parents[3] / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")

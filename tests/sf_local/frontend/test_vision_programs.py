@@ -11,11 +11,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import sglang as sgl
-from tests.support.tiny import SeeingModel, TinyModel
-from test_vision import picture, png
 
 from sf_local.frontend.backend import ShortfinLocal
 from sf_local.text.chat_template import resolve_chat_template
+from tests.support.pictures import picture, png
+from tests.support.tiny import SeeingModel, TinyModel
 
 SMOLVLM = (
     "<s>{% for message in messages %}{{message['role'] | capitalize}}"

@@ -15,14 +15,15 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tokenizer import byte_level_tokenizer, save, sentencepiece_tokenizer
 from tokenizers import normalizers
 
-from sf_local.grammar.compiler import compiler as module
 from sf_local.errors import EngineError, GrammarError
-from sf_local.grammar.compiler import Grammar, GrammarCompiler
+from sf_local.grammar import compiler as module
+from sf_local.grammar.compiler import GrammarCompiler
 from sf_local.grammar.json_schema import REFUSED_KEYWORDS
+from sf_local.grammar.matcher import Grammar
 from sf_local.text.tokenizer import Tokenizer
+from tests.support.tokenizers import byte_level_tokenizer, save, sentencepiece_tokenizer
 
 EOS = 2
 CLOSING = {ord(char) for char in '"]},'}

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
-from tests.support.tiny import TinyModel
 
-from sf_local.artifact.open import CONFIG, MANIFEST, REPAIR, VMFB, WEIGHTS, open_artifact
+from sf_local.artifact.manifest import CONFIG, MANIFEST, REPAIR, VMFB, WEIGHTS
+from sf_local.artifact.open import open_artifact
 from sf_local.device.device import Device
 from sf_local.engine.engine import Engine
 from sf_local.errors import (
@@ -22,7 +22,9 @@ from sf_local.errors import (
     MismatchError,
     TargetError,
 )
-from sf_local.model.runner import ModelRunner, Row
+from sf_local.model.runner import ModelRunner
+from sf_local.request.batch import Row
+from tests.support.tiny import TinyModel
 
 T = TypeVar("T")
 NUM_PAGES, PAGE_SIZE, MAX_SEQ_LEN = 40, 8, 256

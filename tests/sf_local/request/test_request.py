@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sf_local.errors import RequestError, SfLocalError
-from sf_local.request.request import MAX_STOPS, Request, SamplingParams, shown
+from sf_local.request.checks import shown
+from sf_local.request.params import MAX_STOPS, SamplingParams
+from sf_local.request.request import Request
 
 BAD_VALUES: list[tuple[str, list[Any]]] = [
     ("max_new_tokens", [-1, True, 1.0, math.nan, math.inf, "8", None, [8]]),

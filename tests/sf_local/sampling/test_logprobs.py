@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.support.tiny import TinyModel
-from tests.support.reference import forward, logprobs
 
 from sf_local import Engine, SamplingParams
 from sf_local.errors import RequestError
 from sf_local.sampling.logprobs import PromptLogprobs
+from tests.support.reference import forward, logprobs
+from tests.support.tiny import TinyModel
 
 PROMPT = [5, 100, 33, 7, 250, 12, 99, 98, 97, 96]
 PARAMS = SamplingParams(

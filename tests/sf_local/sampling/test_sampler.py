@@ -12,10 +12,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from sf_local.request.request import SamplingParams
-from sf_local.sampling.sampler import Row, Sampled, Sampler, candidates
-from sf_local.sampling.sampler import sample as sample_rows
+from sf_local.request.params import SamplingParams
+from sf_local.sampling.distribution import Row, candidates
 from sf_local.sampling.logits import BLOCK, summarize
+from sf_local.sampling.sampler import Sampled, Sampler
+from sf_local.sampling.sampler import sample as sample_rows
 
 LOGITS = np.random.default_rng(3).permutation(np.linspace(-2, 2, 20, dtype=np.float32))
 

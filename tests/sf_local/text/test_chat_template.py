@@ -14,8 +14,8 @@ from sglang.lang.chat_template import ChatTemplate, ChatTemplateStyle, get_chat_
 from tokenizers import decoders, models, pre_tokenizers
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from sf_local.text.chat_template import derive_chat_template, resolve_chat_template
 from sf_local.errors import ChatTemplateError
+from sf_local.text.chat_template import derive_chat_template, resolve_chat_template
 from sf_local.text.tokenizer import Tokenizer
 
 SMOLLM2 = (
@@ -331,5 +331,8 @@ def test_resolve(make: Any) -> None:
 
 
 def test_import_is_light() -> None:
-    code = "import sys, sf_local.text.chat_template; print({'transformers','sglang'} & set(sys.modules))"
+    code = (
+        "import sys, sf_local.text.chat_template; "
+        "print({'transformers', 'sglang'} & set(sys.modules))"
+    )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

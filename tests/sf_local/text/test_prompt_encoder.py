@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.support.tiny import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.reference import random_weights, write_hf_folder
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from sf_local.text.prompt_encoder import MAX_TEXTS, SeamEncoder
 from sf_local.text.tokenizer import Tokenizer
+from tests.support.reference import random_weights, write_hf_folder
+from tests.support.tiny import TINY
 
 
 @pytest.fixture(scope="module")

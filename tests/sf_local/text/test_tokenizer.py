@@ -1,24 +1,17 @@
-import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import decoders, processors
 
 from sf_local.errors import CorruptFileError, MissingFileError, RequestError
-from sf_local.text.tokenizer import Detokenizer, StopChecker, Tokenizer
+from sf_local.text.detokenizer import Detokenizer, StopChecker
+from sf_local.text.tokenizer import Tokenizer
+from tests.support.tokenizers import byte_level_tokenizer, save, sentencepiece_tokenizer
 
-TEXTS = [
-    "Hello, world! The quick brown fox jumps over the lazy dog. ",
-    "Once upon a time there was a café where naïve people ate crème brûlée. ",
-    "你好,世界。今天天气很好。日本語のテキストもあります。 ",
-    "Emoji: 😀 😃 👩‍👩‍👧 🇫🇷 ❤️ and combining e\u0301. ",
-] * 3
 SENTENCES = [
     "Hello, world!",
     " leading and trailing ",
@@ -27,62 +20,6 @@ SENTENCES = [
     "😀👩‍👩‍👧🇫🇷❤️",
     "",
 ]
-
-
-def byte_level_tokenizer() -> tokenizers.Tokenizer:
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    tokenizer.add_tokens(["<think>"])
-    return tokenizer
-
-
-def sentencepiece_tokenizer() -> tokenizers.Tokenizer:
-    """Like Llama-2's: byte fallback, a space before every text, BOS from the post-processor."""
-    trained = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
-    trained.normalizer = normalizers.Replace(" ", "▁")
-    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=420,
-        special_tokens=["<unk>", "<s>", "</s>", *byte_tokens],
-        limit_alphabet=60,
-        show_progress=False,
-    )
-    trained.train_from_iterator(TEXTS, trainer)
-    model = json.loads(trained.to_str())["model"]
-    merges = [tuple(merge) for merge in model["merges"]]
-    tokenizer = tokenizers.Tokenizer(
-        models.BPE(model["vocab"], merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
-    )
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return tokenizer
-
-
-def save(folder: Path, tokenizer: tokenizers.Tokenizer, **config: Any) -> Tokenizer:
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return Tokenizer(folder)
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +169,9 @@ def test_unsupported_decoder(tmp_path: Path) -> None:
 
 
 def test_import_is_light() -> None:
-    code = "import sys, sf_local.text.tokenizer; print({'transformers', 'sglang'} & set(sys.modules))"
+    code = (
+        "import sys, sf_local.text.tokenizer; print({'transformers', 'sglang'} & set(sys.modules))"
+    )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 

