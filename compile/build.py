@@ -7,17 +7,17 @@ import hashlib
 from pathlib import Path
 
 from compile.cache import cache_dir
-from compile.emitters import Emitter, _emitter
+from compile.emitters import Emitter, find_emitter
 from compile.folder import (
     MLIR,
     _check_images,
     _check_output,
     _check_tokenizer,
     _is_artifact,
-    _staging,
     _write_descriptions,
+    staging,
 )
-from compile.options import BuildOptions, Progress, _silent
+from compile.options import BuildOptions, Progress, silent
 from compile.sources.demo import DEMO_SHA256
 from compile.sources.open import Source, open_source
 from compile.target import Target, resolve_target
@@ -37,7 +37,7 @@ def build(
     *,
     keep_mlir: bool = False,
     force: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Path:
     """Compile `source` (a Hugging Face folder or id, a .gguf file, or "demo") into `output`.
 
@@ -51,9 +51,9 @@ def build(
     opened = open_source(source, lambda message: progress(message, None))
     check_tensors(opened)
     _check_images(opened)
-    emitters = [_emitter(opened, options, target) for target in targets]
+    emitters = [find_emitter(opened, options, target) for target in targets]
     weights: dict[str, str] = {}  # parameters -> the target whose file has them
-    with _staging(output) as whole:
+    with staging(output) as whole:
         for target, emitter in zip(targets, emitters, strict=True):
             folder = whole if len(targets) == 1 else whole / target.name
             folder.mkdir(exist_ok=True)
@@ -71,13 +71,13 @@ def build(
     return output
 
 
-def demo(options: BuildOptions | None = None, *, progress: Progress = _silent) -> Path:
+def demo(options: BuildOptions | None = None, *, progress: Progress = silent) -> Path:
     """`build_once` of the demo model (SmolLM2-135M-Instruct), which need not be opened for it."""
     return _kept("demo", "smollm2", DEMO_SHA256, options or BuildOptions(), progress)
 
 
 def build_once(
-    source: str | Path, options: BuildOptions | None = None, *, progress: Progress = _silent
+    source: str | Path, options: BuildOptions | None = None, *, progress: Progress = silent
 ) -> Path:
     """The artifact of `source`, as `build` takes it, built once per set of inputs.
 

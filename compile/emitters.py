@@ -15,7 +15,7 @@ from sf_local.errors import UnsupportedError
 Emitter = LlamaEmitter | CpuLlamaEmitter
 
 
-def _emitter(source: Source, options: BuildOptions, target: Target) -> Emitter:
+def find_emitter(source: Source, options: BuildOptions, target: Target) -> Emitter:
     weight_dtype = options.weight_dtype or target.weight_dtype
     context = source.config.max_seq_len
     model = ModelOptions(

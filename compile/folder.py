@@ -53,7 +53,7 @@ def _is_artifact(folder: Path) -> bool:
 
 
 @contextmanager
-def _staging(output: Path) -> Iterator[Path]:
+def staging(output: Path) -> Iterator[Path]:
     """A temporary folder beside `output` that takes its place, or vanishes if the body fails."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -50,7 +50,7 @@ MAX_BATCH_SIZE = 256
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 
 
-def _silent(stage: str, share: float | None) -> None:
+def silent(stage: str, share: float | None) -> None:
     pass
 
 

@@ -46,7 +46,7 @@ SUPPORTED: Supported = {  # anything else would be computed wrongly
 }
 
 
-def _config(path: Where, raw: dict[str, Any]) -> LlamaConfig:
+def llama_config(path: Where, raw: dict[str, Any]) -> LlamaConfig:
     """The defaults are those of transformers' LlamaConfig."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, or older
     if not isinstance(rope, dict):
@@ -85,7 +85,7 @@ def _rope_scaling(rope: Numbers) -> RopeScaling | None:
     return RopeScaling("llama3", factor, low, high, trained)
 
 
-def _canonical_name(name: str) -> str:
+def canonical_name(name: str) -> str:
     if vision := vision_name(name):
         return vision
     name = re.sub(r"(language|text)_model\.", "", name, count=1)

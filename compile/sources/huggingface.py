@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from compile.models.llama import BUFFERS, MODEL_TYPES, _canonical_name, _config
+from compile.models.llama import BUFFERS, MODEL_TYPES, canonical_name, llama_config
 from compile.models.spec import LlamaConfig, VisionConfig
 from compile.models.vision_families import (
     FAMILIES,
@@ -41,7 +41,7 @@ def open_folder(folder: Path, name: str, progress: Progress) -> Source:
     check_supported(path, raw, MODEL_TYPES)
     vision = vision_config(path, raw) if raw["model_type"] in FAMILIES else None
     where, text = text_config(path, raw) if vision else (path, raw)
-    config = _config(where, text)
+    config = llama_config(where, text)
     files = _weight_files(folder)
     tensors = _tensors(files, config, vision)
     tokenizer, tokenizer_config = _tokenizer(folder)
@@ -99,7 +99,7 @@ def _add_tensors(path: Path, tensors: dict[str, SourceTensor]) -> None:
     for name, entry in json.loads(mapped[8:start]).items():
         if name == "__metadata__" or name.endswith(BUFFERS):
             continue
-        canonical = _canonical_name(name)
+        canonical = canonical_name(name)
         if name.endswith(".bias") and not canonical.startswith(("v.", "mm.")):
             raise unsupported(path, f"tensor {name}", "a Llama without biases")
         if entry["dtype"] not in DTYPES:

@@ -95,7 +95,7 @@ class Device:
             if self._is_lost:  # and what it was is ended
                 raise DeviceError("the device answered too late")
 
-    def abandon(self, *objects: object) -> None:
+    def leak(self, *objects: object) -> None:
         """Keep the device and `objects` on it for ever, instead of closing.
 
         A failed invocation leaves a fence that is never signalled, and a forked child has no worker
@@ -104,21 +104,21 @@ class Device:
         for leaked in (self, *objects):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(leaked))
 
-    def forget(self, *objects: object) -> None:
+    def leak_in_child(self, *objects: object) -> None:
         """`abandon`, in a forked child: there shortfin's own exit handler would wait as well."""
-        self.abandon(*objects)
+        self.leak(*objects)
         for reference in weakref.getweakrefs(self.system):
             for owner in gc.get_referrers(reference):
                 if isinstance(owner, set):  # of the WeakSet of systems to shut down at exit
                     owner.discard(reference)
 
-    def lose(self, *objects: object) -> None:
+    def leak_and_park(self, *objects: object) -> None:
         """`abandon` a GPU that failed; its threads cannot all be ended.
 
         The worker sleeps for ever, or it would want the interpreter when that is gone.
         """
         self._is_closed.set()
-        self.forget(*objects)
+        self.leak_in_child(*objects)
         asleep, never = threading.Event(), threading.Event()
 
         def sleep() -> None:

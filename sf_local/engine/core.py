@@ -25,15 +25,15 @@ from sf_local.errors import SfLocalError
 from sf_local.grammar.mask import Masks
 from sf_local.kv_cache.page_pool import PagePool
 from sf_local.kv_cache.radix_cache import RadixCache
-from sf_local.model.outputs import Wanted
+from sf_local.model.outputs import OutputSpec
 from sf_local.model.runner import ModelRunner
 from sf_local.request.batch import Chunk, Row
 from sf_local.request.prompt import Tile
 from sf_local.request.request import Request
-from sf_local.sampling.logits import Next, find_wrong
+from sf_local.sampling.logits import ModelOutput, find_wrong
 from sf_local.sampling.sampler import Sampled, sample
 
-Call = Callable[[Sequence[Chunk], list[Row], Wanted], Awaitable[Next]]
+Call = Callable[[Sequence[Chunk], list[Row], OutputSpec], Awaitable[ModelOutput]]
 
 
 class EngineCore:
@@ -149,11 +149,15 @@ class EngineCore:
                     self._end(request, "abort", error)
         self._counters.encoded_tiles += len(encoded)
 
-    async def _prefill(self, chunks: Sequence[Chunk], rows: Sequence[Row], wanted: Wanted) -> Next:
-        return await self._executor.prefill(chunks, rows, wanted, self._take_logits)
+    async def _prefill(
+        self, chunks: Sequence[Chunk], rows: Sequence[Row], spec: OutputSpec
+    ) -> ModelOutput:
+        return await self._executor.prefill(chunks, rows, spec, self._take_logits)
 
-    async def _decode(self, chunks: Sequence[Chunk], rows: Sequence[Row], wanted: Wanted) -> Next:
-        return await self.runner.decode(rows, wanted)
+    async def _decode(
+        self, chunks: Sequence[Chunk], rows: Sequence[Row], spec: OutputSpec
+    ) -> ModelOutput:
+        return await self.runner.decode(rows, spec)
 
     def _take_logits(self, chunk: Chunk, logits: NDArray[np.float32]) -> None:
         request = chunk.request
@@ -195,13 +199,13 @@ class EngineCore:
 
     def _wanted(
         self, chunks: Sequence[Chunk], generations: Sequence[Generation], masks: Masks
-    ) -> Wanted:
+    ) -> OutputSpec:
         def meanwhile() -> None:
             """What the host does while the device computes: the last step's text, masks."""
             self._deliver()
             masks.fill()
 
-        return Wanted(
+        return OutputSpec(
             [generation.sampler.scale for generation in generations],
             num_logits=sum(chunk.needs_logits for chunk in chunks),
             copy=False,
@@ -226,7 +230,7 @@ class EngineCore:
 
     # Sample
 
-    def _sample(self, chunks: Sequence[Chunk], output: Next, masks: Masks) -> None:
+    def _sample(self, chunks: Sequence[Chunk], output: ModelOutput, masks: Masks) -> None:
         """The next token of each request whose last token was computed."""
         rows, generations = [], []
         for i, chunk in enumerate(chunks):
@@ -344,7 +348,7 @@ class EngineCore:
         A GPU is lost with all that lies on it: IREE ends the process when it is used again.
         """
         if self.runner.is_broken and not self._device.shares_memory:
-            self._device.abandon(self.runner, error)  # whose traceback holds the call's arrays
+            self._device.leak(self.runner, error)  # whose traceback holds the call's arrays
             raise self._failures.lost("failed", error)
         for request in requests:
             self._end(request, "abort", self._failures.of_request(error))

@@ -8,11 +8,11 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from sf_local.model.outputs import Wanted
+from sf_local.model.outputs import OutputSpec
 from sf_local.model.runner import ModelRunner
 from sf_local.request.batch import Chunk, Row
 from sf_local.request.prompt import Tile
-from sf_local.sampling.logits import Next, summarize
+from sf_local.sampling.logits import ModelOutput, summarize
 
 TakeLogits = Callable[[Chunk, NDArray[np.float32]], None]
 
@@ -36,17 +36,19 @@ class Executor:
         self,
         chunks: Sequence[Chunk],
         rows: Sequence[Row],
-        wanted: Wanted,
+        spec: OutputSpec,
         take_logits: TakeLogits,
-    ) -> Next:
+    ) -> ModelOutput:
         """What follows each chunk; chunks that want all their logits [n, V] get them as well."""
         if not any(chunk.wants_all_logits for chunk in chunks):
-            return await self._runner.prefill(rows, wanted)
-        logits = await self._runner.prefill_all(rows, wanted)
+            return await self._runner.prefill(rows, spec)
+        logits = await self._runner.prefill_all(rows, spec)
         for chunk, values in zip(chunks, logits, strict=True):
             if chunk.wants_all_logits:
                 take_logits(chunk, values)
-        return summarize(np.stack([values[-1] for values in logits]), wanted.scales_of(len(rows)))
+        return summarize(
+            np.stack([values[-1] for values in logits]), spec.inv_temperatures_of(len(rows))
+        )
 
     async def encode(self, tiles: dict[Tile, NDArray[np.uint8]]) -> dict[Tile, NDArray[np.float32]]:
         """Embeddings [tokens, H] of the first tiles, as many as one call takes."""

@@ -147,10 +147,10 @@ class Scheduler:
         for request in self.waiting[:MAX_EXAMINED]:
             if len(self.running) >= self.limits.max_running:
                 break
-            if self._waits_for_twin(request):
+            if self._waits_for_leader(request):
                 continue
             match = self._match(request)
-            if self._find_twin(request, match):
+            if self._find_leader(request, match):
                 continue
             if not self._start(request, match, copies):
                 break
@@ -163,15 +163,15 @@ class Scheduler:
         match = self.cache.match(request.keys(request.num_reusable))
         return match if self.limits.reuse == "tokens" else Match(match.pages)
 
-    def _waits_for_twin(self, request: Request) -> bool:
+    def _waits_for_leader(self, request: Request) -> bool:
         """Whether the request that computes the same prefix is still at it."""
-        twin = request.twin
-        if twin is None or twin.status is not RequestStatus.RUNNING:
-            request.twin = None
+        leader = request.prefix_leader
+        if leader is None or leader.status is not RequestStatus.RUNNING:
+            request.prefix_leader = None
             return False
-        return not twin.is_decoding and twin.num_published < request.twin_len
+        return not leader.is_decoding and leader.num_published < request.prefix_len
 
-    def _find_twin(self, request: Request, match: Match) -> bool:
+    def _find_leader(self, request: Request, match: Match) -> bool:
         """Look for a running request that is about to compute a longer prefix than is cached."""
         have = len(match.pages) * self.cache.page_size + match.num_partial
         tokens = request.keys(request.num_reusable)
@@ -182,8 +182,8 @@ class Scheduler:
                 continue
             shared = common_prefix_len(tokens, other.keys(other.num_tokens))
             if shared >= have + self.cache.page_size and shared > other.num_published:
-                request.twin = other
-                request.twin_len = shared
+                request.prefix_leader = other
+                request.prefix_len = shared
                 return True
         return False
 
@@ -205,7 +205,7 @@ class Scheduler:
         if request.num_cached is None:
             request.num_cached = min(request.num_computed, len(request.prompt_ids))
         self.waiting.remove(request)
-        request.status, request.twin = RequestStatus.RUNNING, None
+        request.status, request.prefix_leader = RequestStatus.RUNNING, None
         request.num_published = request.num_computed
         insort(self.running, request, key=_rank)
         return True

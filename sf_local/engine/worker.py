@@ -117,7 +117,7 @@ class Worker(Generic[Core]):
     def close(self) -> None:
         """Stop after the current step, fail what is under way, free the device."""
         if os.getpid() != self._process_id:
-            self._device.forget(self.core.runner)
+            self._device.leak_in_child(self.core.runner)
             return
         if threading.get_ident() == self._thread_id:  # garbage collected on the worker's thread
             threading.Thread(target=self.close, name="sf_local-close").start()
@@ -137,9 +137,9 @@ class Worker(Generic[Core]):
             runner.close()
             self._device.close()
         elif self._device.shares_memory:
-            self._device.abandon(runner)
+            self._device.leak(runner)
         else:
-            self._device.lose(runner)
+            self._device.leak_and_park(runner)
 
     def check_process(self) -> None:
         """Raise EngineError in a forked child: the thread is not there."""
@@ -168,7 +168,7 @@ class Worker(Generic[Core]):
         if self._device is not None and (self._device.shares_memory or is_known):
             self._device.close()
         elif self._device is not None:
-            self._device.lose(error)  # whose traceback holds what lies on it
+            self._device.leak_and_park(error)  # whose traceback holds what lies on it
         if is_known or not isinstance(error, Exception):
             return error
         return self._failures.lost("failed at start", error)

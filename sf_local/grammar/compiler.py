@@ -18,7 +18,7 @@ from sf_local.grammar.lark import ebnf_grammar
 from sf_local.grammar.limits import Refused, shown
 from sf_local.grammar.matcher import Grammar
 from sf_local.grammar.regex import regex_grammar
-from sf_local.grammar.vocabulary import _Vocabulary
+from sf_local.grammar.vocabulary import Vocabulary
 from sf_local.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class GrammarCompiler:
         `eos_ids` end a text, and only a whole one. Without any, `Grammar.is_complete` alone says
         where a text ends.
         """
-        self._vocabulary = _Vocabulary(tokenizer, vocab_size, eos_ids)
+        self._vocabulary = Vocabulary(tokenizer, vocab_size, eos_ids)
         self._cache = _Cache(CACHE_BYTES)
 
     def regex(self, text: str) -> Grammar:

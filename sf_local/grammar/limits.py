@@ -39,13 +39,13 @@ def as_json(value: Any) -> str:
     return text
 
 
-def _cleaned(message: str) -> str:
+def cleaned(message: str) -> str:
     """llguidance's message, shortened, without the marks of its own verbosity."""
     message = re.split("<non-verbose/>|<backtrace>", message)[0].strip().rstrip(".")
     return message if len(message) <= 400 else f"{message[:200]} ... {message[-200:]}"
 
 
-def _refuse(message: str) -> NoReturn:
+def refuse(message: str) -> NoReturn:
     """Raise what llguidance said; in our words where its own speak of other things."""
     if "recursion limit exceeded" in message:
         raise RecursionError
@@ -54,4 +54,4 @@ def _refuse(message: str) -> NoReturn:
             "has a oneOf whose alternatives may overlap, which is not supported. Use anyOf, or "
             "give each one a required property with a constant of its own."
         )
-    raise Refused(f"cannot be compiled: {_cleaned(message)}.")
+    raise Refused(f"cannot be compiled: {cleaned(message)}.")

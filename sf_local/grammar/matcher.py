@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sf_local.errors import EngineError, GrammarError
-from sf_local.grammar.limits import _cleaned
-from sf_local.grammar.vocabulary import _Vocabulary
+from sf_local.grammar.limits import cleaned
+from sf_local.grammar.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -25,7 +25,7 @@ class Grammar:
     """
 
     def __init__(
-        self, matcher: LLMatcher, vocabulary: _Vocabulary, forget: Callable[[], None]
+        self, matcher: LLMatcher, vocabulary: Vocabulary, forget: Callable[[], None]
     ) -> None:
         self._matcher = matcher
         self._vocab_size = vocabulary.vocab_size
@@ -91,7 +91,7 @@ class Grammar:
         if not self._matcher.is_error():
             return
         self._forget()  # its lexer, shared with the cached one, may be used up
-        why = _cleaned(self._matcher.get_error())
+        why = cleaned(self._matcher.get_error())
         if token is not None and "doesn't satisfy the grammar" in why:
             raise EngineError(f"Token {token} does not fit the grammar: {why}")
         raise GrammarError(f"The grammar is too complex to follow further: {why}. Simplify it.")

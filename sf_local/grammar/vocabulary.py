@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sf_local.grammar.limits import Refused, _cleaned, _refuse
+from sf_local.grammar.limits import Refused, cleaned, refuse
 from sf_local.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 
-class _Vocabulary:
+class Vocabulary:
     """The tokenizer as llguidance wants it, built on first use.
 
     From our bytes and our encoder instead of tokenizer.json: so both sides agree on every token,
@@ -41,7 +41,7 @@ class _Vocabulary:
         except BaseException as error:  # a Rust panic is not an Exception
             if type(error).__name__ != "PanicException":
                 raise
-            raise Refused(f"cannot be compiled: {_cleaned(str(error))}") from None
+            raise Refused(f"cannot be compiled: {cleaned(str(error))}") from None
         self._try(matcher)
         return matcher
 
@@ -66,7 +66,7 @@ class _Vocabulary:
     def _try(self, matcher: LLMatcher) -> None:
         """Compute the first masks: much of the work, and most failures, come only then."""
         if matcher.is_error():
-            _refuse(matcher.get_error())
+            refuse(matcher.get_error())
         trial = matcher.deep_copy()
         mask = np.zeros((self.native_size + 31) // 32, np.int32)
         for _ in range(2):
@@ -74,7 +74,7 @@ class _Vocabulary:
             trial.consume_tokens(trial.compute_ff_tokens())
         if not trial.is_error():
             return
-        why = _cleaned(trial.get_error())
+        why = cleaned(trial.get_error())
         if "NoExtensionBias" in why:
             raise Refused("matches no text at all. Look for a rule that can never end.")
         raise Refused(f"is too complex: {why}. Simplify it, or lower its counts.")

@@ -13,11 +13,11 @@ MIN_WIDTH = 2  # columns of a page table that amdsharktank's code needs
 VECTOR = 16  # positions that one step of a CPU's attention adds up
 
 
-def _prefill_name(inputs: Mapping[str, Argument]) -> str:
+def prefill_name(inputs: Mapping[str, Argument]) -> str:
     return "prefill_embeds" if "embeds" in inputs else "prefill"
 
 
-def _fitting(sizes: Sequence[int], count: int) -> int:
+def fitting_batch(sizes: Sequence[int], count: int) -> int:
     """The smallest compiled batch that holds `count` rows."""
     for size in sizes:
         if size >= count:

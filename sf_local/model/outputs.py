@@ -19,7 +19,7 @@ def _nothing() -> None:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class OutputSpec:
     """What a call is for.
 
     scales: by which each row's logits are summed up; None for 1. num_logits: rows, from the first
@@ -32,26 +32,26 @@ class Wanted:
     copy: bool = True
     meanwhile: Meanwhile = _nothing
 
-    def scales_of(self, num_rows: int) -> Floats:
+    def inv_temperatures_of(self, num_rows: int) -> Floats:
         return np.array(self.scales or [1.0] * num_rows, np.float32)
 
 
-WANTED = Wanted()
+DEFAULT_OUTPUTS = OutputSpec()
 
 
-def _needed(
-    results: Sequence[Any], num_rows: int, wanted: Wanted, are_summed_up: bool
+def fetched_results(
+    results: Sequence[Any], num_rows: int, spec: OutputSpec, are_summed_up: bool
 ) -> list[Any]:
     """The first rows of the results, or None; the others are padding."""
     if not are_summed_up:
         return [array.view(slice(0, num_rows)) for array in results]
     logits, *sums = results
-    num_logits = num_rows if wanted.num_logits is None else wanted.num_logits
+    num_logits = num_rows if spec.num_logits is None else spec.num_logits
     needed = logits.view(slice(0, num_logits)) if num_logits else None
     return [needed, *(array.view(slice(0, num_rows)) for array in sums)]
 
 
-def _usual(values: Array, copy: bool) -> Array:
+def as_float32(values: Array, copy: bool) -> Array:
     """Floats as f32; without `copy` in the same memory where possible."""
     dtype = values.dtype if values.dtype == np.int64 else np.float32
     return values.astype(dtype, copy=copy)

@@ -23,7 +23,7 @@ from sf_local.errors import (
 OTHER_CHIP = ("hipErrorNoBinaryForGpu", "hipErrorInvalidImage", "hipErrorInvalidKernelFile")
 
 
-def _load_program(artifact: Artifact, device: Device) -> Any:
+def load_program(artifact: Artifact, device: Device) -> Any:
     try:
         module = sf.ProgramModule.load(device.system, str(artifact.vmfb), mmap=True)
     except Exception as error:

@@ -33,12 +33,12 @@ from sf_local.model.arrays import (
     buffer_bytes,
     read,
 )
-from sf_local.model.inputs import MIN_WIDTH, VECTOR, _fitting, _prefill_name
+from sf_local.model.inputs import MIN_WIDTH, VECTOR, fitting_batch, prefill_name
 from sf_local.model.kv_pages import MAX_PENDING
-from sf_local.model.outputs import WANTED, Wanted, _needed, _usual
-from sf_local.model.program import _load_program
+from sf_local.model.outputs import DEFAULT_OUTPUTS, OutputSpec, as_float32, fetched_results
+from sf_local.model.program import load_program
 from sf_local.request.batch import Row
-from sf_local.sampling.logits import BLOCK, Floats, Next, spread, summarize, unpack
+from sf_local.sampling.logits import BLOCK, Floats, ModelOutput, spread, summarize, unpack
 from sf_local.vision.processor import ImageProcessor
 
 MAX_VOCAB = 1 << 24  # tokens; what is beyond cannot be one
@@ -67,7 +67,7 @@ class ModelRunner:
         self.is_broken = False  # a call failed: `recover` before the next one
         self.has_ever_failed = False  # then the device can no longer be freed
         self.call_seconds = 0.0  # spent in compiled functions, and waiting for them
-        self._program = _load_program(artifact, device)
+        self._program = load_program(artifact, device)
         self._functions = self._look_up_functions()
         self._arguments: dict[tuple[str, tuple[int, ...]], Argument] = {}
         self._upload: Upload | None = None
@@ -108,33 +108,35 @@ class ModelRunner:
         self._upload = self._download = None
         del self._cache, self._program
 
-    async def prefill(self, rows: Sequence[Row], wanted: Wanted = WANTED) -> Next:
+    async def prefill(self, rows: Sequence[Row], spec: OutputSpec = DEFAULT_OUTPUTS) -> ModelOutput:
         """Compute rows of tokens; what follows each row's last one."""
         self._check(rows)
-        size = _fitting(self.config.prefill_batch_sizes, len(rows))
+        size = fitting_batch(self.config.prefill_batch_sizes, len(rows))
         inputs = self._prefill_inputs(rows, size)
-        if (name := f"{_prefill_name(inputs)}_next_bs{size}") in self._functions:
-            return await self._call_next(name, size, inputs, len(rows), wanted)
-        results = await self._call_prefill(size, inputs, len(rows), wanted)
+        if (name := f"{prefill_name(inputs)}_next_bs{size}") in self._functions:
+            return await self._call_next(name, size, inputs, len(rows), spec)
+        results = await self._call_prefill(size, inputs, len(rows), spec)
         ends = [len(row.tokens) - 1 for row in rows]
         last = [values[np.arange(len(rows)), ends] for values in results]
-        return self._following(last, wanted)
+        return self._following(last, spec)
 
-    async def prefill_all(self, rows: Sequence[Row], wanted: Wanted = WANTED) -> list[Floats]:
+    async def prefill_all(
+        self, rows: Sequence[Row], spec: OutputSpec = DEFAULT_OUTPUTS
+    ) -> list[Floats]:
         """Compute rows of tokens; the logits [len(row), V] after every token of each row."""
         self._check(rows)
-        size = _fitting(self.config.prefill_batch_sizes, len(rows))
+        size = fitting_batch(self.config.prefill_batch_sizes, len(rows))
         inputs = self._prefill_inputs(rows, size)
-        [values] = await self._call_prefill(size, inputs, len(rows), wanted)
+        [values] = await self._call_prefill(size, inputs, len(rows), spec)
         logits = self._logits(values)
         return [logits[i, : len(row.tokens)] for i, row in enumerate(rows)]
 
     async def encode(self, tiles: Sequence[NDArray[np.uint8]]) -> list[Floats]:
         """Embeddings [tokens, H] of at most `max_tiles` tiles [size, size, 3]."""
-        size = _fitting(self._image_batch_sizes, len(tiles))
+        size = fitting_batch(self._image_batch_sizes, len(tiles))
         pixels = self._processor.normalized(np.stack(tiles))
         inputs = {"pixels": self._fill("pixels", (size, *pixels.shape[1:]), pixels, 0, np.float32)}
-        [embeds] = await self._call(f"encode_image_bs{size}", inputs, len(tiles), WANTED)
+        [embeds] = await self._call(f"encode_image_bs{size}", inputs, len(tiles), DEFAULT_OUTPUTS)
         return [values.copy() for values in embeds]  # each is let go of on its own
 
     @property
@@ -162,11 +164,11 @@ class ModelRunner:
                 self._cache.view(destination).copy_from(self._cache.view(source))
             await self._device.scoped
 
-    async def decode(self, rows: Sequence[Row], wanted: Wanted = WANTED) -> Next:
+    async def decode(self, rows: Sequence[Row], spec: OutputSpec = DEFAULT_OUTPUTS) -> ModelOutput:
         """Compute one token a row; what follows it."""
         assert all(len(row.tokens) == 1 for row in rows)
         self._check(rows)
-        size = _fitting(self.config.decode_batch_sizes, len(rows))
+        size = fitting_batch(self.config.decode_batch_sizes, len(rows))
         width = self._width(max(len(row.page_ids) for row in rows))
         inputs = {
             "tokens": self._fill("tokens", (size, 1), [row.tokens for row in rows]),
@@ -175,9 +177,9 @@ class ModelRunner:
             "page_ids": self._fill_pages((size, width), rows),
         }
         if (name := f"decode_next_bs{size}") in self._functions:
-            return await self._call_next(name, size, inputs, len(rows), wanted)
-        results = await self._call(f"decode_bs{size}", inputs, len(rows), wanted)
-        return self._following([values[:, 0] for values in results], wanted)
+            return await self._call_next(name, size, inputs, len(rows), spec)
+        results = await self._call(f"decode_bs{size}", inputs, len(rows), spec)
+        return self._following([values[:, 0] for values in results], spec)
 
     def _prefill_inputs(self, rows: Sequence[Row], size: int) -> dict[str, Argument]:
         page = self.config.page_size
@@ -206,10 +208,10 @@ class ModelRunner:
         return inputs
 
     async def _call_prefill(
-        self, size: int, inputs: dict[str, Argument], num_rows: int, wanted: Wanted
+        self, size: int, inputs: dict[str, Argument], num_rows: int, spec: OutputSpec
     ) -> list[Array]:
         """Results [num_rows, S, ...]: the logits, or the likeliest tokens' and their ids."""
-        results = await self._call(f"{_prefill_name(inputs)}_bs{size}", inputs, num_rows, wanted)
+        results = await self._call(f"{prefill_name(inputs)}_bs{size}", inputs, num_rows, spec)
         if results[0].shape[1] != inputs["tokens"].values.shape[1]:
             raise MismatchError(
                 f"{self.artifact.vmfb}: exported with --prefill-final-logits, which config.json "
@@ -217,15 +219,15 @@ class ModelRunner:
             )
         return results
 
-    def _following(self, results: Sequence[Array], wanted: Wanted) -> Next:
+    def _following(self, results: Sequence[Array], spec: OutputSpec) -> ModelOutput:
         """From logits [n, V]; or from the likeliest tokens' [n, k], and their ids."""
         logits = self._logits(results[0])
         if self.config.top_k is None:
-            return summarize(logits, wanted.scales_of(len(logits)))
+            return summarize(logits, spec.inv_temperatures_of(len(logits)))
         ids = results[1]
         are_tokens = (ids >= 0) & (ids < MAX_VOCAB)
         logits = spread(logits, np.where(are_tokens, ids, 0))
-        following = summarize(logits, wanted.scales_of(len(logits)))
+        following = summarize(logits, spec.inv_temperatures_of(len(logits)))
         for i in np.flatnonzero(~are_tokens.all(axis=1)):
             following.best[i] = ids[i, ~are_tokens[i]][0]  # which is judged
         return following
@@ -238,34 +240,34 @@ class ModelRunner:
             return np.log(values)
 
     async def _call_next(
-        self, name: str, size: int, inputs: dict[str, Argument], num_rows: int, wanted: Wanted
-    ) -> Next:
+        self, name: str, size: int, inputs: dict[str, Argument], num_rows: int, spec: OutputSpec
+    ) -> ModelOutput:
         """A function that sums the logits up."""
-        scales = wanted.scales_of(num_rows)
+        scales = spec.inv_temperatures_of(num_rows)
         inputs["scales"] = self._fill("scales", (size,), scales, 1, np.float32)
-        logits, *sums = await self._call(name, inputs, num_rows, wanted)
+        logits, *sums = await self._call(name, inputs, num_rows, spec)
         logits = logits[:, 0] if len(logits) else logits
-        return unpack(logits, *sums) if len(sums) == 1 else Next(logits, *sums)
+        return unpack(logits, *sums) if len(sums) == 1 else ModelOutput(logits, *sums)
 
     async def _call(
-        self, name: str, inputs: dict[str, Argument], num_rows: int, wanted: Wanted
+        self, name: str, inputs: dict[str, Argument], num_rows: int, spec: OutputSpec
     ) -> list[Array]:
         """What is needed of the results; the others are empty."""
         started_at = time.perf_counter()
-        values = await self._use_device(self._invoke(name, inputs, num_rows, wanted))
+        values = await self._use_device(self._invoke(name, inputs, num_rows, spec))
         self.call_seconds += time.perf_counter() - started_at
-        return [_usual(array, wanted.copy) for array in values]
+        return [as_float32(array, spec.copy) for array in values]
 
     async def _invoke(
-        self, name: str, inputs: dict[str, Argument], num_rows: int, wanted: Wanted
+        self, name: str, inputs: dict[str, Argument], num_rows: int, spec: OutputSpec
     ) -> list[Array]:
         arguments = self._send(inputs.values())
         if not name.startswith("encode_image"):
             arguments.append(self._cache)
         results = await self._functions[name](*arguments, fiber=self._device.fiber)
-        results = _needed(results, num_rows, wanted, "_next_" in name)
+        results = fetched_results(results, num_rows, spec, "_next_" in name)
         fetched = self._download and self._download.fetch(results)
-        wanted.meanwhile()
+        spec.meanwhile()
         await self._device.scoped
         return fetched or [read(result) for result in results]
 

@@ -17,19 +17,19 @@ def shown(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _check_bool(name: str, value: object) -> None:
+def check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise RequestError(f"{name}={shown(value)} must be True or False")
 
 
-def _check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+def check_int(name: str, value: object, low: int, high: int | None = None) -> None:
     fits = isinstance(value, int) and not isinstance(value, bool)
     if not fits or value < low or (high is not None and value > high):  # type: ignore[operator]
         bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
         raise RequestError(f"{name}={shown(value)} must be an integer {bounds}")
 
 
-def _check_float(
+def check_float(
     name: str, value: object, low: float, high: float, *, open_low: bool = False
 ) -> None:
     fits = isinstance(value, (int, float)) and not isinstance(value, bool)

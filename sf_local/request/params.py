@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sf_local.errors import RequestError
-from sf_local.request.checks import _check_bool, _check_float, _check_int, shown
+from sf_local.request.checks import check_bool, check_float, check_int, shown
 
 MAX_STOPS = 256
 
@@ -75,27 +75,27 @@ class SamplingParams:
     timeout: float | None = None
 
     def __post_init__(self) -> None:
-        _check_int("max_new_tokens", self.max_new_tokens, 0)
-        _check_int("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
-        _check_float("temperature", self.temperature, 0.0, math.inf)
-        _check_float("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _check_float("min_p", self.min_p, 0.0, 1.0)
-        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _check_float("repetition_penalty", self.repetition_penalty, 0.0, 2.0, open_low=True)
-        _check_int("top_k", self.top_k, -1)
-        _check_int("logprob_start_len", self.logprob_start_len, -1)
-        _check_int("top_logprobs_num", self.top_logprobs_num, 0, MAX_TOP_LOGPROBS)
-        _check_bool("ignore_eos", self.ignore_eos)
-        _check_bool("return_logprob", self.return_logprob)
+        check_int("max_new_tokens", self.max_new_tokens, 0)
+        check_int("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
+        check_float("temperature", self.temperature, 0.0, math.inf)
+        check_float("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        check_float("min_p", self.min_p, 0.0, 1.0)
+        check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        check_float("repetition_penalty", self.repetition_penalty, 0.0, 2.0, open_low=True)
+        check_int("top_k", self.top_k, -1)
+        check_int("logprob_start_len", self.logprob_start_len, -1)
+        check_int("top_logprobs_num", self.top_logprobs_num, 0, MAX_TOP_LOGPROBS)
+        check_bool("ignore_eos", self.ignore_eos)
+        check_bool("return_logprob", self.return_logprob)
         if self.top_k == 0:
             raise RequestError("top_k=0 leaves no token; use -1 for all tokens, or at least 1")
         if self.seed is not None:
-            _check_int("seed", self.seed, 0, 2**64 - 1)
-        _check_int("n", self.n, 1, MAX_SAMPLES)
-        _check_int("priority", self.priority, -(1 << 31))
+            check_int("seed", self.seed, 0, 2**64 - 1)
+        check_int("n", self.n, 1, MAX_SAMPLES)
+        check_int("priority", self.priority, -(1 << 31))
         if self.timeout is not None:
-            _check_float("timeout", self.timeout, 0.0, sys.float_info.max)
+            check_float("timeout", self.timeout, 0.0, sys.float_info.max)
         given = [name for name in GRAMMARS if getattr(self, name) is not None]
         if len(given) > 1:
             raise RequestError(
@@ -129,7 +129,7 @@ def _token_ids(ids: object) -> tuple[int, ...]:
     if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes)):
         raise RequestError(f"stop_token_ids={shown(ids)} must be a list of token ids")
     for token_id in ids:
-        _check_int("stop_token_ids", token_id, 0)
+        check_int("stop_token_ids", token_id, 0)
     return tuple(ids)
 
 
@@ -141,6 +141,6 @@ def _logit_bias(bias: object) -> dict[int, float]:
             f"logit_bias={shown(bias)} must be a dict of at most {MAX_BIASES} token ids to numbers"
         )
     for token, value in bias.items():
-        _check_int("logit_bias", token, 0)
-        _check_float(f"logit_bias[{token}]", value, -1e4, 1e4)
+        check_int("logit_bias", token, 0)
+        check_float(f"logit_bias[{token}]", value, -1e4, 1e4)
     return dict(bias)

@@ -41,8 +41,8 @@ class Request:
     first_logits: int | None = None  # the logits from this position on are wanted, too
     spans: Sequence[Span] = ()  # of the prompt, where tiles of images are
     prompt_keys: Sequence[int] = ()  # what the cache knows the prompt by, if not its ids
-    twin: Request | None = None  # computes the first `twin_len` tokens for both
-    twin_len: int = 0
+    prefix_leader: Request | None = None  # computes the first `prefix_len` tokens for both
+    prefix_len: int = 0
     finish_reason: str | None = None  # "stop" | "length" | "abort" | "timeout"
 
     @property

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sf_local.request.params import SamplingParams
-from sf_local.sampling.logits import BLOCK, Next, WrongLogits, what_is_wrong
+from sf_local.sampling.logits import BLOCK, ModelOutput, WrongLogits, what_is_wrong
 from sf_local.sampling.logprobs import likeliest
 
 LESS_THAN_ALL = 1 - 2**-50  # rounding must not reach beyond the last weight
@@ -17,7 +17,7 @@ LESS_THAN_ALL = 1 - 2**-50  # rounding must not reach beyond the last weight
 Tokens = NDArray[np.intp]
 
 
-def _find(weights: NDArray[np.floating], share: float) -> tuple[int, float]:
+def find(weights: NDArray[np.floating], share: float) -> tuple[int, float]:
     """Where the running sum of weights passes a share of their total, and by which share of that
     weight."""
     running = weights.cumsum(dtype=np.float64)
@@ -30,9 +30,9 @@ def _find(weights: NDArray[np.floating], share: float) -> tuple[int, float]:
 
 
 class Row:
-    """One row of `Next` by its sampler's scale. The weight of the likeliest token is 1."""
+    """One row of `ModelOutput` by its sampler's scale. The weight of the likeliest token is 1."""
 
-    def __init__(self, following: Next, scale: float) -> None:
+    def __init__(self, following: ModelOutput, scale: float) -> None:
         [self.logits], [self._maxima], self._scale = following.logits, following.maxima, scale
         self._top = float(self._maxima.max())
         weights = following.sums[0] * np.exp(

@@ -20,7 +20,7 @@ Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Next:
+class ModelOutput:
     """Logits [n, V] after the last token of each row; the last rows may have none.
 
     best [n]: the first of the likeliest tokens. maxima, sums [n, ceil(V / BLOCK)]: of each block of
@@ -32,10 +32,10 @@ class Next:
     maxima: Floats
     sums: Floats
 
-    def take(self, rows: Sequence[int] | slice) -> Next:
+    def take(self, rows: Sequence[int] | slice) -> ModelOutput:
         """Some rows, by number."""
         arrays = (self.logits, self.best, self.maxima, self.sums)
-        return Next(*(_rows(array, rows) for array in arrays))
+        return ModelOutput(*(_rows(array, rows) for array in arrays))
 
 
 def _rows(array: NDArray[Any], rows: Sequence[int] | slice) -> NDArray[Any]:
@@ -61,7 +61,7 @@ def what_is_wrong(largest: float) -> str | None:
     return "no finite logit" if largest <= LOWEST else None
 
 
-def find_wrong(following: Next, vocab_size: int | None) -> dict[int, str]:
+def find_wrong(following: ModelOutput, vocab_size: int | None) -> dict[int, str]:
     """What is wrong with rows, by number, as their best tokens, maxima and sums tell.
 
     A NaN makes the sum of its block NaN, where a GPU's maximum may pass over it. vocab_size: None
@@ -83,15 +83,15 @@ def find_wrong(following: Next, vocab_size: int | None) -> dict[int, str]:
     return wrong
 
 
-def unpack(logits: Floats, packed: Floats) -> Next:
+def unpack(logits: Floats, packed: Floats) -> ModelOutput:
     """From logits, and one array of the best tokens, the maxima and the sums, as GPUs return."""
     num_blocks = packed.shape[1] // 2
     with np.errstate(invalid="ignore"):  # NaN becomes no token
         best = packed[:, 0].astype(np.int64)
-    return Next(logits, best, packed[:, 1 : 1 + num_blocks], packed[:, 1 + num_blocks :])
+    return ModelOutput(logits, best, packed[:, 1 : 1 + num_blocks], packed[:, 1 + num_blocks :])
 
 
-def summarize(logits: Floats, scales: Floats) -> Next:
+def summarize(logits: Floats, scales: Floats) -> ModelOutput:
     """Sum up logits [n, V] by scales [n]."""
     n, width = logits.shape
     blocks = logits
@@ -104,7 +104,7 @@ def summarize(logits: Floats, scales: Floats) -> Next:
         weights = blocks - maxima[:, :, None]
     weights *= scales[:, None, None]
     sums = np.exp(weights, out=weights).sum(axis=2)
-    return Next(logits, logits.argmax(axis=1), maxima, sums)
+    return ModelOutput(logits, logits.argmax(axis=1), maxima, sums)
 
 
 def spread(values: Floats, ids: NDArray[np.int64]) -> Floats:

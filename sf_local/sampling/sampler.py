@@ -14,8 +14,15 @@ from typing import Protocol
 import numpy as np
 
 from sf_local.request.params import SamplingParams
-from sf_local.sampling.distribution import Row, Tokens, _find, candidates
-from sf_local.sampling.logits import BLOCK, Floats, Next, WrongLogits, summarize, what_is_wrong
+from sf_local.sampling.distribution import Row, Tokens, candidates, find
+from sf_local.sampling.logits import (
+    BLOCK,
+    Floats,
+    ModelOutput,
+    WrongLogits,
+    summarize,
+    what_is_wrong,
+)
 
 FLAT = 1e6  # a temperature at which all tokens are equally likely
 
@@ -121,7 +128,7 @@ class Sampler:
 
 
 def sample(
-    samplers: Sequence[Sampler], following: Next, allowed: Sequence[Allowed | None]
+    samplers: Sequence[Sampler], following: ModelOutput, allowed: Sequence[Allowed | None]
 ) -> list[Sampled | Exception]:
     """The next tokens of requests: from what follows them, and what their grammars allow.
 
@@ -141,7 +148,7 @@ def sample(
     return result
 
 
-def _next(sampler: Sampler, following: Next, i: int, allowed: Allowed | None) -> Sampled:
+def _next(sampler: Sampler, following: ModelOutput, i: int, allowed: Allowed | None) -> Sampled:
     """The next token of row `i`."""
     if sampler.is_plain:
         greedy = sampler.params.is_greedy
@@ -167,17 +174,17 @@ def _next(sampler: Sampler, following: Next, i: int, allowed: Allowed | None) ->
     return Sampled(int(tokens[found.token]), found.logprob, top)
 
 
-def _draw(sampler: Sampler, following: Next, i: int) -> int:
+def _draw(sampler: Sampler, following: ModelOutput, i: int) -> int:
     """The token of row `i` where the sum of weights passes a random share of the total."""
     maxima, scale = following.maxima[i], sampler.scale
     weights = following.sums[i] * np.exp((maxima - maxima.max()) * scale)
-    block, share = _find(weights, sampler.draw())
+    block, share = find(weights, sampler.draw())
     logits = following.logits[i, block * BLOCK : (block + 1) * BLOCK]
-    place, _ = _find(np.exp((logits - maxima[block]) * scale), share)
+    place, _ = find(np.exp((logits - maxima[block]) * scale), share)
     return block * BLOCK + place
 
 
-def _choose(sampler: Sampler, following: Next) -> Sampled:
+def _choose(sampler: Sampler, following: ModelOutput) -> Sampled:
     """The choice for one row, with what is reported of it."""
     params, token = sampler.params, int(following.best[0])
     if sampler.is_uncut:
@@ -186,7 +193,7 @@ def _choose(sampler: Sampler, following: Next) -> Sampled:
     else:
         row = Row(following, sampler.scale)
         tokens = candidates(row, params)
-        place, _ = _find(np.exp(row.logs(tokens)), sampler.draw())
+        place, _ = find(np.exp(row.logs(tokens)), sampler.draw())
         token = int(tokens[place])
     if not params.return_logprob:
         return Sampled(token)

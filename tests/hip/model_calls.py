@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from sf_local.model.runner import ModelRunner
 from sf_local.request.batch import Row
-from sf_local.sampling.logits import Next
+from sf_local.sampling.logits import ModelOutput
 from tests.support.running import open_runner
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -100,7 +100,7 @@ async def _calls(runner: ModelRunner, plan: Plan) -> Arrays:
     return results
 
 
-def _stacked(name: str, following: Sequence[Next]) -> Arrays:
+def _stacked(name: str, following: Sequence[ModelOutput]) -> Arrays:
     """[n, steps, V] and [n, steps]"""
     return {
         name: np.stack([each.logits for each in following], axis=1),

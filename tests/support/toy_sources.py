@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 
-from compile.models.llama import _canonical_name as canonical_name
+from compile.models.llama import canonical_name
 from compile.models.spec import LlamaConfig
 from compile.sources.open import Source, open_source
 from compile.weights import check_tensors

@@ -16,10 +16,10 @@ from compile.options import ModelOptions
 from compile.target import Vectors, resolve_target
 from sf_local.artifact.open import host_cpu_features
 from sf_local.errors import UnsupportedError
-from sf_local.model.outputs import Wanted
+from sf_local.model.outputs import OutputSpec
 from sf_local.model.runner import ModelRunner
 from sf_local.request.batch import Row
-from sf_local.sampling.logits import Next, summarize
+from sf_local.sampling.logits import ModelOutput, summarize
 from tests.support.reference import forward, random_weights
 from tests.support.running import open_runner
 from tests.support.tiny import TINY, TINY_OPTIONS, TinyModel
@@ -143,9 +143,9 @@ def test_summaries_of_what_follows(variant: TinyModel) -> None:
     ends = [Row(s[-1:], len(s) - 1, r.page_ids) for s, r in zip(sequences, rows, strict=True)]
     scales = [2.5, 1e-6]
 
-    async def use(runner: ModelRunner) -> list[Next]:
-        wanted = Wanted(scales)
-        return [await runner.prefill(rows, wanted), await runner.decode(ends, wanted)]
+    async def use(runner: ModelRunner) -> list[ModelOutput]:
+        spec = OutputSpec(scales)
+        return [await runner.prefill(rows, spec), await runner.decode(ends, spec)]
 
     with open_runner(variant.artifact) as run:
         for found in run(use):

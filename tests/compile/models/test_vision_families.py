@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from compile.models.llama import _config as llama_config
+from compile.models.llama import llama_config
 from compile.models.spec import LlamaConfig, VisionConfig
 from compile.models.vision_families import text_config, vision_config
 from compile.sources.open import open_source

@@ -18,10 +18,10 @@ from sf_local.artifact import irpa
 from sf_local.artifact import open as artifact
 from sf_local.artifact.manifest import WEIGHTS
 from sf_local.errors import EngineError
-from sf_local.model.outputs import Wanted
+from sf_local.model.outputs import OutputSpec
 from sf_local.model.runner import ModelRunner
 from sf_local.request.batch import Row
-from sf_local.sampling.logits import Next, WrongLogits, find_wrong, summarize
+from sf_local.sampling.logits import ModelOutput, WrongLogits, find_wrong, summarize
 from sf_local.sampling.logprobs import PromptLogprobs
 from sf_local.sampling.sampler import Sampler, sample
 from tests.support.running import open_runner
@@ -153,7 +153,7 @@ def test_a_single_nan(odd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [place] = np.flatnonzero(head == np.float32(3e38))
     head[place] = np.nan
 
-    async def use(runner: ModelRunner) -> list[Next]:
+    async def use(runner: ModelRunner) -> list[ModelOutput]:
         return [await runner.prefill([Row([9], 0, [1])]), await runner.decode([Row([9], 0, [1])])]
 
     with open_runner(folder) as run:
@@ -191,8 +191,8 @@ def test_padding_of_a_wrong_row_reaches_no_other(
     folder = wrong_rope(model.artifact, tmp_path / "copy", 21, monkeypatch)
     rows = [Row([9] * 5, 0, [1]), Row([7] * 26, 0, [2, 3, 4, 5]), Row([8] * 12, 0, [6, 7])]
 
-    async def use(runner: ModelRunner) -> tuple[Next, Next, np.ndarray]:
-        wanted = Wanted([1.0] * 3, num_logits=0)
+    async def use(runner: ModelRunner) -> tuple[ModelOutput, ModelOutput, np.ndarray]:
+        wanted = OutputSpec([1.0] * 3, num_logits=0)
         alone = (await runner.prefill(rows[:1])).maxima
         return await runner.prefill(rows, wanted), await runner.prefill(rows, wanted), alone
 
@@ -240,7 +240,7 @@ def test_one_wrong_number(
         runner = engine._placement.core.runner  # type: ignore[union-attr]
         decode, alone = runner.decode, engine.generate(short, GREEDY).token_ids
 
-        async def changed(rows: Any, wanted: Any) -> Next:
+        async def changed(rows: Any, wanted: Any) -> ModelOutput:
             found = await decode(rows, wanted)
             for i in (i for i, row in enumerate(rows) if row.end > len(long)):
                 getattr(found, field)[i] = value

@@ -3,25 +3,25 @@
 import numpy as np
 import pytest
 
-from sf_local.sampling.logits import BLOCK, Next, summarize, unpack
+from sf_local.sampling.logits import BLOCK, ModelOutput, summarize, unpack
 
 VOCAB_SIZE = 3 * BLOCK - 7
 
 
 @pytest.fixture
-def following() -> Next:
+def following() -> ModelOutput:
     logits = np.random.default_rng(1).normal(size=(4, VOCAB_SIZE)).astype(np.float32)
     return summarize(logits, np.array([1, 0.5, 2, 1], np.float32))
 
 
-def test_sums_are_what_they_say(following: Next) -> None:
+def test_sums_are_what_they_say(following: ModelOutput) -> None:
     assert (following.best == following.logits.argmax(axis=1)).all()
     last = following.logits[2, 2 * BLOCK :]
     assert following.maxima[2, 2] == last.max()
     np.testing.assert_allclose(following.sums[2, 2], np.exp((last - last.max()) * 2).sum(), 1e-5)
 
 
-def test_packed_as_gpus_return_it(following: Next) -> None:
+def test_packed_as_gpus_return_it(following: ModelOutput) -> None:
     packed = np.concatenate([following.best[:, None], following.maxima, following.sums], axis=1)
     found = unpack(following.logits[:1], packed.astype(np.float32))
     assert found.best.dtype == np.int64 and (found.best == following.best).all()
@@ -34,10 +34,10 @@ def test_packed_as_gpus_return_it(following: Next) -> None:
     [([0, 1, 3], 2), ([1, 2], 1), ([2, 3], 0), ([], 0), (slice(1, 2), 1), (slice(3, 4), 0)],
 )
 def test_rows_keep_what_they_have(
-    following: Next, rows: list[int] | slice, with_logits: int
+    following: ModelOutput, rows: list[int] | slice, with_logits: int
 ) -> None:
     """The first two of four rows have their logits here."""
-    cut = Next(following.logits[:2], following.best, following.maxima, following.sums)
+    cut = ModelOutput(following.logits[:2], following.best, following.maxima, following.sums)
     taken = cut.take(rows)
     assert (taken.best == following.best[rows]).all()
     assert (taken.maxima == following.maxima[rows]).all()
