@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from sf_local.artifact.manifest import REPAIR, ImageSettings
 from sf_local.artifact.open import Artifact, check_target
 from sf_local.device.device import Device, allow_tiles
-from sf_local.engine.scheduler import Limits
 from sf_local.errors import (
     EngineError,
     MismatchError,
@@ -50,7 +49,9 @@ T = TypeVar("T")
 class ModelRunner:
     """A loaded model. `close()` frees all that lies on the device, before the device closes."""
 
-    def __init__(self, artifact: Artifact, device: Device, num_pages: int) -> None:
+    def __init__(
+        self, artifact: Artifact, device: Device, num_pages: int, max_prefill_tokens: int
+    ) -> None:
         if artifact.manifest:
             check_target(artifact.manifest, device.chip)
             if "amx_tile" in artifact.manifest.cpu_features and not allow_tiles():
@@ -59,7 +60,7 @@ class ModelRunner:
                     "with sf-compile --cpu x86-64-v4"
                 )
         self.artifact, self.config, self.num_pages = artifact, artifact.config, num_pages
-        self._device = device
+        self._device, self._max_prefill_tokens = device, max_prefill_tokens
         manifest = artifact.manifest
         self._image_batch_sizes = manifest.image_batch_sizes if manifest else []
         if manifest and manifest.images:
@@ -308,7 +309,7 @@ class ModelRunner:
         config, embeds, pixels = self.config, 0, 0
         if (manifest := self.artifact.manifest) and manifest.images:
             pixels = self.max_tiles * 3 * manifest.images["tile_size"] ** 2
-            chunk_pages = self._num_padded(-(-Limits.prefill_tokens // config.page_size))
+            chunk_pages = self._num_padded(-(-self._max_prefill_tokens // config.page_size))
             num_embeds = config.prefill_batch_sizes[-1] * chunk_pages * config.page_size
             embeds = num_embeds * manifest.hidden_size
         num_pages = self._num_padded(-(-config.max_seq_len // config.page_size))

@@ -54,7 +54,7 @@ class Sampler:
     def __init__(
         self, params: SamplingParams, prompt_ids: Iterable[int] = (), end_ids: Iterable[int] = ()
     ) -> None:
-        self.params = params
+        self.params, self.is_greedy = params, params.is_greedy
         self.scale = 1.0 if params.is_greedy else 1 / min(params.temperature, FLAT)
         self.was_refused = True  # the grammar did not allow what was drawn last without its mask
         self._random = np.random.default_rng(params.seed)
@@ -70,33 +70,30 @@ class Sampler:
         self.is_uncut = params.is_greedy or (
             params.top_k < 0 and params.top_p == 1 and params.min_p == 0
         )
+        self._decide()
 
-    @property
-    def changes_logits(self) -> bool:
-        return self._has_penalties or len(self._bias_ids) > 0 or self._is_too_short
+    def _decide(self) -> None:
+        """What kind of choice the next token is; changes when the answer has its minimal length.
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether all tokens stand by their logits, and nothing but the choice is asked for."""
-        return self.is_uncut and not self.params.return_logprob and not self.changes_logits
-
-    @property
-    def takes_the_best(self) -> bool:
-        """Whether the likeliest token is all that is asked for."""
-        return self.params.is_greedy and self.is_plain
+        changes_logits: penalties, bias or the minimal length do. is_plain: they do not, no token
+        is cut off, and no log probabilities are asked for. takes_the_best: the likeliest token is
+        all that is asked for.
+        """
+        self._is_too_short = self._num_tokens < self.params.min_new_tokens
+        self.changes_logits = self._has_penalties or len(self._bias_ids) > 0 or self._is_too_short
+        self.is_plain = self.is_uncut and not self.params.return_logprob and not self.changes_logits
+        self.takes_the_best = self.is_greedy and self.is_plain
 
     @property
     def needs_mask(self) -> bool:
         """Whether a grammar's mask is needed, as far as one can tell before the draw."""
         return self.was_refused or not self.is_plain
 
-    @property
-    def _is_too_short(self) -> bool:
-        return self._num_tokens < self.params.min_new_tokens
-
     def push(self, token: int) -> None:
         """Count a token of the answer."""
         self._num_tokens += 1
+        if self._is_too_short:
+            self._decide()
         if self._has_penalties:
             self._counts[token] = self._counts.get(token, 0) + 1
 
@@ -151,8 +148,7 @@ def sample(
 def _next(sampler: Sampler, following: ModelOutput, i: int, allowed: Allowed | None) -> Sampled:
     """The next token of row `i`."""
     if sampler.is_plain:
-        greedy = sampler.params.is_greedy
-        token = int(following.best[i]) if greedy else _draw(sampler, following, i)
+        token = int(following.best[i]) if sampler.is_greedy else _draw(sampler, following, i)
         if allowed is None:
             return Sampled(token)
         sampler.was_refused = not allowed.has(token)

@@ -103,7 +103,7 @@ def test_a_config_that_names_what_the_vmfb_lacks(
 def runner(tiny: TinyModel) -> Iterator[ModelRunner]:
     device = Device("cpu")
     try:
-        runner = ModelRunner(open_artifact(tiny.artifact), device, NUM_PAGES)
+        runner = ModelRunner(open_artifact(tiny.artifact), device, NUM_PAGES, 256)
         try:
             run(runner, runner.start())
             yield runner
