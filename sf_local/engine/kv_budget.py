@@ -22,10 +22,13 @@ def num_kv_pages(
     memory: int | str | None,
     weight_bytes: int = 0,
 ) -> int:
-    """How many pages to give out; raises RequestError for a size that cannot be had.
+    """How many pages the cache gets, besides page 0; raises RequestError if they do not fit.
 
-    `available` bytes are left on `device` ("cpu" or "hip") once the weights are there; None if
-    unknown.
+    Args:
+        device: "cpu" or "hip".
+        available: bytes that stay free once the weights are loaded; None if unknown.
+        pages, memory: Engine's `kv_pages` and `kv_memory`, of which at most one is given.
+        weight_bytes: for the error message.
     """
     if pages is not None and memory is not None:
         raise RequestError(f"kv_pages={pages} and kv_memory={memory!r}: give one of them")
@@ -57,7 +60,8 @@ def _default_pages(config: ModelConfig, device: str, available: int | None) -> i
 
 
 def memory_bytes(name: str, memory: int | str | None, available: int | None) -> int:
-    """Bytes of 1073741824, "1GiB", "512MiB" or, of what is available, "50%"."""
+    """Bytes of a size such as 1073741824, "1GiB", "512MiB", or "50%" of what is available; raises
+    RequestError, which calls the size `name`."""
     if isinstance(memory, int) and not isinstance(memory, bool) and memory >= 0:
         return memory
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]iB|B)", str(memory).strip())
