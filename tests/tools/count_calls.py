@@ -109,8 +109,8 @@ def count_calls(artifact: Path, rows: int = ROWS, steps: int = STEPS) -> Calls:
 
 def tiny_artifact(folder: Path) -> Path:
     """A random model of two layers, compiled for batches of 8."""
-    sizes = {"prefill_batch_sizes": (1, 4), "decode_batch_sizes": (1, 8)}
-    return TinyModels(lambda: folder)(**sizes).artifact
+    make = TinyModels(lambda: folder)
+    return make(prefill_batch_sizes=(1, 4), decode_batch_sizes=(1, 8)).artifact
 
 
 def _short(path: str) -> str:
