@@ -91,7 +91,7 @@ def count_calls(artifact: Path, rows: int = ROWS, steps: int = STEPS) -> Calls:
             submitted.wait(TIMEOUT)
             calls.start()
 
-        engine._placement.worker.ask(start)  # type: ignore[union-attr]
+        engine._replicas.workers[0].ask(start)
         params = SamplingParams(WARM_UP + 2 * steps, temperature=0, ignore_eos=True)
         handles = [engine.submit([row + 1, 2, 3], params) for row in range(rows)]
         results = [pool.submit(handle.result) for handle in handles]  # so nothing is streamed
