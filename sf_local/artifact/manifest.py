@@ -32,6 +32,8 @@ NORMALIZATIONS = None, "none", "log_softmax", "softmax"
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
+LOGITS_BLOCK = 256  # logits of which a compiled function returns the max and one sum
+
 
 @dataclass(frozen=True)
 class PagedKVCache:
@@ -153,9 +155,14 @@ class Manifest:
 
     @property
     def image_batch_sizes(self) -> list[int]:
-        """Tiles that are encoded together."""
+        """Numbers of tiles for which an encoder was compiled, ascending; empty without images."""
         found = (re.fullmatch(r"encode_image_bs(\d+)", name) for name in self.functions)
         return sorted(int(match[1]) for match in found if match)
+
+    @property
+    def max_tiles(self) -> int:
+        """Most tiles of images that one call encodes; 0 if the model reads none."""
+        return max(self.image_batch_sizes, default=0)
 
 
 def parameters_sha256(types: Mapping[str, str]) -> str:

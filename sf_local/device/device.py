@@ -79,20 +79,21 @@ class Device:
                 give_up(DeviceError(f"no answer from the device for {PATIENCE:.0f} seconds"))
                 return
 
-    async def finish(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of work on the device; of one call at a time, on the worker thread.
+    def finish(self, work: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
+        """Await work on the device with the watch on; of one call at a time, on the worker thread.
 
         IREE can wait for ever for a GPU that failed, awaited or within a call of its own.
         """
-        if self.shares_memory:
-            return await work
+        return work if self.shares_memory else self._finish(work)
+
+    async def _finish(self, work: Coroutine[Any, Any, T]) -> T:
         self._pending_since = time.monotonic()
         try:
             return await work
         finally:
             with self._lock:
                 self._pending_since = None
-            if self._is_lost:  # and what it was is ended
+            if self._is_lost:  # the watch has ended what this was for
                 raise DeviceError("the device answered too late")
 
     def leak(self, *objects: object) -> None:

@@ -22,7 +22,7 @@ from sf_local.engine.worker import Worker
 from sf_local.errors import SfLocalError
 from sf_local.model.runner import ModelRunner
 
-RunnerFactory = Callable[[Artifact, Device, int], ModelRunner]
+RunnerFactory = Callable[[Artifact, Device, int, int], ModelRunner]
 
 BLOCK = 16  # tokens that are remembered together
 MAX_BLOCKS = 1 << 16
@@ -68,8 +68,9 @@ class Replica:
         self, artifact: Artifact, device: str, num_pages: int, make_runner: RunnerFactory
     ) -> None:
         def open_core(opened: Device, failures: Failures) -> EngineCore:
-            runner = make_runner(artifact, opened, num_pages)
-            return EngineCore(artifact, opened, runner, num_pages, limits_of(artifact), failures)
+            limits = limits_of(artifact)
+            runner = make_runner(artifact, opened, num_pages, limits.prefill_tokens)
+            return EngineCore(artifact, opened, runner, num_pages, limits, failures)
 
         self.worker = Worker(device, open_core)
         self.core = self.worker.core

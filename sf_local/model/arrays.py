@@ -100,7 +100,10 @@ class Download:
 
 def read(result: Any) -> Array:
     """The values of a result in shared memory, which they keep alive; none of None."""
-    return nothing() if result is None else _shaped(_mapped(result), result)
+    if result is None:
+        return nothing()
+    mapping, dtype = result.map(write=True, read=True), NUMPY_DTYPES[result.dtype.name]
+    return np.frombuffer(mapping, dtype).reshape(result.shape)
 
 
 def nothing() -> Array:

@@ -145,16 +145,15 @@ def test_what_is_no_token_ends_its_request(
 ) -> None:
     """Among the candidates, whether or not it is the likeliest."""
     runner: Any = engine._placement.core.runner  # type: ignore[union-attr]
-    call = runner._call
+    following = runner._outputs.following
 
-    async def changed(*arguments: Any) -> Any:
-        values, ids = await call(*arguments)
-        ids[..., 2] = wrong
-        return values, ids
+    def changed(results: Any, spec: Any) -> Any:
+        results[1][..., 2] = wrong
+        return following(results, spec)
 
     for params in SamplingParams(4, temperature=0), SamplingParams(4, top_k=4):
         with monkeypatch.context() as patch, pytest.raises(EngineError, match=f"token {wrong} of"):
-            patch.setattr(runner, "_call", changed)
+            patch.setattr(runner._outputs, "following", changed)
             engine.generate([100], params)
         assert engine.generate([100], SamplingParams(1, temperature=0)).token_ids == [101]
 

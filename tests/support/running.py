@@ -35,7 +35,7 @@ def open_runner(
     It raises TimeoutError after `patience` seconds.
     """
     opened = Device(device)
-    runner = ModelRunner(open_artifact(artifact), opened, num_pages)
+    runner = ModelRunner(open_artifact(artifact), opened, num_pages, max_prefill_tokens=256)
 
     def run(use: Callable[[ModelRunner], Awaitable[T]]) -> T:
         future: Future[T] = Future()

@@ -234,7 +234,7 @@ from sf_local.errors import EngineError
 engine = Engine({str(tiny.artifact)!r})
 params = SamplingParams(max_new_tokens=9, temperature=0, ignore_eos=True)
 expected = engine.generate([5, 6], params).token_ids
-functions = engine._placement.core.runner._functions
+functions = engine._placement.core.runner._program.functions
 good, functions["decode_next_bs1"] = functions["decode_next_bs1"], functions["prefill_bs1"]
 shuffled = engine._placement.core.runner._call
 async def drop_one(name, inputs, *rest):
