@@ -12,6 +12,7 @@ from sf_local.artifact.manifest import LOGITS_BLOCK
 from sf_local.artifact.open import Artifact
 from sf_local.device.device import Device
 from sf_local.model.arrays import Array, Download, buffer_bytes, read
+from sf_local.request.batch import Row
 from sf_local.sampling.logits import Floats, ModelOutput, spread, summarize, unpack
 
 MAX_VOCAB = 1 << 24  # no vocabulary has as many tokens, so ids beyond it are wrong
@@ -89,11 +90,16 @@ class OutputReader:
             for array in values
         ]
 
-    def following(self, results: Sequence[Array], spec: OutputSpec) -> ModelOutput:
-        """From logits [n, V]; or from those of the k likeliest tokens [n, k] and their ids [n, k].
+    def following(
+        self, results: Sequence[Array], rows: Sequence[Row], spec: OutputSpec
+    ) -> ModelOutput:
+        """The output after the last token of rows, from results after every token.
 
+        These are logits [n, S, V], or the k largest logits and their tokens' ids, [n, S, k] each.
         An id that cannot be a token becomes the row's `best`, so that `find_wrong` reports it.
         """
+        last = [len(row.tokens) - 1 for row in rows]
+        results = [values[np.arange(len(rows)), last] for values in results]
         logits = self.logits(results[0])
         inv_temperatures = spec.inv_temperatures_of(len(logits))
         if self._config.top_k is None:

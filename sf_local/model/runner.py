@@ -82,25 +82,12 @@ class ModelRunner:
         `spec.meanwhile` raised, and what the device raises; only then the model is broken.
         """
         size, inputs = self._inputs.decode(rows)
-        if (name := f"decode_next_bs{size}") in self._program.functions:
-            return await self._call_next(name, size, inputs, len(rows), spec)
-        return await self._call(
-            f"decode_bs{size}", inputs, len(rows), spec,
-            lambda results: self._outputs.following([values[:, 0] for values in results], spec),
-        )  # fmt: skip
+        return await self._compute("decode", size, inputs, rows, spec)
 
     async def prefill(self, rows: Sequence[Row], spec: OutputSpec = DEFAULT_OUTPUTS) -> ModelOutput:
         """Compute rows of any length; the output is that of each row's last token."""
         size, inputs = self._inputs.prefill(rows)
-        if (name := f"{_prefill_name(inputs)}_next_bs{size}") in self._program.functions:
-            return await self._call_next(name, size, inputs, len(rows), spec)
-        ends = [len(row.tokens) - 1 for row in rows]
-
-        def last(results: list[Array]) -> ModelOutput:
-            every = np.arange(len(rows))
-            return self._outputs.following([values[every, ends] for values in results], spec)
-
-        return await self._call_prefill(size, inputs, len(rows), spec, last)
+        return await self._compute(_prefill_name(inputs), size, inputs, rows, spec)
 
     async def prefill_all(
         self, rows: Sequence[Row], spec: OutputSpec = DEFAULT_OUTPUTS
@@ -109,10 +96,12 @@ class ModelRunner:
         size, inputs = self._inputs.prefill(rows)
 
         def every(results: list[Array]) -> list[Floats]:
+            self._check_length(results, inputs)
             logits = self._outputs.logits(results[0])
             return [logits[i, : len(row.tokens)] for i, row in enumerate(rows)]
 
-        return await self._call_prefill(size, inputs, len(rows), spec, every)
+        name = f"{_prefill_name(inputs)}_bs{size}"
+        return await self._call(name, inputs, len(rows), spec, every)
 
     async def encode(self, tiles: Sequence[NDArray[np.uint8]]) -> list[Floats]:
         """Embeddings [tokens, H] of 1 to `max_tiles` tiles uint8 [tile_size, tile_size, 3]."""
@@ -130,31 +119,27 @@ class ModelRunner:
         """Copy whole pages on the device, in order: (source, destination)."""
         await self._use_device(self._pages.copy(copies))
 
-    def _call_next(
-        self, name: str, size: int, inputs: Inputs, num_rows: int, spec: OutputSpec
+    def _compute(
+        self, function: str, size: int, inputs: Inputs, rows: Sequence[Row], spec: OutputSpec
     ) -> Coroutine[Any, Any, ModelOutput]:
-        """Call a function that sums its logits up."""
-        self._inputs.add_inv_temperatures(inputs, size, spec.inv_temperatures or ())
-        return self._call(name, inputs, num_rows, spec, summed_up, spec.num_logits)
+        """Call a function; the one that sums its logits up, if there is one."""
+        if (name := f"{function}_next_bs{size}") in self._program.functions:
+            self._inputs.add_inv_temperatures(inputs, size, spec.inv_temperatures or ())
+            return self._call(name, inputs, len(rows), spec, summed_up, spec.num_logits)
 
-    async def _call_prefill(
-        self, size: int, inputs: Inputs, num_rows: int, spec: OutputSpec,
-        convert: Callable[[list[Array]], T],
-    ) -> T:  # fmt: skip
-        """Call a prefill that returns the logits [n, S, V] of every token, or their top-k."""
+        def following(results: list[Array]) -> ModelOutput:
+            self._check_length(results, inputs)
+            return self._outputs.following(results, rows, spec)
 
-        def checked(results: list[Array]) -> T:
-            if results[0].shape[1] != inputs["tokens"].values.shape[1]:
-                raise MismatchError(
-                    f"{self.artifact.vmfb}: exported with --prefill-final-logits, which "
-                    "config.json does not tell and which is wrong behind a cached prefix; export "
-                    "it without"
-                )
-            return convert(results)
+        return self._call(f"{function}_bs{size}", inputs, len(rows), spec, following)
 
-        return await self._call(
-            f"{_prefill_name(inputs)}_bs{size}", inputs, num_rows, spec, checked
-        )
+    def _check_length(self, results: list[Array], inputs: Inputs) -> None:
+        """Raise MismatchError unless the results have every token."""
+        if results[0].shape[1] != inputs["tokens"].values.shape[1]:
+            raise MismatchError(
+                f"{self.artifact.vmfb}: exported with --prefill-final-logits, which config.json "
+                "does not tell and which is wrong behind a cached prefix; export it without"
+            )
 
     async def _call(
         self, name: str, inputs: Inputs, num_rows: int, spec: OutputSpec,

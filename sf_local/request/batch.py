@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a scheduler decides for one step: chunks of requests, and the rows they become."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from sf_local.request.request import Request, RequestStatus
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens of one sequence at positions start .. start + len(tokens) - 1, and all its pages.
+    """One row of a model call: tokens of a sequence from position `start` on, and all its pages.
 
-    spans: where tiles, which have embeddings, take the place of tokens.
+    spans: where embeddings of image tiles take the place of tokens; positions of the sequence.
     """
 
     tokens: Sequence[int]
@@ -23,6 +23,7 @@ class Row:
 
     @property
     def end(self) -> int:
+        """The position after the last token."""
         return self.start + len(self.tokens)
 
 
@@ -30,9 +31,9 @@ class Row:
 class Chunk:
     """Tokens [start, end) of one request, to be computed in one call.
 
-    is_last: whether the next token is sampled after it. needs_logits: whether its last token's
-    logits are needed for that; else the best token is enough. wants_all_logits: whether the
-    logits of other tokens are wanted as well. spans: tiles of which it shows something.
+    is_last: whether the next token is sampled after it. needs_logits: whether the logits of its
+    last token are needed for that; otherwise the best token is enough. wants_all_logits: whether
+    the logits of its other tokens are wanted, too. spans: image tiles that overlap it.
     """
 
     request: Request
@@ -45,7 +46,7 @@ class Chunk:
 
     @classmethod
     def of(cls, request: Request, end: int) -> Chunk:
-        """What follows the computed tokens of a request, up to `end`."""
+        """The tokens of a request that are not computed yet, up to `end`."""
         start, first = request.num_computed, request.first_logits
         is_last = end == request.num_tokens
         return cls(
@@ -57,13 +58,16 @@ class Chunk:
 
     @property
     def is_running(self) -> bool:
-        """Whether its request has not ended since it was scheduled."""
+        """Whether its request still runs: it may have ended since it was scheduled."""
         return self.request.status is RequestStatus.RUNNING
 
 
 @dataclass(frozen=True)
 class Step:
-    """Page copies (source, destination), in order; then prefill calls; then decode calls."""
+    """The work of one step: page copies (source, destination), then prefills, then decodes.
+
+    Each inner list of chunks is one call. False if there are no calls.
+    """
 
     copies: list[tuple[int, int]] = field(default_factory=list)
     prefills: list[list[Chunk]] = field(default_factory=list)

@@ -1,19 +1,18 @@
-"""SamplingParams and Request: what a caller asks for, and what becomes of it."""
+"""Request: one prompt, its answer so far, and how far it is computed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
 
 from sf_local.request.params import SamplingParams
-
-if TYPE_CHECKING:
-    from sf_local.request.prompt import Span
+from sf_local.request.prompt import Span
 
 
 class RequestStatus(Enum):
+    """Where a request is: it may wait again after it ran, when others need its pages."""
+
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
@@ -23,8 +22,8 @@ class RequestStatus(Enum):
 class Request:
     """One prompt and its growing answer. All but the first four fields are the scheduler's.
 
-    The first `num_computed` tokens have their keys and values in `pages`; others can find the first
-    `num_published` of them in the cache.
+    The keys and values of the first `num_computed` tokens are in `pages`; those of the first
+    `num_published` tokens are in the prefix cache, too, for other requests.
     """
 
     prompt_ids: Sequence[int]
@@ -37,41 +36,45 @@ class Request:
     num_computed: int = 0
     num_published: int = 0
     num_cached: int | None = None  # tokens found in the cache when it first started
-    takes_the_best: bool = False  # whether the next token is the likeliest, whatever the others are
-    first_logits: int | None = None  # the logits from this position on are wanted, too
-    spans: Sequence[Span] = ()  # of the prompt, where tiles of images are
-    prompt_keys: Sequence[int] = ()  # what the cache knows the prompt by, if not its ids
-    prefix_leader: Request | None = None  # computes the first `prefix_len` tokens for both
+    takes_the_best: bool = False  # the next token is the best one, so its logits are not needed
+    first_logits: int | None = None  # all logits from this position on are wanted
+    spans: Sequence[Span] = ()  # where image tiles are in the prompt
+    prompt_keys: Sequence[int] = ()  # what the cache compares instead of prompt_ids: Prompt.keys
+    prefix_leader: Request | None = None  # it computes the first `prefix_len` tokens for both
     prefix_len: int = 0
     finish_reason: str | None = None  # "stop" | "length" | "abort" | "timeout"
 
     @property
     def num_reusable(self) -> int:
-        """Tokens that may come from the cache: the last one's logits are always wanted."""
+        """The most tokens to take from the cache: those whose logits are not wanted."""
         last = self.num_tokens - 1
         return last if self.first_logits is None else min(last, self.first_logits)
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of prompt and answer."""
         return len(self.prompt_ids) + len(self.output_ids)
 
     @property
     def is_decoding(self) -> bool:
-        """Whether only the last token is left to compute, and it shows no image."""
+        """Whether only the last token is left to compute, and it is no image token."""
         is_last = self.num_computed == self.num_tokens - 1
         return is_last and not (self.spans and self.spans[-1].end == self.num_tokens)
 
     @property
     def is_jumping(self) -> bool:
-        """Whether the prompt is computed, but more than the last token is left of the answer."""
+        """Whether several tokens of the answer are left to compute, and none of the prompt.
+
+        That is so after a grammar forced several tokens.
+        """
         return len(self.prompt_ids) <= self.num_computed < self.num_tokens - 1
 
     def tokens(self, start: int, end: int) -> list[int]:
-        """Tokens [start, end) of the prompt and the answer."""
+        """Tokens [start, end) of prompt and answer."""
         return self._slice(self.prompt_ids, start, end)
 
     def keys(self, count: int) -> list[int]:
-        """What the cache knows the first `count` tokens by."""
+        """What the cache compares for the first `count` tokens."""
         return self._slice(self.prompt_keys or self.prompt_ids, 0, count)
 
     def _slice(self, prompt: Sequence[int], start: int, end: int) -> list[int]:

@@ -147,9 +147,9 @@ def test_what_is_no_token_ends_its_request(
     runner: Any = engine._placement.core.runner  # type: ignore[union-attr]
     following = runner._outputs.following
 
-    def changed(results: Any, spec: Any) -> Any:
+    def changed(results: Any, *arguments: Any) -> Any:
         results[1][..., 2] = wrong
-        return following(results, spec)
+        return following(results, *arguments)
 
     for params in SamplingParams(4, temperature=0), SamplingParams(4, top_k=4):
         with monkeypatch.context() as patch, pytest.raises(EngineError, match=f"token {wrong} of"):
