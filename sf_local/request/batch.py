@@ -1,4 +1,4 @@
-"""What a scheduler decides for one step: chunks of requests, and the rows they become."""
+"""What one step of the scheduler computes: chunks of requests, and the rows of a call."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sf_local.request.prompt import Span
-from sf_local.request.request import Request, RequestStatus
+from sf_local.request.request import Request
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a model call: tokens of a sequence from position `start` on, and all its pages.
+    """Tokens of one sequence at positions start .. end - 1, as the model gets them.
 
-    spans: where embeddings of image tiles take the place of tokens; positions of the sequence.
+    page_ids: KV pages of positions 0 .. end - 1. spans: where tiles of images, which have
+    embeddings, take the place of tokens.
     """
 
     tokens: Sequence[int]
@@ -23,17 +24,23 @@ class Row:
 
     @property
     def end(self) -> int:
-        """The position after the last token."""
+        """The position behind the last token, which is the length of the sequence so far."""
         return self.start + len(self.tokens)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens [start, end) of one request, to be computed in one call.
+    """Positions start .. end - 1 of one request, computed in one call.
 
-    is_last: whether the next token is sampled after it. needs_logits: whether the logits of its
-    last token are needed for that; otherwise the best token is enough. wants_all_logits: whether
-    the logits of its other tokens are wanted, too. spans: image tiles that overlap it.
+    The scheduler decides all of it once, and everyone else reads it.
+
+    Attributes:
+        is_last: nothing is left behind it, so the next token is sampled after it.
+        needs_logits: sampling needs the logits after its last token; else the likeliest token that
+            the model reports is enough.
+        is_decode: it is one token for a decode call; else it goes to a prefill call.
+        wants_all_logits: log probabilities of the prompt need the logits of its other tokens, too.
+        spans: tiles of images of which it shows something.
     """
 
     request: Request
@@ -41,33 +48,14 @@ class Chunk:
     end: int
     is_last: bool
     needs_logits: bool
-    wants_all_logits: bool
+    is_decode: bool = False
+    wants_all_logits: bool = False
     spans: Sequence[Span] = ()
-
-    @classmethod
-    def of(cls, request: Request, end: int) -> Chunk:
-        """The tokens of a request that are not computed yet, up to `end`."""
-        start, first = request.num_computed, request.first_logits
-        is_last = end == request.num_tokens
-        return cls(
-            request, start, end, is_last,
-            needs_logits=is_last and not request.takes_the_best,
-            wants_all_logits=first is not None and end > first,
-            spans=[s for s in request.spans if s.start < end and start < s.end],
-        )  # fmt: skip
-
-    @property
-    def is_running(self) -> bool:
-        """Whether its request still runs: it may have ended since it was scheduled."""
-        return self.request.status is RequestStatus.RUNNING
 
 
 @dataclass(frozen=True)
 class Step:
-    """The work of one step: page copies (source, destination), then prefills, then decodes.
-
-    Each inner list of chunks is one call. False if there are no calls.
-    """
+    """Page copies (source, destination), in order; then prefill calls; then decode calls."""
 
     copies: list[tuple[int, int]] = field(default_factory=list)
     prefills: list[list[Chunk]] = field(default_factory=list)

@@ -60,7 +60,7 @@ class Sampler:
     def __init__(
         self, params: SamplingParams, prompt_ids: Iterable[int] = (), end_ids: Iterable[int] = ()
     ) -> None:
-        self.params = params
+        self.params, self.is_greedy = params, params.is_greedy
         self.inv_temperature = 1.0 if params.is_greedy else 1 / min(params.temperature, FLAT)
         self.was_refused = True
         self._random = np.random.default_rng(params.seed)
@@ -76,35 +76,30 @@ class Sampler:
         self.is_uncut = params.is_greedy or (
             params.top_k < 0 and params.top_p == 1 and params.min_p == 0
         )
+        self._decide()
 
-    @property
-    def changes_logits(self) -> bool:
-        """Whether `change` has anything to do for the next token."""
-        return self._has_penalties or len(self._bias_ids) > 0 or self._is_too_short
+    def _decide(self) -> None:
+        """What kind of choice the next token is; changes when the answer has its minimal length.
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether a token is chosen by the logits as they are, and no log probability is asked
-        for."""
-        return self.is_uncut and not self.params.return_logprob and not self.changes_logits
-
-    @property
-    def takes_the_best(self) -> bool:
-        """Whether the next token is just the best one, so that no logits are needed."""
-        return self.params.is_greedy and self.is_plain
+        changes_logits: `change` has anything to do. is_plain: it has not, all tokens may be drawn
+        or the best is taken, and no log probability is asked for. takes_the_best: the next token is
+        just the best one, so that no logits are needed.
+        """
+        self._is_too_short = self._num_tokens < self.params.min_new_tokens
+        self.changes_logits = self._has_penalties or len(self._bias_ids) > 0 or self._is_too_short
+        self.is_plain = self.is_uncut and not self.params.return_logprob and not self.changes_logits
+        self.takes_the_best = self.is_greedy and self.is_plain
 
     @property
     def needs_mask(self) -> bool:
         """Whether a grammar's mask will be needed, as far as is known before the draw."""
         return self.was_refused or not self.is_plain
 
-    @property
-    def _is_too_short(self) -> bool:
-        return self._num_tokens < self.params.min_new_tokens
-
     def push(self, token: int) -> None:
         """Count a token of the answer."""
         self._num_tokens += 1
+        if self._is_too_short:
+            self._decide()
         if self._has_penalties:
             self._counts[token] = self._counts.get(token, 0) + 1
 
@@ -160,8 +155,7 @@ def sample(
 def _next(sampler: Sampler, output: ModelOutput, i: int, allowed: Allowed | None) -> Sampled:
     """The next token of row `i`."""
     if sampler.is_plain:
-        greedy = sampler.params.is_greedy
-        token = int(output.best[i]) if greedy else _draw(sampler, output, i)
+        token = int(output.best[i]) if sampler.is_greedy else _draw(sampler, output, i)
         if allowed is None:
             return Sampled(token)
         sampler.was_refused = not allowed.has(token)
@@ -198,7 +192,7 @@ def _choose(sampler: Sampler, output: ModelOutput) -> Sampled:
     """The token of the only row, with its log probabilities if asked for."""
     params, token = sampler.params, int(output.best[0])
     if sampler.is_uncut:
-        if not params.is_greedy:
+        if not sampler.is_greedy:
             token = _draw(sampler, output, 0)
     else:
         row = Distribution(output, sampler.inv_temperature)
