@@ -144,7 +144,7 @@ def test_what_is_no_token_ends_its_request(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, wrong: int
 ) -> None:
     """Among the candidates, whether or not it is the likeliest."""
-    runner: Any = engine._placement.core.runner  # type: ignore[union-attr]
+    runner: Any = engine._replicas.workers[0].core.runner
     following = runner._outputs.following
 
     def changed(results: Any, *arguments: Any) -> Any:
