@@ -28,8 +28,11 @@ Inputs = dict[str, Argument]  # by name, in the order in which functions take th
 class InputBuilder:
     """Fills and sends the arguments of calls, one call at a time.
 
-    Arrays are kept and filled again by the next call of the same shapes. max_prefill_tokens: the
-    longest row of a prefill that shows images, for which room is made at the start.
+    Arrays are kept, and filled again by the next call of the same shapes.
+
+    num_pages: KV pages that there are. max_prefill_tokens: the longest row of a prefill that shows
+    images, for whose embeddings room is made at the start. All methods with rows raise EngineError
+    for positions or pages that do not fit.
     """
 
     def __init__(
@@ -38,7 +41,7 @@ class InputBuilder:
         self._vmfb, self._config, self._manifest = artifact.vmfb, artifact.config, artifact.manifest
         self._page_size, self._max_tokens = artifact.config.page_size, artifact.max_tokens
         self._num_pages = num_pages
-        # Only our own code takes a table wider than the context, and skips rows of no tokens.
+        # Only code of our own compiler takes pages beyond the context, and skips empty rows.
         self._rounds_up = artifact.manifest is not None and not device.shares_memory
         self._unused_len = 0 if artifact.manifest else 1  # length of rows that pad a batch
         self._arguments = _Arguments(device)
@@ -58,7 +61,7 @@ class InputBuilder:
         self._upload = None
 
     def decode(self, rows: Sequence[Row]) -> tuple[int, Inputs]:
-        """The batch size, and arguments of a decode of it, for rows of one token each."""
+        """The compiled batch size to call, and a decode's arguments for rows of one token each."""
         self._check(rows)
         size = _fitting_batch(self._config.decode_batch_sizes, len(rows))
         starts = [row.start for row in rows]
@@ -73,7 +76,11 @@ class InputBuilder:
         }
 
     def prefill(self, rows: Sequence[Row]) -> tuple[int, Inputs]:
-        """The batch size, and arguments of a prefill of it; with "embeds" if a row has images."""
+        """The compiled batch size to call, and a prefill's arguments for rows of any length.
+
+        "embeds" is among them only if a row shows an image. Raises MismatchError for rows that do
+        not begin at position 0, if the model was compiled without has_prefill_position.
+        """
         self._check(rows)
         size = _fitting_batch(self._config.prefill_batch_sizes, len(rows))
         page_size = self._page_size
@@ -107,7 +114,7 @@ class InputBuilder:
         inputs["scales"] = self._fill("scales", (size,), values, 1, np.float32)
 
     def pixels(self, tiles: Sequence[NDArray[np.uint8]]) -> tuple[int, Inputs]:
-        """The batch size, and the argument of an encoder of it, for tiles [size, size, 3]."""
+        """The compiled batch size to call, and an encoder's argument for tiles [size, size, 3]."""
         assert self._manifest
         size = _fitting_batch(self._manifest.image_batch_sizes, len(tiles))
         pixels = self._processor.normalized(np.stack(tiles))

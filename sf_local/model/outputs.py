@@ -24,12 +24,14 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """What a call has to return, and what the host does beside it.
+    """What a call returns, and what the host does beside it.
 
-    inv_temperatures: 1 / temperature of each row, by which its logits are summed up [n]; None for
-    ones. num_logits: fetch logits of the first `num_logits` rows only; None for all rows. The
-    others have their best token and the sums. copy=False: arrays may alias device memory and are
-    valid until the next call. meanwhile: called once while the device runs; see `HostWorkError`.
+    Attributes:
+        inv_temperatures: 1 / temperature of each row, for the sums of ModelOutput [n]; None for
+            ones.
+        num_logits: fetch logits of the first `num_logits` rows only; None for all rows.
+        copy: False lets arrays alias device memory: they are valid until the next call.
+        meanwhile: called once, while the device runs. If it raises, see HostWorkError.
     """
 
     inv_temperatures: Sequence[float] | None = None
@@ -38,7 +40,7 @@ class OutputSpec:
     meanwhile: Callable[[], None] = _nothing
 
     def inv_temperatures_of(self, num_rows: int) -> Floats:
-        """float32 [num_rows]"""
+        """The inverse temperatures f32 [num_rows], or ones."""
         return np.array(self.inv_temperatures or [1.0] * num_rows, np.float32)
 
 
@@ -71,10 +73,10 @@ class OutputReader:
         self._download = None
 
     def fetch(self, results: Sequence[Any], num_rows: int, num_logits: int | None) -> list[Any]:
-        """Queue what brings results to the host; `read` them when the device is done.
+        """Queue copies of results to the host, for `read` to return when the device is done.
 
-        Of each, only the first `num_rows` rows: the others are padding. Of the first, which are
-        logits, only `num_logits` rows unless that is None; it becomes None for 0.
+        Of each result, the first `num_rows` rows, as the others are padding; of the first one, the
+        logits, `num_logits` rows if that is not None. Without rows it becomes None.
         """
         used = slice(0, num_rows)
         needed = [array.view(used) for array in results]
@@ -83,7 +85,7 @@ class OutputReader:
         return needed if self._download is None else self._download.fetch(needed)
 
     def read(self, fetched: Sequence[Any], copy: bool) -> list[Array]:
-        """Fetched results as arrays of f32 or int64, which `copy` makes last."""
+        """Fetched results as arrays of f32 or int64; with `copy` they outlive the next call."""
         values = [read(array) for array in fetched] if self._download is None else fetched
         return [
             array.astype(np.int64 if array.dtype == np.int64 else np.float32, copy=copy)
@@ -120,9 +122,10 @@ class OutputReader:
 
 
 def summed_up(results: Sequence[Array]) -> ModelOutput:
-    """From the results of a function that sums its logits up.
+    """The output from the results of a function that sums its logits up.
 
-    Logits [n, 1, V], or none; then best, maxima and sums, or one array that has them packed.
+    These are logits [n, 1, V], or an empty array, and then best, maxima and sums, or one array of
+    all three, see `unpack`.
     """
     logits, *sums = results
     logits = logits[:, 0] if len(logits) else logits

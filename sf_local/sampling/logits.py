@@ -1,7 +1,6 @@
 """ModelOutput: logits of a model call, with a summary of each block of 256 of them.
 
-Compiled functions make the summary on the device; `summarize` does the same here. The sampler then
-reads only the few blocks it needs instead of the whole vocabulary.
+Compiled functions make the summary on the device; `summarize` does the same here.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """Output of one model call: logits after each row's last token, and their summary.
+    """Output of one model call: logits after each row's last token, and a summary of them, so that
+    the sampler reads only the blocks of logits it needs.
 
     Attributes:
         logits: f32 [m, V], of the first m <= n rows only.
