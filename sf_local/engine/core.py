@@ -143,7 +143,7 @@ class EngineCore:
             masks.fill()
 
         return OutputSpec(
-            [generation.sampler.scale for generation in generations],
+            [generation.sampler.inv_temperature for generation in generations],
             num_logits=sum([chunk.needs_logits for chunk in chunks]),
             copy=False,
             meanwhile=meanwhile,

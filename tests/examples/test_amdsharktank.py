@@ -144,17 +144,16 @@ def test_what_is_no_token_ends_its_request(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, wrong: int
 ) -> None:
     """Among the candidates, whether or not it is the likeliest."""
-    runner: Any = engine._placement.core.runner  # type: ignore[union-attr]
-    call = runner._call
+    runner: Any = engine._replicas.workers[0].core.runner
+    following = runner._outputs.following
 
-    async def changed(*arguments: Any) -> Any:
-        values, ids = await call(*arguments)
-        ids[..., 2] = wrong
-        return values, ids
+    def changed(results: Any, *arguments: Any) -> Any:
+        results[1][..., 2] = wrong
+        return following(results, *arguments)
 
     for params in SamplingParams(4, temperature=0), SamplingParams(4, top_k=4):
         with monkeypatch.context() as patch, pytest.raises(EngineError, match=f"token {wrong} of"):
-            patch.setattr(runner, "_call", changed)
+            patch.setattr(runner._outputs, "following", changed)
             engine.generate([100], params)
         assert engine.generate([100], SamplingParams(1, temperature=0)).token_ids == [101]
 

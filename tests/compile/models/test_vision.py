@@ -49,10 +49,14 @@ def engine(model: SeeingModel, runners: Runners) -> Iterator[Engine]:
         assert stats["pages_free"] == stats["pages_total"]
 
 
+def processor_of(engine: Engine) -> ImageProcessor:
+    assert engine.artifact.manifest and engine.artifact.manifest.images
+    return ImageProcessor(ImageSettings(**engine.artifact.manifest.images))
+
+
 def pixels_of(engine: Engine, *images: PIL.Image.Image) -> np.ndarray:
     """What the model reads of images, tile after tile."""
-    assert engine.artifact.manifest and engine.artifact.manifest.images
-    processor = ImageProcessor(ImageSettings(**engine.artifact.manifest.images))
+    processor = processor_of(engine)
     tiles = [processor.tiles(np.asarray(image)).pixels for image in images]
     return processor.normalized(np.concatenate(tiles))
 
@@ -83,12 +87,12 @@ def test_embeddings_that_are_wrong_end_their_request_alone(
     runner: Any = runners[-1]
     encode_tiles, images = runner.encode, [picture(32, 32), picture(32, 32, 1)]
     first, second = (engine.generate(QUESTION, PARAMS, images=[i]).token_ids for i in images)
-    victim = pixels_of(engine, picture(32, 32, 2))[0]
+    victim, processor = pixels_of(engine, picture(32, 32, 2))[0], processor_of(engine)
 
     async def changed(tiles: Any) -> list[np.ndarray]:
         embeds = await encode_tiles(tiles)
         for tile, values in zip(tiles, embeds, strict=True):
-            if np.array_equal(runner._processor.normalized(tile[None])[0], victim):
+            if np.array_equal(processor.normalized(tile[None])[0], victim):
                 values[-1, 0] = np.nan
         return list(embeds)
 
