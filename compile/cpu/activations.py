@@ -9,7 +9,7 @@ from compile.cpu.operands import Operand
 from compile.cpu.vector_builder import lanes_of, vector_type
 from compile.formats.layout import ITEM_BYTES
 from compile.formats.quantize import GROUP
-from compile.mlir.builder import Scalar
+from compile.mlir.values import Scalar
 
 PARTS = 2  # bytes of a quantized activation: high, low
 LARGEST = 127 * 128 + 63  # of its values

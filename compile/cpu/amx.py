@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from compile.cpu.activations import Activations
 from compile.cpu.kernel import KernelBuilder, Memory, Views
 from compile.cpu.matmul import Format
-from compile.mlir.builder import Scalar
+from compile.mlir.values import Scalar
 
 LINES = 16  # rows of activations in a tile, or pairs of columns
 LINE_BYTES = 64

@@ -17,7 +17,7 @@ from compile.cpu.kernel import KernelBuilder, Memory, Views
 from compile.cpu.kv_layout import KVLayout
 from compile.cpu.softmax import Softmax, Splits
 from compile.cpu.vector_builder import lanes_of, vector_type
-from compile.mlir.builder import Scalar
+from compile.mlir.values import Scalar
 from compile.target import Vectors
 
 

@@ -14,7 +14,7 @@ from compile.cpu.kernel import KernelBuilder
 from compile.cpu.kv_layout import KVLayout
 from compile.cpu.softmax import SLICE, Workspace
 from compile.cpu.vector_builder import vector_type
-from compile.mlir.builder import Scalar
+from compile.mlir.values import Scalar
 from compile.target import Vectors
 
 ROWS_PER_TASK = 2 * LINES  # two tiles, so that keys and values are read half as often

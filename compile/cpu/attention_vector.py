@@ -7,7 +7,7 @@ from compile.cpu.operands import Streams, product
 from compile.cpu.softmax import SLICE, SPLIT, Workspace
 from compile.cpu.vector_builder import vector_type
 from compile.formats.layout import ITEM_BYTES
-from compile.mlir.builder import Scalar
+from compile.mlir.values import Scalar
 
 ROWS_PER_TASK = 4
 LINE_BYTES = 64  # of a CPU's cache

@@ -33,7 +33,8 @@ from compile.cpu.softmax import SPLIT, Splits
 from compile.cpu.transformer import TransformerKernel
 from compile.formats.layout import SUMMARY, Parameter
 from compile.formats.quantize import GROUP
-from compile.mlir.builder import Builder, Dim, Scalar, Tensor
+from compile.mlir.builder import Builder, Dim, Tensor
+from compile.mlir.values import Scalar
 from compile.models.spec import LlamaConfig
 from compile.options import ModelOptions
 from compile.target import Vectors

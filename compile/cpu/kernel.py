@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from compile.cpu.vector_builder import VectorBuilder, vector_type
-from compile.mlir.builder import Builder, Scalar, mask_type
+from compile.mlir.values import Scalar, TextBuilder, mask_type
 
 CACHE_LINE = 16  # i32 or f32 elements
 PHASE_COUNTERS = 2 * CACHE_LINE  # i32 of a phase: tasks taken, tasks done, each in its own line
@@ -83,14 +83,13 @@ class KernelBuilder(VectorBuilder):
     """Writes the body of one kernel: a `binding` for each argument, then `phase` after `phase`."""
 
     def __init__(self, *, has_bf16: bool = False) -> None:
-        super().__init__(has_bf16=has_bf16)
-        self._indent = 4
+        super().__init__(has_bf16=has_bf16, indent=4)
         self._bindings: list[str] = []
         self.num_constants = 0
 
     # Interface
 
-    def write(self, b: Builder, name: str, num_workgroups: int) -> None:
+    def write(self, b: TextBuilder, name: str, num_workgroups: int) -> None:
         """Write the executable `name` into module `b`; define its layout as #name_layout there."""
         with b.block(f"hal.executable.source private @{name} {{"):
             with b.block(

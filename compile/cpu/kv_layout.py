@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 from compile.cpu.operands import operand
-from compile.mlir.builder import Scalar
+from compile.mlir.values import Scalar
 from compile.models.spec import Heads
 from compile.target import Vectors
 

@@ -15,7 +15,7 @@ from compile.cpu.row_tables import NUM_OUTPUTS, RowTables
 from compile.cpu.transformer import TransformerKernel
 from compile.cpu.vector_builder import vector_type
 from compile.formats.layout import MASKED, SUMMARY
-from compile.mlir.builder import Scalar
+from compile.mlir.values import Scalar
 
 BLOCKS_PER_TASK = 16  # summary blocks
 AFTER_LAYERS = ("output_norm", "head", "summarize", "find_best")  # names of the phases

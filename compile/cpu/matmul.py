@@ -18,7 +18,7 @@ from compile.cpu.quantized_matmul import QuantizedBlocks
 from compile.cpu.vector_builder import vector_type
 from compile.formats.layout import QUANTIZED, Parameter
 from compile.formats.quantize import GROUP
-from compile.mlir.builder import Scalar
+from compile.mlir.values import Scalar
 from compile.target import VECTORS_PER_BLOCK, Vectors
 
 

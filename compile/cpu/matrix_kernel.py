@@ -10,7 +10,8 @@ from compile.cpu.activations import Activations
 from compile.cpu.amx import COLUMNS, LINES, MAX_ROWS, TileRegisters
 from compile.cpu.kernel import KernelBuilder, Memory, Views
 from compile.cpu.matmul import Format
-from compile.mlir.builder import Builder, Dim, Scalar, Tensor, tensor_type
+from compile.mlir.builder import Builder, Dim, Tensor, tensor_type
+from compile.mlir.values import Scalar
 from compile.target import VECTORS_PER_BLOCK
 
 WORKGROUPS = 64  # at least one for each thread; those that find no task left return at once

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from compile.cpu.kernel import KernelBuilder, Memory
 from compile.cpu.vector_builder import vector_type
 from compile.formats.layout import ITEM_BYTES
-from compile.mlir.builder import Scalar
+from compile.mlir.values import Scalar
 from compile.target import Vectors
 
 REGISTER_BITS = {4: "128", 8: "256", 16: "512"}  # by f32 lanes

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from compile.cpu.kernel import CACHE_LINE, PHASE_COUNTERS, KernelBuilder
-from compile.mlir.builder import Scalar
+from compile.mlir.values import Scalar
 
 MAX_AFTER = 5  # phases after the layers; the phase "exit" is the next number behind them
 

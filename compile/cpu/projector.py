@@ -8,7 +8,7 @@ from compile.cpu.activations import Activations
 from compile.cpu.kernel import Memory
 from compile.cpu.transformer import TransformerKernel
 from compile.mlir.activations import gelu
-from compile.mlir.builder import Scalar
+from compile.mlir.values import Scalar
 from compile.models.spec import VisionConfig
 
 # Names of the phases, by family

@@ -16,7 +16,7 @@ from compile.cpu.kernel import KernelBuilder, Memory, Views
 from compile.cpu.operands import REGISTER_BITS
 from compile.cpu.vector_builder import vector_type
 from compile.formats.quantize import GROUP, ZERO
-from compile.mlir.builder import Scalar
+from compile.mlir.values import Scalar
 from compile.target import VECTORS_PER_BLOCK, Vectors
 
 

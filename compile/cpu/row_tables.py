@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from compile.cpu.attention import Attention
 from compile.cpu.kernel import KernelBuilder, Memory
 from compile.cpu.softmax import SPLIT
-from compile.mlir.builder import Scalar
+from compile.mlir.values import Scalar
 from compile.models.spec import LlamaConfig
 from compile.options import ModelOptions
 

@@ -17,7 +17,7 @@ from compile.cpu.kernel import CACHE_LINE, KernelBuilder, Memory, Views
 from compile.cpu.kv_layout import KVLayout
 from compile.cpu.vector_builder import vector_type
 from compile.formats.layout import ITEM_BYTES, MASKED
-from compile.mlir.builder import Scalar
+from compile.mlir.values import Scalar
 
 SLICE = 256  # positions between two corrections of a softmax
 SPLIT = 512  # positions of a task in decode, so that several threads share a long context

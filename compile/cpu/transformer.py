@@ -21,7 +21,8 @@ from compile.cpu.matrix_kernel import WORKGROUPS, MatrixKernel, Use
 from compile.cpu.operands import Operand
 from compile.cpu.phases import Phases, PhaseTable
 from compile.cpu.vector_builder import vector_type
-from compile.mlir.builder import Builder, Scalar, Tensor
+from compile.mlir.builder import Builder, Tensor
+from compile.mlir.values import Scalar
 
 ROWS_PER_TASK = 8  # of phases that multiply no matrix
 

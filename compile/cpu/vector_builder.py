@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from compile.mlir.builder import Builder, Scalar, element_type
+from compile.mlir.values import Scalar, TextBuilder, element_type
 
 ROUNDING = 1.5 * 2**23  # added to an f32, it leaves the nearest integer in the lowest bits
 EXP2 = (1.0, 0.69314697773, 0.24022242025, 0.05550733572, 0.00967151564, 0.0013264778)  # 2^f
 
 
-class VectorBuilder(Builder):
+class VectorBuilder(TextBuilder):
     """Writes operations on vectors of numbers.
 
     has_bf16: the CPU converts f32 to bf16 by an instruction (AVX512_BF16).
     """
 
-    def __init__(self, *, has_bf16: bool = False) -> None:
-        super().__init__()
+    def __init__(self, *, has_bf16: bool = False, indent: int = 1) -> None:
+        super().__init__(indent)
         self._has_bf16 = has_bf16
 
     def broadcast(self, value: Scalar, lanes: int) -> Scalar:

@@ -23,7 +23,8 @@ from compile.cpu.projector import AFTER_LAYERS, ProjectorPhases
 from compile.cpu.transformer import TransformerKernel
 from compile.formats.layout import Parameter
 from compile.mlir.activations import activation
-from compile.mlir.builder import Builder, Scalar, Tensor
+from compile.mlir.builder import Builder, Tensor
+from compile.mlir.values import Scalar
 from compile.models.spec import VisionConfig
 
 PAGE = 32  # positions
