@@ -8,7 +8,7 @@ from compile.formats.layout import QUANTIZED
 from compile.formats.quantize import GROUP
 from compile.gpu.decoder import LlamaEmitter
 from compile.options import BuildOptions, ModelOptions
-from compile.sources.open import Source
+from compile.sources.source import Source
 from compile.target import Target
 from sf_local.errors import UnsupportedError
 

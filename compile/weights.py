@@ -16,7 +16,7 @@ from compile.formats.layout import DTYPES, Parameter
 from compile.formats.quantize import GROUP, ZERO, Groups, packed, quantized, with_bits
 from compile.models.rope import ROPE_BLOCK, rope_table
 from compile.models.tensors import expected_shapes, vision_shapes
-from compile.sources.open import Source, SourceTensor
+from compile.sources.source import Source, SourceTensor
 from sf_local.artifact import irpa
 from sf_local.errors import SourceError
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from compile import BuildOptions, build
-from compile.__main__ import _model_name, main
+from compile.__main__ import main, model_name
 from compile.cache import cache_dir
 from compile.target import HIP_CHIPS
 from sf_local import Engine, SamplingParams, cli
@@ -96,7 +96,7 @@ def test_a_full_disk(tiny: TinyModel, tmp_path: Path, limit: int) -> None:
 import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-from compile.__main__ import _model_name, main
+from compile.__main__ import model_name, main
 raise SystemExit(main([{str(tiny.source)!r}, "-o", {str(tmp_path / "out")!r}]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -183,7 +183,7 @@ def test_a_tokenizer_the_runtime_would_refuse(
     [("meta-llama/Llama-3.2-1B", "Llama-3.2-1B"), ("a/b-v1.0.gguf", "b-v1.0"), ("demo", "demo")],
 )
 def test_the_default_folder_keeps_the_whole_name(source: str, name: str) -> None:
-    assert _model_name(source) == name
+    assert model_name(source) == name
 
 
 def test_command_line(tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
