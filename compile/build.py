@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from compile.cache import cache_dir
@@ -28,6 +29,8 @@ from compile.weights import check_tensors, write_weights
 from sf_local import artifact
 from sf_local.artifact.manifest import COMPILER_VERSION, VMFB, WEIGHTS
 from sf_local.errors import UnsupportedError
+
+CODE_FOLDERS = Path(__file__).parent, Path(artifact.__file__).parent  # that decide what is built
 
 
 def build(
@@ -95,18 +98,20 @@ def build_once(
 def _kept(
     source: str | Path, name: str, sha256: str, options: BuildOptions, progress: Progress
 ) -> Path:
-    folder = cache_dir() / "artifacts" / f"{name}-{_fingerprint(sha256, options)}"
+    folder = cache_dir() / "artifacts" / f"{name}-{cache_key(sha256, options)}"
     if not is_artifact(folder):
         build(source, folder, options, force=True, progress=progress)
     return folder
 
 
-def _fingerprint(source_sha256: str, options: BuildOptions) -> str:
-    """A hash of everything that a build depends on."""
+def cache_key(
+    source_sha256: str, options: BuildOptions, code: Sequence[Path] = CODE_FOLDERS
+) -> str:
+    """A hash of all that a build depends on: weights, options, targets, and the Python code of
+    the folders `code`."""
     digest = hashlib.sha256(f"{source_sha256} {COMPILER_VERSION} {options}".encode())
     digest.update(repr(_targets(options)).encode())
-    folders = Path(__file__).parent, Path(artifact.__file__).parent
-    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
+    for path in sorted(path for folder in code for path in folder.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

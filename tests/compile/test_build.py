@@ -15,6 +15,7 @@ import pytest
 
 from compile import BuildOptions, build
 from compile.__main__ import main, model_name
+from compile.build import CODE_FOLDERS, cache_key
 from compile.cache import cache_dir
 from compile.target import HIP_CHIPS
 from sf_local import Engine, SamplingParams, cli
@@ -228,3 +229,27 @@ def test_several_targets(
 def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SF_LOCAL_CACHE", str(tmp_path))
     assert cache_dir() == tmp_path
+
+
+def test_the_cache_key_covers_all_code(tmp_path: Path) -> None:
+    """A byte more in any module, of whatever package, is another key."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    names = "compile", "artifact"
+    copies = [
+        shutil.copytree(folder, tmp_path / name, ignore=ignore)
+        for folder, name in zip(CODE_FOLDERS, names, strict=True)
+    ]
+
+    def key() -> str:
+        return cache_key("0" * 64, TINY_OPTIONS, copies)
+
+    unchanged, paths = key(), sorted(tmp_path.rglob("*.py"))
+    assert tmp_path / "compile/gpu/linear.py" in paths and tmp_path / "artifact/irpa.py" in paths
+    for path in paths:
+        content = path.read_bytes()
+        path.write_bytes(content + b"#")
+        assert key() != unchanged, path
+        path.write_bytes(content)
+    assert key() == unchanged
+    assert cache_key("1" * 64, TINY_OPTIONS, copies) != unchanged
+    assert cache_key("0" * 64, replace(TINY_OPTIONS, page_size=32), copies) != unchanged
