@@ -82,6 +82,19 @@ class Weights:
         return b.generic("tn,tn->tn", [product, residual], product.shape, "f32", Scalar.__add__)
 
 
+def rms_norm(weights: Weights, x: Tensor, name: str, epsilon: float) -> Tensor:
+    """RMS norm of x [T, H] f32 with the weight `name` [H], as the left operand of a product."""
+    b, count = weights.b, int(x.shape[1])
+    squares = b.generic("th->t", [x], x.shape[:1], "f32", lambda v, acc: acc + v * v, init=0.0)
+
+    def scale(v: Scalar, total: Scalar, w: Scalar) -> Scalar:
+        mean = total * (1 / count) + epsilon
+        return (v * mean.math("rsqrt") * w).to(weights.dtype)
+
+    operands = [x, squares, weights.load(name)]
+    return b.generic("th,t,h->th", operands, x.shape, weights.dtype, scale)
+
+
 def _num_parts(rows: Dim, depth: int, columns: int, has_residual: bool) -> int:
     """Into how many sums a product of not many rows is split, so that it occupies a whole chip.
 
