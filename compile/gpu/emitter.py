@@ -14,6 +14,7 @@ from compile.gpu.vision import VisionEmitter
 from compile.mlir import abi
 from compile.mlir.builder import Builder
 from compile.models.spec import LlamaConfig, VisionConfig
+from compile.models.tensors import decoder_tensors
 from compile.options import ModelOptions
 
 
@@ -37,7 +38,7 @@ class LlamaEmitter:
         self.decoder = Decoder(config, options, self.weights, tile)
         self.kv_row = 2 * config.num_kv_heads * config.head_dim
         self.page_elements = config.num_layers * options.page_size * self.kv_row
-        self._declare_parameters()
+        self.weights.add(decoder_tensors(config, context=options.max_seq_len).all)
         self._vision = vision and VisionEmitter(vision, config.hidden_size, self.weights, tile)
 
     @property
@@ -55,23 +56,6 @@ class LlamaEmitter:
                 with abi.image_function(self.b, size, self._vision.config.image_size) as pixels:
                     abi.return_results(self.b, [self._vision.encode(pixels)])
         return self.b.text("module")
-
-    def _declare_parameters(self) -> None:
-        c = self.config
-        hidden, inner = c.hidden_size, c.intermediate_size
-        qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-        self.weights.matrix("token_embd.weight", c.vocab_size, hidden)
-        self.weights.vector("rope", self.options.max_seq_len, 2, c.head_dim // 2)
-        for i in range(c.num_layers):
-            self.weights.vector(f"blk.{i}.attn_norm.weight", hidden)
-            self.weights.matrix(f"blk.{i}.attn_qkv.weight", qkv, hidden)
-            self.weights.matrix(f"blk.{i}.attn_output.weight", hidden, c.num_heads * c.head_dim)
-            self.weights.vector(f"blk.{i}.ffn_norm.weight", hidden)
-            self.weights.matrix(f"blk.{i}.ffn_gate_up.weight", 2 * inner, hidden)
-            self.weights.matrix(f"blk.{i}.ffn_down.weight", hidden, inner)
-        self.weights.vector("output_norm.weight", hidden)
-        if not c.tied_embeddings:
-            self.weights.matrix("output.weight", c.vocab_size, hidden)
 
     def _function(self, name: str, n: int) -> None:
         """A function for n rows: it returns all logits, or with "_next" those after each row's

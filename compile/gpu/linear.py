@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from compile.formats.layout import Parameter
 from compile.mlir.builder import Builder, Dim, Scalar, Tensor, tensor_type
+from compile.models.tensors import ModelTensor
 from sf_local.errors import UnsupportedError
 
 SUBGROUP = 64  # threads that reduce together: what they do not divide, a single one reduces
@@ -28,14 +31,14 @@ class Weights:
         self.b, self.dtype = b, dtype
         self.parameters: dict[str, Parameter] = {}
 
-    def matrix(self, name: str, rows: int, cols: int) -> None:
-        self.parameters[name] = Parameter(name, (rows, cols), self.dtype)
-
-    def vector(self, name: str, *shape: int) -> None:
-        self.parameters[name] = Parameter(name, shape, "f32")
+    def add(self, tensors: Iterable[ModelTensor]) -> None:
+        """Add parameters, row by row as the model's table has them."""
+        for tensor in tensors:
+            dtype = self.dtype if tensor.is_matrix else "f32"
+            self.parameters[tensor.name] = Parameter(tensor.name, tensor.shape, dtype)
 
     def declare(self) -> None:
-        """Emit all of them as globals."""
+        """Emit all parameters as globals."""
         for name, parameter in self.parameters.items():
             self.b.emit(
                 f'util.global private @"{name}" = #flow.parameter.named<"model"::"{name}"> : '

@@ -6,23 +6,11 @@ import re
 from typing import Any
 
 from compile.models.spec import LlamaConfig, RopeScaling
+from compile.models.tensors import DECODER, hf_names
 from compile.models.vision_families import FAMILIES, vision_name
 from compile.reading import Numbers, Supported, Where, check_supported, corrupt, unsupported
 
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+NAMES = hf_names(DECODER)
 
 
 BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")  # that old versions stored
@@ -92,4 +80,4 @@ def canonical_name(name: str) -> str:
     found = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.weight", name)
     if not found or found[2] not in NAMES:
         return name
-    return (f"blk.{found[1]}." if found[1] else "") + f"{NAMES[found[2]]}.weight"
+    return f"{NAMES[found[2]].format(found[1])}.weight"

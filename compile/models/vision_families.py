@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from compile.models.spec import VisionConfig
+from compile.models.tensors import VISION, hf_names
 from compile.reading import (
     Numbers,
     Supported,
@@ -23,24 +24,7 @@ from compile.reading import (
 from sf_local.errors import SourceError
 
 FAMILIES = {"idefics3": "idefics3", "smolvlm": "idefics3", "llava": "llava"}  # by model_type
-NAMES = {
-    "embeddings.patch_embedding": "v.patch_embd",
-    "embeddings.position_embedding": "v.position_embd",
-    "embeddings.class_embedding": "v.class_embd",
-    "pre_layrnorm": "v.pre_ln",
-    "layer_norm1": "v.blk.{}.ln1",
-    "self_attn.q_proj": "v.blk.{}.attn_q",
-    "self_attn.k_proj": "v.blk.{}.attn_k",
-    "self_attn.v_proj": "v.blk.{}.attn_v",
-    "self_attn.out_proj": "v.blk.{}.attn_out",
-    "layer_norm2": "v.blk.{}.ln2",
-    "mlp.fc1": "v.blk.{}.ffn_up",
-    "mlp.fc2": "v.blk.{}.ffn_down",
-    "post_layernorm": "v.post_ln",
-    "connector.modality_projection.proj": "mm.fc",
-    "multi_modal_projector.linear_1": "mm.1",
-    "multi_modal_projector.linear_2": "mm.2",
-}
+NAMES = hf_names(VISION)
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 LLAMA = {
     "model_type": "llama",
