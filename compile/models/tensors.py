@@ -245,7 +245,7 @@ def hf_names(entries: Iterable[Entry]) -> dict[str, str]:
 
 def has_bias(name: str) -> bool:
     """Whether the table has a bias of this canonical name, in whatever layer."""
-    return re.sub(r"\.\d+\.", ".{}.", name) in _BIASES
+    return re.sub(r"\bblk\.\d+\.", "blk.{}.", name) in _BIASES
 
 
 _BIASES = {part.name + entry.suffix
