@@ -1,4 +1,4 @@
-"""`python -m compile` and `sf-compile`: weights in, artifact folder out."""
+"""The command `sf-compile`, also `python -m compile`: compiles weights to an artifact folder."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from compile.formats.layout import DTYPES, QUANTIZED
 from compile.options import BuildOptions
 from compile.progress import progress_display
 from compile.target import CPU_LEVELS, HIP_CHIPS
+from compile.toolchain import check_installed
 from sf_local.errors import SfLocalError
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command; `arguments` are those of the process by default. Returns its exit code."""
     args = _parser().parse_args(arguments)
     start = time.perf_counter()
     try:
+        check_installed()
         options = BuildOptions(
             target=args.target,
             cpu=args.cpu,
@@ -30,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
             image_batch_sizes=args.image_batch_sizes,
             max_seq_len=args.max_seq_len,
         )
-        output = args.output or Path(f"{_model_name(args.source)}-{args.target.replace(',', '-')}")
+        output = args.output or Path(f"{model_name(args.source)}-{args.target.replace(',', '-')}")
         with progress_display() as progress:
             build(
                 args.source, output, options,
@@ -101,7 +104,8 @@ def _sizes(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list such as 1,4,8") from None
 
 
-def _model_name(source: str) -> str:
+def model_name(source: str) -> str:
+    """What an output folder is called by default, but for the target."""
     return Path(source).expanduser().absolute().name.removesuffix(".gguf")
 
 

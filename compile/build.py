@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from compile.cache import cache_dir
 from compile.emitters import Emitter, find_emitter
 from compile.folder import (
     MLIR,
-    _check_images,
-    _check_output,
-    _check_tokenizer,
-    _is_artifact,
-    _write_descriptions,
+    check_images,
+    check_output,
+    check_tokenizer,
+    is_artifact,
     staging,
+    write_descriptions,
 )
-from compile.options import BuildOptions, Progress, silent
+from compile.options import BuildOptions
+from compile.progress import Progress, silent
 from compile.sources.demo import DEMO_SHA256
-from compile.sources.open import Source, open_source
+from compile.sources.open import open_source
+from compile.sources.source import Source
 from compile.target import Target, resolve_target
-from compile.toolchain import iree_compile
+from compile.toolchain import check_installed, iree_compile
 from compile.weights import check_tensors, write_weights
 from sf_local import artifact
 from sf_local.artifact.manifest import COMPILER_VERSION, VMFB, WEIGHTS
-from sf_local.errors import (
-    UnsupportedError,
-)
+from sf_local.errors import UnsupportedError
+
+CODE_FOLDERS = Path(__file__).parent, Path(artifact.__file__).parent  # that decide what is built
 
 
 def build(
@@ -44,13 +47,14 @@ def build(
     The folder appears whole or not at all; an existing one is replaced only with `force`. Returns
     its path. Raises CompileError.
     """
+    check_installed()
     options = options or BuildOptions()
     targets = _targets(options)
     output = Path(output).expanduser().absolute()
-    _check_output(output, force)
+    check_output(output, force)
     opened = open_source(source, lambda message: progress(message, None))
     check_tensors(opened)
-    _check_images(opened)
+    check_images(opened)
     emitters = [find_emitter(opened, options, target) for target in targets]
     weights: dict[str, str] = {}  # parameters -> the target whose file has them
     with staging(output) as whole:
@@ -58,7 +62,7 @@ def build(
             folder = whole if len(targets) == 1 else whole / target.name
             folder.mkdir(exist_ok=True)
             opened.write_tokenizer(folder)
-            _check_tokenizer(folder, opened)
+            check_tokenizer(folder, opened)
             same = weights.setdefault(repr(emitter.parameters), target.name)
             if same == target.name:
                 _write_weights(folder / WEIGHTS, opened, emitter, progress)
@@ -67,12 +71,13 @@ def build(
             _write_model(folder, emitter, target, progress)
             if not keep_mlir:
                 (folder / MLIR).unlink()
-            _write_descriptions(folder, opened, emitter, target)
+            write_descriptions(folder, opened, emitter, target)
     return output
 
 
 def demo(options: BuildOptions | None = None, *, progress: Progress = silent) -> Path:
     """`build_once` of the demo model (SmolLM2-135M-Instruct), which need not be opened for it."""
+    check_installed()
     return _kept("demo", "smollm2", DEMO_SHA256, options or BuildOptions(), progress)
 
 
@@ -84,6 +89,7 @@ def build_once(
     It lies in the user's cache folder under a hash of the weights, the options, the target with its
     CPU features, the compiler and this code.
     """
+    check_installed()
     opened = open_source(source, lambda message: progress(message, None))
     name = opened.name.rpartition("/")[2]
     return _kept(source, name, opened.sha256, options or BuildOptions(), progress)
@@ -92,18 +98,20 @@ def build_once(
 def _kept(
     source: str | Path, name: str, sha256: str, options: BuildOptions, progress: Progress
 ) -> Path:
-    folder = cache_dir() / "artifacts" / f"{name}-{_fingerprint(sha256, options)}"
-    if not _is_artifact(folder):
+    folder = cache_dir() / "artifacts" / f"{name}-{cache_key(sha256, options)}"
+    if not is_artifact(folder):
         build(source, folder, options, force=True, progress=progress)
     return folder
 
 
-def _fingerprint(source_sha256: str, options: BuildOptions) -> str:
-    """A hash of everything that a build depends on."""
+def cache_key(
+    source_sha256: str, options: BuildOptions, code: Sequence[Path] = CODE_FOLDERS
+) -> str:
+    """A hash of all that a build depends on: weights, options, targets, and the Python code of
+    the folders `code`."""
     digest = hashlib.sha256(f"{source_sha256} {COMPILER_VERSION} {options}".encode())
     digest.update(repr(_targets(options)).encode())
-    folders = Path(__file__).parent, Path(artifact.__file__).parent
-    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
+    for path in sorted(path for folder in code for path in folder.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

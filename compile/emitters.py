@@ -6,9 +6,9 @@ from compile.cpu.emitter import CpuLlamaEmitter
 from compile.cpu.vision import LANES
 from compile.formats.layout import QUANTIZED
 from compile.formats.quantize import GROUP
-from compile.gpu.decoder import LlamaEmitter
+from compile.gpu.emitter import LlamaEmitter
 from compile.options import BuildOptions, ModelOptions
-from compile.sources.open import Source
+from compile.sources.source import Source
 from compile.target import Target
 from sf_local.errors import UnsupportedError
 

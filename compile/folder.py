@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compile.emitters import Emitter
-from compile.sources.open import Source
+from compile.sources.source import Source
 from compile.target import Target
 from compile.weights import WHOLE, type_name
 from sf_local.artifact import irpa
@@ -37,17 +37,17 @@ MLIR = "model.mlir"
 DTYPE_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
 
-def _check_output(output: Path, force: bool) -> None:
+def check_output(output: Path, force: bool) -> None:
     """Nothing is replaced without `force`, and only an artifact or an empty folder with it."""
     if not output.exists():
         return
     if not force:
         raise OutputError(f"{output} exists already; use --force to replace it, or another folder")
-    if not output.is_dir() or (any(output.iterdir()) and not _is_artifact(output)):
+    if not output.is_dir() or (any(output.iterdir()) and not is_artifact(output)):
         raise OutputError(f"{output} is no artifact, so --force does not replace it; remove it")
 
 
-def _is_artifact(folder: Path) -> bool:
+def is_artifact(folder: Path) -> bool:
     """Of one target, or of several."""
     return (folder / MANIFEST).exists() or any(folder.glob(f"*/{MANIFEST}"))
 
@@ -71,7 +71,7 @@ def staging(output: Path) -> Iterator[Path]:
         ) from error
 
 
-def _check_tokenizer(folder: Path, source: Source) -> None:
+def check_tokenizer(folder: Path, source: Source) -> None:
     """Raise SourceError for a tokenizer that the runtime would refuse."""
     try:
         Tokenizer(folder)
@@ -85,7 +85,7 @@ def _check_tokenizer(folder: Path, source: Source) -> None:
             )
 
 
-def _check_images(source: Source) -> None:
+def check_images(source: Source) -> None:
     """Raise SourceError for settings that the runtime would refuse."""
     try:
         if source.image_settings is not None:
@@ -94,7 +94,7 @@ def _check_images(source: Source) -> None:
         raise SourceError(f"{source.name}: its images cannot be prepared: {error}") from error
 
 
-def _write_descriptions(folder: Path, source: Source, emitter: Emitter, target: Target) -> None:
+def write_descriptions(folder: Path, source: Source, emitter: Emitter, target: Target) -> None:
     """config.json, then artifact.json, which holds the hashes of all other files."""
     config = _model_config(emitter)
     (folder / CONFIG).write_text(_json(dataclasses.asdict(config)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from compile.formats.layout import DTYPES, QUANTIZED
@@ -41,17 +40,10 @@ class ModelOptions:
         return [f"{name}_bs{size}" for name, size in [*self.calls, *images]]
 
 
-Progress = Callable[[str, float | None], None]  # what is being done, and which share of it
-
-
 MAX_BATCH_SIZE = 256
 
 
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
-
-
-def silent(stage: str, share: float | None) -> None:
-    pass
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,20 +1,24 @@
-"""A progress line on the terminal while something is built."""
+"""How a build tells what it is doing: a callback, and the line that `sf-compile` shows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Display
+Progress = Callable[[str, float | None], None]  # what is being done; its share done, if known
 
-from compile.options import Progress
+
+def silent(stage: str, share: float | None) -> None:
+    """The Progress that shows nothing."""
 
 
 @contextmanager
 def progress_display() -> Iterator[Progress]:
-    """Yields the function that shows a stage on standard error."""
+    """A progress line on standard error, for as long as the context lasts."""
+    from rich.console import Console
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Display
+
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Display(*columns, console=Console(stderr=True), transient=True) as display:
         task = display.add_task("starting", total=None)

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from compile.formats.layout import DTYPES, Parameter
 from compile.formats.quantize import GROUP, ZERO, Groups, packed, quantized, with_bits
 from compile.models.rope import ROPE_BLOCK, rope_table
-from compile.models.tensors import expected_shapes, vision_shapes
-from compile.sources.open import Source, SourceTensor
+from compile.models.tensors import ModelTensor, model_tensors, source_shapes
+from compile.sources.source import Source, SourceTensor
 from sf_local.artifact import irpa
 from sf_local.errors import SourceError
 
@@ -37,12 +37,9 @@ class Segment:
 
 def check_tensors(source: Source) -> None:
     """Raise SourceError unless the source has exactly the tensors of its config."""
-    expected, model = (
-        expected_shapes(source.config),
-        f"a Llama of {source.config.num_layers} layers",
-    )
+    expected = source_shapes(model_tensors(source.config, source.vision))
+    model = f"a Llama of {source.config.num_layers} layers"
     if source.vision:
-        expected |= vision_shapes(source.vision, source.config.hidden_size)
         model += f" and a vision tower of {source.vision.num_layers}"
     missing = sorted(expected.keys() - source.tensors.keys())
     unknown = sorted(source.tensors.keys() - expected.keys())
@@ -71,11 +68,12 @@ def write_weights(
     """
     entries = [(p.name, type_name(p), p.num_bytes) for p in parameters]
     total = sum(num_bytes for _, _, num_bytes in entries)
+    table = {tensor.name: tensor for tensor in model_tensors(source.config, source.vision)}
 
     def blocks() -> Iterator[memoryview]:
         done = 0
         for parameter in parameters:
-            for block in _parameter_blocks(source, parameter):
+            for block in _parameter_blocks(source, table[parameter.name], parameter):
                 data = np.ascontiguousarray(block).view(np.uint8).reshape(-1).data
                 done += len(data)
                 yield data
@@ -89,12 +87,12 @@ def type_name(parameter: Parameter) -> str:
     return "x".join([*map(str, parameter.shape), parameter.dtype])
 
 
-def _parameter_blocks(source: Source, parameter: Parameter) -> Iterator[Array]:
-    if parameter.name == "rope":
+def _parameter_blocks(source: Source, tensor: ModelTensor, parameter: Parameter) -> Iterator[Array]:
+    if not tensor.sources:  # the table of RoPE, which is computed
         for start in range(0, parameter.shape[0], ROPE_BLOCK):
             yield rope_table(source.config, start, min(start + ROPE_BLOCK, parameter.shape[0]))
         return
-    segments = _segments(source.tensors, parameter)
+    segments = _segments(source.tensors, tensor, parameter.block)
     if len(parameter.shape) == 1:
         parts = [segment.tensor.read(slice(None)).astype(np.float32) for segment in segments]
         vector = np.concatenate(parts)
@@ -103,21 +101,19 @@ def _parameter_blocks(source: Source, parameter: Parameter) -> Iterator[Array]:
     yield from _matrix_blocks(segments, parameter)
 
 
-def _segments(tensors: Mapping[str, SourceTensor], parameter: Parameter) -> list[Segment]:
+def _segments(
+    tensors: Mapping[str, SourceTensor], tensor: ModelTensor, block: int
+) -> list[Segment]:
     """The rows of source tensors that make up a parameter, one after the other.
 
-    In blocks of a packed matrix, half of the features are gates and half are ups.
+    Of an interleaved one each block has as many rows of every part: half are gates, half are ups.
     """
-    if "attn_qkv" in parameter.name:
-        parts = [tensors[parameter.name.replace("attn_qkv", f"attn_{x}")] for x in "qkv"]
-        return [Segment(t, 0, t.shape[0]) for t in parts]
-    if "ffn_gate_up" in parameter.name:
-        gate, up = (tensors[parameter.name.replace("gate_up", x)] for x in ("gate", "up"))
-        step = parameter.block // 2 or gate.shape[0]
-        starts = range(0, gate.shape[0], step)
-        return [Segment(t, start, step) for start in starts for t in (gate, up)]
-    tensor = tensors[parameter.name]
-    return [Segment(tensor, 0, tensor.shape[0])]
+    parts = [tensors[name] for name in tensor.sources]
+    if not (tensor.is_interleaved and block):
+        return [Segment(part, 0, part.shape[0]) for part in parts]
+    step = block // len(parts)
+    starts = range(0, parts[0].shape[0], step)
+    return [Segment(part, start, step) for start in starts for part in parts]
 
 
 def _matrix_blocks(segments: Sequence[Segment], parameter: Parameter) -> Iterator[Array]:

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from compile.models.spec import LlamaConfig, VisionConfig
-from compile.models.tensors import expected_shapes, vision_shapes
+from compile.models.tensors import decoder_tensors, source_shapes, vision_tensors
 from compile.models.vision_families import NAMES
 from compile.tools.gpu_report import SHAPES, TOWERS
 
@@ -80,8 +80,8 @@ class SmolVLM:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all tensors, by Hugging Face's names."""
-        text, size = expected_shapes(self.text), self.tower.patch_size
-        tower = vision_shapes(self.tower, self.text.hidden_size)
+        text, size = source_shapes(decoder_tensors(self.text).all), self.tower.patch_size
+        tower = source_shapes(vision_tensors(self.tower, self.text.hidden_size).all)
         tower["v.patch_embd.weight"] = (self.tower.hidden_size, 3, size, size)
         return {
             **{hf_name(n).replace("model.", "model.text_model."): s for n, s in text.items()},

@@ -1,181 +1,94 @@
-"""Llama with a paged KV cache, emitted as tensor operations: for GPUs, whose kernels IREE writes.
+"""The layers of a Llama over a paged KV cache, as tensor operations for GPUs.
 
-Matrices are row-major and products plain contractions, in which IREE finds what the chip
-multiplies. Shapes: N rows of a batch, S tokens a row, T = N*S, B pages a row, P tokens a page,
-L layers, G query heads per KV head (KH), D head_dim, C = B*P context positions. Prefill computes
-whole tiles: there S and C are multiples of a tile's size, the rest padding that nothing reads. By
-what divides a size, IREE chooses its tiles, and by these matrix instructions.
+Shapes: N rows of a batch, S tokens a row, T = N*S, B pages a row, P tokens a page, L layers,
+H hidden features, KH KV heads, G query heads per KV head, D head_dim, C = B*P context positions.
+Prefill computes whole tiles of tokens: there S and C are multiples of a tile's size, the rest being
+padding that nothing reads. IREE chooses the tiles of its kernels by what divides a size, and by
+them the chip's matrix instructions.
 
-A page is [L, P, 2, KH, D]: one token of one layer is one contiguous row of keys, then values.
+A page of the cache is [L, P, 2, KH, D]: one token of one layer is one contiguous row of keys, then
+values.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from compile.formats.layout import MASKED, SUMMARY, Parameter
-from compile.gpu.linear import Weights, whole_subgroups
-from compile.gpu.vision import VisionEmitter
+from compile.gpu.linear import Weights, rms_norm
 from compile.mlir import abi
 from compile.mlir.builder import Builder, Dim, Tensor
 from compile.mlir.values import Scalar
-from compile.models.spec import LlamaConfig, VisionConfig
+from compile.models.spec import LlamaConfig
 from compile.options import ModelOptions
-
-SEARCHED_AT_ONCE = 128  # logits: four for each of 32 lanes
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one call: [N, S] tokens."""
+    """The rows of one call."""
 
-    num_rows: int
-    seq_len: Dim
+    layers: Sequence[str]  # the number of each, as an index
     tokens: Tensor  # [N, S] i64
-    start: Tensor  # [N] i64
-    seq_lens: Tensor  # [N] i64
+    start: Tensor  # [N] i64, the first position of each row
+    seq_lens: Tensor  # [N] i64, the position after each row's last token
     page_ids: Tensor  # [N, B] i64
-    embeds: Tensor | None  # [N, S, H] f32, of tokens that are negative
+    embeds: Tensor | None  # [N, S, H] f32, which stand in where tokens are negative
+
+    @property
+    def num_rows(self) -> int:
+        """N"""
+        return int(self.tokens.shape[0])
+
+    @property
+    def seq_len(self) -> Dim:
+        """S, padding included"""
+        return self.tokens.shape[1]
 
 
 @dataclass(frozen=True)
 class Tables:
     """Index tables, computed once a call and shared by all layers."""
 
-    layers: Sequence[str]  # the number of each, as an index
     write_rows: Tensor  # [L, N*S] i32: row of the cache that each token's K and V go to
     read_pages: Tensor  # [L, N, B] i32: page of the cache, per layer
     rope: Tensor  # [N, S, 2, D/2] f32: cosines, then sines
-    mask: Tensor  # [N, S, C]: what is added to scores
+    mask: Tensor  # [N, S, C], in the KV dtype: what is added to scores
 
 
-class LlamaEmitter:
-    """Writes one module for `config` and `options`; `emit()` returns its text."""
+class Decoder:
+    """Writes all layers of a model into a function, for rows of tokens."""
 
     def __init__(
-        self,
-        config: LlamaConfig,
-        options: ModelOptions,
-        tile: int = 64,
-        vision: VisionConfig | None = None,
+        self, config: LlamaConfig, options: ModelOptions, weights: Weights, tile: int
     ) -> None:
-        self.config, self.options, self.tile = config, options, tile
-        self.context_tile = tile // 2  # of more, a gfx1100 runs out of registers
-        self.b = Builder()
-        self.weights = Weights(self.b, options.weight_dtype)
-        self.kv_row = 2 * config.num_kv_heads * config.head_dim
-        self.page_elements = config.num_layers * options.page_size * self.kv_row
-        self._declare_parameters()
-        self._vision = vision and VisionEmitter(vision, config.hidden_size, self.weights, tile)
+        self.config, self.options = config, options
+        self.weights, self.b, self.tile = weights, weights.b, tile
+        self.attention = Attention(config, options, weights, tile)
 
-    @property
-    def parameters(self) -> dict[str, Parameter]:
-        return self.weights.parameters
+    def batch(self, args: Mapping[str, Tensor]) -> Batch:
+        """The rows of a call whose arguments are those of `abi.function`; tokens are padded to
+        whole tiles."""
+        b, tokens = self.b, args["tokens"]
+        # Before all work, which they would cut in pieces
+        layers = [b.hidden(i) for i in range(self.config.num_layers)]
+        n, num_tokens = tokens.shape
+        if isinstance(num_tokens, str):
+            size = _whole(b, num_tokens, _tokens_of_row(self.tile, int(n)))
+            tokens = b.pad(tokens, 1, size, 0)
+        return Batch(layers, tokens, args["start_pos"], args["seq_lens"], args["seq_block_ids"],
+                     args.get("embeds"))  # fmt: skip
 
-    def emit(self) -> str:
-        self.weights.declare()
-        for name, size in self.options.calls:
-            self._function(name, size)
-        if self._vision:
-            for size in self.options.image_batch_sizes:
-                with abi.image_function(self.b, size, self._vision.config.image_size) as pixels:
-                    abi.return_results(self.b, [self._vision.encode(pixels)])
-        return self.b.text("module")
-
-    # Parameters
-
-    def _declare_parameters(self) -> None:
-        c = self.config
-        hidden, inner = c.hidden_size, c.intermediate_size
-        qkv = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-        self.weights.matrix("token_embd.weight", c.vocab_size, hidden)
-        self.weights.vector("rope", self.options.max_seq_len, 2, c.head_dim // 2)
-        for i in range(c.num_layers):
-            self.weights.vector(f"blk.{i}.attn_norm.weight", hidden)
-            self.weights.matrix(f"blk.{i}.attn_qkv.weight", qkv, hidden)
-            self.weights.matrix(f"blk.{i}.attn_output.weight", hidden, c.num_heads * c.head_dim)
-            self.weights.vector(f"blk.{i}.ffn_norm.weight", hidden)
-            self.weights.matrix(f"blk.{i}.ffn_gate_up.weight", 2 * inner, hidden)
-            self.weights.matrix(f"blk.{i}.ffn_down.weight", hidden, inner)
-        self.weights.vector("output_norm.weight", hidden)
-        if not c.tied_embeddings:
-            self.weights.matrix("output.weight", c.vocab_size, hidden)
-
-    # Functions of the ABI
-
-    def _function(self, name: str, n: int) -> None:
-        """One that returns all logits, or the last ones of each row with what sums them up."""
-        b = self.b
-        size = self.options.page_size, self.config.hidden_size
-        with abi.function(b, name, n, *size, num_summed=2) as (args, is_next):
-            pages = abi.import_cache(b, self.page_elements, self.options.kv_dtype)
-            slots = self.config.num_layers * self.options.page_size
-            cache = b.collapse(b.expand(pages, 1, slots, self.kv_row), 0, 2)
-            # Before all work, which they would cut in pieces
-            self._layer_numbers = [b.hidden(i) for i in range(self.config.num_layers)]
-            tokens, num_tokens = args["tokens"], args["tokens"].shape[1]
-            if isinstance(num_tokens, str):
-                tokens = b.pad(tokens, 1, self._whole(num_tokens, self._row_tile(n)), 0)
-            batch = Batch(n, tokens.shape[1], tokens, args["start_pos"], args["seq_lens"],
-                          args["seq_block_ids"], args.get("embeds"))  # fmt: skip
-            x, cache = self._layers(batch, cache)
-            if is_next:
-                logits = self._logits(self._last_rows(x, batch))
-                results = [b.expand(logits, 0, n, 1), self._sums(logits, args["scales"])]
-            else:
-                logits = b.expand(self._logits(x), 0, n, batch.seq_len)
-                results = [b.slice(logits, 1, 0, num_tokens)]
-            cache = b.collapse(b.expand(cache, 0, pages.shape[0], slots), 1, 2)
-            abi.return_results(b, results, abi.store_cache(b, cache))
-
-    # The model
-
-    def _layers(self, batch: Batch, cache: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual stream [T, H] after all layers."""
-        tables = self._tables(batch)
+    def run(self, batch: Batch, cache: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream [T, H] f32 after all layers, and the cache [rows, 2*KH*D]."""
+        tables = self.attention.tables(batch)
         x = self._embed(batch)
         for i in range(self.config.num_layers):
-            x, cache = self._attention(x, cache, batch, tables, i)
+            heads = self._norm_times(x, f"blk.{i}.attn_norm.weight", f"blk.{i}.attn_qkv.weight")
+            out, cache = self.attention.attend(heads, cache, batch, tables, i)
+            x = self.weights.linear(out, f"blk.{i}.attn_output.weight", x)
             x = self._mlp(x, i)
         return x, cache
-
-    def _attention(
-        self, x: Tensor, cache: Tensor, batch: Batch, tables: Tables, i: int
-    ) -> tuple[Tensor, Tensor]:
-        c, b = self.config, self.b
-        qkv = self.weights.linear(
-            self._norm(x, f"blk.{i}.attn_norm.weight"), f"blk.{i}.attn_qkv.weight"
-        )
-        heads = b.expand(qkv, 0, batch.num_rows, batch.seq_len)
-        num_heads = c.num_heads + 2 * c.num_kv_heads
-        heads = b.expand(heads, 2, num_heads, 2, c.head_dim // 2)  # [N, S, h, 2, D/2]
-        cache = self._store(self._cache_rows(heads, tables), cache, tables, i)
-        q = self._queries(heads, tables)
-        out = self._attend(q, self._context(cache, tables, i), tables)  # [N, S, KH, G, D]
-        out = b.collapse(b.collapse(out, 2, 3), 0, 2)
-        return self.weights.linear(out, f"blk.{i}.attn_output.weight", x), cache
-
-    def _mlp(self, x: Tensor, i: int) -> Tensor:
-        """x + down(silu(gate(norm(x))) * up(norm(x)))"""
-        c, b = self.config, self.b
-        y = self._norm(x, f"blk.{i}.ffn_norm.weight")
-        gate_up = self.weights.linear(y, f"blk.{i}.ffn_gate_up.weight")  # gate features, then up
-        gate_up = b.expand(gate_up, 1, 2, c.intermediate_size)
-
-        def silu_times() -> Scalar:
-            gate, up = (
-                b.extract(gate_up, b.position("t"), b.scalar(j, "index"), b.position("f"))
-                for j in (0, 1)
-            )
-            return (gate / ((gate * -1.0).math("exp") + 1.0) * up).to(self.options.weight_dtype)
-
-        shape = (x.shape[0], c.intermediate_size)
-        hidden = b.generic("->tf", [], shape, self.options.weight_dtype, silu_times)
-        return self.weights.linear(hidden, f"blk.{i}.ffn_down.weight", x)
-
-    # Building blocks
 
     def _embed(self, batch: Batch) -> Tensor:
         """The residual stream [T, H] f32: rows of the embedding, or those that were given."""
@@ -194,113 +107,78 @@ class LlamaEmitter:
         shape = (*batch.tokens.shape, self.config.hidden_size)
         return b.collapse(b.generic("ns->nsh", [batch.tokens], shape, "f32", lookup), 0, 2)
 
-    def _norm(self, x: Tensor, name: str) -> Tensor:
-        """RMS norm of x [T, H], as the left operand of a product."""
-        dtype = self.options.weight_dtype
-        squares = self.b.generic(
-            "th->t", [x], x.shape[:1], "f32", lambda v, acc: acc + v * v, init=0.0
-        )
-
-        def scale(v: Scalar, total: Scalar, w: Scalar) -> Scalar:
-            mean = total * (1 / self.config.hidden_size) + self.config.rms_eps
-            return (v * mean.math("rsqrt") * w).to(dtype)
-
-        return self.b.generic(
-            "th,t,h->th", [x, squares, self.weights.load(name)], x.shape, dtype, scale
-        )
-
-    def _last_rows(self, x: Tensor, batch: Batch) -> Tensor:
-        """[N, H]: the rows of x [T, H] that belong to each row's last valid token."""
-        seq_len = self.b.index(batch.seq_len)
-
-        def pick(start: Scalar, end: Scalar) -> Scalar:
-            local = (end - start - 1).to("index").clamp(0, seq_len - 1)
-            row = self.b.position("n") * seq_len + local
-            return self.b.extract(x, row, self.b.position("h"))
-
-        shape = (batch.num_rows, self.config.hidden_size)
-        return self.b.generic("n,n->nh", [batch.start, batch.seq_lens], shape, "f32", pick)
-
-    def _logits(self, x: Tensor) -> Tensor:
-        """[T, V] f32"""
-        head = "token_embd.weight" if self.config.tied_embeddings else "output.weight"
-        return self.weights.linear(self._norm(x, "output_norm.weight"), head)
-
-    def _sums(self, logits: Tensor, scales: Tensor) -> Tensor:
-        """What sums up logits [N, V], in one small array that is copied to the host: the first of
-        the likeliest tokens, then of each block the maximum, then the sum of
-        exp((logit - maximum) * scale).
-        """
-        b, (n, vocab) = self.b, logits.shape
-        assert isinstance(vocab, int)
-        num_blocks = -(-vocab // SUMMARY)
-        blocks = b.pad(logits, 1, num_blocks * SUMMARY, MASKED)
-        blocks = b.expand(blocks, 1, num_blocks, SUMMARY)
-        maxima = b.generic(
-            "nbi->nb", [blocks], (n, num_blocks), "f32",
-            lambda v, acc: acc.maximum(v), init=MASKED,
-        )  # fmt: skip
-        sums = b.generic(
-            "nbi,nb,n->nb", [blocks, maxima, scales], maxima.shape, "f32",
-            lambda v, top, scale, acc: acc + ((v - top) * scale).math("exp"), init=0.0,
-        )  # fmt: skip
-        best = self._first_largest(blocks, maxima, vocab)
-
-        def entry() -> Scalar:
-            place, row = b.position("k"), b.position("n")
-            of_maximum = (place - 1).clamp(0, b.scalar(num_blocks - 1, "index"))
-            of_sum = (place - 1 - num_blocks).clamp(0, b.scalar(num_blocks - 1, "index"))
-            block = place.less(b.scalar(1 + num_blocks, "index")).select(
-                b.extract(maxima, row, of_maximum), b.extract(sums, row, of_sum)
-            )
-            token = b.extract(best, row).to("f32")  # exact below 2^24
-            return place.less(b.scalar(1, "index")).select(token, block)
-
-        return b.generic("->nk", [], (n, 1 + 2 * num_blocks), "f32", entry)
-
-    def _first_largest(self, blocks: Tensor, maxima: Tensor, vocab: int) -> Tensor:
-        """[N] i32: of each part of the blocks [N, b, i] the first largest of the row, then the
-        first of those.
-
-        A part is what a subgroup of 32 reads at once, four numbers a lane: iree-compile 3.9.0
-        numbers the elements of a reduction that takes longer as if all were in its first part.
-        """
-        b, (n, num_blocks, size) = self.b, blocks.shape
-        none = b.scalar(vocab - 1, "i32")
-        num_parts = int(size) // SEARCHED_AT_ONCE
-        maxima = b.pad(maxima, 1, whole_subgroups(int(num_blocks)), MASKED)
-        top = b.generic("nb->n", [maxima], (n,), "f32", lambda v, acc: acc.maximum(v), MASKED)
-
-        def first_of_part(v: Scalar, top: Scalar, acc: Scalar) -> Scalar:
-            part = b.position("b") * num_parts + b.position("p")
-            token = part * SEARCHED_AT_ONCE + b.position("i")
-            return acc.unsigned_minimum(v.is_below(top).select(none, token.to("i32")))
-
-        parts = b.expand(blocks, 2, num_parts, SEARCHED_AT_ONCE)
-        firsts = b.generic(
-            "nbpi,n->nbp", [parts, top], parts.shape[:-1], "i32", first_of_part, vocab - 1
-        )
-        firsts = b.collapse(firsts, 1, 2)
-        firsts = b.pad(firsts, 1, whole_subgroups(int(firsts.shape[1])), vocab - 1)
-        return b.generic(
-            "nk->n", [firsts], (n,), "i32", lambda v, acc: acc.unsigned_minimum(v), vocab - 1
-        )
-
-    # Building blocks of attention
-
-    def _tables(self, batch: Batch) -> Tables:
+    def _mlp(self, x: Tensor, i: int) -> Tensor:
+        """x + down(silu(gate(norm(x))) * up(norm(x)))"""
         c, b = self.config, self.b
-        n, s, page = batch.num_rows, batch.seq_len, self.options.page_size
-        layers = c.num_layers
+        gate_up = self._norm_times(x, f"blk.{i}.ffn_norm.weight", f"blk.{i}.ffn_gate_up.weight")
+        gate_up = b.expand(gate_up, 1, 2, c.intermediate_size)  # gate features, then up
+
+        def silu_times() -> Scalar:
+            gate, up = (
+                b.extract(gate_up, b.position("t"), b.scalar(j, "index"), b.position("f"))
+                for j in (0, 1)
+            )
+            return (gate / ((gate * -1.0).math("exp") + 1.0) * up).to(self.options.weight_dtype)
+
+        shape = (x.shape[0], c.intermediate_size)
+        hidden = b.generic("->tf", [], shape, self.options.weight_dtype, silu_times)
+        return self.weights.linear(hidden, f"blk.{i}.ffn_down.weight", x)
+
+    def _norm_times(self, x: Tensor, norm: str, matrix: str) -> Tensor:
+        """The RMS norm of x [T, H] times a matrix [F, H]: [T, F] f32."""
+        y = rms_norm(self.weights, x, norm, self.config.rms_eps)
+        return self.weights.linear(y, matrix)
+
+
+class Attention:
+    """Writes the attention of a layer, which stores keys and values in the cache and reads them."""
+
+    def __init__(
+        self, config: LlamaConfig, options: ModelOptions, weights: Weights, tile: int
+    ) -> None:
+        self.config, self.options = config, options
+        self.weights, self.b, self.tile = weights, weights.b, tile
+        self.context_tile = tile // 2  # of more, a gfx1100 runs out of registers
+
+    def tables(self, batch: Batch) -> Tables:
+        """What all layers of a call need to know of its rows."""
+        b = self.b
         last = b.scalar(self.options.max_seq_len - 1, "i64")
         positions = b.generic(
-            "n->ns", [batch.start], (n, s), "i64",
+            "n->ns", [batch.start], batch.tokens.shape, "i64",
             lambda start: (start + b.position("s").to("i64")).minimum(last),
         )  # fmt: skip
-        num_pages = b.index(batch.page_ids.shape[1])
         width = batch.page_ids.shape[1]
-        if s != 1:
-            width = self._whole(width, max(1, self.context_tile // page))
+        if batch.seq_len != 1:
+            width = _whole(b, width, max(1, self.context_tile // self.options.page_size))
+        write_rows = self._write_rows(batch)
+        read_pages = self._read_pages(batch, width)
+        rope, mask = self._rope(positions), self._mask(positions, width)
+        return Tables(b.collapse(write_rows, 1, 2), read_pages, rope, mask)
+
+    def attend(
+        self, qkv: Tensor, cache: Tensor, batch: Batch, tables: Tables, i: int
+    ) -> tuple[Tensor, Tensor]:
+        """What layer `i` attends to, [T, heads * D] in the weights' dtype, and the cache.
+
+        qkv: queries, keys and values of all heads, [T, heads * D] f32.
+        """
+        c, b = self.config, self.b
+        heads = b.expand(qkv, 0, batch.num_rows, batch.seq_len)
+        num_heads = c.num_heads + 2 * c.num_kv_heads
+        heads = b.expand(heads, 2, num_heads, 2, c.head_dim // 2)  # [N, S, h, 2, D/2]
+        layer = batch.layers[i]
+        cache = self._store(self._cache_rows(heads, tables), cache, tables, layer)
+        q = self._queries(heads, tables)
+        out = self._attend(q, self._context(cache, tables, layer), tables)  # [N, S, KH, G, D]
+        return b.collapse(b.collapse(out, 2, 3), 0, 2), cache
+
+    # Tables
+
+    def _write_rows(self, batch: Batch) -> Tensor:
+        """[L, N, S] i32; tokens of padding go to page 0."""
+        b, layers, page = self.b, self.config.num_layers, self.options.page_size
+        num_pages = b.index(batch.page_ids.shape[1])
 
         def write_row(start: Scalar, end: Scalar) -> Scalar:
             position = start + b.position("s").to("i64")
@@ -312,41 +190,44 @@ class LlamaEmitter:
             row = (page_id * layers + b.position("l")) * page + slot % page
             return row.to("i32")
 
-        write_rows = b.generic(
-            "n,n->lns", [batch.start, batch.seq_lens], (layers, n, s), "i32", write_row
-        )
+        shape = (layers, *batch.tokens.shape)
+        return b.generic("n,n->lns", [batch.start, batch.seq_lens], shape, "i32", write_row)
+
+    def _read_pages(self, batch: Batch, width: Dim) -> Tensor:
+        """[L, N, width] i32: page 0 beyond the page table, all of which is masked."""
+        b, layers = self.b, self.config.num_layers
+        num_pages = b.index(batch.page_ids.shape[1])
 
         def read_page() -> Scalar:
-            """Page 0 beyond the table, all of which is masked."""
             i = b.position("b")
             page_id = b.extract(batch.page_ids, b.position("n"), i.minimum(num_pages - 1))
             page_id = i.less(num_pages).select(page_id.to("index"), b.scalar(0, "index"))
             return (page_id * layers + b.position("l")).to("i32")
 
-        read_pages = b.generic("->lnb", [], (layers, n, width), "i32", read_page)
-        table = self.weights.load("rope")
-        rope = b.generic(
-            "ns->nstd", [positions], (n, s, *table.shape[1:]), "f32",
+        return b.generic("->lnb", [], (layers, batch.num_rows, width), "i32", read_page)
+
+    def _rope(self, positions: Tensor) -> Tensor:
+        """Cosines and sines at positions [N, S] i64: [N, S, 2, D/2] f32."""
+        b, table = self.b, self.weights.load("rope")
+        return b.generic(
+            "ns->nstd", [positions], (*positions.shape, *table.shape[1:]), "f32",
             lambda p: b.extract(table, p.to("index"), b.position("t"), b.position("d")),
         )  # fmt: skip
-        dtype = self.options.kv_dtype
-        mask = b.generic(
-            "ns->nsc", [positions], (n, s, b.product(width, page)), dtype,
+
+    def _mask(self, positions: Tensor, width: Dim) -> Tensor:
+        """[N, S, C]: hides what follows each of the positions [N, S]."""
+        b, dtype = self.b, self.options.kv_dtype
+        shape = (*positions.shape, b.product(width, self.options.page_size))
+        return b.generic(
+            "ns->nsc", [positions], shape, dtype,
             lambda position: position.less(b.position("c").to("i64")).select(
                 b.scalar(-1e4, dtype), b.scalar(0.0, dtype)),
         )  # fmt: skip
-        return Tables(self._layer_numbers, b.collapse(write_rows, 1, 2), read_pages, rope, mask)
 
-    def _whole(self, size: Dim, unit: int) -> Dim:
-        """A size, rounded up to a multiple of `unit`."""
-        whole = (self.b.index(size) + (unit - 1)) // unit * unit
-        return self.b.multiple(whole, unit, abi.MAX_ARGUMENT_SIZE).name
-
-    def _halves(self, x: Tensor, axis: int) -> list[Tensor]:
-        return [self.b.slice(x, axis, i, 1, drop=True) for i in (0, 1)]
+    # Queries, keys and values
 
     def _queries(self, heads: Tensor, tables: Tables) -> Tensor:
-        """[N, S, KH, G, D]"""
+        """Rotated queries [N, S, KH, G, D]."""
         c, b, dtype = self.config, self.b, self.options.kv_dtype
         n, s, _, _, half = heads.shape
         q = b.generic(
@@ -394,21 +275,26 @@ class LlamaEmitter:
         n, s, d = (self.b.position(letter) for letter in "nsd")
         return self.b.extract(x, n, s, *indices, d)
 
-    def _store(self, rows: Tensor, cache: Tensor, tables: Tables, i: int) -> Tensor:
-        indices = self.b.slice(tables.write_rows, 0, tables.layers[i], 1, drop=True)
+    # The cache
+
+    def _store(self, rows: Tensor, cache: Tensor, tables: Tables, layer: str) -> Tensor:
+        """The cache with the rows [N*S, 2*KH*D] of a layer."""
+        indices = self.b.slice(tables.write_rows, 0, layer, 1, drop=True)
         return self.b.scatter(rows, self.b.expand(indices, 0, indices.shape[0], 1), cache)
 
-    def _context(self, cache: Tensor, tables: Tables, i: int) -> Tensor:
-        """[N, C, 2, KH, D]: keys and values of layer `i`, of all pages of each row."""
+    def _context(self, cache: Tensor, tables: Tables, layer: str) -> Tensor:
+        """[N, C, 2, KH, D]: keys and values of a layer, of all pages of each row."""
         c, b, page = self.config, self.b, self.options.page_size
         pages = b.index(cache.shape[0]) // page
         by_page = b.collapse(b.expand(cache, 0, pages.name, page), 1, 2)
-        ids = b.slice(tables.read_pages, 0, tables.layers[i], 1, drop=True)
+        ids = b.slice(tables.read_pages, 0, layer, 1, drop=True)
         context = b.expand(b.gather(by_page, ids), 2, page, 2, c.num_kv_heads, c.head_dim)
         return b.collapse(context, 1, 2)
 
+    # Attention
+
     def _attend(self, q: Tensor, context: Tensor, tables: Tables) -> Tensor:
-        """Causal attention of queries [N, S, KH, G, D], of the same shape.
+        """Causal attention of queries [N, S, KH, G, D] to a context: of the queries' shape.
 
         Matrix instructions need inner sizes that are known: prefill's S and C are split in tiles.
         """
@@ -418,7 +304,7 @@ class LlamaEmitter:
             keys, values = self._halves(context, 2)
             spec = "nshgd,nchd,nchv,nsc->nshgv"
             return b.attention("nhgsdcv", spec, q, keys, values, scale, mask, dtype)
-        rows = self._row_tile(int(q.shape[0]))
+        rows = _tokens_of_row(self.tile, int(q.shape[0]))
         mask = self._tiled(self._tiled(mask, 2, self.context_tile), 1, rows)
         q, context = self._tiled(q, 1, rows), self._tiled(context, 1, self.context_tile)
         keys, values = self._halves(context, 3)
@@ -427,13 +313,23 @@ class LlamaEmitter:
         out = b.generic("noshgd->noshgd", [out], out.shape, dtype, lambda v: v.to(dtype))
         return b.collapse(out, 1, 2)
 
-    def _row_tile(self, n: int) -> int:
-        """Tokens of each of n rows that are computed together: T is a multiple of one tile.
-
-        Of more, IREE would make tiles that local memory has no room for.
-        """
-        return max(1, self.tile // n)
+    def _halves(self, x: Tensor, axis: int) -> list[Tensor]:
+        return [self.b.slice(x, axis, i, 1, drop=True) for i in (0, 1)]
 
     def _tiled(self, x: Tensor, axis: int, tile: int) -> Tensor:
         """Dimension `axis`, a multiple of a tile, as two."""
         return self.b.expand(x, axis, (self.b.index(x.shape[axis]) // tile).name, tile)
+
+
+def _tokens_of_row(tile: int, n: int) -> int:
+    """Tokens of each of n rows that are computed together: T is a multiple of one tile.
+
+    Of more, IREE would make tiles that local memory has no room for.
+    """
+    return max(1, tile // n)
+
+
+def _whole(b: Builder, size: Dim, unit: int) -> Dim:
+    """A size, rounded up to a multiple of `unit`."""
+    whole = (b.index(size) + (unit - 1)) // unit * unit
+    return b.multiple(whole, unit, abi.MAX_ARGUMENT_SIZE).name

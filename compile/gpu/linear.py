@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from compile.formats.layout import Parameter
 from compile.mlir.builder import Builder, Dim, Tensor, tensor_type
 from compile.mlir.values import Scalar
+from compile.models.tensors import ModelTensor
 from sf_local.errors import UnsupportedError
 
 SUBGROUP = 64  # threads that reduce together: what they do not divide, a single one reduces
@@ -29,14 +32,14 @@ class Weights:
         self.b, self.dtype = b, dtype
         self.parameters: dict[str, Parameter] = {}
 
-    def matrix(self, name: str, rows: int, cols: int) -> None:
-        self.parameters[name] = Parameter(name, (rows, cols), self.dtype)
-
-    def vector(self, name: str, *shape: int) -> None:
-        self.parameters[name] = Parameter(name, shape, "f32")
+    def add(self, tensors: Iterable[ModelTensor]) -> None:
+        """Add parameters, row by row as the model's table has them."""
+        for tensor in tensors:
+            dtype = self.dtype if tensor.is_matrix else "f32"
+            self.parameters[tensor.name] = Parameter(tensor.name, tensor.shape, dtype)
 
     def declare(self) -> None:
-        """Emit all of them as globals."""
+        """Emit all parameters as globals."""
         for name, parameter in self.parameters.items():
             self.b.emit(
                 f'util.global private @"{name}" = #flow.parameter.named<"model"::"{name}"> : '
@@ -81,6 +84,19 @@ class Weights:
         if residual is None:
             return product
         return b.generic("tn,tn->tn", [product, residual], product.shape, "f32", Scalar.__add__)
+
+
+def rms_norm(weights: Weights, x: Tensor, name: str, epsilon: float) -> Tensor:
+    """RMS norm of x [T, H] f32 with the weight `name` [H], as the left operand of a product."""
+    b, count = weights.b, int(x.shape[1])
+    squares = b.generic("th->t", [x], x.shape[:1], "f32", lambda v, acc: acc + v * v, init=0.0)
+
+    def scale(v: Scalar, total: Scalar, w: Scalar) -> Scalar:
+        mean = total * (1 / count) + epsilon
+        return (v * mean.math("rsqrt") * w).to(weights.dtype)
+
+    operands = [x, squares, weights.load(name)]
+    return b.generic("th,t,h->th", operands, x.shape, weights.dtype, scale)
 
 
 def _num_parts(rows: Dim, depth: int, columns: int, has_residual: bool) -> int:

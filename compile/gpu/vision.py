@@ -19,6 +19,7 @@ from compile.mlir.activations import activation, gelu
 from compile.mlir.builder import Dim, Tensor
 from compile.mlir.values import Scalar
 from compile.models.spec import VisionConfig
+from compile.models.tensors import vision_tensors
 
 HIDDEN_SCORE = -1e4  # of padding: finite in f16
 
@@ -29,41 +30,9 @@ class VisionEmitter:
     def __init__(
         self, config: VisionConfig, text_hidden: int, weights: Weights, block: int
     ) -> None:
-        self.config, self.text_hidden, self.w, self.b = config, text_hidden, weights, weights.b
+        self.config, self.w, self.b = config, weights, weights.b
         self.block = block
-        self._declare()
-
-    def _declare(self) -> None:
-        c, w = self.config, self.w
-        hidden, inner = c.hidden_size, c.intermediate_size
-        w.matrix("v.patch_embd.weight", hidden, c.patch_elements)
-        w.vector("v.position_embd.weight", c.num_positions, hidden)
-        if c.has_class_token:
-            w.vector("v.class_embd", hidden)
-            self._declare_norm("v.pre_ln")
-        else:
-            w.vector("v.patch_embd.bias", hidden)
-        for i in range(c.num_layers):
-            for name in ("ln1", "ln2"):
-                self._declare_norm(f"v.blk.{i}.{name}")
-            self._declare_linear(f"v.blk.{i}.attn_qkv", 3 * hidden, hidden)
-            self._declare_linear(f"v.blk.{i}.attn_out", hidden, hidden)
-            self._declare_linear(f"v.blk.{i}.ffn_up", inner, hidden)
-            self._declare_linear(f"v.blk.{i}.ffn_down", hidden, inner)
-        if c.family == "llava":
-            self._declare_linear("mm.1", self.text_hidden, hidden)
-            self._declare_linear("mm.2", self.text_hidden, self.text_hidden)
-        else:
-            self._declare_norm("v.post_ln")
-            w.matrix("mm.fc.weight", self.text_hidden, hidden * c.scale_factor**2)
-
-    def _declare_norm(self, name: str) -> None:
-        for part in ("weight", "bias"):
-            self.w.vector(f"{name}.{part}", self.config.hidden_size)
-
-    def _declare_linear(self, name: str, rows: int, cols: int) -> None:
-        self.w.matrix(f"{name}.weight", rows, cols)
-        self.w.vector(f"{name}.bias", rows)
+        self.w.add(vision_tensors(config, text_hidden).all)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Embeddings [N, tokens, E] f32 of pixels [N, 3, size, size]."""

@@ -1,6 +1,7 @@
-"""What Idefics3, SmolVLM and LLaVA-1.5 have besides a Llama: a vision tower, and its images.
+"""The families of Idefics3, SmolVLM and LLaVA-1.5: a vision tower that feeds a Llama.
 
-Defaults are those of transformers' classes.
+Their configs, names of tensors, and how images are prepared. Defaults are those of transformers'
+classes.
 """
 
 import re
@@ -10,7 +11,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from compile.models.spec import VisionConfig
+from compile.models import llama
+from compile.models.spec import LlamaConfig, VisionConfig
+from compile.models.tensors import VISION, hf_names
 from compile.reading import (
     Numbers,
     Supported,
@@ -23,24 +26,7 @@ from compile.reading import (
 from sf_local.errors import SourceError
 
 FAMILIES = {"idefics3": "idefics3", "smolvlm": "idefics3", "llava": "llava"}  # by model_type
-NAMES = {
-    "embeddings.patch_embedding": "v.patch_embd",
-    "embeddings.position_embedding": "v.position_embd",
-    "embeddings.class_embedding": "v.class_embd",
-    "pre_layrnorm": "v.pre_ln",
-    "layer_norm1": "v.blk.{}.ln1",
-    "self_attn.q_proj": "v.blk.{}.attn_q",
-    "self_attn.k_proj": "v.blk.{}.attn_k",
-    "self_attn.v_proj": "v.blk.{}.attn_v",
-    "self_attn.out_proj": "v.blk.{}.attn_out",
-    "layer_norm2": "v.blk.{}.ln2",
-    "mlp.fc1": "v.blk.{}.ffn_up",
-    "mlp.fc2": "v.blk.{}.ffn_down",
-    "post_layernorm": "v.post_ln",
-    "connector.modality_projection.proj": "mm.fc",
-    "multi_modal_projector.linear_1": "mm.1",
-    "multi_modal_projector.linear_2": "mm.2",
-}
+NAMES = hf_names(VISION)
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 LLAMA = {
     "model_type": "llama",
@@ -117,6 +103,12 @@ PROCESSOR: Supported = {
 }
 
 
+def hf_config(path: Path, raw: dict[str, Any]) -> tuple[LlamaConfig, VisionConfig | None]:
+    """The Llama and the tower of a config.json."""
+    vision = vision_config(path, raw)
+    return llama.llama_config(*text_config(path, raw)), vision
+
+
 def vision_config(path: Path, raw: Mapping[str, Any]) -> VisionConfig:
     """The vision tower of a config.json; raises SourceError, and UnsupportedError for others."""
     family = FAMILIES[raw["model_type"]]
@@ -161,8 +153,8 @@ def text_config(path: Path, raw: Mapping[str, Any]) -> tuple[str, dict[str, Any]
     }
 
 
-def vision_name(name: str) -> str | None:
-    """The canonical name of a tensor of the tower or the connector; None for others.
+def canonical_name(name: str) -> str:
+    """The name in `models.tensors` of a tensor that a folder calls `name`; else `name`.
 
     By model and version, a tower is in model.vision_model, vision_tower.vision_model, vision_tower,
     or model.vision_tower.vision_model, and LLaVA's connector in model or not.
@@ -170,36 +162,38 @@ def vision_name(name: str) -> str | None:
     prefix = r"(?:model\.)?(?:vision_(?:tower|model)\.)*(?:encoder\.layers\.(\d+)\.)?"
     found = re.fullmatch(prefix + r"(.+?)(\.weight|\.bias)?", name)
     if not found or found[2] not in NAMES:
-        return None
+        return llama.canonical_name(name)
     return NAMES[found[2]].format(found[1]) + (found[3] or "")
 
 
-def is_computed(name: str, config: VisionConfig) -> bool:
-    """Whether a tensor counts: what follows LLaVA's feature layer does not."""
+def is_weight(name: str, config: LlamaConfig, vision: VisionConfig | None) -> bool:
+    """As of a Llama; and not what follows LLaVA's feature layer, from which patches are taken."""
+    assert vision is not None
     layer = re.match(r"v\.blk\.(\d+)\.", name)
-    follows = int(layer[1]) >= config.num_layers if layer else name.startswith("v.post_ln.")
-    return config.family != "llava" or not follows
+    follows = int(layer[1]) >= vision.num_layers if layer else name.startswith("v.post_ln.")
+    return llama.is_weight(name, config, vision) and not (vision.family == "llava" and follows)
 
 
 def image_settings(
-    folder: Path, raw: Mapping[str, Any], config: VisionConfig, tokenizer: Tokenizer
+    folder: Path, raw: Mapping[str, Any], vision: VisionConfig | None, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """The fields of sf_local's ImageSettings.
 
     Raises SourceError, and UnsupportedError for images that are prepared in other ways.
     """
+    assert vision is not None
     path, found = _processor(folder)
-    values = PROCESSORS[config.family] | found
-    check_supported(path, values, PROCESSOR | _tiles(config))
+    values = PROCESSORS[vision.family] | found
+    check_supported(path, values, PROCESSOR | _tiles(vision))
     token_id, token = _image_token(folder / "config.json", raw, tokenizer)
     return {
-        "family": config.family,
-        "tile_size": config.image_size,
-        "tokens_per_tile": config.tokens_per_tile,
+        "family": vision.family,
+        "tile_size": vision.image_size,
+        "tokens_per_tile": vision.tokens_per_tile,
         "image_token": token,
         "image_token_id": token_id,
-        "resize_to": _resize_to(path, values["size"], config),
-        "splits": config.family == "idefics3" and bool(values["do_image_splitting"]),
+        "resize_to": _resize_to(path, values["size"], vision),
+        "splits": vision.family == "idefics3" and bool(values["do_image_splitting"]),
         "resample": int(values["resample"]),
         "rescale": Numbers(path, values).number("rescale_factor", 1 / 255),
         "mean": _channels(path, values, "image_mean"),

@@ -1,13 +1,13 @@
-"""A .gguf file -> a Source; its tokenizer is converted in gguf_tokenizer.py.
+"""Reads a .gguf file as a Source; its tokenizer is converted in gguf_tokenizer.py.
 
-The header is read here, for gguf.GGUFReader takes seconds for a vocabulary and can loop forever
-over a damaged one.
+The header is read here and not by gguf.GGUFReader, which takes seconds for a vocabulary and can
+loop forever over a damaged one.
 """
 
 import math
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compile.formats.quantize import Groups, from_gguf
-from compile.models.spec import LlamaConfig, RopeScaling
-from compile.reading import Numbers, corrupt, map_file, unsupported
+from compile.models.registry import find_gguf_family
+from compile.models.tensors import has_bias
+from compile.reading import corrupt, map_file, unsupported
 from compile.sources.gguf_tokenizer import convert_tokenizer, special_id
 from compile.sources.source import Progress, Rows, Source, SourceTensor
 from sf_local.artifact.manifest import file_sha256
@@ -25,10 +26,6 @@ from sf_local.errors import SourceError, UnsupportedError
 
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # type id -> struct code
 STRING, ARRAY = 8, 9
-UNSUPPORTED = (  # they would be computed wrongly
-    "expert_count", "attention.sliding_window", "attention.scale", "attention.clamp_kqv",
-    "embedding_scale", "residual_scale", "logit_scale",
-)  # fmt: skip
 
 
 def open_gguf(path: Path, progress: Progress, sha256: str | None = None) -> Source:
@@ -37,14 +34,15 @@ def open_gguf(path: Path, progress: Progress, sha256: str | None = None) -> Sour
         fields, tensors = _read_header(path)
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError, struct.error) as error:
         raise corrupt(path, "a GGUF file", error) from error
-    config = _config(path, fields, tensors)
-    tensors.pop("rope_freqs.weight", None)  # now in the config
-    permuted = {"attn_q.weight": config.num_heads, "attn_k.weight": config.num_kv_heads}
-    for name, tensor in tensors.items():
-        if name.endswith(".bias"):
+    family = find_gguf_family(path, fields)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    config = family.gguf_config(path, fields, shapes, lambda name: tensors[name].read(slice(None)))
+    kept = {name: t for name, t in tensors.items() if family.is_weight(name, config, None)}
+    for name, tensor in kept.items():
+        if name.endswith(".bias") and not has_bias(name):
             raise unsupported(path, f"tensor {name}", "a Llama without biases")
-        if heads := permuted.get(name.split(".", 2)[-1]):
-            tensors[name] = _unpermuted(tensor, heads)
+        if order := family.gguf_row_order(name, config):
+            kept[name] = _reordered(tensor, order)
     try:
         tokenizer, tokenizer_config = convert_tokenizer(fields)
         bos, *ends = (special_id(fields, name) for name in ("bos", "eos", "eot", "eom"))
@@ -55,7 +53,7 @@ def open_gguf(path: Path, progress: Progress, sha256: str | None = None) -> Sour
     if sha256 is None:
         progress(f"hashing {path}")
         sha256 = file_sha256(path)
-    return Source(path.name, config, tensors, sha256, tokenizer_json, tokenizer_config, bos, eos)
+    return Source(path.name, config, kept, sha256, tokenizer_json, tokenizer_config, bos, eos)
 
 
 class _Cursor:
@@ -107,29 +105,27 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, SourceTensor]]:
         raise ValueError(f"{len(infos)} names of {tensor_count} tensors, aligned to {alignment}")
     start = -(-cursor.at // alignment) * alignment
     return fields, {
-        name: _tensor(path, cursor.mapped, name, shape, kind, start + offset)
+        name: source_tensor(path, cursor.mapped, name, shape, kind, start + offset)
         for name, (shape, kind, offset) in infos.items()
     }
 
 
 def _check_fields(path: Path, fields: Mapping[str, Any]) -> None:
-    architecture = fields.get("general.architecture")
-    if architecture != "llama":
-        raise unsupported(path, f"general.architecture {architecture!r}", "'llama'")
+    """Refuse what would be read wrongly, before anything else is read."""
+    find_gguf_family(path, fields)
     if fields.get("split.count", 0) > 1:
         found = f"part of a GGUF split into {fields['split.count']}"
         raise unsupported(path, found, "one file (join them: llama-gguf-split --merge)")
-    for key in UNSUPPORTED:
-        if value := fields.get(f"llama.{key}"):
-            raise unsupported(path, f"llama.{key} {value!r}", "models without it")
-    for key in ("feed_forward_length", "attention.head_count", "attention.head_count_kv"):
-        if isinstance(fields.get(f"llama.{key}"), list):
-            raise unsupported(path, f"llama.{key} that differs by layer", "layers of one shape")
 
 
-def _tensor(
+def source_tensor(
     path: Path, mapped: mmap.mmap, name: str, shape: tuple[int, ...], kind_id: int, start: int
 ) -> SourceTensor:
+    """The tensor at byte `start` of a mapped file, of the type that GGUF numbers `kind_id`.
+
+    Raises UnsupportedError for a type that cannot be dequantized, ValueError for a shape that the
+    type's blocks do not fill.
+    """
     try:
         kind = gguf.GGMLQuantizationType(kind_id)
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
@@ -153,63 +149,15 @@ def _tensor(
     return SourceTensor(shape, read, groups)
 
 
-def _unpermuted(tensor: SourceTensor, heads: int) -> SourceTensor:
-    """GGUF has a head's rows as (j, half), for RoPE on neighbours; we want (half, j)."""
-
+def _reordered(tensor: SourceTensor, order: Callable[[int], NDArray[Any]]) -> SourceTensor:
+    """The tensor with its rows in another order: `order(rows)` has the stored row of each."""
     groups = tensor.groups
 
-    def order(rows: Rows) -> NDArray[Any]:
-        every = np.arange(tensor.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
-        return np.asarray(every[rows])
+    def stored(rows: Rows) -> NDArray[Any]:
+        return np.asarray(order(tensor.shape[0])[rows])
 
     return SourceTensor(
         tensor.shape,
-        lambda rows: tensor.read(order(rows)),
-        groups and (lambda rows: groups(order(rows))),
+        lambda rows: tensor.read(stored(rows)),
+        groups and (lambda rows: groups(stored(rows))),
     )
-
-
-def _config(
-    path: Path, fields: Mapping[str, Any], tensors: Mapping[str, SourceTensor]
-) -> LlamaConfig:
-    if "token_embd.weight" not in tensors:
-        raise corrupt(path, "a tensor token_embd.weight", "none")
-    llama = {key[6:]: value for key, value in fields.items() if key.startswith("llama.")}
-    numbers = Numbers(path, llama)
-    hidden = numbers.integer("embedding_length")
-    heads = numbers.heads(
-        hidden, "attention.head_count", "attention.head_count_kv", "attention.key_length"
-    )
-    head_dim = heads["head_dim"]
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if numbers.integer(key, head_dim) != head_dim:
-            raise unsupported(path, f"llama.{key} {llama[key]}", f"the head size, {head_dim}")
-    return LlamaConfig(
-        vocab_size=tensors["token_embd.weight"].shape[0],
-        hidden_size=hidden,
-        intermediate_size=numbers.integer("feed_forward_length"),
-        num_layers=numbers.integer("block_count"),
-        **heads,
-        rms_eps=numbers.number("attention.layer_norm_rms_epsilon"),
-        rope_theta=numbers.number("rope.freq_base", 10000.0),
-        max_seq_len=numbers.integer("context_length"),
-        tied_embeddings="output.weight" not in tensors,
-        rope_scaling=_rope_scaling(numbers, head_dim, tensors.get("rope_freqs.weight")),
-    )
-
-
-def _rope_scaling(llama: Numbers, head_dim: int, freqs: SourceTensor | None) -> RopeScaling | None:
-    kind = llama.values.get("rope.scaling.type", "linear")  # llama.cpp's default
-    if kind not in ("none", "linear"):
-        supported = "'none', 'linear', rope_freqs.weight"
-        raise unsupported(llama.path, f"rope scaling {kind!r}", supported)
-    factor = 1.0
-    if kind == "linear":
-        factor = llama.number("rope.scaling.factor", llama.number("rope.scale_linear", 1.0))
-    if freqs is None:
-        return None if factor == 1.0 else RopeScaling("linear", factor)
-    factors = freqs.read(slice(None)) * factor
-    if factors.shape != (head_dim // 2,) or not (np.isfinite(factors) & (factors > 0)).all():
-        expected = f"{head_dim // 2} positive divisors in rope_freqs.weight"
-        raise corrupt(llama.path, expected, f"shape {factors.shape}")
-    return RopeScaling("factors", 1.0, factors=tuple(factors.tolist()))

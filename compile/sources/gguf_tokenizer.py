@@ -133,7 +133,7 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], types: list[int
     tokenizer = Tokenizer(
         BPE(
             vocab={token: i for i, token in enumerate(tokens)},
-            merges=_merges(tokens, scores, types),
+            merges=sentencepiece_merges(tokens, scores, types),
             unk_token=None if unknown is None else tokens[unknown],
             fuse_unk=True,
             byte_fallback=True,
@@ -149,7 +149,9 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], types: list[int
     return tokenizer
 
 
-def _merges(tokens: list[str], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
+def sentencepiece_merges(
+    tokens: list[str], scores: list[float], types: list[int]
+) -> list[tuple[str, str]]:
     """SentencePiece has scores and no merges: join any two pieces that make a third, best first.
 
     The order is that of transformers' `generate_merges`, ties included.

@@ -1,4 +1,6 @@
-"""A Hugging Face folder -> a Source: config.json, safetensors, tokenizer.json."""
+"""Reads a Hugging Face folder as a Source: config.json, safetensors, tokenizer.json."""
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -11,42 +13,32 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from compile.models.llama import BUFFERS, MODEL_TYPES, canonical_name, llama_config
-from compile.models.spec import LlamaConfig, VisionConfig
-from compile.models.vision_families import (
-    FAMILIES,
-    image_settings,
-    is_computed,
-    text_config,
-    vision_config,
-)
-from compile.reading import (
-    check_supported,
-    corrupt,
-    map_file,
-    read_json,
-    unsupported,
-)
+from compile.models.registry import HuggingFaceFamily, find_hf_family
+from compile.models.tensors import has_bias
+from compile.reading import corrupt, map_file, read_json, unsupported
 from compile.sources.source import Progress, Source, SourceTensor
 from sf_local.artifact.manifest import file_sha256
 from sf_local.errors import SourceError
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")  # that old transformers stored
 
 
 def open_folder(folder: Path, name: str, progress: Progress) -> Source:
     """Open a model's folder; raises SourceError, UnsupportedError, and OSError."""
     path = folder / "config.json"
     raw = read_json(path)
-    check_supported(path, raw, MODEL_TYPES)
-    vision = vision_config(path, raw) if raw["model_type"] in FAMILIES else None
-    where, text = text_config(path, raw) if vision else (path, raw)
-    config = llama_config(where, text)
+    family = find_hf_family(path, raw)
+    config, vision = family.hf_config(path, raw)
     files = _weight_files(folder)
-    tensors = _tensors(files, config, vision)
+    tensors = {
+        name: tensor for name, tensor in _tensors(files, family).items()
+        if family.is_weight(name, config, vision)
+    }  # fmt: skip
     tokenizer, tokenizer_config = _tokenizer(folder)
+    text = raw["text_config"] if vision else {}
     bos, eos = _special_ids(folder, text | raw, tokenizer, tokenizer_config)
-    settings = image_settings(folder, raw, vision, tokenizer) if vision else None
+    settings = family.image_settings(folder, raw, vision, tokenizer)
     files += sorted([*folder.glob("*.json"), *folder.glob("*.jinja")])
     progress(f"hashing {len(files)} files of {folder}")
     hashes = "".join(f"{file_sha256(path)}  {path.name}\n" for path in files)
@@ -76,18 +68,15 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(shards.values()))]
 
 
-def _tensors(
-    files: list[Path], config: LlamaConfig, vision: VisionConfig | None
-) -> dict[str, SourceTensor]:
+def _tensors(files: list[Path], family: HuggingFaceFamily) -> dict[str, SourceTensor]:
+    """All tensors by canonical name, but for buffers."""
     tensors: dict[str, SourceTensor] = {}
     for path in files:
-        _add_tensors(path, tensors)
-    if config.tied_embeddings:
-        tensors.pop("output.weight", None)
-    return {name: t for name, t in tensors.items() if vision is None or is_computed(name, vision)}
+        _add_tensors(path, family, tensors)
+    return tensors
 
 
-def _add_tensors(path: Path, tensors: dict[str, SourceTensor]) -> None:
+def _add_tensors(path: Path, family: HuggingFaceFamily, tensors: dict[str, SourceTensor]) -> None:
     """Add the tensors of one safetensors file."""
     mapped = map_file(path)
     try:
@@ -99,8 +88,8 @@ def _add_tensors(path: Path, tensors: dict[str, SourceTensor]) -> None:
     for name, entry in json.loads(mapped[8:start]).items():
         if name == "__metadata__" or name.endswith(BUFFERS):
             continue
-        canonical = canonical_name(name)
-        if name.endswith(".bias") and not canonical.startswith(("v.", "mm.")):
+        canonical = family.canonical_name(name)
+        if name.endswith(".bias") and not has_bias(canonical):
             raise unsupported(path, f"tensor {name}", "a Llama without biases")
         if entry["dtype"] not in DTYPES:
             raise unsupported(path, f"tensor {name} of type {entry['dtype']}", ", ".join(DTYPES))

@@ -1,10 +1,12 @@
-"""Where weights come from: the demo, a Hugging Face folder or repo id, a .gguf file.
+"""Opens weights: the demo, a Hugging Face folder or repo id, or a .gguf file.
 
-Each becomes one `Source`: a LlamaConfig, tensors under GGUF-style names that are read lazily from
-the mapped files, and a tokenizer. Whatever is not a plain Llama, or one that a supported vision
-tower feeds, is refused by name, in huggingface.py and gguf_file.py. Whether the tensors are the
-right ones is checked in weights.py.
+Each becomes one `Source`: the model's config, its tensors under canonical names, read from the
+mapped files only when asked for, and its tokenizer. A model whose family or settings are not
+supported is refused here, with the name of what is not supported. Whether the tensors are those of
+the config is checked later, by `weights.check_tensors`.
 """
+
+from __future__ import annotations
 
 import os
 import re
@@ -12,12 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from compile.sources.demo import DEMO_NAME, DEMO_SHA256, demo_gguf
-from compile.sources.gguf import open_gguf
-from compile.sources.huggingface import open_folder
-from compile.sources.source import Progress, Source, SourceTensor
+from compile.sources.source import Progress, Source
 from sf_local.errors import SourceError
-
-__all__ = ["DEMO_SHA256", "Source", "SourceTensor", "demo_gguf", "open_source"]
 
 
 def open_source(source: str | Path, progress: Progress = lambda message: None) -> Source:
@@ -26,6 +24,10 @@ def open_source(source: str | Path, progress: Progress = lambda message: None) -
     Raises SourceError for weights that are missing, damaged or unreachable, and UnsupportedError
     for a model, tokenizer or data type that is not supported; both before any weight is read.
     """
+    # Both need the extra `compile`, without which this module can be imported nevertheless.
+    from compile.sources.gguf import open_gguf
+    from compile.sources.huggingface import open_folder
+
     if source == "demo":
         return replace(open_gguf(demo_gguf(progress), progress, DEMO_SHA256), name=DEMO_NAME)
     path = Path(os.path.expanduser(source))

@@ -1,4 +1,6 @@
-"""`Source`, which every format of weights becomes, and what reading any of them takes."""
+"""What every kind of weights is read as: a `Source`, with its `SourceTensor`s."""
+
+from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
@@ -18,12 +20,12 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A weight `[rows, cols]` or `[n]` in a mapped file.
+    """A weight [rows, columns] or [n] in a mapped file.
 
     `read(rows)` gives the rows at a slice or an index array, as float32, float16 or bfloat16
-    (ml_dtypes); nothing else is brought into memory. GGUF weights are dequantized to float32.
-    `groups(rows)`: the same rows as they are quantized in the file; None where they are not, or
-    otherwise than `Groups` can hold.
+    (ml_dtypes); nothing else is brought into memory. Quantized weights are dequantized to float32.
+    `groups(rows)` gives the same rows as they are quantized in the file; None if they are not, or
+    in a way that `Groups` cannot hold.
     """
 
     shape: tuple[int, ...]
@@ -33,18 +35,15 @@ class SourceTensor:
 
 @dataclass(frozen=True)
 class Source:
-    """A Llama and its tokenizer, ready to be compiled; with a vision tower, where `vision` is set.
+    """A model and its tokenizer, ready to be compiled; with a vision tower if `vision` is set.
 
-    `tensors` has token_embd, output_norm, output (absent when tied) and blk.{i}.attn_norm,
-    attn_q, attn_k, attn_v, attn_output, ffn_norm, ffn_gate, ffn_up, ffn_down, each with
-    ".weight", and whatever else the files hold under its own name. The rows of attn_q and attn_k
-    are in Hugging Face's order (RoPE turns element j together with j + head_dim / 2).
-    A vision tower has, with ".weight" and ".bias", v.blk.{i}.ln1, attn_q, attn_k, attn_v, attn_out,
-    ln2, ffn_up, ffn_down; and v.patch_embd.weight [H, 3 * patch * patch] (channels outermost) and
-    v.position_embd.weight. Idefics3 adds v.patch_embd.bias, v.post_ln and mm.fc.weight; LLaVA adds
-    v.class_embd (its position is the first), v.pre_ln, mm.1 and mm.2.
-    `image_settings` are the fields of sf_local's ImageSettings.
-    `sha256` covers every input file; any of `eos_token_ids` ends generation.
+    `tensors` has the weights under the canonical names of `models.tensors`, and whatever else the
+    files hold under its own name. The rows of attn_q and attn_k are in Hugging Face's order: RoPE
+    turns element j together with j + head_dim / 2. Pixels of v.patch_embd.weight
+    [H, 3 * patch * patch] are channel by channel, and the first row of v.position_embd.weight is
+    that of the class token, if there is one.
+    `image_settings` are the fields of sf_local's ImageSettings. `sha256` covers every input file;
+    any of `eos_token_ids` ends generation.
     """
 
     name: str
@@ -59,7 +58,7 @@ class Source:
     image_settings: Mapping[str, Any] | None = None
 
     def write_tokenizer(self, folder: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json."""
+        """Write tokenizer.json and tokenizer_config.json to `folder`."""
         config = json.dumps(self.tokenizer_config, ensure_ascii=False, indent=2) + "\n"
         (folder / "tokenizer.json").write_bytes(self.tokenizer_json)
         (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compile.formats.layout import ITEM_BYTES
-from compile.gpu.decoder import LlamaEmitter
+from compile.gpu.emitter import LlamaEmitter
 from compile.models.spec import LlamaConfig, VisionConfig
 from compile.options import BuildOptions, ModelOptions
 from compile.target import HIP_CHIPS, resolve_target

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from compile import BuildOptions, build
-from compile.__main__ import _model_name, main
+from compile.__main__ import main, model_name
+from compile.build import CODE_FOLDERS, cache_key
 from compile.cache import cache_dir
 from compile.target import HIP_CHIPS
 from sf_local import Engine, SamplingParams, cli
@@ -96,7 +97,7 @@ def test_a_full_disk(tiny: TinyModel, tmp_path: Path, limit: int) -> None:
 import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-from compile.__main__ import _model_name, main
+from compile.__main__ import model_name, main
 raise SystemExit(main([{str(tiny.source)!r}, "-o", {str(tmp_path / "out")!r}]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -183,7 +184,7 @@ def test_a_tokenizer_the_runtime_would_refuse(
     [("meta-llama/Llama-3.2-1B", "Llama-3.2-1B"), ("a/b-v1.0.gguf", "b-v1.0"), ("demo", "demo")],
 )
 def test_the_default_folder_keeps_the_whole_name(source: str, name: str) -> None:
-    assert _model_name(source) == name
+    assert model_name(source) == name
 
 
 def test_command_line(tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,3 +229,27 @@ def test_several_targets(
 def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SF_LOCAL_CACHE", str(tmp_path))
     assert cache_dir() == tmp_path
+
+
+def test_the_cache_key_covers_all_code(tmp_path: Path) -> None:
+    """A byte more in any module, of whatever package, is another key."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    names = "compile", "artifact"
+    copies = [
+        shutil.copytree(folder, tmp_path / name, ignore=ignore)
+        for folder, name in zip(CODE_FOLDERS, names, strict=True)
+    ]
+
+    def key() -> str:
+        return cache_key("0" * 64, TINY_OPTIONS, copies)
+
+    unchanged, paths = key(), sorted(tmp_path.rglob("*.py"))
+    assert tmp_path / "compile/gpu/linear.py" in paths and tmp_path / "artifact/irpa.py" in paths
+    for path in paths:
+        content = path.read_bytes()
+        path.write_bytes(content + b"#")
+        assert key() != unchanged, path
+        path.write_bytes(content)
+    assert key() == unchanged
+    assert cache_key("1" * 64, TINY_OPTIONS, copies) != unchanged
+    assert cache_key("0" * 64, replace(TINY_OPTIONS, page_size=32), copies) != unchanged

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from compile.formats.layout import SUMMARY
-from compile.gpu.decoder import LlamaEmitter
+from compile.gpu.emitter import LlamaEmitter
 from compile.gpu.linear import Weights, whole_subgroups
+from compile.gpu.logits import summarize
 from compile.mlir.builder import Builder, Tensor, tensor_type
 from compile.models.spec import LlamaConfig, VisionConfig
 from compile.options import BuildOptions, ModelOptions
@@ -39,7 +40,7 @@ def summing_module(config: LlamaConfig, vocab_size: int, num_rows: int) -> str:
     result = tensor_type((num_rows, 1 + 2 * -(-vocab_size // SUMMARY)), "f32")
     arguments = ", ".join(f"{argument.name}: {argument.type}" for argument in (logits, scales))
     with emitter.b.block(f"func.func @sum_up({arguments}) -> {result} {{"):
-        sums = emitter._sums(logits, scales)
+        sums = summarize(emitter.b, logits, scales)
         emitter.b.emit(f"return {sums.name} : {sums.type}")
     return emitter.b.text("summing")
 

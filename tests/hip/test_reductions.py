@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from compile.formats.layout import MASKED
-from compile.gpu.decoder import SEARCHED_AT_ONCE, LlamaEmitter
+from compile.gpu.emitter import LlamaEmitter
+from compile.gpu.logits import SEARCHED_AT_ONCE, summarize
 from compile.mlir.builder import Tensor, tensor_type
 from compile.mlir.values import Scalar
 from compile.models.spec import VisionConfig
@@ -121,7 +122,7 @@ def sums_module() -> str:
     logits, scales = Tensor("%x", (ROWS, VOCAB), "f32"), Tensor("%s", (ROWS,), "f32")
     result = tensor_type((ROWS, 1 + 2 * -(-VOCAB // 256)), "f32")
     with e.b.block(f"util.func public @f(%x: {logits.type}, %s: {scales.type}) -> {result} {{"):
-        e.b.emit(f"util.return {e._sums(logits, scales).name} : {result}")
+        e.b.emit(f"util.return {summarize(e.b, logits, scales).name} : {result}")
     return e.b.text("module")
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from compile.models.spec import LlamaConfig, VisionConfig
-from compile.models.tensors import vision_shapes
+from compile.models.tensors import source_shapes, vision_tensors
 from tests.support.reference import (
     Array,
     Weights,
@@ -115,8 +115,16 @@ def random_vision_weights(config: VisionConfig, text_hidden: int, seed: int) -> 
         gain = 1.4 if "attn_q" in name or "attn_k" in name else 1.0
         return values * np.float32(0.2 if len(shape) == 1 else gain / shape[1] ** 0.5)
 
-    shapes = vision_shapes(config, text_hidden)
-    return {name: weight(name, shape) for name, shape in shapes.items()}
+    shapes = source_shapes(vision_tensors(config, text_hidden).all)
+    stems = [name.rpartition(".")[0] for name in shapes]
+
+    def place(name: str) -> tuple[int, int]:
+        """The order in which seeds draw numbers: embeddings, layers, others; bias after weight."""
+        if "embd" in name or "mm.fc" in name:
+            return 0, 0
+        return 1 if ".blk." in name else 2, stems.index(name.rpartition(".")[0])
+
+    return {name: weight(name, shapes[name]) for name in sorted(shapes, key=place)}
 
 
 def encode(

@@ -10,7 +10,7 @@ import pytest
 
 from compile.cpu.emitter import CpuLlamaEmitter
 from compile.formats.quantize import GROUP, quantized
-from compile.gpu.decoder import LlamaEmitter
+from compile.gpu.emitter import LlamaEmitter
 from compile.models.spec import LlamaConfig, RopeScaling
 from compile.options import ModelOptions
 from compile.target import Vectors, resolve_target

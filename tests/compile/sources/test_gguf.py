@@ -15,7 +15,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from compile.models.spec import RopeScaling
-from compile.sources.gguf import _tensor
+from compile.sources.gguf import source_tensor
 from compile.sources.open import open_source
 from compile.weights import check_tensors
 from sf_local.errors import SourceError, UnsupportedError
@@ -77,7 +77,7 @@ def test_every_type_that_gguf_dequantizes(tmp_path: Path, kind: gguf.GGMLQuantiz
     (tmp_path / "raw").write_bytes(b"head" + raw.tobytes())
     with (tmp_path / "raw").open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    tensor = _tensor(tmp_path, mapped, "any", (6, 2 * block), int(kind), 4)
+    tensor = source_tensor(tmp_path, mapped, "any", (6, 2 * block), int(kind), 4)
     found = np.concatenate([tensor.read(slice(0, 4)), tensor.read(np.array([4, 5]))])
     np.testing.assert_array_equal(found, gguf.dequantize(raw, kind))
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from compile.sources.gguf_tokenizer import _merges, convert_tokenizer, special_id
+from compile.sources.gguf_tokenizer import convert_tokenizer, sentencepiece_merges, special_id
 from sf_local.errors import SourceError, UnsupportedError
 from tests.support.tokenizers import byte_level_fields
 
@@ -122,7 +122,7 @@ def test_merges_are_those_of_transformers() -> None:
     scores = [-1.0, -2.0, -3.0, -3.0, -4.0, -4.0, -4.0, -7.0, -5.0]
     vocab = {token: i for i, token in enumerate(tokens)}
     expected = generate_merges(vocab, dict(zip(tokens, scores, strict=True)))
-    assert _merges(tokens, scores, [1] * len(tokens)) == expected
+    assert sentencepiece_merges(tokens, scores, [1] * len(tokens)) == expected
 
 
 def test_a_large_vocabulary_is_fast() -> None:
