@@ -22,12 +22,12 @@ from sglang.lang.interpreter import StreamExecutor
 from sglang.lang.ir import SglSamplingParams
 
 from sf_local.engine.engine import Engine
-from sf_local.errors import ChatTemplateError, RequestError
+from sf_local.errors import RequestError
+from sf_local.frontend.sgl_chat_template import resolve_chat_template
 from sf_local.frontend.translation import entries, meta_info, to_params
 from sf_local.request.checks import shown
 from sf_local.request.output import Output, Score
 from sf_local.request.params import SamplingParams
-from sf_local.text.chat_template import resolve_chat_template
 from sf_local.vision.image_file import ImageInput
 
 
@@ -99,7 +99,12 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
             image_memory=image_memory,
         )
         try:
-            self.chat_template = self._resolve(chat_template)
+            self.chat_template = resolve_chat_template(
+                chat_template,
+                self.engine.tokenizer,
+                self.engine.artifact.name,
+                self.engine.image_token,
+            )
         except BaseException:
             self.shutdown()
             raise
@@ -220,30 +225,11 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def _resolve(self, chat_template: str | ChatTemplate | None) -> ChatTemplate:
-        tokenizer, name = self.engine.tokenizer, self.engine.artifact.name
-        image_token = self.engine.image_token
-        if chat_template is None and tokenizer.chat_template is None:
-            template = _NoTemplate(name=name, default_system_prompt=None, role_prefix_and_suffix={})
-            template.image_token = image_token or template.image_token
-            return template
-        return resolve_chat_template(chat_template, tokenizer, name, image_token)
-
     def _text(self, s: StreamExecutor) -> str:
         """What SGLang wrote so far, with images as the model's own template has them."""
         text = str(s.text_)
         image_first = getattr(self.chat_template, "image_first", None)
         return text.replace(*image_first) if image_first else text
-
-
-class _NoTemplate(ChatTemplate):  # type: ignore[misc]
-    """Of a base model: plain text works, roles raise."""
-
-    def get_prefix_and_suffix(self, role: str, hist_messages: list[Any]) -> tuple[str, str]:
-        raise ChatTemplateError(
-            f"{self.name} has no chat template, so sgl.{role}() has no meaning; give one with "
-            'ShortfinLocal(chat_template="chatml"), or write the prompt as plain text'
-        )
 
 
 def _images(s: StreamExecutor) -> list[ImageInput]:
