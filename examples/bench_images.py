@@ -27,7 +27,8 @@ from random_smolvlm import SMOLVLM_256M, random_smolvlm
 from sf_local import Engine, SamplingParams
 from sf_local.artifact.manifest import ImageSettings
 from sf_local.artifact.open import Artifact
-from sf_local.bench.measurements import report, stream_gap
+from sf_local.bench.engine_costs import stream_gap
+from sf_local.bench.measurements import report
 from sf_local.bench.report import Figure, table
 from sf_local.bench.roofline import encode_flops, peak_flops
 from sf_local.errors import RequestError, SfLocalError
