@@ -1,4 +1,4 @@
-"""The first run on an AMD GPU: what is there, whether its numbers are right, and how fast it is.
+"""The first run on an AMD GPU: lists what is there, checks its numbers and measures its speed.
 
     first_run_on_gpu.py                     the demo model, compiled for the chip that is found
     first_run_on_gpu.py --source llama/ --vmfb llama-gfx942/ --device hip:1

@@ -27,6 +27,7 @@ DEVICES = "cpu, hip, hip:N, hip:GPU-<uuid>, or auto: what the artifact is for (d
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; `arguments` are by default those of the process. Returns its exit code."""
     args = _parser().parse_args(arguments)
     try:
         commands = {
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # the reader, such as `| head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return 0
@@ -87,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _params(args: argparse.Namespace, stop: Sequence[str] = ()) -> SamplingParams:
-    """Options that are called like a field of SamplingParams."""
+    """SamplingParams of all options that are named like one of its fields."""
     from sf_local.request.params import SamplingParams
 
     names = {field.name for field in fields(SamplingParams)} - {"stop"}
@@ -203,7 +204,7 @@ def _abi(config: ModelConfig) -> str:
 
 
 def describe(artifact: Artifact) -> list[tuple[str, str]]:
-    """What an artifact holds, as (name, value) lines."""
+    """What an artifact holds, as pairs of a name and a value to print."""
     config, manifest = artifact.config, artifact.manifest
     cache = config.paged_kv_cache
     token_bytes = config.page_bytes // config.page_size
