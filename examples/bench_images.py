@@ -1,11 +1,11 @@
-"""What seeing costs: a picture as one tile, and one of 2 x 2 tiles as the model itself cuts it.
+"""What images cost: a picture as one tile, and a larger one that the model cuts into 17.
 
     bench_images.py [ARTIFACT | --peers FOLDER] [--rounds 3] [--json FILE]
 
-By default on SmolVLM-256M's shape with random weights, built once. That model scales a picture of
-1024 x 1024 pixels to 4 x 4 tiles, and reads it as a whole, too: 17. Each round has pictures of its
-own. "Seen" is one whose embeddings are kept, but not its keys and values. --peers: the environments
-of install_peers.sh; transformers on torch embeds a tile in each round, too.
+By default the model is SmolVLM-256M's shape with random weights, built once. It scales a picture of
+1024 x 1024 pixels to 4 x 4 tiles and one tile of the whole: 17. Each round has new pictures. A
+"seen" picture is one whose embeddings are kept, but not its keys and values. With --peers, the
+folder that install_peers.sh made, transformers on torch embeds a tile in each round as well.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from random_smolvlm import SMOLVLM_256M, random_smolvlm
 from sf_local import Engine, SamplingParams
 from sf_local.artifact.manifest import ImageSettings
 from sf_local.artifact.open import Artifact
-from sf_local.bench.measurements import report, stream_gap
+from sf_local.bench.engine_costs import stream_gap
+from sf_local.bench.measurements import report
 from sf_local.bench.report import Figure, table
 from sf_local.bench.roofline import encode_flops, peak_flops
 from sf_local.errors import RequestError, SfLocalError

@@ -2,9 +2,10 @@
 
     bench_peers.py --bf16 ARTIFACT --int8 ARTIFACT --int4 ARTIFACT --peers FOLDER --json FILE
 
-Artifacts of the demo model; `install_peers.sh FOLDER` makes the peers' environments. Every peer is
-a worker process of its own (examples/peers/), stopped while another one measures. Each ratio is of
-two figures of one round; the table has the medians, and in brackets the smallest and the largest.
+The artifacts are of the demo model; `install_peers.sh FOLDER` makes the peers' environments. Every
+peer is a worker process (examples/peers/), which is stopped while another one measures. A ratio is
+always of two figures of the same round; the table has the medians, with the smallest and the
+largest in brackets.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A large Llama's shape with random weights: converting, loading, prefill and decode.
+"""Converts a large Llama's shape with random weights, and measures load, prefill and decode.
 
     bench_shape.py llama-3.1-8b --weights int8 --peers FOLDER
 
-Beside llama.cpp, where `install_peers.sh FOLDER` made it; in turn, as bench_peers.py does.
+llama.cpp does the same in turn, as in bench_peers.py, if `install_peers.sh FOLDER` has made it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the examples share: --vmfb and --device, and the demo model when neither is given."""
+"""What the examples share: the options --vmfb and --device, and the demo model as the default."""
 
 import argparse
 from pathlib import Path

@@ -2,9 +2,9 @@
 
     describe_image.py [IMAGE]
 
-It takes a model that sees: SmolVLM-256M-Instruct (0.5 GB), from Hugging Face or from a folder
-(--model FOLDER), compiled on first use; or an artifact (--vmfb). --random shows how it goes with
-neither, on a small model that answers noise. Without IMAGE it draws a picture.
+It needs a vision model: SmolVLM-256M-Instruct (0.5 GB) from Hugging Face or from a folder (--model
+FOLDER), compiled on first use; or an artifact (--vmfb). --random goes through the same steps on a
+small model with random weights, which answers noise. Without IMAGE it draws a picture.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The first run on an AMD GPU: what is there, whether its numbers are right, and how fast it is.
+"""The first run on an AMD GPU: lists what is there, checks its numbers and measures its speed.
 
     first_run_on_gpu.py                     the demo model, compiled for the chip that is found
     first_run_on_gpu.py --source llama/ --vmfb llama-gfx942/ --device hip:1
@@ -23,7 +23,8 @@ from compile.cache import cache_dir
 from compile.progress import progress_display
 from compile.target import resolve_target
 from sf_local.artifact.open import open_artifact
-from sf_local.bench import measurements as bench
+from sf_local.bench.harness import SHORT
+from sf_local.bench.measurements import run as run_bench
 from sf_local.bench.report import table
 from sf_local.bench.roofline import decode_bytes
 from sf_local.device.info import DeviceInfo, devices, find_device, hip_library
@@ -184,11 +185,11 @@ def measure(artifact: Path, device: str, quick: bool) -> None:
     def progress(text: str) -> None:
         print(text, file=sys.stderr)
 
-    report = bench.run(artifact, device, 1, quick=quick, progress=progress)
+    report = run_bench(artifact, device, 1, quick=quick, progress=progress)
     print(table(report))
     figures = report["figures"]
     rate = figures["decode, 1 row"]["median"]
-    num_bytes = decode_bytes(open_artifact(artifact), bench.SHORT)
+    num_bytes = decode_bytes(open_artifact(artifact), SHORT)
     say("decode, 1 row", f"{1e3 / rate:.2f} ms a token, for which {num_bytes / 1e9:.2f} GB are "
                          f"read: {rate * num_bytes / 1e9:.0f} GB/s")  # fmt: skip
     say(

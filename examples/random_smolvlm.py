@@ -1,6 +1,6 @@
-"""SmolVLM's architecture with random weights, as a Hugging Face folder: it runs, and says nothing.
+"""SmolVLM's architecture with random weights, as a Hugging Face folder. Its answers are noise.
 
-Its tokens are bytes, and words of four letters that only a model writes.
+Its tokens are single bytes, and words of four letters into which no prompt is split.
 """
 
 from __future__ import annotations

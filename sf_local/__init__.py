@@ -1,17 +1,26 @@
-"""LLMs inside your own process: an SGLang backend and an engine for IREE-compiled Llamas.
+"""LLMs inside your own process: an engine for IREE-compiled Llama models and an SGLang backend.
 
-Importing this attaches `sgl.ShortfinLocal`, now or when sglang is imported; nothing heavy loads
-until it is used.
+Engine            loads a compiled model and generates text
+SamplingParams    how one request samples, stops and is scheduled
+Output            a finished generation
+Handle            a generation under way: read it as a stream or wait for its Output
+Score             log probabilities of a text that could continue a prompt
+ShortfinLocal     the engine as a backend for programs of SGLang's frontend language
+DeviceInfo        a CPU or GPU that models can run on
+devices           lists them
+SfLocalError      the base class of all errors that are raised on purpose
+errors            the module with its subclasses
+
+Each loads when it is first used. `import sf_local` itself loads nothing heavy; it attaches
+`sglang.ShortfinLocal`, now or as soon as sglang is imported.
 """
 
 from __future__ import annotations
 
 import importlib
-import platform
+import os
 import sys
 from typing import TYPE_CHECKING, Any
-
-import wrapt
 
 from sf_local import errors
 from sf_local.errors import SfLocalError
@@ -19,31 +28,41 @@ from sf_local.errors import SfLocalError
 if TYPE_CHECKING:
     from sf_local.device.info import DeviceInfo, devices
     from sf_local.engine.engine import Engine
+    from sf_local.engine.handle import Handle
     from sf_local.frontend.backend import ShortfinLocal
-    from sf_local.request.output import Output
+    from sf_local.request.output import Output, Score
     from sf_local.request.params import SamplingParams
+
+__version__ = "0.1.0"
 
 __all__ = [
     "DeviceInfo",
     "Engine",
+    "Handle",
     "Output",
     "SamplingParams",
+    "Score",
     "SfLocalError",
     "ShortfinLocal",
     "devices",
     "errors",
 ]
 
+_BACKEND = "sf_local.frontend.backend"
 _HOMES = {
-    "ShortfinLocal": "sf_local.frontend.backend",
-    "Engine": "sf_local.engine.engine",
-    "Output": "sf_local.engine.generation",
-    "SamplingParams": "sf_local.request.request",
     "DeviceInfo": "sf_local.device.info",
+    "Engine": "sf_local.engine.engine",
+    "Handle": "sf_local.engine.handle",
+    "Output": "sf_local.request.output",
+    "SamplingParams": "sf_local.request.params",
+    "Score": "sf_local.request.output",
+    "ShortfinLocal": _BACKEND,
     "devices": "sf_local.device.info",
 }
 
-if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+if sys.platform != "linux" or os.uname().machine != "x86_64":
+    import platform
+
     raise ImportError(
         f"sf_local runs on Linux x86-64 only, because shortfin does; this is {sys.platform} "
         f"{platform.machine()}"
@@ -53,12 +72,63 @@ if (sys.platform, platform.machine()) != ("linux", "x86_64"):
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'sf_local' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    try:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    except ImportError as error:
+        if name != "ShortfinLocal":
+            raise
+        return _without_sglang(error)
 
 
-@wrapt.when_imported("sglang")
-def _attach(sglang: Any) -> None:
-    if (
-        "sf_local.frontend.backend" not in sys.modules
-    ):  # else it imports sglang, and attaches at its end
-        importlib.import_module("sf_local.frontend.backend")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _without_sglang(cause: ImportError) -> type:
+    """Stands for ShortfinLocal if that cannot be imported, and says so when it is called.
+
+    So `help(sf_local)` and `from sf_local import *` work without sglang.
+    """
+
+    def fail(*_: object, **__: object) -> None:
+        raise ImportError(
+            f"ShortfinLocal cannot be imported: {cause}. It needs sglang: install it, or use "
+            "sf_local.Engine, which runs without."
+        ) from cause
+
+    doc = "The SGLang backend; it needs sglang, which cannot be imported here."
+    return type("ShortfinLocal", (), {"__init__": fail, "__doc__": doc, "__module__": __name__})
+
+
+class _SglangWatch:
+    """An import finder that finds nothing by itself, but attaches the backend to sglang.
+
+    The other finders find sglang; after its module has run, the backend is imported as well.
+    """
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "sglang":
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        specs = (finder.find_spec(name, path, target) for finder in others)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_attach(module: Any) -> None:
+                run(module)
+                _attach()
+
+            spec.loader.exec_module = run_and_attach  # type: ignore[method-assign]
+        return spec
+
+
+def _attach() -> None:
+    if _BACKEND not in sys.modules:  # else it is importing sglang, and attaches at its own end
+        importlib.import_module(_BACKEND)
+
+
+if "sglang" in sys.modules:
+    _attach()
+else:
+    sys.meta_path.insert(0, _SglangWatch())

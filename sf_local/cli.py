@@ -8,10 +8,10 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sf_local import __version__
 from sf_local.artifact.manifest import DTYPE_BYTES, ModelConfig
 from sf_local.artifact.open import Artifact, compiled_targets, open_artifact, verify
 from sf_local.device.info import devices, find_device
@@ -27,6 +27,7 @@ DEVICES = "cpu, hip, hip:N, hip:GPU-<uuid>, or auto: what the artifact is for (d
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; `arguments` are by default those of the process. Returns its exit code."""
     args = _parser().parse_args(arguments)
     try:
         commands = {
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # the reader, such as `| head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return 0
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sf-local", description="Run compiled Llama models in this process."
     )
+    parser.add_argument("--version", action="version", version=f"sf-local {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     chat = commands.add_parser("chat", help="talk to a model; an empty line or Ctrl-D ends")
     chat.add_argument("--system", help="system message (default: the model's own)")
@@ -86,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _params(args: argparse.Namespace, stop: Sequence[str] = ()) -> SamplingParams:
-    """Options that are called like a field of SamplingParams."""
+    """SamplingParams of all options that are named like one of its fields."""
     from sf_local.request.params import SamplingParams
 
     names = {field.name for field in fields(SamplingParams)} - {"stop"}
@@ -108,17 +110,16 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _chat(args: argparse.Namespace) -> None:
-    from sf_local.text.chat_template import derive_chat_template
+    from sf_local.text.chat_template import JinjaTemplate
 
     with _engine(args) as engine:
-        template = derive_chat_template(engine.tokenizer, engine.artifact.name)
-        params = _params(args, template.stop_str)
-        messages = [{"role": "system", "content": args.system}]
+        template = JinjaTemplate(engine.tokenizer, engine.artifact.name)
+        params = _params(args, template.stop_strings())
+        turns = [] if args.system is None else [("system", args.system)]
         while text := _ask():
-            messages.append({"role": "user", "content": text})
-            opening = template.get_prefix_and_suffix("assistant", messages)[0]
-            answer = _print_stream(engine.submit(template.get_prompt(messages) + opening, params))
-            messages.append({"role": "assistant", "content": answer})
+            turns.append(("user", text))
+            answer = _print_stream(engine.submit(template.render(turns), params))
+            turns.append(("assistant", answer))
 
 
 def _ask() -> str:
@@ -155,6 +156,8 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _devices(_: argparse.Namespace) -> None:
+    from importlib.metadata import PackageNotFoundError, version
+
     found = devices()
     for device in found:
         free = device.free_bytes()
@@ -201,7 +204,7 @@ def _abi(config: ModelConfig) -> str:
 
 
 def describe(artifact: Artifact) -> list[tuple[str, str]]:
-    """What an artifact holds, as (name, value) lines."""
+    """What an artifact holds, as pairs of a name and a value to print."""
     config, manifest = artifact.config, artifact.manifest
     cache = config.paged_kv_cache
     token_bytes = config.page_bytes // config.page_size

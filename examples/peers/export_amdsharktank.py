@@ -1,7 +1,8 @@
 """amdsharktank: a Llama to an artifact for this CPU: `export_amdsharktank.py SOURCE FOLDER`.
 
 Runs in the environment `amdsharktank` of install_peers.sh. SOURCE is a Hugging Face folder with
-model.safetensors and a tokenizer. amdsharktank wants a head of its own, so tied ones are copied.
+model.safetensors and a tokenizer. amdsharktank does not read tied embeddings, so a tied output head
+is written as a copy.
 """
 
 import argparse

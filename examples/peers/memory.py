@@ -1,4 +1,4 @@
-"""The machine's memory: the GB/s that bound decoding, measured where the others decode."""
+"""The machine's memory as a peer: "decoding" measures the bandwidth that bounds it, in GB/s."""
 
 from worker import serve
 

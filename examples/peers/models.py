@@ -1,4 +1,4 @@
-"""The demo model as the peers read it, made once and kept in the cache folder.
+"""The demo model in the formats that the peers read, made once and kept in the cache folder.
 
 `models.py` prints the Hugging Face folder.
 """

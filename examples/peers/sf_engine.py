@@ -1,4 +1,4 @@
-"""Ours: `sf_engine.py ARTIFACT TOKENS`, an Engine with a KV cache of so many tokens.
+"""sf_local: `sf_engine.py ARTIFACT TOKENS`, an Engine with a KV cache of TOKENS tokens.
 
 Serves artifacts exported by amdsharktank as well.
 """

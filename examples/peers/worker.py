@@ -1,4 +1,4 @@
-"""What every worker is: jobs come in as JSON lines, values go out, one after the other.
+"""The loop of every worker: it reads jobs as JSON lines and answers each with a value.
 
 A job is `[name, arguments...]`, its reply `{"value": ...}` or `{"error": "..."}`. Whatever the
 peer's libraries print goes to standard error.

@@ -1,0 +1,1 @@
+"""What `sf-local bench` measures, beside what the machine can do at most."""

@@ -1,7 +1,7 @@
-"""What a process of its own costs: its start, its memory, its rest. `run` starts this file as one.
+"""What a new process with an engine costs: its start, its memory, and its CPU time when idle.
 
-It imports nothing that an engine does not need. Clocks are those of `time.perf_counter`, which on
-Linux all processes share.
+`run` starts this module as that process, so it imports nothing that an engine does not need. Times
+of both processes can be compared: on Linux all processes share the clock of `time.perf_counter`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,16 @@ from sf_local.request.params import SamplingParams
 
 @dataclass(frozen=True)
 class Fresh:
-    """Of one process: seconds from its start to a usable engine and to its first token, and so on.
+    """Costs of one process.
 
-    load_seconds: of these, spent opening the engine. memory_ratio: resident memory at its peak,
-    mapped weights included, over weights and KV pages, which are as many as the run needs.
-    idle_share: of one core, used by the open engine while nothing was asked of it.
+    Attributes:
+        ready_seconds: from its start to a usable engine.
+        first_token_seconds: from its start to the first token.
+        load_seconds: the part of `ready_seconds` that opening the engine took.
+        peak_bytes: resident memory at its peak, mapped weights included.
+        memory_ratio: `peak_bytes` over weights and KV pages, of which there are as many as the
+            run needs.
+        idle_share: of one core, used by the open engine without requests.
     """
 
     ready_seconds: float
@@ -44,7 +49,14 @@ def run(
     answer: int = 64,
     idle_seconds: float = 3.0,
 ) -> Fresh:
-    """A first token, then an answer of some tokens to a prompt of some tokens, then rest."""
+    """Start a process that opens `artifact` and measure it.
+
+    It generates one token, then `answer` tokens after a prompt of `prompt` tokens, and is idle for
+    `idle_seconds`.
+
+    Raises:
+        subprocess.CalledProcessError: the process failed; it has printed why.
+    """
     pages = -(-(prompt + answer) // artifact.config.page_size) + 1
     sizes = map(str, (pages, prompt, answer, idle_seconds))
     command = [sys.executable, "-m", __name__, str(artifact.vmfb), device, *sizes]

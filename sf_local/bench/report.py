@@ -1,4 +1,4 @@
-"""Figures of many rounds as medians and spread: a table for the screen, and a plot."""
+"""Figures of several rounds as median and spread: a table for the screen, and a plot."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 
 from sf_local.errors import RequestError
 
-PANELS = (  # title, which figures as (name, x), what x is
+PANELS = (  # title, a regex for the figures' names whose group is x, what x is
     ("prefill, tokens/s", r"prefill, (\d+) tokens", "tokens of the prompt"),
     ("decode, tokens/s", r"decode, (\d+) rows?", "rows"),
     ("decode of one row, tokens/s", r"decode, context (\d+)", "tokens before"),
 )
-ROOFLINE = r"(.*): share of (.*)"  # a figure in percent
+ROOFLINE = r"(.*): share of (.*)"  # the names of figures in percent of a measured maximum
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured value; `wanted` is its bound, as people read it."""
+    """One measured value; `wanted` is the bound it should keep, as text such as "<= 1.5"."""
 
     name: str
     value: float
@@ -30,7 +30,7 @@ class Figure:
 
 
 def summary(figures: Sequence[Figure]) -> dict[str, dict[str, Any]]:
-    """Name -> unit, wanted, all values, and their median, min and max."""
+    """By name: unit, wanted, all values, and their median, min and max."""
     result: dict[str, dict[str, Any]] = {}
     for figure in figures:
         empty = {"unit": figure.unit, "wanted": figure.wanted, "values": []}
@@ -42,7 +42,7 @@ def summary(figures: Sequence[Figure]) -> dict[str, dict[str, Any]]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The figures of a report, aligned for a screen."""
+    """The figures of a report as lines of aligned columns."""
     rows = [("", "median", "min..max", "unit", "wanted")]
     for name, figure in report["figures"].items():
         low, middle, high = (_short(figure[key]) for key in ("min", "median", "max"))
@@ -53,7 +53,11 @@ def table(report: dict[str, Any]) -> str:
 
 
 def check_plot(path: Path) -> None:
-    """Raise RequestError now, rather than after the measurements, if `plot` cannot work."""
+    """Check before the measurements that `plot` will work after them.
+
+    Raises:
+        RequestError: matplotlib is not installed, or `path` is no image file in a folder.
+    """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -67,8 +71,8 @@ def check_plot(path: Path) -> None:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Speeds by size, with their spread, and how near they come to the roofline."""
-    from matplotlib.figure import Figure as Canvas  # which needs no display
+    """Draw speeds by size, with their spread, and the shares of the roofline, to `path`."""
+    from matplotlib.figure import Figure as Canvas  # it needs no display
 
     canvas = Canvas(figsize=(10, 7), layout="constrained")
     *speeds, shares = canvas.subplots(2, 2).flat

@@ -23,24 +23,25 @@ from sf_local.device.device import allow_tiles
 
 BUFFER_BYTES = 256 << 20  # far more than a cache holds
 PASSES = 5
-REPEATS = 1_000_000  # of a loop: about 10 ms a time
+REPEATS = 1_000_000  # of a loop, which take about 10 ms
 CHAINS = 12  # independent sums in a loop, enough to hide an instruction's latency
-# What multiplies weights fastest: the CPU flag, the opcode (EVEX prefix bits, byte), and the
-# multiplications and additions that one instruction does on 512 bits
+# By type of weights, the instruction that multiplies them fastest: its CPU flag, its opcode (EVEX
+# prefix bits, byte), and the multiplications and additions it does on 512 bits
 INSTRUCTIONS = {
     "f32": ("avx512f", (1, 0xB8), 32),  # vfmadd231ps
     "bf16": ("avx512_bf16", (2, 0x52), 64),  # vdpbf16ps
     "int8": ("avx512_vnni", (1, 0x50), 128),  # vpdpbusd
 }
 TILE_CHAINS, TILE_OPERATIONS = 4, 2 * 16 * 16 * 32  # of tdpbf16ps, on AMX's tiles
-KINDS = {"f16": "f32", "int4": "int8"}  # computed as another type
-TOWER = ("v.", "mm.")  # what the names of a vision model's weights begin with
-WEIGHT_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "int8": 34 / 32, "int4": 20 / 32}  # groups of 32
+KINDS = {"f16": "f32", "int4": "int8"}  # types of weights that are computed as another type
+TOWER = ("v.", "mm.")  # what names of weights begin with in a vision tower
+# Bytes a weight; int8 and int4 have groups of 32 weights with a scale (int4: and a minimum)
+WEIGHT_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "int8": 34 / 32, "int4": 20 / 32}
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Operations a second that all CPUs do together, and of what."""
+    """Operations a second that all CPUs do together, and the name of the instruction."""
 
     name: str
     flops: float
@@ -49,8 +50,8 @@ class Peak:
 def read_bandwidth() -> float:
     """Bytes a second that all CPUs read together: the best pass of libc's memcmp or numpy's sum.
 
-    memcmp reads two streams a CPU, and suffers less beside other work; a sum is up to 15% faster
-    where there is none. The buffer lies in huge pages where the system gives them.
+    memcmp reads two streams a CPU and loses less to other load on the machine; without such load
+    a sum is up to 15% faster.
     """
     compare = ctypes.CDLL(None).memcmp
     compare.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
@@ -63,9 +64,10 @@ def read_bandwidth() -> float:
 
 
 def peak_flops(weight_dtype: str) -> Peak:
-    """The fastest multiply-add instruction for these weights, or a matrix product of numpy's.
+    """The most operations a second on weights of this type, measured on all CPUs.
 
-    An upper bound for any kernel: operands never leave the registers.
+    It is an upper bound for any kernel: the fastest multiply-add instruction for the type, whose
+    operands never leave the registers. CPUs without AVX-512 are measured by numpy's f32 product.
     """
     kind = KINDS.get(weight_dtype, weight_dtype)
     flag, opcode, operations = INSTRUCTIONS[kind]
@@ -88,17 +90,17 @@ def decode_bytes(artifact: Artifact, context: float) -> float:
 
 
 def prefill_flops(artifact: Artifact, length: int) -> float:
-    """Of a prompt: all layers' matrices, causal attention, and the head for the last token."""
+    """Operations of a prompt of `length` tokens: matrices, causal attention, the last logits."""
     sizes = {name: _num_elements(entry) for name, entry in _weights(artifact).items()}
     layers = sum(size for name, size in sizes.items() if "norm" not in name and "blk." in name)
     head = sizes.get("output.weight") or sizes["token_embd.weight"]
     query_size = sizes["blk.0.attn_output.weight"] / sizes["output_norm.weight"]
-    attention = query_size * length**2  # Q @ K and P @ V, half of which is masked, a layer
+    attention = query_size * length**2  # of a layer: Q @ K and P @ V, half of which is masked
     return 2 * (length * layers + head + artifact.config.transformer_block_count * attention)
 
 
 def encode_flops(artifact: Artifact) -> float:
-    """Of a tile: patches, all layers' matrices, attention of all to all, and the connector."""
+    """Operations of one image tile: patches, matrices, full attention, and the connector."""
     assert artifact.manifest and artifact.manifest.images
     entries = _entries(artifact)
     positions, hidden = map(int, entries["v.position_embd.weight"].type.split("x")[:2])
@@ -116,7 +118,7 @@ def encode_flops(artifact: Artifact) -> float:
 
 
 def _weights(artifact: Artifact) -> dict[str, irpa.Entry]:
-    """All that a step reads whole: not an embedding, unless it is the head as well."""
+    """All weights that a step reads whole: the embedding only if it is the output head too."""
     entries = {n: e for n, e in _entries(artifact).items() if not n.startswith(TOWER)}
     if "output.weight" in entries:
         del entries["token_embd.weight"]
@@ -133,7 +135,7 @@ def _num_elements(entry: irpa.Entry) -> float:
 
 
 def _seconds(calls: Sequence[Callable[[], object]]) -> float:
-    """Of all calls at once, a thread each; what they call lets go of Python's lock."""
+    """Seconds until all calls are done, each in a thread; what they call releases the GIL."""
     threads = [Thread(target=call) for call in calls]
     started_at = time.perf_counter()
     for thread in threads:
@@ -160,14 +162,14 @@ def _tile_loop() -> Callable[[int], None]:
     body = b"".join(bytes([0xC4, 0xE2, 0x52, 0x5C, 0xC4 | i << 3]) for i in range(TILE_CHAINS))
     loop = _loop(load, body, b"\xc4\xe2\x78\x49\xc0")  # ldtilecfg [rsi], tilerelease
 
-    def run(repeats: int, data: object = data) -> None:  # which must outlive the calls
+    def run(repeats: int, data: object = data) -> None:  # `data` must outlive the calls
         loop(repeats)
 
     return run
 
 
 def _loop(before: bytes, body: bytes, after: bytes) -> Callable[[int], None]:
-    """A function of machine code that does `body` as often as it is told."""
+    """A function of machine code that runs `body` as often as its argument says."""
     body += b"\x48\xff\xcf"  # dec rdi
     jump = b"\x0f\x85" + (-len(body) - 6).to_bytes(4, "little", signed=True)  # jnz to the body
     page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
@@ -175,7 +177,7 @@ def _loop(before: bytes, body: bytes, after: bytes) -> Callable[[int], None]:
     address = ctypes.addressof(ctypes.c_char.from_buffer(page))
     function = ctypes.CFUNCTYPE(None, ctypes.c_long)(address)
 
-    def run(repeats: int, page: mmap.mmap = page) -> None:  # which must outlive the calls
+    def run(repeats: int, page: mmap.mmap = page) -> None:  # `page` must outlive the calls
         function(repeats)
 
     return run

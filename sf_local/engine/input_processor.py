@@ -15,7 +15,7 @@ from sf_local.request.checks import shown
 from sf_local.request.params import SamplingParams
 from sf_local.request.prompt import Prompt
 from sf_local.request.request import Request
-from sf_local.text.prompt_encoder import SeamEncoder
+from sf_local.text.prompt_encoder import PromptEncoder
 from sf_local.text.tokenizer import Tokenizer
 from sf_local.vision.image_file import GivenImage, ImageInput
 from sf_local.vision.reader import ImageReader
@@ -72,7 +72,7 @@ class InputProcessor:
         self.vocab_size = manifest.vocab_size if manifest else tokenizer.vocab_size
         self._images = _image_reader(artifact, tokenizer, image_bytes, allow_urls)
         self._eos_ids = _eos_ids(artifact, tokenizer)
-        self._encode = SeamEncoder(tokenizer)
+        self._encode = PromptEncoder(tokenizer)
 
     @functools.cached_property
     def _grammars(self) -> GrammarCompiler:

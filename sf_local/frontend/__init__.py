@@ -1,0 +1,1 @@
+"""The engine as a backend of SGLang's frontend language. Only this package imports sglang."""

@@ -1,4 +1,7 @@
-"""ShortfinLocal: the engine as an SGLang frontend backend. The only importer of sglang."""
+"""ShortfinLocal: the engine as a backend that runs programs of SGLang's frontend language.
+
+Importing this module attaches the class to sglang, as `sgl.ShortfinLocal`.
+"""
 
 from __future__ import annotations
 
@@ -22,26 +25,34 @@ from sglang.lang.interpreter import StreamExecutor
 from sglang.lang.ir import SglSamplingParams
 
 from sf_local.engine.engine import Engine
-from sf_local.errors import ChatTemplateError, RequestError
+from sf_local.errors import RequestError
+from sf_local.frontend.sgl_chat_template import resolve_chat_template
 from sf_local.frontend.translation import entries, meta_info, to_params
 from sf_local.request.checks import shown
 from sf_local.request.output import Output, Score
 from sf_local.request.params import SamplingParams
-from sf_local.text.chat_template import resolve_chat_template
 from sf_local.vision.image_file import ImageInput
 
 
 class TokenUsage:
-    """Tokens that a backend has read and written; usable from any thread."""
+    """Counts the tokens of a backend's requests; usable from any thread.
+
+    Attributes:
+        prompt_tokens: of all prompts, those found in the prefix cache included.
+        cached_tokens: of all prompts, those found in the prefix cache.
+        completion_tokens: of all answers.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.reset()
 
     def reset(self) -> None:
+        """Set all counts to 0."""
         self.prompt_tokens = self.completion_tokens = self.cached_tokens = 0
 
     def add(self, outputs: Sequence[Output | Score]) -> None:
+        """Count the tokens of finished requests; scores have no answer."""
         with self._lock:
             for output in outputs:
                 self.prompt_tokens += output.prompt_tokens
@@ -60,11 +71,19 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
         config, parameters, tokenizer: files that do not lie beside the .vmfb.
         kv_pages, kv_memory: the size of the KV cache, as `Engine` takes it.
         image_memory: as `Engine` takes it.
-        defaults: what SGLang's arguments cannot carry: seed, repetition_penalty, logit_bias, ebnf,
-            priority and timeout; and stops, to which SGLang's are added.
+        defaults: for what SGLang's arguments cannot express: seed, repetition_penalty, logit_bias,
+            ebnf, priority and timeout; and stops, to which those of a program are added.
 
-    Raises ArtifactError, DeviceError or ChatTemplateError here; what a program asks for and cannot
-    get raises RequestError, which SGLang keeps in `state.error()`.
+    Attributes:
+        engine: the Engine that generates.
+        chat_template: SGLang's ChatTemplate that roles are written with.
+        token_usage: counts of the tokens of all requests.
+
+    Raises:
+        ArtifactError, DeviceError: as Engine does.
+        ChatTemplateError: there is no such template, or SGLang cannot express the model's own.
+        RequestError: `defaults` are no SamplingParams. A program that asks for what it cannot get
+            ends with a RequestError as well, which SGLang keeps in `state.error()`.
     """
 
     is_chat_model = False
@@ -99,22 +118,27 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
             image_memory=image_memory,
         )
         try:
-            self.chat_template = self._resolve(chat_template)
+            self.chat_template = resolve_chat_template(
+                chat_template,
+                self.engine.tokenizer,
+                self.engine.artifact.name,
+                self.engine.image_token,
+            )
         except BaseException:
             self.shutdown()
             raise
 
     def get_model_name(self) -> str:
-        """A folder from which transformers loads the tokenizer."""
+        """The folder of the tokenizer, from which transformers can load it too."""
         return str(self.engine.artifact.tokenizer)
 
     @property
     def endpoint(self) -> ShortfinLocal:
-        """The backend itself; SGLang asks for it as it does with its own Runtime."""
+        """The backend itself: `sgl.flush_cache()` and others ask for it, as of a Runtime."""
         return self
 
     def get_server_info(self) -> dict[str, Any]:
-        """What is loaded, and the engine's counters."""
+        """The loaded model's paths and context, and the counters of `Engine.stats()`."""
         engine = self.engine
         return {
             "model_path": self.get_model_name(),
@@ -126,9 +150,13 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
     def generate(
         self, s: StreamExecutor, sampling_params: SglSamplingParams
     ) -> tuple[str | list[str], Any]:
-        """The text that continues `s`, and its meta info as SGLang's server gives it.
+        """The text that continues `s`, and its meta info in the form of SGLang's server.
 
         With n > 1 both are lists; SGLang continues the program with the first text.
+
+        Raises:
+            RequestError: a parameter or an image is not allowed, or the prompt is too long.
+            EngineError: the generation failed.
         """
         params = to_params(sampling_params, self._defaults)
         outputs = self.engine.samples(self._text(s), params, images=_images(s))
@@ -141,7 +169,12 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
     def generate_stream(
         self, s: StreamExecutor, sampling_params: SglSamplingParams
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Text deltas with meta info; the last one carries the finish reason and all else."""
+        """New text piece by piece, with meta info, which is complete in the last one only.
+
+        Raises:
+            RequestError: as `generate` does; or n > 1, since a stream is one text.
+            EngineError: the generation failed.
+        """
         params = to_params(sampling_params, self._defaults)
         if params.n > 1:
             raise RequestError(f"n={params.n}: a stream is one text; use n=1, or stream=False")
@@ -160,7 +193,13 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
         temperature: float,
         choices_method: ChoicesSamplingMethod = token_length_normalized,
     ) -> ChoicesDecision:
-        """The choice that `choices_method` prefers, by its log probabilities after `s`."""
+        """The choice that `choices_method` prefers, by the log probabilities of all after `s`.
+
+        Raises:
+            RequestError: a choice is empty or too long, `temperature` is not 0, or
+                `choices_method` is not one of SGLang's.
+            EngineError: scoring failed.
+        """
         if not (isinstance(temperature, (int, float)) and 0 <= temperature <= 1e-5):
             raise RequestError(
                 f"temperature={shown(temperature)}: choices are scored, not sampled; use 0"
@@ -193,25 +232,29 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
         )
 
     def using(self, **overrides: Any) -> ShortfinLocal:
-        """This backend with other `defaults`: `ask.run(..., backend=backend.using(seed=1))`."""
+        """The same engine with other `defaults`: `ask.run(..., backend=backend.using(seed=1))`.
+
+        Raises:
+            RequestError: a parameter is out of range.
+        """
         view = copy.copy(self)
         view._defaults = replace(self._defaults, **overrides)
         return view
 
     def cache_prefix(self, prefix_str: str) -> None:
-        """A hint from SGLang: what a batch of programs begins with."""
+        """A hint from SGLang: the programs of a batch begin with this text."""
         self.engine.warm(prefix_str)
 
     def commit_lazy_operations(self, s: StreamExecutor) -> None:
-        """A hint from SGLang: the text so far is about to be forked."""
+        """A hint from SGLang: the program is about to be forked at its text so far."""
         self.engine.warm(self._text(s), images=_images(s))
 
     def flush_cache(self) -> None:
-        """Free all KV pages that no request uses."""
+        """Empty the prefix cache, except for pages that requests use."""
         self.engine.flush_cache()
 
     def shutdown(self, drain: bool = False) -> None:
-        """End the engine; generations under way fail, or are finished first with `drain`."""
+        """End the engine; with `drain` after all generations under way, which otherwise fail."""
         self.engine.shutdown(drain)
 
     def __enter__(self) -> ShortfinLocal:
@@ -220,35 +263,19 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
     def __exit__(self, *_: object) -> None:
         self.shutdown()
 
-    def _resolve(self, chat_template: str | ChatTemplate | None) -> ChatTemplate:
-        tokenizer, name = self.engine.tokenizer, self.engine.artifact.name
-        image_token = self.engine.image_token
-        if chat_template is None and tokenizer.chat_template is None:
-            template = _NoTemplate(name=name, default_system_prompt=None, role_prefix_and_suffix={})
-            template.image_token = image_token or template.image_token
-            return template
-        return resolve_chat_template(chat_template, tokenizer, name, image_token)
-
     def _text(self, s: StreamExecutor) -> str:
-        """What SGLang wrote so far, with images as the model's own template has them."""
+        """The program's text so far, with images written as the model's own template does."""
         text = str(s.text_)
         image_first = getattr(self.chat_template, "image_first", None)
         return text.replace(*image_first) if image_first else text
 
 
-class _NoTemplate(ChatTemplate):  # type: ignore[misc]
-    """Of a base model: plain text works, roles raise."""
-
-    def get_prefix_and_suffix(self, role: str, hist_messages: list[Any]) -> tuple[str, str]:
-        raise ChatTemplateError(
-            f"{self.name} has no chat template, so sgl.{role}() has no meaning; give one with "
-            'ShortfinLocal(chat_template="chatml"), or write the prompt as plain text'
-        )
-
-
 def _images(s: StreamExecutor) -> list[ImageInput]:
-    """What a program has shown so far: files, which SGLang has read already, and PIL images, of
-    which its copies do not tell which side is up."""
+    """The images of the program so far.
+
+    SGLang has read files already. PIL images are taken as they were given, because SGLang's copies
+    lack the EXIF orientation.
+    """
     return [
         base64.b64decode(data) if isinstance(given, (str, bytes)) else given
         for given, data in s.images_

@@ -22,7 +22,7 @@ _SAME_NAME = (
 _OTHER_NAME = (
     "stop", "stop_token_ids", "dtype", "regex", "json_schema", "return_text_in_logprobs",
 )  # fmt: skip
-_NUMBER_STOPS = (" ", "\n")  # SGLang's regexes let numbers end in white space
+_NUMBER_STOPS = (" ", "\n")  # SGLang's regexes of numbers end with white space
 _DTYPES: dict[object, tuple[str, Sequence[str]]] = {
     "int": (REGEX_INT, _NUMBER_STOPS),
     "float": (REGEX_FLOAT, _NUMBER_STOPS),
@@ -32,7 +32,11 @@ _DTYPES: dict[object, tuple[str, Sequence[str]]] = {
 
 
 def to_params(sampling: SglSamplingParams, defaults: SamplingParams) -> SamplingParams:
-    """SGLang's parameters over ours; those it has no name for come from `defaults`."""
+    """The parameters of one `sgl.gen`; those that it does not give come from `defaults`.
+
+    Raises:
+        RequestError: one is unknown, contradicts another, or is not allowed.
+    """
     _check_known(sampling)
     values = {name: _given(sampling, name) for name in _SAME_NAME}
     values = {name: value for name, value in values.items() if value is not None}
@@ -47,7 +51,7 @@ def to_params(sampling: SglSamplingParams, defaults: SamplingParams) -> Sampling
         grammar["regex"], extra = _dtype(sampling.dtype)
         stop = [*stop, *extra]
     if any(value is not None for value in grammar.values()):
-        values |= dict.fromkeys(GRAMMARS) | grammar  # instead of the default's
+        values |= dict.fromkeys(GRAMMARS) | grammar  # any of these replaces the default grammar
     with_text = _given(sampling, "return_text_in_logprobs", False)
     if not isinstance(with_text, bool):
         raise RequestError(f"return_text_in_logprobs={shown(with_text)} must be True or False")
@@ -57,7 +61,7 @@ def to_params(sampling: SglSamplingParams, defaults: SamplingParams) -> Sampling
 
 
 def meta_info(output: Output, tokenizer: Tokenizer, sampling: SglSamplingParams) -> dict[str, Any]:
-    """Keys and shapes of SGLang's meta_info, and our time to first token."""
+    """An output in the form of SGLang's meta_info, with our `time_to_first_token` in seconds."""
     reason: dict[str, Any] = {"type": output.finish_reason}
     if output.matched is not None:
         reason["matched"] = output.matched
@@ -80,7 +84,7 @@ def meta_info(output: Output, tokenizer: Tokenizer, sampling: SglSamplingParams)
 def entries(
     values: Sequence[float | None], ids: Sequence[int], tokenizer: Tokenizer | None
 ) -> list[tuple[float | None, int, str | None]]:
-    """(log probability, token id, text) of tokens; the text is None without a tokenizer."""
+    """(log probability, token id, text) of each token; the text is None without `tokenizer`."""
     texts = [None if tokenizer is None else tokenizer.written_text(i) for i in ids]
     return list(zip(values, ids, texts, strict=True))
 
@@ -105,7 +109,7 @@ def _logprob_info(
 
 
 def _check_known(sampling: SglSamplingParams) -> None:
-    """Raise for what a newer SGLang can ask for and this does not know."""
+    """Refuse parameters of a newer SGLang that this module does not know."""
     for name, value in vars(sampling).items():
         is_known = name in _SAME_NAME or name in _OTHER_NAME
         if not is_known and value and value != getattr(SglSamplingParams(), name, None):
@@ -119,7 +123,7 @@ def _given(sampling: SglSamplingParams, name: str, default: Any = None) -> Any:
 
 
 def _joined(default: Sequence[Any], given: Any) -> Any:
-    """Both; or what is given, if it is nonsense that SamplingParams will name."""
+    """Both lists; or `given` alone if it is no list, for SamplingParams to refuse it by name."""
     given = () if given is None else given
     return [*default, *given] if isinstance(given, (list, tuple)) else given
 

@@ -1,0 +1,1 @@
+"""Constrained decoding: which tokens may follow in a text that must match a grammar."""

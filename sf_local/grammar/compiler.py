@@ -1,8 +1,8 @@
-"""Grammars: which tokens may follow in a text that must match a regex, a schema or a grammar.
+"""Compiles regexes, JSON schemas and EBNF grammars for one tokenizer, and caches them.
 
-Knows tokens, never logits or requests. The matching is llguidance's. What reaches it is read and
-checked first, by grammar_regex, grammar_schema and grammar_lark: it is native code, and some inputs
-crash it or run for minutes.
+llguidance does the matching. Every text is read and checked before it gets there, by the modules
+regex, json_schema and lark: llguidance is native code, and some inputs crash it or keep it busy for
+minutes.
 """
 
 from __future__ import annotations
@@ -35,22 +35,23 @@ LIMITS: dict[str, Any] = {
 EBNF_LIMITS = {**LIMITS, "initial_lexer_fuel": 50_000}  # its regexes are not read here
 
 CACHE_BYTES = 64 << 20
-MATCHER_BYTES = 64 << 10  # parser, first lexer states
-BYTES_PER_CHARACTER = 128  # what compiling makes of a text; enums and schemas of 100 kB measured
+MATCHER_BYTES = 64 << 10  # of any compiled grammar: its parser and first lexer states
+BYTES_PER_CHARACTER = 128  # of a compiled grammar's text, measured on enums and schemas of 100 kB
 
 
 class GrammarCompiler:
     """Compiles and caches the grammars of one tokenizer; usable from any thread.
 
     Each method returns the state of one new generation. The first call builds llguidance's view of
-    the vocabulary (0.1 s for 49,152 tokens, during which no other Python code runs).
+    the vocabulary, which takes 0.1 s for 49,152 tokens and holds the GIL.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[int]) -> None:
-        """`vocab_size` is the width of the model's logits; tokens from there on never appear.
-
-        `eos_ids` end a text, and only a whole one. Without any, `Grammar.is_complete` alone says
-        where a text ends.
+        """Args:
+        tokenizer: the model's.
+        vocab_size: the width of the model's logits; no mask allows a token beyond it.
+        eos_ids: tokens that end a text; a mask allows them only after a text that matches.
+            Without any, only `Grammar.is_complete` tells that a text has ended.
         """
         self._vocabulary = Vocabulary(tokenizer, vocab_size, eos_ids)
         self._cache = _Cache(CACHE_BYTES)
@@ -58,8 +59,9 @@ class GrammarCompiler:
     def regex(self, text: str) -> Grammar:
         r"""Texts that Python's `re.fullmatch(text, ...)` matches.
 
-        `\d`, `\w` and `\s` stand for ASCII characters, negated ones for all others that Python
-        counts in. Greedy and lazy are the same here. Leading `^` and trailing `$` are ignored.
+        `\d`, `\w` and `\s` allow ASCII characters only; `\D`, `\W` and `\S` allow no more
+        than in Python. Greedy and lazy repeats are the same. A leading `^` and a trailing `$` are
+        ignored.
 
         Raises:
             GrammarError: not a regex, look-around, backreference, word boundary or another
@@ -70,10 +72,10 @@ class GrammarCompiler:
     def json_schema(self, schema: str | bool | Mapping[str, Any] | type) -> Grammar:
         """JSON that is valid under `schema`: JSON text, a dict, or a pydantic model class.
 
-        Written as json.dumps does by default, `{"a": 1, "b": [2, 3]}`: no other whitespace, which
-        a model might never end, and nothing to choose between a value and the next key. Keys come
-        in the order of the schema; where it lists properties there are no others, unless it has
-        additionalProperties or combines schemas. Unknown keywords are ignored, as JSON Schema asks.
+        The layout is that of json.dumps, `{"a": 1, "b": [2, 3]}`. Other whitespace is not allowed,
+        because a model might go on with it for ever. Keys come in the order of the schema. A schema
+        that lists properties allows no others, unless it has additionalProperties or combines
+        schemas. Unknown keywords are ignored, as JSON Schema asks.
 
         Raises:
             GrammarError: not a schema, a keyword or format that is not supported, or a schema that
@@ -111,7 +113,7 @@ class GrammarCompiler:
 
 
 class _Cache:
-    """Compiled grammars, the longest unused dropped first; usable from any thread.
+    """Compiled grammars, of which the least recently used go first; usable from any thread.
 
     llguidance does not tell what a grammar takes, so sizes are estimates: a constant, and a
     multiple of the text's length, since a grammar is as large as its text.

@@ -1,23 +1,32 @@
-"""JSON schemas as llguidance gets them: what it ignores, gets wrong or crashes on is refused."""
+"""JSON schemas, checked and rewritten for llguidance.
+
+Keywords that llguidance ignores, gets wrong or crashes on are refused, with their path.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
-from urllib.parse import unquote
 
 from sf_local.errors import GrammarError
 from sf_local.grammar.limits import MAX_PATTERNS, Refused, as_json, shown
 from sf_local.grammar.regex import RegexWriter
+from sf_local.grammar.schema_parts import (
+    is_tagged,
+    lists_all,
+    numbers,
+    representable,
+    resolve,
+    subschemas,
+)
 
-MAX_PATTERN_PROPERTIES = 64  # of a schema; all pairs are compared
-MAX_PROPERTIES = 1_000  # of one object; time grows with the square
-MAX_MULTIPLE = 100_000  # remainders that a multipleOf distinguishes
-MAX_SCHEMA_LEVELS = 512  # about 5 KiB of stack each
-MAX_BOUND = 2**63 - 1024  # of a number; the largest float that fits in 64 bits
+MAX_PATTERN_PROPERTIES = 64  # in a whole schema; llguidance compares all pairs
+MAX_PROPERTIES = 1_000  # of one object; llguidance's time grows with the square
+MAX_MULTIPLE = 100_000  # least common multiple of all multipleOf, without its decimal point
+MAX_SCHEMA_LEVELS = 512  # each takes about 5 KiB of llguidance's stack
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 REFUSED_KEYWORDS = {
     "not": "state what is allowed instead",
@@ -47,10 +56,14 @@ _OBJECT_KEYWORDS = frozenset(
     ("properties", "patternProperties", "additionalProperties", "required", "minProperties",
      "maxProperties")
 )  # fmt: skip
-_LISTS = frozenset(("allOf", "anyOf", "oneOf", "prefixItems", "items"))
 
 
 def schema_text(schema: object) -> str:
+    """The JSON text of a schema given as text, a bool, a dict or a pydantic model class.
+
+    Raises:
+        GrammarError: it is none of these, or has no JSON form.
+    """
     if isinstance(schema, str):
         return schema
     if isinstance(schema, type) and hasattr(schema, "model_json_schema"):
@@ -72,6 +85,11 @@ def schema_text(schema: object) -> str:
 
 
 def schema_grammar(text: str) -> str:
+    """The JSON text of a schema as llguidance's grammar.
+
+    Raises:
+        Refused: it is not JSON, not a schema, or has what is not supported.
+    """
     try:
         schema = json.loads(text, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
@@ -88,7 +106,11 @@ def _refuse_constant(name: str) -> None:
 
 
 def checked_schema(schema: Any) -> dict[str, Any]:
-    """`schema` as llguidance gets it."""
+    """`schema`, checked and rewritten in place, with the layout of our JSON.
+
+    Raises:
+        Refused: it is not a schema, or has what is not supported.
+    """
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
     _SchemaCheck(schema).run()
@@ -98,14 +120,14 @@ def checked_schema(schema: Any) -> dict[str, Any]:
 class _SchemaCheck:
     """Refuses what llguidance ignores, gets wrong or crashes on, by name and path.
 
-    Rewrites what has an equal that llguidance reads: regexes, numbers beyond its precision, and
-    oneOf whose alternatives exclude each other.
+    Rewrites in place what llguidance can read in another form: regexes, bounds beyond its
+    precision, and a oneOf whose alternatives exclude each other.
     """
 
     def __init__(self, root: Any) -> None:
         self._root = root
         draft = str(root.get("$schema")) if isinstance(root, dict) else ""
-        self._id_keyword = "id" if "draft-04" in draft else "$id"  # changes what $ref refers to
+        self._id_keyword = "id" if "draft-04" in draft else "$id"  # it would redirect each $ref
         self._num_levels = 0
         self._num_pattern_properties = 0
         self._multiple: Fraction | None = None  # least common multiple of all multipleOf
@@ -113,13 +135,17 @@ class _SchemaCheck:
         self._pending: list[tuple[Any, str]] = [(root, "#")]
         self._seen = {id(root)}
         self._checked: set[int] = set()
-        self._num_patterns: dict[int, int] = {}  # by id of schema
+        self._num_patterns: dict[int, int] = {}  # what _most_patterns found, by id of schema
 
     def run(self) -> None:
-        """Check everything that the root refers to."""
-        for schema, path in self._pending:  # grows meanwhile
+        """Check the root and all that it refers to.
+
+        Raises:
+            Refused: something in it is not supported.
+        """
+        for schema, path in self._pending:  # it grows while references are followed
             self._num_levels += self._check_tree(schema, path)
-            # llguidance follows references depth first on the native stack, each one once.
+            # llguidance follows each reference once, depth first, on the native stack.
             if self._num_levels > MAX_SCHEMA_LEVELS:
                 raise Refused(
                     "has too many schemas nested or referring to each other (more than "
@@ -133,9 +159,10 @@ class _SchemaCheck:
         self._close_objects()
 
     def _close_objects(self) -> None:
-        """Forbid other properties than those listed, where nothing else has a say in them.
+        """Forbid properties that a schema does not list, unless it is combined with others.
 
-        A model would go on inventing keys. SGLang's server forbids them as well.
+        A model would go on inventing keys. SGLang's server forbids them as well. Schemas that
+        allOf, anyOf, oneOf or $ref combine stay open: one may allow what another lists.
         """
         todo, seen, closable = [(self._root, False)], set[tuple[int, bool]](), []
         while todo:
@@ -143,15 +170,15 @@ class _SchemaCheck:
             if not isinstance(schema, dict) or (id(schema), is_combined) in seen:
                 continue
             seen.add((id(schema), is_combined))
-            parts = [(key, child) for key, _, child in _subschemas(schema)]
+            parts = [(key, child) for key, _, child in subschemas(schema)]
             if "$ref" in schema:
-                parts.append(("$ref", self._resolve(schema["$ref"], "#")))
+                parts.append(("$ref", resolve(self._root, schema["$ref"], "#")))
             combined = [child for key, child in parts if key in _COMBINATIONS]
             todo += [(child, False) for key, child in parts if key not in _COMBINATIONS]
             is_mixed = bool(_OBJECT_KEYWORDS.intersection(schema))
             is_mixed |= sum(key == "allOf" for key, _ in parts) > 1
             todo += [(child, is_combined or is_mixed) for child in combined]
-            if not combined and not is_combined and _lists_all(schema):
+            if not combined and not is_combined and lists_all(schema):
                 closable.append(schema)
         for schema in closable:
             if (id(schema), True) not in seen:
@@ -167,10 +194,10 @@ class _SchemaCheck:
                 continue
             if not isinstance(schema, dict):
                 raise Refused(f"has {shown(repr(schema))} at {path}; a schema is an object.")
-            if id(schema) not in self._checked:  # a reference may lead inside of another tree
+            if id(schema) not in self._checked:  # a $ref may lead into a tree that was checked
                 self._checked.add(id(schema))
                 self._check_schema(schema, path)
-            todo += [(child, f"{path}/{at}", level + 1) for _, at, child in _subschemas(schema)]
+            todo += [(child, f"{path}/{at}", level + 1) for _, at, child in subschemas(schema)]
         return depth
 
     def _check_schema(self, schema: dict[str, Any], path: str) -> None:
@@ -194,7 +221,11 @@ class _SchemaCheck:
         self._check_numbers(schema, path)
         if "$ref" in schema:
             self._follow(schema["$ref"], path)
-        if "oneOf" in schema and "anyOf" not in schema and self._is_tagged(schema["oneOf"], path):
+        if (
+            "oneOf" in schema
+            and "anyOf" not in schema
+            and is_tagged(self._root, schema["oneOf"], path)
+        ):
             renamed = [("anyOf" if k == "oneOf" else k, v) for k, v in schema.items()]
             schema.clear()
             schema.update(renamed)
@@ -208,7 +239,7 @@ class _SchemaCheck:
                 f"has {len(names):,} properties at {path}; at most {MAX_PROPERTIES:,} are "
                 "supported. Use additionalProperties."
             )
-        # llguidance may repeat a key that is not named, and would count it twice.
+        # llguidance may repeat a key that the schema does not name, and would count it twice.
         least = schema.get("minProperties")
         if isinstance(least, int) and least > max(len(required), 1):
             raise Refused(
@@ -236,13 +267,13 @@ class _SchemaCheck:
             raise Refused(f"has {shown(pattern)} at {path}, which {error}") from None
 
     def _check_numbers(self, schema: dict[str, Any], path: str) -> None:
-        for number in _numbers([schema.get("const"), schema.get("enum")]):
+        for number in numbers([schema.get("const"), schema.get("enum")]):
             if abs(number) > 2**53:
                 raise Refused(f"has the constant {shown(str(number))} at {path}, above 2**53.")
         for keyword, inward in _BOUNDS.items():
             bound = schema.get(keyword)
             if isinstance(bound, (int, float)) and not isinstance(bound, bool):
-                schema[keyword] = _representable(bound, inward, f"{path}/{keyword}")
+                schema[keyword] = representable(bound, inward, f"{path}/{keyword}")
         multiple = schema.get("multipleOf")
         if isinstance(multiple, (int, float)) and 0 < multiple < math.inf:
             self._add_multiple(Fraction(str(multiple)), path)
@@ -262,39 +293,27 @@ class _SchemaCheck:
             )
 
     def _follow(self, reference: object, path: str) -> None:
-        target = self._resolve(reference, path)
+        target = resolve(self._root, reference, path)
         if id(target) not in self._seen:
             self._seen.add(id(target))
             self._pending.append((target, str(reference)))
 
-    def _resolve(self, reference: object, path: str) -> Any:
-        target = self._root
-        if not isinstance(reference, str) or not (reference + "/").startswith("#/"):
-            raise Refused(
-                f"has $ref {shown(str(reference))} at {path}; only #/... of the same schema is "
-                "supported. Copy the schema into $defs."
-            )
-        for part in unquote(reference).split("/")[1:]:
-            key = part.replace("~1", "/").replace("~0", "~")
-            try:
-                target = target[int(key)] if isinstance(target, list) else target[key]
-            except (KeyError, IndexError, ValueError, TypeError):
-                raise Refused(
-                    f"has $ref {shown(reference)} at {path}, which leads nowhere. Define it."
-                ) from None
-        return target
-
     def _most_patterns(self, schema: Any) -> int:
-        """At most how many regexes llguidance intersects for one text, as it merges `schema`."""
+        """An upper bound of the number of regexes that llguidance intersects for one text.
+
+        It merges schemas that allOf and $ref combine, and with them their patterns and formats.
+        """
         if not isinstance(schema, dict):
             return 0
         if id(schema) not in self._num_patterns:
-            self._num_patterns[id(schema)] = 0  # what a loop adds; llguidance refuses those
+            self._num_patterns[id(schema)] = 0  # ends circles, which llguidance refuses
             most = {"": ("pattern" in schema) + ("format" in schema)}
             merged = (
-                self._most_patterns(self._resolve(schema["$ref"], "#")) if "$ref" in schema else 0
+                self._most_patterns(resolve(self._root, schema["$ref"], "#"))
+                if "$ref" in schema
+                else 0
             )
-            for keyword, _, child in _subschemas(schema):
+            for keyword, _, child in subschemas(schema):
                 num = self._most_patterns(child)
                 if keyword == "allOf":
                     merged += num
@@ -303,79 +322,3 @@ class _SchemaCheck:
             merged += sum(most.pop(k, 0) for k in ("anyOf", "oneOf", "patternProperties"))
             self._num_patterns[id(schema)] = merged + max(most.values())
         return self._num_patterns[id(schema)]
-
-    def _is_tagged(self, options: Any, path: str) -> bool:
-        """Whether all options are objects that differ in the constants of one required property."""
-        if not isinstance(options, list):
-            return False
-        tags = [self._tags(option, path) for option in options]
-        names = set.intersection(*map(set, tags)) if tags else set()
-        return any(
-            sum(len(tag[name]) for tag in tags) == len(set().union(*(tag[name] for tag in tags)))
-            for name in names
-        )
-
-    def _tags(self, option: Any, path: str) -> dict[str, set[str]]:
-        """The strings that an object's required properties may be, for those that list them."""
-        if isinstance(option, dict) and set(option) == {"$ref"}:
-            option = self._resolve(option["$ref"], path)
-        if not isinstance(option, dict) or option.get("type") != "object":
-            return {}
-        properties, required = option.get("properties"), option.get("required")
-        if not isinstance(properties, dict) or not isinstance(required, list):
-            return {}
-        tags = {name: _strings(properties[name]) for name in required if name in properties}
-        return {name: strings for name, strings in tags.items() if strings}
-
-
-def _subschemas(schema: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """The schemas directly inside `schema`: keyword, path, schema. Not $defs, but by reference."""
-    for keyword, value in schema.items():
-        if keyword in ("properties", "patternProperties") and isinstance(value, dict):
-            yield from ((keyword, f"{keyword}/{name}", child) for name, child in value.items())
-        elif keyword in _LISTS and isinstance(value, list):
-            yield from ((keyword, f"{keyword}/{i}", child) for i, child in enumerate(value))
-        elif keyword in ("items", "additionalItems", "additionalProperties"):
-            yield keyword, keyword, value
-
-
-def _lists_all(schema: dict[str, Any]) -> bool:
-    """Whether `schema` lists properties, all that it requires among them, and says no more."""
-    properties, required = schema.get("properties"), schema.get("required", [])
-    if not isinstance(properties, dict) or not isinstance(required, list):
-        return False
-    if schema.keys() & {"additionalProperties", "patternProperties", "minProperties"}:
-        return False
-    return bool(properties) and properties.keys() >= set(map(str, required))
-
-
-def _strings(schema: Any) -> set[str]:
-    """The strings that `schema` allows, if it lists them and nothing else."""
-    if not isinstance(schema, dict):
-        return set()
-    values = [schema["const"]] if "const" in schema else schema.get("enum")
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        return set()
-    return set(values)
-
-
-def _numbers(value: Any) -> Iterator[float]:
-    """All numbers in a JSON value."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _numbers(part)
-
-
-def _representable(bound: float, inward: int, path: str) -> float:
-    """The nearest bound that llguidance represents and that allows no more than `bound`."""
-    if bound * inward > MAX_BOUND:
-        raise Refused(f"has {shown(str(bound))} at {path}, beyond 64 bits.")
-    if abs(bound) > MAX_BOUND:
-        return -inward * MAX_BOUND
-    near = float(bound)
-    if near == bound:
-        return bound
-    is_inside = (near > bound) == (inward > 0)
-    return int(near if is_inside else math.nextafter(near, inward * math.inf))

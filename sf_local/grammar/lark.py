@@ -1,4 +1,4 @@
-"""Grammars in Lark's syntax, as llguidance reads it, or in llama.cpp's GBNF, checked before."""
+"""Grammars in llguidance's dialect of Lark or in llama.cpp's GBNF, checked for llguidance."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from sf_local.grammar.limits import (
     shown,
 )
 
-MAX_RULE_LEVELS = 1_024  # about 4 KiB of stack each
+MAX_RULE_LEVELS = 1_024  # each takes about 4 KiB of llguidance's stack
 _GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
-_LARK = re.compile(  # as llguidance splits a text; what is not here cannot hide anything
+# llguidance's tokens, as far as they matter here: counted ones, and all that could hide one
+_LARK = re.compile(
     r"""(?P<comment>(?:\#|//)[^\n]*)
     |(?P<string>"(?:\\(?:["\\/bfnrt]|u[a-fA-F0-9]{4}|x[a-fA-F0-9]{2})|[^"\\\x00-\x1F\x7F])*"i?)
     |(?P<regex>/(?:\\.|[^/\\])+/[imslux]*)
@@ -39,6 +40,11 @@ _OPTIONAL = re.compile(r"\\.|(?P<optional>[*?]|\{0?,)", re.DOTALL)
 
 
 def ebnf_grammar(text: str) -> str:
+    """A text in Lark or GBNF (told by `::=`) as llguidance's grammar.
+
+    Raises:
+        Refused: it is not GBNF, has what is not supported, or is too large.
+    """
     if _GBNF_RULE.search(text):
         text = _gbnf_to_lark(text)
     return lark_grammar("".join(_LarkCheck(text).pieces()))
@@ -51,12 +57,15 @@ def _gbnf_to_lark(text: str) -> str:
         return gbnf_to_lark(text)
     except RecursionError:
         raise
-    except Exception as error:  # it raises bare ones
+    except Exception as error:  # it raises nothing narrower
         raise Refused(f"is not GBNF: {error}.") from None
 
 
 class _LarkCheck:
-    """Refuses what of a Lark text is not only about text, or would crash llguidance."""
+    """Refuses in a Lark text what is not about text alone, and what would crash llguidance.
+
+    A definition is a rule or a terminal with its right-hand side.
+    """
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -68,7 +77,11 @@ class _LarkCheck:
         self._directives: set[str] = set()
 
     def pieces(self) -> Iterator[str]:
-        """The text, with our options in its schemas."""
+        """The text piece by piece, with the JSON schemas in it checked and rewritten.
+
+        Raises:
+            Refused: something is not supported, or there is too much of it.
+        """
         done = 0
         while (found := _LARK.search(self._text, done)) is not None:
             yield self._text[done : found.end()]
@@ -114,24 +127,24 @@ class _LarkCheck:
 
     def _check_counts(self) -> None:
         if "ignore" in self._directives and self._directives & {"json", "lark"}:
-            raise Refused(  # llguidance loses track where either may come next
+            raise Refused(  # llguidance fails if both may come next
                 "has %ignore beside %json or %lark, which is not supported. Write out where spaces "
                 "may be."
             )
-        # llguidance follows rules depth first on the native stack, each one once.
+        # llguidance follows each rule once, depth first, on the native stack.
         if self._num_levels + self._deepest > MAX_RULE_LEVELS:
             raise Refused(f"has too many rules and brackets (over {MAX_RULE_LEVELS:,}). Split it.")
         if self._num_ands >= MAX_PATTERNS:
             raise Refused(f"has more than {MAX_PATTERNS - 1} intersections (&). Simplify it.")
-        # Terminals are put into those that name them; each takes time with the square.
+        # llguidance expands terminals inside those that name them; time grows with the square.
         sizes: dict[str, int] = {}
         if sum(self._size(name, sizes) ** 2 for name in self._parts) > MAX_OPTIONAL**2:
             raise Refused(f"has more than {MAX_OPTIONAL:,} optional parts. Simplify it.")
 
     def _size(self, name: str, sizes: dict[str, int]) -> int:
-        """How many optional parts the terminal `name` has, with those in it; 0 for a rule's names.
+        """How many optional parts `name` has, for a terminal with those of terminals in it.
 
-        A terminal that names itself is llguidance's to refuse.
+        llguidance refuses terminals that name themselves; here they end the recursion.
         """
         if name not in sizes:
             sizes[name] = 0

@@ -1,7 +1,7 @@
-"""What the readers of regexes, schemas and Lark share: refusals, and the form llguidance takes.
+"""What the checks of regexes, JSON schemas and Lark share: limits, refusals, llguidance's input.
 
-llguidance is native code that some inputs crash or keep busy for minutes. The readers' limits are
-such that compiling ends within about two seconds and its recursion within 4 MiB of stack.
+llguidance is native code that some inputs crash or keep busy for minutes. The limits are such that
+compiling takes at most about two seconds and 4 MiB of stack.
 """
 
 from __future__ import annotations
@@ -10,24 +10,30 @@ import json
 import re
 from typing import Any, NoReturn
 
-MAX_OPTIONAL = 1_000  # parts of regexes that may be empty
-MAX_PATTERNS = 6  # regexes that one text must match; time grows exponentially
+MAX_OPTIONAL = 1_000  # parts of regexes that may match nothing
+MAX_PATTERNS = 6  # regexes that one text must match at once; time grows exponentially
 
 
 class Refused(Exception):
-    """Why a text cannot be compiled, to be completed with the parameter's name."""
+    """Why a text cannot be compiled; GrammarCompiler puts the parameter's name before it."""
 
 
 def shown(text: str, limit: int = 60) -> str:
+    """`text` quoted for a message, cut after `limit` characters."""
     return repr(text) if len(text) <= limit else f"{text[:limit]!r}..."
 
 
 def lark_grammar(text: str) -> str:
-    """`text` as a list of one grammar: a bare text that begins with { is read as JSON."""
+    """A Lark text as llguidance's list of grammars, which is JSON."""
     return json.dumps({"grammars": [{"lark_grammar": text}]})
 
 
 def as_json(value: Any) -> str:
+    """The JSON text of `value`.
+
+    Raises:
+        Refused: a string in it holds half of a surrogate pair, which UTF-8 cannot express.
+    """
     text = json.dumps(value, ensure_ascii=False)
     try:
         text.encode()
@@ -40,13 +46,18 @@ def as_json(value: Any) -> str:
 
 
 def cleaned(message: str) -> str:
-    """llguidance's message, shortened, without the marks of its own verbosity."""
+    """One of llguidance's messages, shortened, without its markers and backtrace."""
     message = re.split("<non-verbose/>|<backtrace>", message)[0].strip().rstrip(".")
     return message if len(message) <= 400 else f"{message[:200]} ... {message[-200:]}"
 
 
 def refuse(message: str) -> NoReturn:
-    """Raise what llguidance said; in our words where its own speak of other things."""
+    """Raise one of llguidance's messages, in our words if its own would mislead.
+
+    Raises:
+        RecursionError: the grammar is nested too deeply.
+        Refused: all else.
+    """
     if "recursion limit exceeded" in message:
         raise RecursionError
     if "oneOf constraints are not supported" in message:

@@ -1,4 +1,4 @@
-"""Masks: what the grammars of one call's rows allow next."""
+"""Which tokens the grammars of one model call's rows allow next."""
 
 from __future__ import annotations
 
@@ -16,14 +16,21 @@ if TYPE_CHECKING:
 
 
 class Mask:
-    """What one grammar allows next. All of it is computed only where it is needed."""
+    """Which tokens one grammar allows next; the whole mask is computed on first use.
+
+    `has` alone does not need it: a greedy row asks first whether the likeliest token is allowed.
+    """
 
     def __init__(self, grammar: Grammar) -> None:
         self._grammar = grammar
-        self._words: NDArray[np.int32] | None = None  # bit i % 32 of word i // 32 allows token i
+        self._words: NDArray[np.int32] | None = None  # as Grammar.fill_mask has it
 
     def fill(self) -> NDArray[np.int32]:
-        """The words; raises GrammarError where the grammar gives up."""
+        """The mask as int32 words, one bit a token, `[ceil(vocab / 32)]`.
+
+        Raises:
+            GrammarError: the grammar is too complex to follow, or no token may follow.
+        """
         if self._words is None:
             self._words = np.empty(self._grammar.num_words, np.int32)
             self._grammar.fill_mask(self._words)
@@ -32,29 +39,35 @@ class Mask:
         return self._words
 
     def has(self, token: int) -> bool:
+        """Whether `token` is allowed."""
         if self._words is None:
             return self._grammar.allows(token)
         return bool(self._words[token // 32] >> token % 32 & 1)
 
     def tokens(self) -> NDArray[np.intp]:
+        """All allowed token ids, in ascending order."""
         bits = np.unpackbits(self.fill().view(np.uint8), bitorder="little")
         return np.flatnonzero(bits.view(np.bool_))
 
 
 class Masks:
-    """One for each row of the call; None where there is no grammar.
+    """The masks of all rows of one call.
 
-    errors: what a grammar gave up with, by row; the other rows are not concerned.
+    Attributes:
+        rows: a mask for each row; None for rows without a grammar.
+        errors: by row, the exception with which its grammar failed; other rows go on.
+        seconds: CPU time that `fill` took.
     """
 
     def __init__(self, grammars: Sequence[Grammar | None], needed: Sequence[bool]) -> None:
+        """`needed[i]`: compute the whole mask of row i in `fill`, rather than on first use."""
         self.rows = [None if grammar is None else Mask(grammar) for grammar in grammars]
         self._needed = needed
         self.errors: dict[int, Exception] = {}
         self.seconds = 0.0
 
     def fill(self) -> None:
-        """Compute those that will be needed, while the device runs."""
+        """Compute the masks that are needed for certain, while the device runs the call."""
         if not any(self.rows):
             return
         started_at = time.thread_time()

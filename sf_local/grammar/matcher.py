@@ -1,4 +1,4 @@
-"""TODO."""
+"""Where one generation stands in its grammar: which tokens may follow, and which must."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 class Grammar:
     """What one generation may still write. Used by one thread at a time.
 
-    Every method may raise GrammarError, where the grammar turns out to be too complex to follow.
+    Every method may raise GrammarError, if the grammar turns out to be too complex to follow.
 
-    num_words: length of a mask, ceil(vocab_size / 32).
+    Attributes:
+        num_words: the length of a mask, ceil(vocab_size / 32).
     """
 
     def __init__(
@@ -31,21 +32,21 @@ class Grammar:
         self._vocab_size = vocabulary.vocab_size
         self.num_words = (vocabulary.vocab_size + 31) // 32
         self._forget = forget
-        self._native: NDArray[np.int32] | None = None  # a mask with the tokens the model lacks
+        self._native: NDArray[np.int32] | None = None  # llguidance's mask, if that is wider
         if vocabulary.native_size != vocabulary.vocab_size:
             self._native = np.zeros((vocabulary.native_size + 31) // 32, np.int32)
         matcher.consume_tokens([])  # notices that nothing may follow at all
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing but the end may follow; True after an accepted end token."""
+        """Whether only the end may follow, or an end token has been accepted."""
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
     def fill_mask(self, mask: NDArray[np.int32]) -> None:
-        """Set the bits of all tokens that may follow in `mask` [num_words], C order.
+        """Write which tokens may follow to `mask`: contiguous int32, `[num_words]`.
 
-        Token t is bit t % 32 of word t // 32. The model's end tokens are among them where the text
-        may end. Other special tokens and the padding are never set.
+        Token t is bit t % 32 of word t // 32. The model's end tokens are set if the text may end
+        here. Other special tokens, and bits beyond the vocabulary, are never set.
         """
         assert mask.dtype == np.int32 and mask.shape == (self.num_words,), mask.shape
         assert mask.flags.c_contiguous
@@ -58,7 +59,7 @@ class Grammar:
                 mask[-1] &= (1 << self._vocab_size % 32) - 1
 
     def allows(self, token: int) -> bool:
-        """Whether the mask has this token, without computing it."""
+        """Whether `token` may follow, without computing the whole mask."""
         allowed = self._matcher.validate_tokens([token]) == 1
         self._check()
         return allowed
@@ -73,10 +74,10 @@ class Grammar:
             self._check(token)
 
     def forced(self) -> list[int]:
-        """Tokens that must follow now, already added to the text; never an end token.
+        """Add the tokens that must follow to the text and return them; never an end token.
 
-        They are those the tokenizer would split the text into; what follows may still decide how
-        the last characters are split, so these are left to the mask.
+        They are the tokens into which the tokenizer splits the forced text. Its last characters
+        are left out while what follows them may still change how they are split.
         """
         if self._matcher.is_stopped():
             self._check()
@@ -90,7 +91,7 @@ class Grammar:
         """Raise what ended the matcher, if anything did."""
         if not self._matcher.is_error():
             return
-        self._forget()  # its lexer, shared with the cached one, may be used up
+        self._forget()  # the cached grammar shares this one's lexer, whose limits may be used up
         why = cleaned(self._matcher.get_error())
         if token is not None and "doesn't satisfy the grammar" in why:
             raise EngineError(f"Token {token} does not fit the grammar: {why}")

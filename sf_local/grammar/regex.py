@@ -1,4 +1,4 @@
-"""Python's regexes in llguidance's syntax, which reads many of them otherwise."""
+"""Python's regexes in llguidance's syntax, in which many of the same texts mean something else."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from sf_local.grammar.limits import MAX_OPTIONAL, Refused, lark_grammar
 
-MAX_FORCED = 10_000  # characters that a counted repeat may demand
+MAX_FORCED = 10_000  # characters that a repeat such as x{5000} may demand
 _parser: Any = importlib.import_module("re._parser")  # the only way to Python's regex trees
-# Where Unicode versions could differ, the written regex allows less than Python's: ASCII for \d, \w
-# and \s, and for their opposites all but at least what Python counts in. None of these uses \d, \w
-# or \s, for which llguidance substitutes ASCII inside schemas.
+# Unicode versions differ in what \d, \w and \s match, so what is written allows no more than
+# Python: these become their ASCII characters, and \D, \W and \S exclude a superset of what Python
+# excludes. None is written as \d, \w or \s, which llguidance reads as ASCII inside schemas.
 _ASCII_SETS = {"DIGIT": "0-9", "WORD": "0-9A-Za-z_", "SPACE": r"\x09-\x0D\x20"}
 _UNICODE_SETS = {
     "DIGIT": r"\p{Nd}",
@@ -31,14 +31,19 @@ _NOT_REGULAR = {
 
 
 def regex_grammar(text: str) -> str:
+    """A Python regex as llguidance's grammar of the texts that it matches as a whole.
+
+    Raises:
+        Refused: it is not a regex, not regular, or too large.
+    """
     pattern = RegexWriter().write(text)
     return lark_grammar(f"start: /{pattern}/" if pattern else 'start: ""')
 
 
 class RegexWriter:
-    """Writes Python's regexes in llguidance's syntax, which reads many of them otherwise.
+    """Writes Python's regexes in llguidance's syntax.
 
-    One for all regexes of a grammar: what they may cost is limited together.
+    All regexes of one grammar go through one writer, because their costs are limited together.
     """
 
     def __init__(self) -> None:
@@ -46,7 +51,11 @@ class RegexWriter:
         self._is_search = self._is_ascii = False
 
     def write(self, text: str, is_search: bool = False) -> str:
-        """A regex for texts that `text` matches as a whole, or with `is_search` in some part."""
+        """A regex for the texts that `text` matches as a whole, or anywhere with `is_search`.
+
+        Raises:
+            Refused: `text` is not a regex, not regular, or too large.
+        """
         try:
             tree = _parser.parse(text)
         except re.error as error:
@@ -61,7 +70,7 @@ class RegexWriter:
         return f"(?i:{pattern})" if flags & re.IGNORECASE else pattern
 
     def _sequence(self, tree: Any, dotall: bool, first: bool, last: bool) -> str:
-        """`first`, `last`: nothing of the regex comes before or after `tree`."""
+        """`first`, `last`: whether `tree` is at the beginning and at the end of the regex."""
         solid = [i for i, (op, _) in enumerate(tree) if str(op) != "AT"]
         start, end = (solid[0], solid[-1]) if solid else (len(tree), -1)
         # A sequence of n parts that may be empty takes time and space with the square of n.

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The model's tokenizer as llguidance needs it: the bytes of tokens, and how texts are split."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ if TYPE_CHECKING:
 
 
 class Vocabulary:
-    """The tokenizer as llguidance wants it, built on first use.
+    """llguidance's view of a tokenizer, built on first use; usable from any thread.
 
-    From our bytes and our encoder instead of tokenizer.json: so both sides agree on every token,
-    and a text that spells a special token is never encoded as one.
+    It is made from our token bytes and our encoder instead of tokenizer.json, so that both sides
+    agree on every token and a text that spells a special token is never encoded as one.
+
+    Attributes:
+        vocab_size: the width of the model's logits.
+        native_size: llguidance's number of tokens: one more for models without an end token.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[int]) -> None:
@@ -32,7 +36,11 @@ class Vocabulary:
         self._lock = threading.Lock()
 
     def matcher(self, grammar: str, limits: dict[str, Any]) -> LLMatcher:
-        """The initial state of `grammar`, a list of llguidance's grammars as JSON."""
+        """The initial state of `grammar`, which is llguidance's list of grammars as JSON.
+
+        Raises:
+            Refused: it cannot be compiled, is too complex, or matches no text.
+        """
         from llguidance import LLMatcher, LLParserLimits
 
         native_limits = LLParserLimits(**limits)
@@ -64,7 +72,7 @@ class Vocabulary:
         return native
 
     def _try(self, matcher: LLMatcher) -> None:
-        """Compute the first masks: much of the work, and most failures, come only then."""
+        """Compute the first masks: much of llguidance's work, and most failures, come only then."""
         if matcher.is_error():
             refuse(matcher.get_error())
         trial = matcher.deep_copy()
@@ -81,7 +89,7 @@ class Vocabulary:
 
 
 class _Encoder:
-    """What llguidance asks of a tokenizer: the bytes of all tokens, and how a text is split."""
+    """The interface that llguidance asks of a tokenizer: tokens' bytes, and how a text is split."""
 
     def __init__(
         self, tokenizer: Tokenizer, vocab_size: int, native_size: int, eos_ids: list[int]
@@ -95,7 +103,8 @@ class _Encoder:
         self.greedy: Callable[[str], list[int]] | None = None
         self._tokenizer = tokenizer
         self._num_tokens = num_tokens
-        # SentencePiece puts a space before every text: encode after a character that never merges
+        # SentencePiece puts a space before every text, so texts are encoded after a character that
+        # merges with nothing.
         self._before = "\x02" if self._bytes(self._encode("a")) != b"a" else ""
         self._before_ids = self._encode(self._before)
 
@@ -112,7 +121,7 @@ class _Encoder:
         return ids[1:] if ids[:1] == [self.bos_token_id] else ids
 
     def _bytes(self, ids: list[int]) -> bytes | None:
-        """The text of `ids`; None if one is not the model's."""
+        """The bytes of `ids`; None if the model does not have one of them."""
         if any(i >= self._num_tokens for i in ids):
             return None
         return b"".join(map(self._tokenizer.token_bytes, ids))

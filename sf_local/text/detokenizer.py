@@ -1,4 +1,4 @@
-"""TODO."""
+"""Token ids to text while a sequence grows, and where the text reaches a stop string."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from sf_local.text.tokenizer import Tokenizer
 class Detokenizer:
     """The text of one generated sequence, token by token.
 
-    The deltas and the flush concatenate to `tokenizer.decode` of the pushed ids. No delta ends
-    inside a character. After a prompt the first token keeps its leading space.
+    The texts that `push` and `flush` return concatenate to `tokenizer.decode` of the ids, except
+    that after a prompt the first token keeps its leading space. None ends inside a character.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
@@ -23,7 +23,7 @@ class Detokenizer:
         )
 
     def push(self, token_id: int) -> str:
-        """The text that `token_id` completes; empty inside a character."""
+        """The text that `token_id` completes: empty while a character lacks bytes."""
         return self._without_first_space(self._utf8.decode(self._token_bytes(token_id)))
 
     def flush(self) -> str:
@@ -38,10 +38,10 @@ class Detokenizer:
 
 
 class StopChecker:
-    """Cuts a streamed text at its earliest stop string, across the borders of deltas.
+    """Cuts a streamed text at its earliest stop string, which may span several deltas.
 
     Attributes:
-        matched: the stop string the text was cut at; the shortest, if several begin there.
+        matched: the stop string at which the text was cut; the shortest, if several begin there.
     """
 
     matched: str | None
@@ -52,7 +52,10 @@ class StopChecker:
         self._held = ""
 
     def push(self, delta: str) -> tuple[str, bool]:
-        """Add `delta`; returns the text that is now certain, and whether a stop was reached."""
+        """Add `delta`: the text that is now certain, and whether a stop string was reached.
+
+        Text that may be the beginning of a stop string is held back.
+        """
         if not self._stops:
             return delta, False
         if self.matched is not None:
@@ -66,7 +69,7 @@ class StopChecker:
         return text[:unfinished], False
 
     def flush(self) -> str:
-        """The end of the text: what was held back, up to a stop string in it."""
+        """End the text: what was held back, up to a stop string in it."""
         text, self._held = self._held, ""
         match = self._find(text)
         if match < len(text):
@@ -78,7 +81,7 @@ class StopChecker:
         return min((i for i in map(text.find, self._stops) if i >= 0), default=len(text))
 
     def _find_unfinished(self, text: str) -> int:
-        """Where the earliest stop string begins that `text` ends inside of, or its length."""
+        """Where the earliest stop string begins of which `text` ends with a part, or its length."""
         first = max(0, len(text) - len(self._stops[-1]) + 1)
         for start in range(first, len(text)):
             if any(stop.startswith(text[start:]) for stop in self._stops):

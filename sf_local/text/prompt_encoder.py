@@ -1,7 +1,8 @@
-"""SeamEncoder: text to tokens, keeping the tokens that a model generated for the same text.
+"""Prompts to tokens, keeping the tokens of generated texts with which a prompt begins.
 
-SGLang hands over whole texts, and a tokenizer may split a generated text otherwise than the model
-wrote it. Encoded afresh, such a prompt would miss the cache from the first difference on.
+A chat's next prompt contains the model's earlier answers as text, and the tokenizer may split such
+a text into other tokens than the model wrote. Encoded afresh, the prompt would miss the prefix
+cache from the first different token on.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from itertools import accumulate
 
 from sf_local.text.tokenizer import Tokenizer
 
-MAX_TEXTS = 512
+MAX_TEXTS = 512  # remembered
 MAX_CHARACTERS = 4 << 20  # of all remembered texts together
 
 
-class SeamEncoder:
-    """Encodes prompts; those that begin with a remembered text begin with its tokens.
+class PromptEncoder:
+    """Encodes prompts; one that begins with a remembered text begins with its tokens.
 
-    The remembered tokens are used up to the last place where a token of the prompt's own encoding
-    begins as well, so the rest is split as the tokenizer would. Usable from any thread.
+    The remembered tokens are used up to the last place at which a token of the prompt's own
+    encoding ends as well; from there on it is the tokenizer's. Usable from any thread.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -33,16 +34,22 @@ class SeamEncoder:
         self._lock = threading.Lock()
 
     def __call__(self, text: str, end: int | None = None) -> list[int]:
-        """The tokens of `text`; raises RequestError where Tokenizer.encode does.
+        """The tokens of `text`.
 
-        What is remembered counts in the first `end` characters only.
+        Only its first `end` characters are compared with remembered texts; by default all are.
+
+        Raises:
+            RequestError: as `Tokenizer.encode` does.
         """
         ids = self._tokenizer.encode(text)
         known = self._longest_known(text[:end])
         return ids if known is None else self._join(known, ids)
 
     def remember(self, prompt: str, prompt_ids: list[int], ids: Sequence[int], text: str) -> None:
-        """`prompt`, encoded as `prompt_ids`, was continued by `ids`, which read as `text`."""
+        """Remember that `ids`, whose text is `text`, were generated after a prompt.
+
+        `prompt_ids` are the tokens of `prompt`. The oldest texts are dropped if there are too many.
+        """
         with self._lock:
             self._forget(prompt + text)
             self._texts[prompt + text] = [*prompt_ids, *ids]
@@ -66,7 +73,7 @@ class SeamEncoder:
         return None
 
     def _join(self, known: Sequence[int], ids: list[int]) -> list[int]:
-        """`known` tokens as far as they agree with the text of `ids`, then the rest of `ids`."""
+        """`known` up to the last end of a token that both share, then the rest of `ids`."""
         known_ends, known_bytes = self._ends(known)
         ends, text = self._ends(ids)
         same = _common_len(known_bytes, text)
@@ -77,7 +84,7 @@ class SeamEncoder:
         return ids
 
     def _ends(self, ids: Sequence[int]) -> tuple[list[int], bytes]:
-        """Where each token ends in the bytes of all."""
+        """Where each token ends in the bytes of all tokens, and these bytes."""
         pieces = [self._tokenizer.written_bytes(i) for i in ids]
         return list(accumulate(map(len, pieces))), b"".join(pieces)
 

@@ -1,7 +1,7 @@
 """Text to token ids and back, with the files of a Hugging Face tokenizer.
 
-Knows nothing of models or requests. Tokens are bytes: a text is the bytes of its tokens, read as
-UTF-8, so one token at a time and all at once give the same text.
+Every token stands for bytes, and a text is the bytes of its tokens read as UTF-8. So decoding token
+by token and all at once gives the same text.
 """
 
 import ctypes
@@ -23,10 +23,10 @@ class Tokenizer:
 
     Attributes:
         vocab_size: number of tokens, added ones included.
-        special_ids: ids of the tokens that never show in a text.
+        special_ids: ids of tokens such as BOS that `decode` leaves out.
         adds_bos: whether `encode` begins every prompt with the BOS token.
-        strips_first_space: whether a text drops the space its first token begins with.
-        chat_template: the Jinja text of the model's chat template.
+        strips_first_space: whether `decode` drops the space with which the first token begins.
+        chat_template: the Jinja text of the model's chat template; None without one.
     """
 
     bos_token: str | None
@@ -61,10 +61,10 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.adds_bos = self._should_add_bos(config.get("add_bos_token"))
-        ctypes.CDLL(None).malloc_trim(0)  # 10 MB that reading the file left behind
+        ctypes.CDLL(None).malloc_trim(0)  # returns 10 MB that reading the file took
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text` as a prompt: after one BOS where the model expects one, never two.
+        """The ids of `text` as a prompt, after exactly one BOS if the model expects one.
 
         Raises:
             RequestError: `text` is not a str, or holds a surrogate, which UTF-8 cannot express.
@@ -87,25 +87,25 @@ class Tokenizer:
         return [self.bos_token_id, *ids[num_bos:]] if has_bos else ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, without special tokens and ids the vocabulary does not have."""
+        """The text of `ids`, without special tokens and ids that are not in the vocabulary."""
         text = b"".join(map(self.token_bytes, ids)).decode(errors="replace")
         return text.removeprefix(" ") if self.strips_first_space else text
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What one token adds to a text: nothing for special and unknown ids."""
+        """The bytes that one token adds to a text: none for special and unknown ids."""
         if token_id in self.special_ids:
             return b""
         token = self._tokenizer.id_to_token(token_id)
         return b"" if token is None else self._token_to_bytes(token)
 
     def written_bytes(self, token_id: int) -> bytes:
-        """What one token stands for in a prompt: special tokens are written out."""
+        """The bytes that one token stands for in a prompt, where special tokens are written out."""
         if token_id in self.special_ids:
             return (self._tokenizer.id_to_token(token_id) or "").encode()
         return self.token_bytes(token_id)
 
     def written_text(self, token_id: int) -> str:
-        """`written_bytes` as text; U+FFFD for bytes that are no whole character."""
+        """`written_bytes` as text, with U+FFFD for incomplete characters."""
         return self.written_bytes(token_id).decode(errors="replace")
 
     def token_id(self, text: str) -> int | None:
@@ -115,7 +115,7 @@ class Tokenizer:
     def _declared_token(
         self, config: dict[str, Any], key: str, file: Path
     ) -> tuple[str | None, int | None]:
-        """Text and id of the token that `config` names as its `key`, marked as special."""
+        """Text and id of the token that `config` names as its `key`; it becomes a special one."""
         text = config.get(key)
         text = text.get("content") if isinstance(text, dict) else text
         if text is None:
@@ -130,7 +130,7 @@ class Tokenizer:
         return text, token_id
 
     def _should_add_bos(self, declared: bool | None) -> bool:
-        """`add_bos_token` decides where it is set, as in transformers; else tokenizer.json."""
+        """`add_bos_token` decides if it is set, as in transformers; else tokenizer.json does."""
         if self.bos_token_id is None:
             return False
         if declared is not None:
@@ -155,7 +155,7 @@ def _read_tokenizer(file: Path) -> tokenizers.Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
         raise CorruptFileError(f"{file} is not a readable tokenizer: {error}. {_REMEDY}") from error
-    tokenizer.no_truncation()  # a saved tokenizer may carry both from its training
+    tokenizer.no_truncation()  # a tokenizer may have been saved with both
     tokenizer.no_padding()
     return tokenizer
 
@@ -179,7 +179,7 @@ def _read_chat_template(value: Any, file: Path) -> str | None:
 
 
 def _read_decoder(decoder: Any, file: Path) -> tuple[Callable[[str], bytes], bool]:
-    """How a token becomes bytes, and whether a text drops its first space."""
+    """The function from a token to its bytes, and whether a text drops its first space."""
     steps = list(_decoder_steps(json.loads(decoder.__getstate__()) if decoder else {}))
     kinds = {"Regex" if "Regex" in step.get("pattern", ()) else step["type"] for step in steps}
     if "ByteLevel" in kinds:
@@ -205,7 +205,7 @@ def _decoder_steps(decoder: dict[str, Any]) -> Iterable[dict[str, Any]]:
 
 
 class _SentencePieceBytes:
-    """Bytes of a SentencePiece token: U+2581 is a space, <0x0A> one byte of a character."""
+    """Bytes of a SentencePiece token: U+2581 is a space, and <0x0A> is one byte."""
 
     def __init__(self, steps: Iterable[dict[str, Any]]) -> None:
         self._has_byte_tokens = False
@@ -227,7 +227,7 @@ class _SentencePieceBytes:
 
 
 def _byte_level_bytes(token: str) -> bytes:
-    """Bytes of a byte-level BPE token; added tokens may hold characters that stand for no byte."""
+    """Bytes of a byte-level BPE token, or of an added token, which may be any text."""
     try:
         return bytes(map(_BYTE_OF_CHAR.__getitem__, token))
     except KeyError:
@@ -235,7 +235,7 @@ def _byte_level_bytes(token: str) -> bytes:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's alphabet: printable bytes stand for themselves, the others for U+0100 and on."""
+    """GPT-2's alphabet: printable bytes are their own character, the others U+0100 and on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}

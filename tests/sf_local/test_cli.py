@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -55,6 +56,19 @@ def test_chat(
     speeds = [line for line in capsys.readouterr().err.splitlines() if "tokens/s" in line]
     lengths = [int(line[1:].split()[0]) for line in speeds]
     assert len(lengths) == 2 and lengths[1] > lengths[0]
+
+
+def test_chat_needs_a_template(
+    tiny: TinyModel, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny.artifact, tmp_path / "copy")
+    file = next(folder.rglob("tokenizer_config.json"))
+    config = json.loads(file.read_text())
+    del config["chat_template"]
+    file.write_text(json.dumps(config))
+    (folder / "artifact.json").unlink()  # which has the file's hash
+    assert main(["chat", str(folder)]) == 1
+    assert "has no chat template" in (err := capsys.readouterr().err) and err.count("\n") == 1
 
 
 def test_inspect(tiny: TinyModel, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

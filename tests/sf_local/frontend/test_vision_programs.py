@@ -13,7 +13,7 @@ import pytest
 import sglang as sgl
 
 from sf_local.frontend.backend import ShortfinLocal
-from sf_local.text.chat_template import resolve_chat_template
+from sf_local.frontend.sgl_chat_template import resolve_chat_template
 from tests.support.pictures import picture, png
 from tests.support.tiny import SeeingModel, TinyModel
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from sf_local.text.prompt_encoder import MAX_TEXTS, SeamEncoder
+from sf_local.text.prompt_encoder import MAX_TEXTS, PromptEncoder
 from sf_local.text.tokenizer import Tokenizer
 from tests.support.reference import random_weights, write_hf_folder
 from tests.support.tiny import TINY
@@ -41,7 +41,7 @@ def ids_of(tokenizer: Tokenizer, *texts: str) -> list[int]:
 
 def test_generated_tokens_are_kept(tokenizer: Tokenizer) -> None:
     """The model wrote a-b-c where the tokenizer writes abc; the rest is split afresh."""
-    encode = SeamEncoder(tokenizer)
+    encode = PromptEncoder(tokenizer)
     prompt = tokenizer.encode("d")
     written = ids_of(tokenizer, "a", "b", "c")
     encode.remember("d", prompt, written, "abc")
@@ -52,14 +52,14 @@ def test_generated_tokens_are_kept(tokenizer: Tokenizer) -> None:
 
 def test_a_token_across_the_seam_is_split_as_the_tokenizer_would(tokenizer: Tokenizer) -> None:
     """ "ab" was generated, "c" follows: the prompt's own token abc begins before the seam."""
-    encode = SeamEncoder(tokenizer)
+    encode = PromptEncoder(tokenizer)
     prompt = tokenizer.encode("dd")
     encode.remember("dd", prompt, ids_of(tokenizer, "a", "b"), "ab")
     assert encode("ddabc") == [*prompt, *ids_of(tokenizer, "abc")]
 
 
 def test_a_trimmed_stop_string_and_an_end_token(tokenizer: Tokenizer) -> None:
-    encode = SeamEncoder(tokenizer)
+    encode = PromptEncoder(tokenizer)
     prompt = tokenizer.encode("d")
     written = ids_of(tokenizer, "a", "b", "c", "d")
     encode.remember("d", prompt, written, "a")  # "b" was the stop
@@ -74,7 +74,7 @@ def test_a_trimmed_stop_string_and_an_end_token(tokenizer: Tokenizer) -> None:
 def test_the_text_is_always_the_same(
     tokenizer: Tokenizer, ids: list[int], rest: str, data: st.DataObject
 ) -> None:
-    encode = SeamEncoder(tokenizer)
+    encode = PromptEncoder(tokenizer)
     prompt = data.draw(st.text("abcd", max_size=5))
     written = [i + 3 for i in ids]
     text = tokenizer.decode(written)
@@ -84,7 +84,7 @@ def test_the_text_is_always_the_same(
 
 
 def test_memory_is_bounded(tokenizer: Tokenizer) -> None:
-    encode = SeamEncoder(tokenizer)
+    encode = PromptEncoder(tokenizer)
     for i in range(2 * MAX_TEXTS):
         encode.remember(str(i), [3], [4], "b")
     assert len(encode._texts) == MAX_TEXTS
