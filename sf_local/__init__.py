@@ -22,6 +22,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+import wrapt
+
 from sf_local import errors
 from sf_local.errors import SfLocalError
 
@@ -100,35 +102,7 @@ def _without_sglang(cause: ImportError) -> type:
     return type("ShortfinLocal", (), {"__init__": fail, "__doc__": doc, "__module__": __name__})
 
 
-class _SglangWatch:
-    """An import finder that finds nothing by itself, but attaches the backend to sglang.
-
-    The other finders find sglang; after its module has run, the backend is imported as well.
-    """
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != "sglang":
-            return None
-        others = [finder for finder in sys.meta_path if finder is not self]
-        specs = (finder.find_spec(name, path, target) for finder in others)
-        spec = next((spec for spec in specs if spec is not None), None)
-        if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
-
-            def run_and_attach(module: Any) -> None:
-                run(module)
-                _attach()
-
-            spec.loader.exec_module = run_and_attach  # type: ignore[method-assign]
-        return spec
-
-
-def _attach() -> None:
+@wrapt.when_imported("sglang")
+def _attach(_: Any) -> None:
     if _BACKEND not in sys.modules:  # else it is importing sglang, and attaches at its own end
         importlib.import_module(_BACKEND)
-
-
-if "sglang" in sys.modules:
-    _attach()
-else:
-    sys.meta_path.insert(0, _SglangWatch())
