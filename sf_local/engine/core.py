@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from operator import attrgetter
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sf_local.artifact.open import Artifact
 from sf_local.device.device import Device
@@ -51,7 +50,7 @@ class EngineCore:
         self.cache = RadixCache(self.pool, artifact.config.page_size)
         self.scheduler = Scheduler(self.pool, self.cache, limits)
         self._outputs = OutputProcessor(self.scheduler, failures)
-        self._executor = Executor(runner, artifact.config.page_size, self._take_logits)
+        self._executor = Executor(runner, artifact.config.page_size, self._outputs.take_logits)
         self._can_jump = jump_forward and limits.reuse == "tokens"
         self._vocab_size = artifact.manifest.vocab_size if artifact.manifest else None
         self._counters = Counters()
@@ -221,17 +220,6 @@ class EngineCore:
             self.scheduler.reset()
 
     # Sample
-
-    def _take_logits(self, chunk: Chunk, logits: NDArray[np.float32]) -> None:
-        """Logits [tokens, vocab] of a chunk, for the log probabilities of its prompt."""
-        request = chunk.request
-        generation = self._outputs.generations.get(request)
-        if generation is None:
-            return
-        with self._outputs.guard(request):
-            generation.take_logits(chunk.start, logits)
-        if chunk.end >= len(request.prompt_ids):
-            request.first_logits = None
 
     def _sample(
         self, chunks: Sequence[Chunk], generations: Sequence[Generation], output: ModelOutput,

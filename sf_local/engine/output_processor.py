@@ -7,10 +7,14 @@ import heapq
 import time
 from collections.abc import Callable, Iterator
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sf_local.engine.failures import Failures
 from sf_local.engine.generation import Generation
 from sf_local.engine.scheduler import Scheduler
 from sf_local.errors import SfLocalError
+from sf_local.request.batch import Chunk
 from sf_local.request.prompt import Tile
 from sf_local.request.request import Request
 
@@ -31,6 +35,17 @@ class OutputProcessor:
         self._scheduler.add(request)
         if generation.deadline is not None:
             self._remember_deadline(generation.deadline, request)
+
+    def take_logits(self, chunk: Chunk, logits: NDArray[np.float32]) -> None:
+        """Logits [tokens, vocab] of a chunk, for the log probabilities of its prompt."""
+        request = chunk.request
+        generation = self.generations.get(request)
+        if generation is None:
+            return
+        with self.guard(request):
+            generation.take_logits(chunk.start, logits)
+        if chunk.end >= len(request.prompt_ids):
+            request.first_logits = None
 
     def has_news(self, generation: Generation, reason: str | None) -> None:
         """It took tokens. Their text is delivered with the next `deliver`, or now, if it ends."""
