@@ -8,13 +8,20 @@ class Heads(Protocol):
     """What attention needs to know of a model."""
 
     @property
-    def num_layers(self) -> int: ...
+    def num_layers(self) -> int:
+        """Layers whose keys and values a page of the cache holds."""
+
     @property
-    def num_heads(self) -> int: ...
+    def num_heads(self) -> int:
+        """Heads of queries."""
+
     @property
-    def num_kv_heads(self) -> int: ...
+    def num_kv_heads(self) -> int:
+        """Heads of keys and of values."""
+
     @property
-    def head_dim(self) -> int: ...
+    def head_dim(self) -> int:
+        """Features of a head."""
 
 
 @dataclass(frozen=True)
