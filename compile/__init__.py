@@ -1,4 +1,8 @@
-"""Turns Llama weights into artifacts that sf_local runs. Use `from compile import build, demo`."""
+"""Compiles the weights of Llamas to artifacts, the folders that sf_local runs.
+
+Use `from compile import build, demo`. Importing it needs no compiler; calling it needs the extra
+`compile`, and says so.
+"""
 
 from compile.build import build, build_once, demo
 from compile.options import BuildOptions

@@ -1,4 +1,4 @@
-"""Weights in, artifact folder out: convert, emit, compile, and move into place as a whole."""
+"""Builds artifacts: weights are converted, a module is emitted and compiled, a folder appears."""
 
 from __future__ import annotations
 
@@ -42,10 +42,11 @@ def build(
     force: bool = False,
     progress: Progress = silent,
 ) -> Path:
-    """Compile `source` (a Hugging Face folder or id, a .gguf file, or "demo") into `output`.
+    """Compile `source` into the folder `output`, and return its path.
 
-    The folder appears whole or not at all; an existing one is replaced only with `force`. Returns
-    its path. Raises CompileError.
+    source: a Hugging Face folder or id, a .gguf file, or "demo". keep_mlir: leave model.mlir in the
+    folder. force: replace an existing artifact. progress: called with each stage and its share.
+    The folder appears whole or not at all. Raises CompileError.
     """
     check_installed()
     options = options or BuildOptions()
@@ -76,7 +77,7 @@ def build(
 
 
 def demo(options: BuildOptions | None = None, *, progress: Progress = silent) -> Path:
-    """`build_once` of the demo model (SmolLM2-135M-Instruct), which need not be opened for it."""
+    """As `build_once` of "demo", SmolLM2-135M-Instruct; not even read if it is built already."""
     check_installed()
     return _kept("demo", "smollm2", DEMO_SHA256, options or BuildOptions(), progress)
 
@@ -84,10 +85,10 @@ def demo(options: BuildOptions | None = None, *, progress: Progress = silent) ->
 def build_once(
     source: str | Path, options: BuildOptions | None = None, *, progress: Progress = silent
 ) -> Path:
-    """The artifact of `source`, as `build` takes it, built once per set of inputs.
+    """The artifact of `source`, built on first use and kept in the user's cache folder.
 
-    It lies in the user's cache folder under a hash of the weights, the options, the target with its
-    CPU features, the compiler and this code.
+    Its name has a hash of the weights, the options, the target with its CPU features, the compiler
+    and this code. Arguments and errors are those of `build`.
     """
     check_installed()
     opened = open_source(source, lambda message: progress(message, None))
@@ -132,7 +133,7 @@ def _write_weights(path: Path, source: Source, emitter: Emitter, progress: Progr
 
 
 def _write_model(folder: Path, emitter: Emitter, target: Target, progress: Progress) -> None:
-    """model.mlir and model.vmfb."""
+    """Write model.mlir and model.vmfb."""
     progress(f"compiling for {target.name}", None)
     (folder / MLIR).write_text(emitter.emit())
     iree_compile(folder / MLIR, folder / VMFB, target)

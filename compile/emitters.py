@@ -1,4 +1,4 @@
-"""TODO."""
+"""Which emitter writes a model for a target, with which options; what does not fit is refused."""
 
 from __future__ import annotations
 
@@ -16,48 +16,65 @@ Emitter = LlamaEmitter | CpuLlamaEmitter
 
 
 def find_emitter(source: Source, options: BuildOptions, target: Target) -> Emitter:
+    """The emitter of a model for a target.
+
+    Raises UnsupportedError for options that do not fit the model or the target.
+    """
+    model = _model_options(source, options, target)
+    _check_context(source, model)
+    if target.vectors is None or options.row_major:
+        if model.weight_dtype in QUANTIZED:
+            raise UnsupportedError(
+                f"weight_dtype={model.weight_dtype!r} is for CPUs; use f16 or bf16 for "
+                f"{target.name}"
+            )
+        return LlamaEmitter(source.config, model, target.tile, source.vision)
+    _check_cpu(source, model)
+    return CpuLlamaEmitter(source.config, model, target.vectors, source.vision)
+
+
+def _model_options(source: Source, options: BuildOptions, target: Target) -> ModelOptions:
+    """The options with the defaults of the model and the target."""
     weight_dtype = options.weight_dtype or target.weight_dtype
     context = source.config.max_seq_len
-    model = ModelOptions(
+    whole_pages = context - context % options.page_size
+    return ModelOptions(
         weight_dtype=weight_dtype,
         kv_dtype=options.kv_dtype or _kv_dtype(weight_dtype, target),
         page_size=options.page_size,
         prefill_batch_sizes=options.prefill_batch_sizes,
         decode_batch_sizes=options.decode_batch_sizes,
-        max_seq_len=(
-            context - context % options.page_size
-            if options.max_seq_len is None
-            else options.max_seq_len
-        ),
+        max_seq_len=whole_pages if options.max_seq_len is None else options.max_seq_len,
         image_batch_sizes=(
             (options.image_batch_sizes or target.image_batch_sizes) if source.vision else ()
         ),
     )
-    if not options.page_size <= model.max_seq_len <= context:
-        raise UnsupportedError(
-            f"max_seq_len={model.max_seq_len}: at least a page of {options.page_size} tokens, and "
-            f"at most the {context} that {source.name} was trained for"
-        )
-    is_quantized, head_dim = weight_dtype in QUANTIZED, source.config.head_dim
-    if is_quantized and (target.vectors is None or options.row_major):
-        raise UnsupportedError(
-            f"weight_dtype={weight_dtype!r} is for CPUs; use f16 or bf16 for {target.name}"
-        )
-    if is_quantized and head_dim % GROUP:
-        raise UnsupportedError(
-            f"weight_dtype={weight_dtype!r}: {source.name} has head_dim {head_dim}; it must be a "
-            f"multiple of {GROUP}; use bf16 or f16"
-        )
-    if target.vectors is None or options.row_major:
-        return LlamaEmitter(source.config, model, target.tile, source.vision)
-    if source.vision and source.vision.hidden_size % LANES:
-        raise UnsupportedError(
-            f"{source.name}: its vision tower has hidden_size {source.vision.hidden_size}; on CPUs "
-            f"it must be a multiple of {LANES}"
-        )
-    return CpuLlamaEmitter(source.config, model, target.vectors, source.vision)
 
 
 def _kv_dtype(weight_dtype: str, target: Target) -> str:
     """The default: as the weights, or what unquantized weights would be."""
     return target.weight_dtype if weight_dtype in QUANTIZED else weight_dtype
+
+
+def _check_context(source: Source, model: ModelOptions) -> None:
+    context = source.config.max_seq_len
+    if not model.page_size <= model.max_seq_len <= context:
+        raise UnsupportedError(
+            f"max_seq_len={model.max_seq_len}: at least a page of {model.page_size} tokens, and "
+            f"at most the {context} that {source.name} was trained for"
+        )
+
+
+def _check_cpu(source: Source, model: ModelOptions) -> None:
+    """Refuse what the kernels of CPUs cannot compute."""
+    head_dim = source.config.head_dim
+    if model.weight_dtype in QUANTIZED and head_dim % GROUP:
+        raise UnsupportedError(
+            f"weight_dtype={model.weight_dtype!r}: {source.name} has head_dim {head_dim}; it must "
+            f"be a multiple of {GROUP}; use bf16 or f16"
+        )
+    if source.vision and source.vision.hidden_size % LANES:
+        raise UnsupportedError(
+            f"{source.name}: its vision tower has hidden_size {source.vision.hidden_size}; on CPUs "
+            f"it must be a multiple of {LANES}"
+        )

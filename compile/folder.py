@@ -1,4 +1,4 @@
-"""TODO."""
+"""The folder that a build makes: what it may replace, how it appears, what describes it."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ from sf_local.artifact.manifest import (
 from sf_local.errors import ArtifactError, OutputError, SourceError
 from sf_local.text.tokenizer import Tokenizer
 
-MLIR = "model.mlir"
-
-
-DTYPE_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+MLIR = "model.mlir"  # kept on demand
+DTYPE_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # ours -> shortfin's
 
 
 def check_output(output: Path, force: bool) -> None:
-    """Nothing is replaced without `force`, and only an artifact or an empty folder with it."""
+    """Raise OutputError if `output` must not be replaced.
+
+    Nothing is replaced without `force`, and only an artifact or an empty folder with it.
+    """
     if not output.exists():
         return
     if not force:
@@ -48,13 +49,16 @@ def check_output(output: Path, force: bool) -> None:
 
 
 def is_artifact(folder: Path) -> bool:
-    """Of one target, or of several."""
+    """Whether a folder is the artifact of one target, or holds those of several."""
     return (folder / MANIFEST).exists() or any(folder.glob(f"*/{MANIFEST}"))
 
 
 @contextmanager
 def staging(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its place, or vanishes if the body fails."""
+    """Yields a temporary folder beside `output`, which takes its place at the end.
+
+    If the body raises, it vanishes. Raises OutputError for what cannot be written.
+    """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
@@ -95,7 +99,7 @@ def check_images(source: Source) -> None:
 
 
 def write_descriptions(folder: Path, source: Source, emitter: Emitter, target: Target) -> None:
-    """config.json, then artifact.json, which holds the hashes of all other files."""
+    """Write config.json, then artifact.json, which holds the hashes of all other files."""
     config = _model_config(emitter)
     (folder / CONFIG).write_text(_json(dataclasses.asdict(config)))
     files = {
@@ -129,6 +133,7 @@ def write_descriptions(folder: Path, source: Source, emitter: Emitter, target: T
 
 
 def _model_config(emitter: Emitter) -> ModelConfig:
+    """The contents of config.json, as shortfin defines them."""
     config, model = emitter.config, emitter.options
     return ModelConfig(
         max_seq_len=model.max_seq_len,

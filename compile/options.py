@@ -1,4 +1,4 @@
-"""What both emitters share: options, parameters, and the numbers that they agree on."""
+"""The options of a build, and what an emitter is told of them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from sf_local.errors import UnsupportedError
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What is compiled: dtypes ("f32" | "f16" | "bf16"), tokens a page, batch sizes, context."""
+    """BuildOptions for one model and target, with no default left open."""
 
-    weight_dtype: str
-    kv_dtype: str
-    page_size: int
+    weight_dtype: str  # "f32", "f16", "bf16", "int8" or "int4"
+    kv_dtype: str  # "f32", "f16" or "bf16"
+    page_size: int  # tokens a KV page
     prefill_batch_sizes: tuple[int, ...]
     decode_batch_sizes: tuple[int, ...]
-    max_seq_len: int
+    max_seq_len: int  # tokens
     image_batch_sizes: tuple[int, ...] = ()  # tiles of images; none without a vision tower
 
     @property
     def calls(self) -> list[tuple[str, int]]:
-        """Functions of the language model and their batch sizes: with each of the ABI's, the one
-        that sums logits up."""
+        """Functions of the language model, with a batch size each.
+
+        Each comes twice: one returns all logits, one ("_next") those after each row's last token
+        and their summary.
+        """
         prefills = ["prefill", "prefill_embeds"] if self.image_batch_sizes else ["prefill"]
         kinds = [(name, self.prefill_batch_sizes) for name in prefills]
         kinds.append(("decode", self.decode_batch_sizes))
@@ -36,26 +39,30 @@ class ModelOptions:
 
     @property
     def function_names(self) -> list[str]:
+        """All functions of the module, as it exports them."""
         images = [("encode_image", size) for size in self.image_batch_sizes]
         return [f"{name}_bs{size}" for name, size in [*self.calls, *images]]
 
 
-MAX_BATCH_SIZE = 256
-
-
-PAGE_SIZES = (8, 16, 32, 64, 128, 256)
+MAX_BATCH_SIZE = 256  # rows of a call
+PAGE_SIZES = (8, 16, 32, 64, 128, 256)  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class BuildOptions:
     """What to build; raises UnsupportedError for values that cannot be built.
 
-    None means the target's default; for max_seq_len, in tokens, the model's own context.
-    target: "cpu", an AMD chip such as "gfx942", or several as "gfx942,gfx1100,cpu"; cpu: "host",
-    "generic", "x86-64-v3" or "x86-64-v4". weight_dtype, kv_dtype: "f32", "f16" or "bf16".
-    page_size: tokens a KV page. image_batch_sizes: tiles that are encoded together, of models that
-    see: by default (1, 4), on CPUs one, between which others decode.
-    row_major: matrices row by row, as GPUs have them, on a CPU too (to test that code there).
+    None means the target's default.
+    target: "cpu", an AMD chip such as "gfx942", or several as "gfx942,gfx1100,cpu".
+    cpu: "host", "generic", "x86-64-v3" or "x86-64-v4".
+    weight_dtype: "f32", "f16", "bf16", and on CPUs "int8" or "int4". kv_dtype: a float type; by
+    default that of the weights, or of unquantized ones.
+    page_size: tokens a KV page.
+    prefill_batch_sizes, decode_batch_sizes: rows of the calls that are compiled, ascending.
+    image_batch_sizes: tiles of images that are encoded together, ascending; by default (1, 4), and
+    on CPUs (1,), so that other requests decode between two tiles.
+    max_seq_len: the context in tokens; by default the model's own.
+    row_major: on a CPU too, the code that GPUs get, with matrices row by row (to test it there).
     tuning: of a CPU's kernels; see `compile.tools.tune_cpu`.
     """
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Reading files that others wrote: checked numbers, and errors that name what is wrong."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from typing import Any
 from sf_local.errors import SourceError, UnsupportedError
 
 Where = Path | str  # a file, or a part of one
-
-
-Supported = dict[str, tuple[list[Any], str]]  # what a key may have (None: be absent), and in words
+Supported = dict[str, tuple[list[Any], str]]  # by key: allowed values (None: absent), and in words
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """The numbers of a config, all positive; a key that is absent or null means the default."""
+    """The numbers of a config, all positive; a key that is absent or null means the default.
+
+    Methods raise SourceError for what is not such a number.
+    """
 
     path: Where
     values: Mapping[str, Any]
 
     def number(self, key: str, default: float | None = None) -> float:
+        """A positive number."""
         value: Any = default if self.values.get(key) is None else self.values[key]
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not 0 < value < 1e18:  # so neither inf nor nan
@@ -32,13 +34,17 @@ class Numbers:
         return float(value)
 
     def integer(self, key: str, default: int | None = None) -> int:
+        """A positive whole number."""
         value = self.number(key, default)
         if value != int(value):
             raise corrupt(self.path, f"a whole number for {key}", value)
         return int(value)
 
     def heads(self, hidden: int, heads: str, kv_heads: str, size: str) -> dict[str, int]:
-        """num_heads, num_kv_heads and head_dim, by their keys."""
+        """num_heads, num_kv_heads and head_dim of a model of `hidden` features, by their keys.
+
+        Raises UnsupportedError for heads that do not share KV heads evenly.
+        """
         num = self.integer(heads)
         num_kv = self.integer(kv_heads, num)
         dim = self.number(size, hidden / num)
@@ -50,21 +56,25 @@ class Numbers:
 
 
 def corrupt(path: Where, expected: str, found: object) -> SourceError:
+    """The error for a file that does not hold what it must."""
     remedy = "the file is damaged or incomplete: download it again"
     return SourceError(f"{path}: expected {expected}, found {found}; {remedy}")
 
 
 def unsupported(path: Where, found: str, supported: str) -> UnsupportedError:
+    """The error for a file that holds something we cannot compile."""
     return UnsupportedError(f"{path}: {found} is not supported; supported: {supported}")
 
 
 def check_supported(path: Where, values: Mapping[str, Any], supported: Supported) -> None:
+    """Raise UnsupportedError for the first key whose value is not allowed."""
     for key, (allowed, text) in supported.items():
         if values.get(key) not in allowed:
             raise unsupported(path, f"{key} {values.get(key)!r}", text)
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises SourceError, and OSError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -75,7 +85,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def map_file(path: Path) -> mmap.mmap:
-    """The file in memory, read as it is touched."""
+    """The file mapped into memory, where it is read as it is touched; raises SourceError."""
     with path.open("rb") as file:
         try:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

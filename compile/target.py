@@ -1,4 +1,4 @@
-"""What each target wants: vectors, compiler flags, and CPU features."""
+"""Targets: the devices that can be compiled for, with their features and iree-compile's flags."""
 
 from __future__ import annotations
 
@@ -13,34 +13,28 @@ VECTORS_PER_BLOCK = 2  # of output features, in a block of a matrix
 
 @dataclass(frozen=True)
 class Tuning:
-    """What `compile.tools.tune_cpu` finds for a CPU.
+    """Numbers by which CPU kernels are written; `compile.tools.tune_cpu` finds the best ones."""
 
-    ahead: bytes that a single row, which waits for memory, asks for in advance. blocks: of outputs
-    that a single row computes at once: sums that do not wait for one another. task_bytes: weights
-    of a task. row_chunk: rows of a task.
-    """
-
-    ahead: int = 1024
-    blocks: int = 1
-    task_bytes: int = 1 << 17
-    row_chunk: int = 128
+    ahead: int = 1024  # bytes that a product of a single row prefetches, for it waits for memory
+    blocks: int = 1  # of outputs that such a product computes at once, in independent sums
+    task_bytes: int = 1 << 17  # weights that one task of a thread multiplies
+    row_chunk: int = 128  # rows that one task multiplies
 
 
 @dataclass(frozen=True)
 class Vectors:
-    """What a CPU has: f32 lanes of a vector, rows of one product, dot products of bf16 and int8,
-    and tiles (AMX) of bf16."""
+    """The vector instructions of a CPU."""
 
-    lanes: int
-    max_rows: int
-    has_dot: bool = False
+    lanes: int  # f32 numbers of a vector
+    max_rows: int  # that one product computes together, as far as registers go
+    has_dot: bool = False  # dot products of bf16
     has_int8_dot: bool = False
-    has_tiles: bool = False
+    has_tiles: bool = False  # AMX in bf16
     tuning: Tuning = Tuning()
 
     @property
     def block(self) -> int:
-        """Output features of a block."""
+        """Rows of a matrix, which are output features, in a block as it is stored."""
         return VECTORS_PER_BLOCK * self.lanes
 
 
@@ -78,6 +72,7 @@ class Target:
 
     @property
     def device(self) -> str:
+        """What the runtime calls the device: "cpu" or "hip"."""
         return "cpu" if self.name == "cpu" else "hip"
 
     @property
@@ -91,18 +86,18 @@ class Target:
 
     @property
     def image_batch_sizes(self) -> tuple[int, ...]:
-        """The default: several on a GPU; on a CPU, where they would gain little, others decode
-        between them."""
+        """The default: several tiles on a GPU; on a CPU, where that gains little, one, so that
+        other requests decode between two tiles."""
         return (1, 4) if self.device == "hip" else (1,)
 
     @property
     def tile(self) -> int:
-        """Tokens that a GPU's prefill computes together, as far as the chips' local memory goes."""
+        """Tokens that a GPU's prefill computes together, as many as fit the chip's local memory."""
         return 128 if self.name.startswith("gfx9") else 64
 
     @property
     def vectors(self) -> Vectors | None:
-        """What CPU kernels are written for; None for a GPU."""
+        """The vectors that CPU kernels are written for; None for a GPU."""
         if self.device == "hip":
             return None
         features = self.cpu_features
@@ -129,7 +124,7 @@ class Target:
 
 
 def resolve_target(name: str, cpu: str = "host") -> Target:
-    """The target called `name`; raises UnsupportedError before any work is done."""
+    """The target called `name`; `cpu` is its level if it is "cpu". Raises UnsupportedError."""
     features = _level_features(cpu)
     if name == "cpu":
         return Target("cpu", cpu, features)

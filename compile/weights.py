@@ -1,6 +1,7 @@
-"""Source tensors to model parameters: checked both ways, then written in a stream.
+"""Writes a model's weights as the parameters that compiled code reads.
 
-Rows are read, converted and packed a block at a time, so memory does not grow with the model.
+A source must have exactly the tensors of its config. Rows are read, converted and packed a block at
+a time, so memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from compile.sources.source import Source, SourceTensor
 from sf_local.artifact import irpa
 from sf_local.errors import SourceError
 
-WHOLE = "model"  # the name of the archive's storage as one parameter
-BLOCK_ELEMENTS = 16 << 20  # of one block of rows; 64 MiB in f32
+WHOLE = "model"  # the name of the whole archive as one parameter, which CPU code reads
+BLOCK_ELEMENTS = 16 << 20  # elements that are converted at once; 64 MiB in f32
 
 Array = NDArray[np.generic]
 
@@ -62,9 +63,9 @@ def write_weights(
     parameters: Sequence[Parameter],
     progress: Callable[[int, int], None],
 ) -> None:
-    """Write all parameters to `path`, and the name WHOLE for all of them together.
+    """Write an archive of all parameters, in their order, and of WHOLE, which spans them all.
 
-    `progress(done, total)` counts bytes.
+    `progress(done, total)` counts bytes. Raises OSError.
     """
     entries = [(p.name, type_name(p), p.num_bytes) for p in parameters]
     total = sum(num_bytes for _, _, num_bytes in entries)
@@ -84,6 +85,7 @@ def write_weights(
 
 
 def type_name(parameter: Parameter) -> str:
+    """Shape and dtype as the archive has them, such as "576x1536xf16"."""
     return "x".join([*map(str, parameter.shape), parameter.dtype])
 
 

@@ -36,6 +36,7 @@ from compile.formats.quantize import GROUP
 from compile.mlir.builder import Builder, Dim, Tensor
 from compile.mlir.values import Scalar
 from compile.models.spec import LlamaConfig
+from compile.models.tensors import ModelTensor, decoder_tensors
 from compile.options import ModelOptions
 from compile.target import Vectors
 
@@ -94,25 +95,22 @@ class DecoderLayout:
 
     def parameters(self) -> list[Parameter]:
         """All parameters, in the order of the archive."""
-        c, found = self.config, []
-        found.append(Parameter("rope", (self.options.max_seq_len, 2, c.head_dim // 2), "f32"))
-        for name in ("token_embd", *([] if c.tied_embeddings else ["output"])):
-            found.append(
-                self.embedding_format.parameter(f"{name}.weight", c.vocab_size, self.hidden)
-            )
-        found.append(Parameter("output_norm.weight", (self.hidden,), "f32"))
-        for i in range(c.num_layers):
-            matrices = {
-                "attn_qkv": (self.qkv_width, self.hidden),
-                "attn_output": (self.hidden, self.heads_width),
-                "ffn_gate_up": (2 * self.inner, self.hidden),
-                "ffn_down": (self.hidden, self.inner),
-            }
-            for name in ("attn_norm", "ffn_norm"):
-                found.append(Parameter(f"blk.{i}.{name}.weight", (self.hidden,), "f32"))
-            for name, size in matrices.items():
-                found.append(self.layers.parameter(f"blk.{i}.{name}.weight", *size))
-        return found
+        table = decoder_tensors(
+            self.config, context=self.options.max_seq_len, hidden=self.hidden,
+            intermediate=self.inner,
+        )  # fmt: skip
+        ends = [
+            self.embedding_format.parameter(t.name, *t.shape)
+            for t in (table.embedding, *table.head)
+        ]
+        layers = [self._parameter(t) for layer in table.layers
+                  for t in sorted(layer, key=lambda t: t.is_matrix)]  # fmt: skip
+        return [self._parameter(table.rope), *ends, self._parameter(table.norm), *layers]
+
+    def _parameter(self, tensor: ModelTensor) -> Parameter:
+        if tensor.is_matrix:
+            return self.layers.parameter(tensor.name, *tensor.shape)
+        return Parameter(tensor.name, tensor.shape, "f32")
 
 
 class DecoderKernel(TransformerKernel):

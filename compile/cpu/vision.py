@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
 from compile.cpu.activations import Activations
 from compile.cpu.amx import COLUMNS, MAX_ROWS
@@ -26,6 +27,7 @@ from compile.mlir.activations import activation
 from compile.mlir.builder import Builder, Tensor
 from compile.mlir.values import Scalar
 from compile.models.spec import VisionConfig
+from compile.models.tensors import ModelTensor, VisionTensors, vision_tensors
 
 PAGE = 32  # positions
 STORED = 16  # positions of a task that stores keys and values
@@ -92,51 +94,30 @@ class VisionShape:
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         """Sizes [out, in] by name; those of layers as in layer 0."""
-        c, width = self.config, self.config.hidden_size
-        found = {
-            "v.patch_embd": (width, self.patch),
-            "v.blk.0.attn_qkv": (3 * width, self.hidden),
-            "v.blk.0.attn_out": (width, width),
-            "v.blk.0.ffn_up": (c.intermediate_size, self.hidden),
-            "v.blk.0.ffn_down": (width, self.inner),
-        }
-        if c.family == "llava":
-            found["mm.1"] = (self.text_hidden, self.hidden)
-            found["mm.2"] = (self.text_hidden, self.projected)
-        else:
-            found["mm.fc"] = (self.text_hidden, self.shuffled)
-        return found
+        t = self._tensors
+        tensors = [*t.patches, *t.layers[0], *t.connector]
+        return {x.name.removesuffix(".weight"): (x.shape[0], x.shape[1])
+                for x in tensors if x.is_matrix}  # fmt: skip
 
     def parameters(self) -> list[Parameter]:
         """All parameters, in the order of the archive."""
-        c, matrices = self.config, self.matrices()
-        found = [Parameter("v.position_embd.weight", (c.num_positions, self.hidden), "f32")]
-        if c.has_class_token:
-            found += [self._vector("v.class_embd", self.hidden), *self._norm("v.pre_ln")]
-        found += self._linear("v.patch_embd", matrices, has_bias=not c.has_class_token)
-        for i in range(c.num_layers):
-            for name in ("ln1", "ln2"):
-                found += self._norm(f"v.blk.{i}.{name}")
-            for name in ("attn_qkv", "attn_out", "ffn_up", "ffn_down"):
-                found += self._linear(f"v.blk.{i}.{name}", matrices)
-        if c.family == "llava":
-            return [*found, *self._linear("mm.1", matrices), *self._linear("mm.2", matrices)]
-        return [*found, *self._norm("v.post_ln"), *self._linear("mm.fc", matrices, has_bias=False)]
+        t = self._tensors
+        tensors = [*t.embeddings, *t.patches, *chain(*t.layers), *t.connector]
+        return [self._parameter(tensor) for tensor in tensors]
 
-    def _vector(self, name: str, size: int) -> Parameter:
-        return Parameter(name, (padded(size, self.layers.vectors.block),), "f32")
+    @property
+    def _tensors(self) -> VisionTensors:
+        return vision_tensors(
+            self.config, self.text_hidden, hidden=self.hidden, intermediate=self.inner,
+            patch=self.patch, projected=self.projected,
+        )  # fmt: skip
 
-    def _norm(self, name: str) -> list[Parameter]:
-        return [self._vector(f"{name}.{part}", self.hidden) for part in ("weight", "bias")]
-
-    def _linear(
-        self, name: str, matrices: dict[str, tuple[int, int]], *, has_bias: bool = True
-    ) -> list[Parameter]:
-        first = ".".join("0" if part.isdigit() and i == 2 else part
-                         for i, part in enumerate(name.split(".")))  # fmt: skip
-        rows, cols = matrices[first]
-        weight = self.layers.parameter(f"{name}.weight", rows, cols)
-        return [weight, *([self._vector(f"{name}.bias", rows)] if has_bias else [])]
+    def _parameter(self, tensor: ModelTensor) -> Parameter:
+        if tensor.is_matrix:
+            return self.layers.parameter(tensor.name, *tensor.shape)
+        *rows, size = tensor.shape
+        shape = (*rows, padded(size, self.layers.vectors.block))
+        return Parameter(tensor.name, shape, "f32")
 
 
 class VisionKernel(TransformerKernel):

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The parameters of an archive: their dtypes, shapes and sizes as compiled code reads them."""
 
 from __future__ import annotations
 
@@ -10,23 +10,19 @@ import numpy as np
 
 from compile.formats.quantize import GROUP
 
+DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+QUANTIZED = ("int8", "int4")  # in groups that share a scale; on CPUs only
 
-
-QUANTIZED = ("int8", "int4")  # in groups, on CPUs
-
-
-MASKED = -1e30  # finite: a row without any valid position must not become NaN
-
-
-SUMMARY = 256  # tokens of a summarized block of logits
+MASKED = -1e30  # a score or logit that is hidden: finite, or a row without any other would be NaN
+SUMMARY = 256  # logits of a block, of which the sampler gets the maximum and a sum
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor of the archive, in the layout the compiled code reads.
+    """One tensor of the archive, in the layout that compiled code reads.
 
-    A matrix [N, K] is stored row by row, or in blocks of rows, padded with zeros: floats
+    A matrix [N, K] is stored row by row, or in blocks of rows, padded with zeros: floats as
     [N/block, K/unit, block, unit], quantized weights as `quantize.packed` says.
     """
 
@@ -38,10 +34,12 @@ class Parameter:
 
     @property
     def is_quantized(self) -> bool:
+        """Whether it is stored as codes and scales."""
         return self.dtype in QUANTIZED
 
     @property
     def num_bytes(self) -> int:
+        """Its size in the archive; the shape of a quantized one counts bytes."""
         return math.prod(self.shape) * (1 if self.is_quantized else ITEM_BYTES[self.dtype])
 
     @property
@@ -51,6 +49,3 @@ class Parameter:
             return self.shape[0], self.shape[1]
         unit = GROUP if self.is_quantized else self.unit
         return self.shape[0] * self.block, self.shape[1] * unit
-
-
-DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}

@@ -1,6 +1,7 @@
-"""Weights of 8 and 4 bits in groups of 32: from floats, and from the blocks of a GGUF as they are.
+"""Weights of 8 and 4 bits, in groups of 32 that share a scale.
 
-w = scale * (code - 128) with 8 bits, scale * code + minimum with 4, as Q8_0 and Q4_1 have it.
+They are quantized here from floats, or taken as they are from the blocks of a GGUF. A weight is
+scale * (code - 128) with 8 bits and scale * code + minimum with 4, as in GGUF's Q8_0 and Q4_1.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ class Groups:
 
     @property
     def bits(self) -> int:
+        """8 or 4, of a code."""
         return 8 if self.minima is None else 4
 
     def dequantized(self) -> Floats:
+        """The weights [rows, K] f32."""
         codes = self.codes.reshape(len(self.codes), -1, GROUP).astype(np.float32)
         scales = self.scales.astype(np.float32)[..., None]
         if self.minima is None:
@@ -40,7 +43,7 @@ class Groups:
 
 
 def quantized(rows: Floats, bits: int) -> Groups:
-    """Rows [n, K], K a multiple of 32, in 8 or 4 bits."""
+    """Quantize rows [n, K] f32, K a multiple of 32, to 8 or 4 bits."""
     groups = rows.reshape(len(rows), -1, GROUP)
     codes, scales, minima = _int8(groups) if bits == 8 else _int4(groups)
     return Groups(codes.reshape(rows.shape), scales, minima)
@@ -59,9 +62,9 @@ def _int8(groups: Floats) -> tuple[NDArray[np.uint8], NDArray[np.float16], None]
 def _int4(
     groups: Floats,
 ) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:
-    """For each group the best of some grids, each with scale and minimum by least squares.
+    """Try several grids for each group, fit scale and minimum by least squares, keep the best.
 
-    As llama.cpp's k-quants do; larger weights count for more.
+    As llama.cpp's k-quants do; larger weights count for more. groups: [n, K / 32, 32].
     """
     low, high = groups.min(axis=-1), groups.max(axis=-1)
     importance = np.abs(groups) + np.sqrt(np.mean(groups**2, axis=-1, keepdims=True))
@@ -107,9 +110,9 @@ def _inverse(x: Floats) -> Floats:
 
 
 def from_gguf(raw: NDArray[np.uint8], kind: str) -> Groups | None:
-    """The blocks of rows [n, bytes] of type Q8_0, Q4_0 or Q4_1; None for other types.
+    """Rows [n, bytes] of GGUF blocks of type Q8_0, Q4_0 or Q4_1, not quantized anew.
 
-    Q4_0 is w = scale * (code - 8), so its minimum is -8 * scale, exact in f16.
+    None for other types. Q4_0 is scale * (code - 8), so its minimum is -8 * scale, exact in f16.
     """
     sizes = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
     if kind not in sizes:
@@ -128,15 +131,16 @@ def from_gguf(raw: NDArray[np.uint8], kind: str) -> Groups | None:
 
 
 def with_bits(groups: Groups, bits: int) -> Groups:
-    """The same weights in 8 or 4 bits: as they are if they are so, else quantized once more."""
+    """The same weights in 8 or 4 bits: unchanged if they have so many, else quantized anew."""
     return groups if groups.bits == bits else quantized(groups.dequantized(), bits)
 
 
 def packed(groups: Groups, block: int, unit: int) -> NDArray[np.uint8]:
-    """Rows in blocks as CPU kernels read them: bytes [rows / block, K / 32, group bytes].
+    """Rows in blocks of `block`, as CPU kernels read them: [rows / block, K / 32, bytes] u8.
 
-    In each group `unit` codes of each row of the block, then the next ones; then scales f16, then
-    minima. With 4 bits a byte holds a code of the block's first half of rows, and one of the other.
+    Each group has `unit` codes of every row of the block, then the next `unit`; then the rows'
+    scales in f16, then their minima. With 4 bits a byte holds two codes: in its low bits that of a
+    row in the first half of the block, in its high bits that of the row block / 2 further on.
     """
     rows, cols = groups.codes.shape
     shape = (rows // block, block, cols // GROUP, GROUP // unit, unit)

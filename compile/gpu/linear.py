@@ -1,4 +1,7 @@
-"""Weights of a model emitted as tensor operations: row-major parameters, and products with them."""
+"""Row-major parameters, products with them, and RMS norm, as tensor operations for GPUs.
+
+Shapes: T rows, K features of an input (the depth of a product), N features of an output.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,23 @@ from compile.mlir.values import Scalar
 from compile.models.tensors import ModelTensor
 from sf_local.errors import UnsupportedError
 
-SUBGROUP = 64  # threads that reduce together: what they do not divide, a single one reduces
-WORKGROUPS = 256  # that keep a large chip busy
-COLUMNS = 64  # of a product that one of them computes, if there are not many rows
-MIN_DEPTH = 256  # of a part of a split product; of 512, a gfx1100 runs out of registers
-FEW = 4  # rows up to which a product is no matter for matrix instructions
-MANY = 128  # rows from which on it needs no splitting
-MATRIX = 16  # rows of one
-ALIGNED = 8  # columns: of others, lanes of a matrix instruction are off on gfx11
+SUBGROUP = 64  # threads that reduce together; sizes they do not divide, a single thread reduces
+WORKGROUPS = 256  # as many keep a large chip busy
+COLUMNS = 64  # that a workgroup computes of a product of not many rows
+MIN_DEPTH = 256  # of a part of a split product; with 512, a gfx1100 runs out of registers
+FEW = 4  # up to so many rows a product gets no matrix instructions
+MANY = 128  # with more rows a product needs no splitting
+MATRIX = 16  # rows of a matrix instruction
+ALIGNED = 8  # K must be a multiple; else gfx11 runs matrix instructions with lanes masked off
 
 
 def whole_subgroups(size: int) -> int:
-    """A size, rounded up to what subgroups read together."""
+    """A size, rounded up to a multiple of SUBGROUP."""
     return -(-size // SUBGROUP) * SUBGROUP
 
 
 class Weights:
-    """Parameters of a module that is written with `b`; matrices are of `dtype`, the rest f32."""
+    """The parameters of the module that `b` writes; matrices are of `dtype`, all else is f32."""
 
     def __init__(self, b: Builder, dtype: str) -> None:
         self.b, self.dtype = b, dtype
@@ -47,6 +50,7 @@ class Weights:
             )
 
     def load(self, name: str) -> Tensor:
+        """A parameter, inside a function."""
         parameter = self.parameters[name]
         kind = tensor_type(parameter.shape, parameter.dtype)
         return self.b.tensor(
@@ -56,11 +60,10 @@ class Weights:
     def linear(
         self, lhs: Tensor, name: str, residual: Tensor | None = None, *, num_rows: int | None = None
     ) -> Tensor:
-        """lhs [T, K] times a matrix [N, K], plus `residual`: [T, N] f32.
+        """lhs [T, K] times the matrix `name` [N, K], plus `residual` [T, N] f32: [T, N] f32.
 
-        num_rows: about how many rows there are, if T is hidden and there are few. The matrix may
-        have fewer columns; the others are zero. The residual is no initial value, which would cost
-        IREE's kernels registers.
+        num_rows: about how many rows there are, if there are few and T is hidden from IREE. The
+        matrix may have fewer columns than lhs; those missing are zero. Raises UnsupportedError.
         """
         b, rows, depth = self.b, lhs.shape[0], int(lhs.shape[1])
         if depth % ALIGNED:
@@ -83,6 +86,7 @@ class Weights:
         product = b.contract("tk,nk->tn", lhs, weight, (rows, columns))
         if residual is None:
             return product
+        # As the initial value of the sums, it would cost IREE's kernels registers.
         return b.generic("tn,tn->tn", [product, residual], product.shape, "f32", Scalar.__add__)
 
 
@@ -100,10 +104,10 @@ def rms_norm(weights: Weights, x: Tensor, name: str, epsilon: float) -> Tensor:
 
 
 def _num_parts(rows: Dim, depth: int, columns: int, has_residual: bool) -> int:
-    """Into how many sums a product of not many rows is split, so that it occupies a whole chip.
+    """Into how many sums a product of not many rows is split, so that it keeps a whole chip busy.
 
-    At least two where rows are padded and a residual follows: IREE would fuse it, and spill all
-    registers. Kernels for few rows are others, which take a few columns each.
+    At least two where rows are padded and a residual is added: IREE would fuse the addition, and
+    spill all registers. Up to FEW rows IREE makes other kernels, with a few columns a workgroup.
     """
     if isinstance(rows, str) or not FEW < rows <= MANY:
         return 1

@@ -1,12 +1,13 @@
-"""Vision towers that make a Llama's embeddings of pixels, emitted as tensor operations, for GPUs.
+"""Vision towers, which turn pixels into a Llama's embeddings, as tensor operations for GPUs.
 
 SigLIP with pixel shuffle and a linear connector (Idefics3, Laurencon et al. 2024), or CLIP with a
-two-layer projector (LLaVA-1.5, Liu et al. 2023). Shapes: N tiles, P patches of a tile, and C
-positions, which are CLIP's class token, patches, and padding to O whole blocks of B, a GPU's tile;
-H hidden features, E features of the text model.
+two-layer projector (LLaVA-1.5, Liu et al. 2023). Shapes: N tiles of images, and of each tile
+C positions: CLIP's class token, patches, and padding to O whole blocks of B positions. B is what a
+GPU computes together. H hidden features, E features of the text model.
 
-N and O are hidden from IREE, which as in prefill sees multiples of one tile. By the sizes it would
-make tiles that do not fit the registers of RDNA; and batches of all sizes share their kernels.
+The numbers N and O are hidden from IREE, so that it sees multiples of B only, as in prefill. If it
+knew them, it would choose kernel tiles that do not fit the registers of RDNA. And so batches of all
+sizes share their kernels.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from compile.mlir.values import Scalar
 from compile.models.spec import VisionConfig
 from compile.models.tensors import vision_tensors
 
-HIDDEN_SCORE = -1e4  # of padding: finite in f16
+HIDDEN_SCORE = -1e4  # is added to scores of padding: finite in f16
 
 
 class VisionEmitter:
-    """Declares a tower's parameters among `weights`; `encode` writes it."""
+    """Adds a tower's parameters to `weights`; `encode` writes the tower into a function.
+
+    text_hidden: E. block: B.
+    """
 
     def __init__(
         self, config: VisionConfig, text_hidden: int, weights: Weights, block: int
@@ -51,7 +55,7 @@ class VisionEmitter:
         return b.slice(self._by_tile(self._connected(x), self._tokens), 1, 0, c.tokens_per_tile)
 
     def _by_tile(self, x: Tensor, blocks: Sequence[Dim]) -> Tensor:
-        """Rows of all tiles as [N, rows, features]."""
+        """x [N*O*B, features] as [N, O*B, features]; blocks: N, O, B."""
         return self.b.collapse(self.b.expand(x, 0, *blocks), 1, 2)
 
     # The tower
@@ -77,8 +81,8 @@ class VisionEmitter:
     def _unfold(self, pixels: Tensor) -> Tensor:
         """Patches [N*C, 3*p*p], channel by channel, as the left operand of a product.
 
-        The class token and padding have some as well, which nobody reads. Columns are padded to
-        what matrix instructions take, for weights that are zero.
+        The class token and padding get elements of some patch, which nobody uses. Columns are
+        padded to whole subgroups; the weights there are zero.
         """
         b, c = self.b, self.config
         size, across, first = c.patch_size, c.patches_across, int(c.has_class_token)
@@ -95,10 +99,11 @@ class VisionEmitter:
         return b.collapse(b.generic("->notk", [], shape, self.w.dtype, element), 0, 3)
 
     def _position(self, block: str, offset: str) -> Scalar:
-        """Inside a `generic` body, of a block and an offset in it."""
+        """The position, inside a `generic` body with these letters for block and offset."""
         return self.b.position(block) * self.block + self.b.position(offset)
 
     def _layer(self, x: Tensor, name: str) -> Tensor:
+        """The residual stream [N*C, H] after the layer whose tensors begin with `name`."""
         b, c, dtype = self.b, self.config, self.w.dtype
         y = self._linear(self._norm(x, f"{name}.ln1", dtype), f"{name}.attn_qkv")
         y = b.generic("tk->tk", [y], y.shape, dtype, lambda v: v.to(dtype))
@@ -111,8 +116,10 @@ class VisionEmitter:
         return self._linear(y, f"{name}.ffn_down", x)
 
     def _attend(self, heads: Tensor) -> Tensor:
-        """Attention of all positions to all: [N, O, B, heads, D], of queries, keys and values
-        [N, O, B, 3, heads, D]."""
+        """Attention of all positions to all of their tile: [N, O, B, heads, D].
+
+        heads: queries, keys and values [N, O, B, 3, heads, D].
+        """
         b, c, dtype = self.b, self.config, self.w.dtype
         heads = b.pad(heads, 5, whole_subgroups(c.head_dim), 0)
         q, k, v = (b.slice(heads, 3, i, 1, drop=True) for i in range(3))
@@ -129,9 +136,10 @@ class VisionEmitter:
         out = b.slice(out, 4, 0, c.head_dim)
         return b.generic("nothd->nothd", [out], out.shape, dtype, lambda v: v.to(dtype))
 
-    # What makes it embeddings, rows of E features
+    # The connector
 
     def _projected(self, x: Tensor) -> Tensor:
+        """LLaVA's projector: embeddings [N*C, E] of x [N*C, H]."""
         b, dtype = self.b, self.w.dtype
         x = b.generic("th->th", [x], x.shape, dtype, lambda v: v.to(dtype))
         x = self._linear(x, "mm.1")
@@ -139,13 +147,16 @@ class VisionEmitter:
         return self._linear(x, "mm.2")
 
     def _connected(self, x: Tensor) -> Tensor:
+        """Idefics3's connector: embeddings of tokens, of x [N*C, H]."""
         x = self._norm(x, "v.post_ln", self.w.dtype)
         x = self._shuffle(self._by_tile(x, self._positions))
         return self.w.linear(x, "mm.fc.weight", num_rows=self.config.tokens_per_tile)
 
     def _shuffle(self, x: Tensor) -> Tensor:
-        """Squares of s*s patches of [N, C, H] as one: tokens [N*T, s^2*H] with padding to whole
-        blocks (pixel shuffle, Shi et al. 2016)."""
+        """Pixel shuffle (Shi et al. 2016): s*s patches of x [N, C, H] become one token.
+
+        Returns tokens [N*T, s*s*H], where T are a tile's tokens with padding to whole blocks.
+        """
         b, c = self.b, self.config
         s, across, hidden = c.scale_factor, c.patches_across, c.hidden_size
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Rotary position embeddings (Su et al. 2021): the table of cosines and sines."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from numpy.typing import NDArray
 
 from compile.models.spec import LlamaConfig
 
-ROPE_BLOCK = 8192  # positions
+ROPE_BLOCK = 8192  # positions that are computed at once
 
 
 def rope_table(config: LlamaConfig, start: int, end: int) -> NDArray[np.float32]:
-    """Cosines and sines of positions start to end - 1: [end - start, 2, D/2]."""
+    """Cosines and sines of positions start to end - 1: [end - start, 2, head_dim / 2]."""
     angles = np.arange(start, end)[:, None] * rope_frequencies(config)
     return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
 
 
 def rope_frequencies(config: LlamaConfig) -> NDArray[np.float64]:
-    """[D/2] radians a position, scaled as Llama 3.1 and transformers do."""
+    """Radians a position, scaled as in transformers: [head_dim / 2]."""
     half = config.head_dim // 2
     frequencies: NDArray[np.float64] = config.rope_theta ** (-np.arange(half) / half)
     scaling = config.rope_scaling

@@ -146,6 +146,8 @@ LLAVA_CONNECTOR = (
     *_biased("mm.2", "projected", Part("mm.2", "multi_modal_projector.linear_2", "text_hidden")),
 )
 
+# All entries, whatever the family
+
 DECODER = (EMBEDDING, *DECODER_LAYER, OUTPUT_NORM, OUTPUT)
 VISION = (*PATCHES, POSITIONS, CLASS_TOKEN, *PRE_NORM, *VISION_LAYER, *IDEFICS3_CONNECTOR,
           *LLAVA_CONNECTOR)  # fmt: skip
@@ -169,7 +171,10 @@ class DecoderTensors:
 
 @dataclass(frozen=True)
 class VisionTensors:
-    """The tensors of a tower and its connector; `embeddings` is all that is added to patches."""
+    """The tensors of a tower and its connector.
+
+    embeddings: those of positions, and of CLIP the class token and the norm that follows.
+    """
 
     patches: Sequence[ModelTensor]
     embeddings: Sequence[ModelTensor]

@@ -110,7 +110,7 @@ def hf_config(path: Path, raw: dict[str, Any]) -> tuple[LlamaConfig, VisionConfi
 
 
 def vision_config(path: Path, raw: Mapping[str, Any]) -> VisionConfig:
-    """The vision tower of a config.json; raises SourceError, and UnsupportedError for others."""
+    """The vision tower of a config.json; raises SourceError and UnsupportedError."""
     family = FAMILIES[raw["model_type"]]
     check_supported(path, raw, MODELS[family])
     where, values = _part(path, raw, "vision_config", TOWERS[family])
@@ -139,7 +139,8 @@ def vision_config(path: Path, raw: Mapping[str, Any]) -> VisionConfig:
 
 
 def text_config(path: Path, raw: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """What messages call the text_config of a config.json, and it as a Llama's config.json."""
+    """The text_config of a config.json, as if it were a Llama's; and before it, what messages
+    call it."""
     where, text = _part(path, raw, "text_config", LLAMA)
     check_supported(path, raw, PLAIN_TEXT)
     check_supported(where, text, PLAIN_TEXT)
@@ -156,8 +157,9 @@ def text_config(path: Path, raw: Mapping[str, Any]) -> tuple[str, dict[str, Any]
 def canonical_name(name: str) -> str:
     """The name in `models.tensors` of a tensor that a folder calls `name`; else `name`.
 
-    By model and version, a tower is in model.vision_model, vision_tower.vision_model, vision_tower,
-    or model.vision_tower.vision_model, and LLaVA's connector in model or not.
+    A tower is in model.vision_model, vision_tower.vision_model, vision_tower, or
+    model.vision_tower.vision_model, depending on the model and the version of transformers that
+    saved it; LLaVA's connector is in `model` or not.
     """
     prefix = r"(?:model\.)?(?:vision_(?:tower|model)\.)*(?:encoder\.layers\.(\d+)\.)?"
     found = re.fullmatch(prefix + r"(.+?)(\.weight|\.bias)?", name)
@@ -177,9 +179,10 @@ def is_weight(name: str, config: LlamaConfig, vision: VisionConfig | None) -> bo
 def image_settings(
     folder: Path, raw: Mapping[str, Any], vision: VisionConfig | None, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """The fields of sf_local's ImageSettings.
+    """The fields of sf_local's ImageSettings, from the processor's config in `folder`.
 
-    Raises SourceError, and UnsupportedError for images that are prepared in other ways.
+    raw: the contents of config.json. Raises SourceError, and UnsupportedError for images that are
+    prepared in other ways.
     """
     assert vision is not None
     path, found = _processor(folder)
@@ -248,7 +251,7 @@ def _processor(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _tiles(config: VisionConfig) -> Supported:
-    """What makes tiles of images."""
+    """What the processor must say of how images are cut into tiles."""
     size = config.image_size
     if config.family == "idefics3":
         return {

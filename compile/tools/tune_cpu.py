@@ -1,7 +1,8 @@
-"""`python -m compile.tools.tune_cpu`: which tuning of the CPU's kernels is fastest on this machine.
+"""`python -m compile.tools.tune_cpu`: finds the fastest tuning of CPU kernels on this machine.
 
-One setting after the other, each value built, and all of them measured in turn in one process; the
-best stays for the next. What came out for the CPUs at hand is in `target.py`.
+It tries one setting of `target.Tuning` after the other: builds a model for each of its values,
+measures all of them in turn in one process, and keeps the best for the next setting. The results
+for the CPUs we had are in `target.py`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ Measure = Callable[[Engine], float]
 
 
 def main() -> None:
+    """Run the command with the arguments of the process."""
     args = _parser().parse_args()
     vectors = resolve_target("cpu", args.cpu).vectors
     assert vectors is not None
@@ -52,7 +54,7 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace, candidates: Sequence[Tuning]) -> list[list[float]]:
-    """Tokens a second of each measurement for each candidate: medians of rounds in turn."""
+    """Tokens a second, [candidates][measurements]: medians over rounds in which each had a turn."""
     with tempfile.TemporaryDirectory(prefix="sf-search-") as folder, ExitStack() as stack:
         engines = []
         for i, tuning in enumerate(candidates):

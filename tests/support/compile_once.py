@@ -19,7 +19,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-DUMP = re.compile(r"(--iree-hal-dump-executable-\w+-to=)(.+)")  # a folder of further outputs
+DUMP = re.compile(
+    r"(--(?:iree-hal-dump-executable-\w+|dump-compilation-phases)-to=)(.+)"
+)  # a folder
 
 
 def install(cache: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from compile.models.spec import LlamaConfig, VisionConfig
 from compile.options import BuildOptions
-from compile.tools.gpu_report import MI300X, SHAPES, TOWERS, Dispatch, Report, compile_shape, table
+from compile.tools.gpu_kernels import Dispatch, Report, compile_shape
+from compile.tools.gpu_report import MI300X, SHAPES, TOWERS, table
 
 CONFIG = LlamaConfig(4096, 1024, 2048, 2, 8, 2, 64, 1e-5, 1e4, 1024, True)
 MATRICES = 2 * 2 * (1024 * (512 + 2 * 128) + 512 * 1024 + 3 * 1024 * 2048) + 2 * 4096 * 1024

@@ -1,0 +1,240 @@
+"""Compiles a model for a GPU and reads which kernels IREE made of it; no GPU is needed.
+
+IREE can leave the text of its phases and of its code behind. From these we learn which kernels a
+function dispatches with which tensors, how many workgroups each has, and the chip's instructions.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import resource
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from compile.formats.layout import ITEM_BYTES
+from compile.gpu.emitter import LlamaEmitter
+from compile.models.spec import LlamaConfig, VisionConfig
+from compile.options import BuildOptions, ModelOptions
+from compile.target import resolve_target
+from compile.toolchain import iree_compile
+
+SIZES = ITEM_BYTES | {"i64": 8, "i32": 4}
+MATRIX = re.compile(r"\bv_((?:mfma|smfmac|wmma|swmmac|dot\d)\w*)")
+# A kernel that picks elements, by what is in its text: it reads at most so many times what it
+# writes
+PICKING = {"iree_linalg_ext.gather ": 1, "tensor.extract ": 4}
+
+_TENSOR = re.compile(r"tensor<((?:[?\d]+x)*)(\w+)>(?:\{(.*)\})?")
+_ITEM = re.compile(r"tensor<[^>]*>(?:\{[^}]*\})?|%[\w#]+(?:\{[^}]*\})?|\w+")  # of a list of types
+_DISPATCH = re.compile(
+    r"= flow\.dispatch @[\w$]+::@([\w$]+)(?:\[(.*?)\])?\((.*?)\) : \((.*?)\) -> (.*)"
+)
+_OPERATION = re.compile(
+    r"(%\w+) = (?:arith\.constant (-?\d+) :|(hal\.buffer_view\.dim)<"
+    r"|arith\.(\w+) (%\w+), (%\w+)|util\.(?:assume\.int|optimization_barrier) (%\w+)\b)"
+)
+_ARITHMETIC = {
+    "addi": int.__add__, "subi": int.__sub__, "muli": int.__mul__, "divui": int.__floordiv__,
+    "divsi": int.__floordiv__, "remui": int.__mod__, "remsi": int.__mod__,
+}  # fmt: skip
+
+Values = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel, as it is compiled."""
+
+    threads: int  # of a workgroup
+    workgroups: str  # a Python expression of their number, over the workload `w`
+    instructions: Counter[str]  # matrix and dot instructions
+    spilled: int  # bytes a thread that do not fit its registers
+    picking: int | None  # of PICKING, or None if it reads its operands whole
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """One call of a kernel."""
+
+    name: str
+    workgroups: int
+    num_bytes: int
+    operations: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """A compiled shape."""
+
+    config: LlamaConfig
+    vision: VisionConfig | None
+    options: ModelOptions
+    seconds: float  # of CPU time that compiling took
+    vmfb_bytes: int
+    weight_bytes: int
+    kernels: dict[str, Kernel]
+    flow: str  # IREE's text of all functions
+
+    def dispatches(self, function: str, rows: int, length: int, context: int) -> list[Dispatch]:
+        """What a function dispatches for `rows` rows of `length` tokens that see `context` each."""
+        pages = -(-context // self.options.page_size)
+        sizes = [length] * (function.startswith("prefill") + ("_embeds" in function))
+        attention = 4 * rows * length * self.config.num_heads * self.config.head_dim * context
+        return self._dispatches(function, [*sizes, pages, rows * pages + 1], attention)
+
+    def tile_dispatches(self, num_tiles: int) -> list[Dispatch]:
+        """What the function dispatches that encodes `num_tiles` tiles of images."""
+        assert self.vision
+        attention = 4 * num_tiles * self.vision.num_positions**2 * self.vision.hidden_size
+        return self._dispatches(f"encode_image_bs{num_tiles}", [], attention)
+
+    def _dispatches(self, function: str, sizes: Sequence[int], attention: int) -> list[Dispatch]:
+        """sizes: of the function's arguments. attention: the operations of attention."""
+        body = _between(self.flow, f"util.func public @{function}$async(", "util.return")
+        values = _values(body, sizes)
+        found = [self._dispatch(match, values) for match in _DISPATCH.finditer(body)]
+        return [replace(d, operations=attention) if "_attention_" in d.name else d for d in found]
+
+    def _dispatch(self, match: re.Match[str], values: Values) -> Dispatch:
+        """Without the operations of attention."""
+        name, workload, arguments, types, results = match.groups()
+        kernel = self.kernels[name]
+        operands = dict(zip(arguments.split(", "), _ITEM.findall(types), strict=True))
+        outputs = _ITEM.findall(results)
+        updated = {output.split("{")[0] for output in outputs}  # in place, if an operand
+        read = [_num_bytes(t, values) for a, t in operands.items() if a not in updated]
+        written = sum(_num_bytes(output, values) for output in outputs)
+        if updated & set(operands):
+            written += sum(read)
+        if kernel.picking:
+            read = [min(size, kernel.picking * written) for size in read]
+        operations = 0
+        if "_matmul_like_" in name or "_matvec_like_" in name:
+            tensors = [t for t in operands.values() if t.startswith("tensor")]
+            left, right = (_shape(t, values) for t in tensors[:2])
+            operations = 2 * math.prod(left) * right[0]
+        sizes = [values[size] for size in workload.split(", ")] if workload else []
+        return Dispatch(name, _count(kernel.workgroups, sizes), sum(read) + written, operations)
+
+
+def compile_shape(
+    config: LlamaConfig, build: BuildOptions, vision: VisionConfig | None = None
+) -> Report:
+    """Compile all functions that `sf-compile` makes for a GPU; raises CompileError."""
+    target = resolve_target(build.target)
+    weights = build.weight_dtype or target.weight_dtype
+    options = ModelOptions(
+        weights, build.kv_dtype or weights, build.page_size, build.prefill_batch_sizes,
+        build.decode_batch_sizes, build.max_seq_len or config.max_seq_len,
+        (build.image_batch_sizes or target.image_batch_sizes) if vision else (),
+    )  # fmt: skip
+    emitter = LlamaEmitter(config, options, target.tile, vision)
+    with tempfile.TemporaryDirectory(prefix="sf-kernels-") as name:
+        folder = Path(name)
+        (folder / "model.mlir").write_text(emitter.emit())
+        started_at = _cpu_seconds()
+        iree_compile(
+            folder / "model.mlir", folder / "model.vmfb", target,
+            f"--dump-compilation-phases-to={folder}",
+            f"--iree-hal-dump-executable-intermediates-to={folder}",
+        )  # fmt: skip
+        seconds = _cpu_seconds() - started_at
+        flow, assembly = _text(folder, "*.flow.mlir"), _text(folder, "*.rocmasm")
+        return Report(
+            config, vision, options, seconds, (folder / "model.vmfb").stat().st_size,
+            sum(parameter.num_bytes for parameter in emitter.parameters.values()),
+            _kernels(flow, _text(folder, "*.executable-targets.mlir"), assembly), flow,
+        )  # fmt: skip
+
+
+def _cpu_seconds() -> float:
+    """Of all processes that this one started and that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _text(folder: Path, pattern: str) -> str:
+    [path] = folder.glob(pattern)
+    return path.read_text()
+
+
+def _between(text: str, start: str, end: str) -> str:
+    after = text[text.index(start) :]
+    return after[: after.index(end)]
+
+
+def _kernels(flow: str, targets: str, assembly: str) -> dict[str, Kernel]:
+    maps = dict(re.findall(r"^(#map\d*) = affine_map<\(\)\[.*?\] -> \((.*)\)>$", targets, re.M))
+    exports = re.findall(
+        r"hal\.executable\.export public @([\w$]+) .*? count\((.*?)\) -> .*?\{\n(.*?)hal\.return"
+        r" (.*?) : .*?workgroup_size = \[(.*?)\]",
+        targets, re.S,
+    )  # fmt: skip
+    kernels = {}
+    for name, arguments, body, results, threads in exports:
+        code = _between(assembly, f"\n{name}:", "\n.Lfunc_end")
+        source = _between(flow, f"func.func @{name}(", "\n      }\n")
+        [spilled] = re.findall(rf"\.set {re.escape(name)}\.private_seg_size, (\d+)", assembly)
+        kernels[name] = Kernel(
+            math.prod(map(int, re.findall(r"\d+", threads.replace(": index", "")))),
+            _workgroups(arguments, body, results, maps),
+            Counter(MATRIX.findall(code)),
+            int(spilled),
+            next((most for text, most in PICKING.items() if text in source), None),
+        )
+    return kernels
+
+
+def _workgroups(arguments: str, body: str, results: str, maps: dict[str, str]) -> str:
+    """A Python expression over `w`, the workload: the product of the three counts."""
+    names = {a: f"w[{i}]" for i, a in enumerate(re.findall(r"(%\w+): index", arguments))}
+    for name, value in re.findall(r"(%\w+) = arith\.constant (\d+)", body):
+        names[name] = value
+    for name, operation, affine, operands in re.findall(
+        r"(%\w+) = affine\.(min|apply) (#map\d*)\(\)\[(.*?)\]", body
+    ):
+        text = maps[affine]
+        while " ceildiv " in text:
+            text = re.sub(r"(s\d+|\([^()]*\)) ceildiv (\d+)", r"(-(-\1 // \2))", text)
+        text = text.replace(" floordiv ", " // ").replace(" mod ", " % ")
+        values = [names[operand] for operand in operands.split(", ")]
+        text = re.sub(r"\bs(\d+)\b", lambda match, v=values: v[int(match[1])], text)  # type: ignore[misc]
+        names[name] = f"min({text})" if operation == "min" else f"({text})"
+    return " * ".join(names[result] for result in results.split(", "))
+
+
+def _count(workgroups: str, workload: Sequence[int]) -> int:
+    return int(eval(workgroups, {"__builtins__": {}, "min": min, "w": workload}))
+
+
+def _values(body: str, sizes: Sequence[int]) -> Values:
+    """The numbers that a function computes with; `sizes` are those of its arguments, in order."""
+    values: Values = {}
+    given = iter(sizes)
+    for name, constant, is_size, operation, a, b, assumed in _OPERATION.findall(body):
+        if constant:
+            values[name] = int(constant)
+        elif is_size:
+            values[name] = next(given)
+        elif assumed:
+            values[name] = values[assumed]
+        elif operation in _ARITHMETIC and a in values and b in values:
+            values[name] = _ARITHMETIC[operation](values[a], values[b])
+    return values
+
+
+def _shape(kind: str, values: Values) -> list[int]:
+    match = _TENSOR.fullmatch(kind)
+    assert match, kind
+    dynamic = iter((match[3] or "").split(", "))
+    return [values[next(dynamic)] if d == "?" else int(d) for d in match[1].split("x")[:-1]]
+
+
+def _num_bytes(kind: str, values: Values) -> int:
+    """Of a type; 0 for what is no tensor."""
+    match = _TENSOR.fullmatch(kind)
+    return math.prod(_shape(kind, values)) * SIZES[match[2]] if match else 0
