@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sf_local.artifact.open import host_cpu_features
 from sf_local.errors import UnsupportedError
 
-TILES = 2  # vectors of output features in a block
+VECTORS_PER_BLOCK = 2  # of output features, in a block of a matrix
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Vectors:
     @property
     def block(self) -> int:
         """Output features of a block."""
-        return TILES * self.lanes
+        return VECTORS_PER_BLOCK * self.lanes
 
 
 # What iree-compile 3.9.0 can generate code for.

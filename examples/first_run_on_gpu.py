@@ -29,7 +29,7 @@ from sf_local.bench.report import table
 from sf_local.bench.roofline import decode_bytes
 from sf_local.device.info import DeviceInfo, devices, find_device, hip_library
 from sf_local.engine.engine import Engine
-from sf_local.engine.memory import GIB
+from sf_local.engine.kv_budget import GIB
 from sf_local.errors import DeviceError, SfLocalError
 from sf_local.request.output import Output
 from sf_local.request.params import SamplingParams

@@ -1,19 +1,19 @@
 """Every error that reaches a user. The tree:
 
 SfLocalError
-├── ArtifactError           what was compiled cannot be used
+├── ArtifactError           the compiled model cannot be used
 │   ├── MissingFileError    a file of the artifact is not there
 │   ├── CorruptFileError    a file is truncated, malformed, or its hash differs
 │   ├── VersionError        made by another compiler or format version
 │   ├── TargetError         made for another device or CPU
-│   └── MismatchError       files of the artifact that disagree with each other
-├── DeviceError             the device is unknown, absent, or failed, or a GPU's result is wrong
+│   └── MismatchError       files of the artifact disagree with each other
+├── DeviceError             the device is unknown, absent or failed, or a GPU's result is wrong
 ├── RequestError            a request that cannot be served as asked (also a ValueError)
 │   ├── GrammarError        a grammar that cannot be compiled
-│   └── ImageError          an image that cannot be opened, or not with this model
+│   └── ImageError          an image that cannot be opened, or that the model cannot read
 ├── ChatTemplateError       the model's chat template cannot be used
 ├── EngineError             the engine is closed or failed, or a CPU's result is wrong
-└── CompileError            weights that cannot be turned into an artifact
+└── CompileError            a model that cannot be compiled
     ├── SourceError         the weights are missing, corrupt, or unreachable
     ├── UnsupportedError    a model, tokenizer, chip, or option that is not supported
     └── OutputError         the output folder cannot be written
@@ -21,11 +21,11 @@ SfLocalError
 
 
 class SfLocalError(Exception):
-    """Base class of all errors raised by sf_local and compile."""
+    """Base class of all errors that sf_local and compile raise."""
 
 
 class ArtifactError(SfLocalError):
-    """What was compiled cannot be used."""
+    """The compiled model cannot be used."""
 
 
 class MissingFileError(ArtifactError):
@@ -61,7 +61,7 @@ class GrammarError(RequestError):
 
 
 class ImageError(RequestError):
-    """An image that cannot be opened, or not with this model."""
+    """An image that cannot be opened, or that the model cannot read."""
 
 
 class ChatTemplateError(SfLocalError):
@@ -73,7 +73,7 @@ class EngineError(SfLocalError):
 
 
 class CompileError(SfLocalError):
-    """Weights that cannot be turned into an artifact."""
+    """A model that cannot be compiled."""
 
 
 class SourceError(CompileError):

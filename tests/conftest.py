@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from compile.tools.gpu_report import SHAPES
 from tests.hip.driver import LIBRARY, Driver, build_driver, compile_code_object, compile_twins
 from tests.hip.modules import model_emitter
 from tests.hip.probe import Probe
+from tests.support import compile_once
 from tests.support.tiny import (
     CI,
     CODE_OPTIONS,
@@ -26,6 +28,24 @@ from tests.support.tiny import (
 )
 
 MACHINE_CODE = "hip/test_machine_code.py"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile nothing twice, in any process of the run; `--cache-clear` begins anew."""
+    compile_once.install(config.cache.mkdir("compiled"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one file, or of one model in a file, go to the same worker."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+
+
+def _group(item: pytest.Item) -> str:
+    """The real model is built once, by whoever needs it first; so these wait for each other."""
+    if item.get_closest_marker("model"):
+        return "model"
+    return str(item.path)
 
 
 @pytest.fixture(scope="session")
@@ -109,8 +129,17 @@ def smollm2_f32() -> Path:
     return demo(BuildOptions(weight_dtype="f32", prefill_batch_sizes=(1,), decode_batch_sizes=(1,)))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker of pytest-xdist has ended: count what it interpreted."""
+    Driver.num_interpreted += node.workeroutput.get("num_interpreted", 0)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Tests of machine code have failed if nothing was interpreted."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["num_interpreted"] = Driver.num_interpreted
+        return
     if _has_passed(session.config) and not Driver.num_interpreted:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -1,48 +1,81 @@
-"""Attention of prefill with Intel's tile registers (AMX): ROWS rows of a sequence at once.
+"""Attention of prefill with Intel's tile registers (AMX): ROWS_PER_TASK rows of a sequence at once.
 
-Pairs of features of 16 keys, and pairs of values, lie in the cache as tiles want them. Names and
-shapes as in `cpu_attention`. A task is one query head of a group of rows, so that few rows too are
-work for several threads.
+The cache holds bf16 pairs of features of 16 keys, and pairs of values, just as tiles need them. A
+task is one query head of a group of rows, so that few rows too are work for several threads.
 """
 
 from __future__ import annotations
 
-from compile.cpu.amx import COLUMNS, LINE_BYTES, LINES, WHOLE, Config, Tiles
-from compile.cpu.attention import CHUNK, Attention, Chunk, Local
-from compile.cpu.kernel import vector_type
+from collections.abc import Callable
+
+from compile.cpu.amx import COLUMNS, LINE_BYTES, LINES, WHOLE, TileConfig, TileRegisters
+from compile.cpu.attention import Attention, AttentionMemory, ContextSlice
+from compile.cpu.kernel import KernelBuilder
 from compile.cpu.kv_layout import KVLayout
-from compile.mlir.builder import Scalar
+from compile.cpu.softmax import SLICE, Workspace
+from compile.cpu.vector_builder import vector_type
+from compile.mlir.values import Scalar
+from compile.target import Vectors
 
-ROWS = 2 * LINES  # two tiles, so that keys and values are read half as often
-SUMS, X, OTHERS = (0, 1, 2, 3), (4, 5), (6, 7)  # registers; of X for queries and their shares
-HALF = Config({**dict.fromkeys(X, (LINES, LINE_BYTES // 2)),
-               **dict.fromkeys(OTHERS, (LINES // 2, LINE_BYTES))})  # fmt: skip
+ROWS_PER_TASK = 2 * LINES  # two tiles, so that keys and values are read half as often
+# Registers: sums; queries or softmax weights; keys or values.
+SUMS, X, OTHERS = (0, 1, 2, 3), (4, 5), (6, 7)
+HALF = TileConfig({**dict.fromkeys(X, (LINES, LINE_BYTES // 2)),
+                   **dict.fromkeys(OTHERS, (LINES // 2, LINE_BYTES))})  # fmt: skip
 
 
-class TiledAttention(Attention):
-    """Writes `attend_rows`, of up to ROWS rows."""
+class AmxAttention(Attention):
+    """A task is one query head of up to ROWS_PER_TASK rows, and their whole context."""
 
-    def __init__(self, *arguments: object, tiles: Tiles) -> None:
-        super().__init__(*arguments)  # type: ignore[arg-type]
-        self._tiles = tiles
-        # Positions whose values are one tile, which lie in one page.
-        self._positions = 2 * LINES if self.layout.page_size % (2 * LINES) == 0 else LINES
-        self._of_values = WHOLE if self._positions == 2 * LINES else HALF
+    rows_per_task = ROWS_PER_TASK
+    takes_any_count = True
 
-    @property
-    def most_queries(self) -> int:
-        return ROWS
+    def __init__(
+        self,
+        k: KernelBuilder,
+        layout: KVLayout,
+        vectors: Vectors,
+        memory: AttentionMemory,
+        position: Callable[[Scalar], Scalar],
+        page: Callable[[Scalar, Scalar], Scalar],
+        amx: TileRegisters,
+    ) -> None:
+        super().__init__(k, layout, vectors, memory, position, page)
+        self._amx = amx
+        # Positions whose values are one tile; they must lie in one page.
+        self._positions = 2 * LINES if layout.page_size % (2 * LINES) == 0 else LINES
+        self._value_config = WHOLE if self._positions == 2 * LINES else HALF
 
     @staticmethod
     def fits(layout: KVLayout) -> bool:
         """Whether keys are pairs of features of 16 positions, and heads are whole tiles."""
         is_tile = layout.operand.unit == 2 and layout.position_lanes == LINES
-        head_dim = layout.config.head_dim
-        return is_tile and head_dim % COLUMNS == 0
+        return is_tile and layout.config.head_dim % COLUMNS == 0
 
-    def store_tile(self, row: Scalar, position: Scalar, head: Scalar) -> None:
-        """Keys and values of 16 rows as they are, to where the 16 positions from `position` on,
-        which begin a vector, lie in their page."""
+    @property
+    def max_queries(self) -> int:
+        return ROWS_PER_TASK
+
+    def num_tasks(self, num_groups: Scalar, num_splits: Scalar) -> Scalar:
+        return num_groups * self.config.num_heads
+
+    def task(self, number: Scalar, num_splits: Scalar) -> tuple[Scalar, Scalar, Scalar | None]:
+        query, group = number % self.config.num_heads, number // self.config.num_heads
+        return group, query, None
+
+    # Keys and values
+
+    def store(self, start: Scalar, first: Scalar, count: Scalar, size: int, head: Scalar) -> None:
+        """As `Attention.store`; stores 16 whole positions as tiles."""
+        assert size == LINES
+        with self.k.when(count.equals(size)):
+            self._store_tile(start + first, first, head)
+        with self.k.when(count.less(self.k.scalar(size, "index"))):
+            super().store(start, first, count, size, head)
+
+    def _store_tile(self, row: Scalar, position: Scalar, head: Scalar) -> None:
+        """Keys and values of 16 rows as they are, to positions from `position` on, whose keys
+        begin a vector of the page."""
         k, c, d, unit = self.k, self.config, self.config.head_dim, self.layout.operand.unit
         cache, pairs = self.memory.cache["i32"], vector_type(LINES, "i32")
         slot = position % self.layout.page_size
@@ -61,89 +94,98 @@ class TiledAttention(Attention):
                 cache.store_vector(pair, values + (r // 2 * d + first))
 
     def _bf16(self, row: Scalar, head: Scalar, first: int, count: int) -> Scalar:
-        """Features of a head of queries, keys or values."""
+        """Features of a head; heads are counted through queries, keys and values."""
         at = row * self.memory.qkv_width + head * self.config.head_dim + first
         return self.memory.qkv.load_vector(at, count)
 
-    def attend_rows(
-        self, workgroup: Scalar, row: Scalar, num_rows: Scalar, query: Scalar, layer: Scalar
+    # The context
+
+    def attend(
+        self,
+        workgroup: Scalar,
+        row: Scalar,
+        num_rows: Scalar | int,
+        head: Scalar,
+        layer: Scalar,
+        split: Scalar | None = None,
     ) -> None:
-        """Attention of one query head of rows of one sequence to all of their context."""
-        local = self._open(workgroup, ROWS)
+        """As `Attention.attend`; `head` is a query head."""
+        assert isinstance(num_rows, Scalar) and split is None
+        space = self.softmax.open(workgroup, ROWS_PER_TASK)
         high = self.position(row + (num_rows - 1)) + 1
-        with self.k.loop(0, high, CHUNK) as start:
-            chunk = Chunk(row, query // self.groups, layer, start)
-            count = ((start + CHUNK).minimum(high) - start + (LINES - 1)) // LINES
+        with self.k.loop(0, high, SLICE) as start:
+            context = ContextSlice(row, head // self.groups, layer, start)
+            count = ((start + SLICE).minimum(high) - start + (LINES - 1)) // LINES
             with self.k.loop(0, (count + 1) // 2) as i:
-                self._score_tiles(local, chunk, query, i)
+                self._score(space, context, head, i)
             with self.k.loop(0, num_rows) as r:
-                self._soften(local, r, self.position(row + r) - start, count)
-                self._correct(local, r)
-            self._configure(self._of_values)
-            self._weigh_tiles(local, chunk, count)
+                self.softmax.online_softmax(space, r, self.position(row + r) - start, count)
+                self._correct(space, r)
+            self._configure(self._value_config)
+            self._accumulate_values(space, context, count)
             self._configure(WHOLE)
         with self.k.loop(0, num_rows) as r:
-            self._finish(local, r, row + r, query, None)
+            self.softmax.store_result(space, r, row + r, head, None)
 
-    def _score_tiles(self, local: Local, chunk: Chunk, query: Scalar, i: Scalar) -> None:
-        """Scores of the chunk's i-th 32 positions."""
-        t, d, page = self._tiles, self.config.head_dim, self.layout.page_size
-        cache, q = self.memory.cache["bf16"], self.memory.q["bf16"]
+    def _score(self, space: Workspace, context: ContextSlice, query: Scalar, i: Scalar) -> None:
+        """Scores of the slice's i-th 32 positions [ROWS_PER_TASK, 32]."""
+        amx, d, page = self._amx, self.config.head_dim, self.layout.page_size
+        cache, q, width = self.memory.cache["bf16"], self.memory.q["bf16"], self.memory.q_width
         first, keys = i * (2 * LINES), []
         for n in (0, 1):
-            position = chunk.start + first + n * LINES
-            start, _ = self._starts(chunk, position)
+            position = context.start + first + n * LINES
+            start, _ = self.starts(context, position)
             keys.append((start + position % page * d) * 2)
         for total in SUMS:
-            t.zero(total)
+            amx.zero(total)
         for step in range(d // COLUMNS):
             for n in (0, 1):
-                x = ((chunk.row + n * LINES) * self.width + query * d) * 2 + step * LINE_BYTES
-                t.load(X[n], q, x, self.width * 2)
+                x = ((context.row + n * LINES) * width + query * d) * 2 + step * LINE_BYTES
+                amx.load(X[n], q, x, width * 2)
                 at = keys[n] + step * (LINES * LINE_BYTES)
-                t.load(OTHERS[n], cache, at, LINE_BYTES)
+                amx.load(OTHERS[n], cache, at, LINE_BYTES)
             self._multiply_add()
         for i_sum, total in enumerate(SUMS):
             row, column = i_sum // 2 * LINES, i_sum % 2 * LINES
-            to = (local.scores + row * CHUNK + first + column) * 4
-            t.store(total, self.memory.local["f32"], to, CHUNK * 4)
+            to = (space.scores + row * SLICE + first + column) * 4
+            amx.store(total, self.memory.workspace["f32"], to, SLICE * 4)
 
-    def _configure(self, config: Config) -> None:
-        if self._of_values != WHOLE:
-            self._tiles.open(config)
+    def _configure(self, config: TileConfig) -> None:
+        if self._value_config != WHOLE:
+            self._amx.configure(config)
 
     def _multiply_add(self) -> None:
         for i, total in enumerate(SUMS):
-            self._tiles.multiply_add(total, X[i // 2], OTHERS[i % 2])
+            self._amx.multiply_add(total, X[i // 2], OTHERS[i % 2])
 
-    def _correct(self, local: Local, j: Scalar) -> None:
-        """Values of a query so far, times its factor."""
-        k, memory, lanes = self.k, self.memory.local["f32"], LINES
-        factor = k.broadcast(memory.load(local.factors + j), lanes)
+    def _correct(self, space: Workspace, j: Scalar) -> None:
+        """Multiply the sums of query j so far by its factor."""
+        k, memory, lanes = self.k, self.memory.workspace["f32"], LINES
+        factor = k.broadcast(memory.load(space.factors + j), lanes)
         with k.loop(0, self.config.head_dim, lanes) as i:
-            at = local.values + j * self.config.head_dim + i
+            at = space.values + j * self.config.head_dim + i
             memory.store_vector(memory.load_vector(at, lanes) * factor, at)
 
-    def _weigh_tiles(self, local: Local, chunk: Chunk, count: Scalar) -> None:
-        """Add `count` times 16 values, times the shares of all rows."""
-        k, t, d, page = self.k, self._tiles, self.config.head_dim, self.layout.page_size
-        memory, cache = self.memory.local, self.memory.cache["bf16"]
+    def _accumulate_values(self, space: Workspace, context: ContextSlice, count: Scalar) -> None:
+        """Add `count` times 16 values, times the softmax weights of all rows."""
+        k, amx, d, page = self.k, self._amx, self.config.head_dim, self.layout.page_size
+        memory, cache = self.memory.workspace, self.memory.cache["bf16"]
         for first in range(0, d, 2 * LINES):
             at = [
-                (local.values + i // 2 * LINES * d + first + i % 2 * LINES) * 4
+                (space.values + i // 2 * LINES * d + first + i % 2 * LINES) * 4
                 for i in range(len(SUMS))
             ]
             for total, to in zip(SUMS, at, strict=True):
-                t.load(total, memory["f32"], to, d * 4)
+                amx.load(total, memory["f32"], to, d * 4)
             with k.loop(0, (count * LINES + (self._positions - 1)) // self._positions) as i:
                 offset = i * self._positions
-                position = chunk.start + offset
-                _, start = self._starts(chunk, position)
+                position = context.start + offset
+                _, start = self.starts(context, position)
                 values = (start + position % page * d) * 2 + first * 4
                 for n in (0, 1):
-                    shares = (self._shares_at(local, n * LINES) + offset) * 2
-                    t.load(X[n], memory["bf16"], shares, CHUNK * 4)
-                    t.load(OTHERS[n], cache, values + n * LINE_BYTES, d * 4)
+                    weights = (self.softmax.weights_at(space, n * LINES) + offset) * 2
+                    amx.load(X[n], memory["bf16"], weights, SLICE * 4)
+                    amx.load(OTHERS[n], cache, values + n * LINE_BYTES, d * 4)
                 self._multiply_add()
             for total, to in zip(SUMS, at, strict=True):
-                t.store(total, memory["f32"], to, d * 4)
+                amx.store(total, memory["f32"], to, d * 4)

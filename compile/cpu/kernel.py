@@ -1,28 +1,28 @@
-"""KernelBuilder: one CPU executable written with loops, vectors and plain memory.
+"""KernelBuilder: one CPU executable, written with loops, vectors and plain memory.
 
-Where `mlir.py` writes tensors and leaves the loops to IREE, this writes the loops: what a workgroup
-loads, multiplies and stores. Workgroups share the work of a phase by counting tasks off, and wait
-for one another at its end, so a whole model is one dispatch. It knows nothing of models.
+`compile.mlir` writes tensor operations and leaves the loops to IREE. This module writes the loops
+themselves: what a workgroup loads, multiplies and stores. A kernel is a sequence of phases.
+Workgroups take the tasks of a phase from a shared counter and wait for one another at its end, so
+a whole model can be one dispatch. Nothing here depends on what the kernel computes.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from compile.mlir.builder import Builder, Scalar, element_type, mask_type
+from compile.cpu.vector_builder import VectorBuilder, vector_type
+from compile.mlir.values import Scalar, TextBuilder, mask_type
 
-LINE = 16  # i32 of a cache line: counters of two phases never share one
-ROUNDING = 1.5 * 2**23
-EXP2 = (1.0, 0.69314697773, 0.24022242025, 0.05550733572, 0.00967151564, 0.0013264778)  # 2^f
+CACHE_LINE = 16  # i32 or f32 elements
+PHASE_COUNTERS = 2 * CACHE_LINE  # i32 of a phase: tasks taken, tasks done, each in its own line
 Index = Scalar | int
 
 
 @dataclass(frozen=True)
 class Memory:
-    """One-dimensional memory of elements `dtype`; the kernel computes all indices."""
+    """One-dimensional memory of elements `dtype`; indices count elements."""
 
     k: KernelBuilder
     name: str
@@ -33,23 +33,26 @@ class Memory:
         return f"memref<?x{self.dtype}>"
 
     def load(self, index: Index) -> Scalar:
+        """The element at `index`."""
         return self.k.op(f"memref.load {self.name}[{self.k.at(index)}] : {self.type}", self.dtype)
 
     def store(self, value: Scalar, index: Index) -> None:
+        """Store one element; its type must be that of the memory."""
         assert value.dtype == self.dtype, f"{value.dtype} into memory of {self.dtype}"
         self.k.emit(f"memref.store {value.name}, {self.name}[{self.k.at(index)}] : {self.type}")
 
     def load_vector(self, index: Index, lanes: int) -> Scalar:
+        """Elements from `index` on, as a vector of `lanes`."""
         kind = vector_type(lanes, self.dtype)
         return self.k.op(f"vector.load {self.name}[{self.k.at(index)}] : {self.type}, {kind}", kind)
 
     def prefetch(self, index: Index) -> None:
-        """Bring a cache line nearer that will be read soon."""
+        """Ask for the cache line of an element that will be read soon."""
         at = self.k.at(index)
         self.k.emit(f"memref.prefetch {self.name}[{at}], read, locality<3>, data : {self.type}")
 
     def store_vector(self, value: Scalar, index: Index, count: Scalar | None = None) -> None:
-        """Store a vector; with `count`, its first elements only."""
+        """Store a vector; with `count`, only its first `count` elements."""
         at = self.k.at(index)
         if count is None:
             self.k.emit(
@@ -63,11 +66,11 @@ class Memory:
         )
 
     def store_as(self, value: Scalar, index: Index) -> None:
-        """Store a vector of floats as this memory's type."""
+        """Store a vector of floats, converted to this memory's type."""
         self.store_vector(self.k.convert(value, self.dtype), index)
 
     def add_atomically(self, value: int, index: Index) -> Scalar:
-        """The old value; nothing before or after it is seen the other way round."""
+        """Add to an element and return its old value, in sequentially consistent order."""
         amount = self.k.scalar(value, self.dtype)
         return self.k.op(
             f"memref.atomic_rmw addi {amount.name}, {self.name}[{self.k.at(index)}] : "
@@ -76,23 +79,18 @@ class Memory:
         )
 
 
-class KernelBuilder(Builder):
-    """Writes the body of one kernel: a `binding` for each argument, then `phase` after `phase`.
-
-    has_bf16: the CPU has instructions for such numbers (AVX512_BF16).
-    """
+class KernelBuilder(VectorBuilder):
+    """Writes the body of one kernel: a `binding` for each argument, then `phase` after `phase`."""
 
     def __init__(self, *, has_bf16: bool = False) -> None:
-        super().__init__()
-        self._has_bf16 = has_bf16
-        self._indent = 4
+        super().__init__(has_bf16=has_bf16, indent=4)
         self._bindings: list[str] = []
         self.num_constants = 0
 
     # Interface
 
-    def write(self, b: Builder, name: str, num_workgroups: int) -> None:
-        """The executable with this kernel; its layout is to be defined as #name_layout."""
+    def write(self, b: TextBuilder, name: str, num_workgroups: int) -> None:
+        """Write the executable `name` into module `b`; define its layout as #name_layout there."""
         with b.block(f"hal.executable.source private @{name} {{"):
             with b.block(
                 f"hal.executable.export public @{name} ordinal(0) layout(#{name}_layout) "
@@ -112,14 +110,14 @@ class KernelBuilder(Builder):
                 b.emit("return")
 
     def layout(self) -> str:
-        """#hal.pipeline.layout of all that was bound."""
+        """The attribute #hal.pipeline.layout of all bindings and constants."""
         bindings = ", ".join(
             f"#hal.pipeline.binding<storage_buffer{flags}>" for flags in self._bindings
         )
         return f"#hal.pipeline.layout<constants = {self.num_constants}, bindings = [{bindings}]>"
 
     def binding(self, *, read_only: bool = False) -> int:
-        """The next argument, or result, of the dispatch."""
+        """The number of the dispatch's next buffer, an argument or a result."""
         self._bindings.append(", ReadOnly" if read_only else "")
         return len(self._bindings) - 1
 
@@ -138,7 +136,7 @@ class KernelBuilder(Builder):
         )
 
     def constant(self) -> Scalar:
-        """The next i32 argument, as an index."""
+        """The dispatch's next i32 argument, as an index."""
         self.num_constants += 1
         value = self.op(
             f"hal.interface.constant.load layout(#kernel_layout) ordinal("
@@ -148,110 +146,17 @@ class KernelBuilder(Builder):
         return value.to("index")
 
     def workgroup(self) -> Scalar:
+        """The number of the workgroup that runs."""
         return self.op("hal.interface.workgroup.id[0] : index", "index")
 
-    # Values
+    # Addresses
 
     def at(self, index: Index) -> str:
+        """The SSA name of an index."""
         return index.name if isinstance(index, Scalar) else self.scalar(index, "index").name
 
-    def broadcast(self, value: Scalar, lanes: int) -> Scalar:
-        kind = vector_type(lanes, value.dtype)
-        return self.op(f"vector.broadcast {value.name} : {value.dtype} to {kind}", kind)
-
-    def bitcast(self, value: Scalar, kind: str) -> Scalar:
-        op = "vector.bitcast" if kind.startswith("vector") else "arith.bitcast"
-        return self.op(f"{op} {value.name} : {value.dtype} to {kind}", kind)
-
-    def bits(self, op: str, a: Scalar, b: Scalar | int) -> Scalar:
-        """andi, shli, shrsi or shrui."""
-        b = b if isinstance(b, Scalar) else self.scalar(b, a.dtype)
-        return self.op(f"arith.{op} {a.name}, {b.name} : {a.dtype}", a.dtype)
-
-    def intrinsic(self, name: str, arguments: Sequence[Scalar], kind: str) -> Scalar:
-        names = ", ".join(a.name for a in arguments)
-        types = ", ".join(a.dtype for a in arguments)
-        return self.op(f'llvm.call_intrinsic "llvm.{name}"({names}) : ({types}) -> {kind}', kind)
-
-    def fma(self, a: Scalar, b: Scalar, c: Scalar) -> Scalar:
-        """a * b + c"""
-        return self.op(f"math.fma {a.name}, {b.name}, {c.name} : {c.dtype}", c.dtype)
-
-    def exp(self, x: Scalar) -> Scalar:
-        """exp of an f32 vector, to 2 units in the last place; below -87 it is about 1e-38, above 88
-        about 1e38.
-
-        2^n * 2^f with f from -1/2 to 1/2, of which a polynomial is enough (after Cephes). That is a
-        third of the operations of math.exp.
-        """
-        kind, whole = x.dtype, vector_type(lanes_of(x), "i32")
-        low, high = (self.scalar(value, kind) for value in (-87.0, 88.0))
-        x = self.larger(low, self.smaller(high, x)) * math.log2(math.e)
-        # Adding this rounds, and leaves the whole number in the lowest bits.
-        shifted = x + ROUNDING
-        fraction = x - (shifted - ROUNDING)
-        power = self.scalar(EXP2[-1], kind)
-        for coefficient in EXP2[-2::-1]:
-            power = self.fma(power, fraction, self.scalar(coefficient, kind))
-        exponent = self.bits("shli", self.bitcast(shifted, whole), self.scalar(23, whole))
-        return self.bitcast(self.bitcast(power, whole) + exponent, kind)
-
-    def larger(self, a: Scalar, b: Scalar) -> Scalar:
-        """Of each pair of elements; b's where one is not a number, which takes one instruction."""
-        return b.is_below(a).select(a, b)
-
-    def smaller(self, a: Scalar, b: Scalar) -> Scalar:
-        """As `larger`."""
-        return a.is_below(b).select(a, b)
-
-    def convert(self, x: Scalar, dtype: str) -> Scalar:
-        """A vector with elements of another float type."""
-        kind = vector_type(lanes_of(x), dtype)
-        if self._has_bf16 and (x.dtype, dtype) == (vector_type(16, "f32"), "bf16"):
-            return self.intrinsic("x86.avx512bf16.cvtneps2bf16.512", [x], kind)
-        return x.to(kind)
-
-    def sum(self, value: Scalar) -> Scalar:
-        return self._reduction("add", value)
-
-    def maximum(self, value: Scalar) -> Scalar:
-        return self._reduction("maximumf", value)
-
-    def _reduction(self, kind: str, value: Scalar) -> Scalar:
-        return self.op(f"vector.reduction <{kind}>, {value.name} : {value.dtype} into f32", "f32")
-
-    def element(self, value: Scalar, lane: int) -> Scalar:
-        kind = element_type(value.dtype)
-        return self.op(f"vector.extract {value.name}[{lane}] : {kind} from {value.dtype}", kind)
-
-    def shuffle(self, a: Scalar, b: Scalar, lanes: Sequence[int]) -> Scalar:
-        """Elements of two vectors, counted through both."""
-        kind = vector_type(len(lanes), element_type(a.dtype))
-        return self.op(f"vector.shuffle {a.name}, {b.name} {[*lanes]} : {a.dtype}, {b.dtype}", kind)
-
-    def transpose(self, rows: Sequence[Scalar]) -> list[Scalar]:
-        """n vectors of n elements as the columns of them, n a power of two.
-
-        Blocks beside the diagonal change places, the largest first (Eklundh 1972).
-        """
-        rows, n, size = [*rows], len(rows), len(rows) // 2
-        while size:
-            first = [lane if not lane & size else n + lane - size for lane in range(n)]
-            second = [lane + size if not lane & size else n + lane for lane in range(n)]
-            for i in (i for i in range(n) if not i & size):
-                a, b = rows[i], rows[i + size]
-                rows[i], rows[i + size] = self.shuffle(a, b, first), self.shuffle(a, b, second)
-            size //= 2
-        return rows
-
-    def lanes_from(self, value: Scalar, lanes: int) -> Scalar:
-        """value, value + 1, ...: vector<lanes x i32> of an i32."""
-        kind = vector_type(lanes, "i32")
-        steps = self.op(f"arith.constant dense<{list(range(lanes))}> : {kind}", kind)
-        return self.broadcast(value, lanes) + steps
-
     def pointer(self, memory: Memory, byte: Scalar) -> Scalar:
-        """To a byte of memory."""
+        """An LLVM pointer to a byte of memory."""
         base = self.op(
             f"memref.extract_aligned_pointer_as_index {memory.name} : {memory.type} -> index",
             "index",
@@ -263,6 +168,7 @@ class KernelBuilder(Builder):
 
     @contextmanager
     def loop(self, low: Index, high: Index, step: int = 1) -> Iterator[Scalar]:
+        """A for loop from `low` to `high`, exclusive; yields the loop variable, an index."""
         variable = self.fresh()
         with self.block(
             f"scf.for {variable} = {self.at(low)} to {self.at(high)} step {self.at(step)} {{"
@@ -277,7 +183,10 @@ class KernelBuilder(Builder):
         body: Callable[..., Sequence[Scalar]],
         step: int = 1,
     ) -> list[Scalar]:
-        """The state after `body(index, *state)` for each index."""
+        """A for loop that carries values: `body(index, *state)` returns the next state.
+
+        Returns the state after the last iteration.
+        """
         name, variable = self.fresh(), self.fresh()
         inner = [Scalar(self, self.fresh(), s.dtype) for s in state]
         types = ", ".join(s.dtype for s in state)
@@ -292,17 +201,19 @@ class KernelBuilder(Builder):
 
     @contextmanager
     def when(self, condition: Scalar) -> Iterator[None]:
+        """An if without else; `condition` is an i1."""
         with self.block(f"scf.if {condition.name} {{"):
             yield
 
     @contextmanager
     def phase(self, counters: Memory, number: Scalar, num_tasks: Scalar) -> Iterator[Scalar]:
-        """Do tasks 0 .. num_tasks - 1, each by one workgroup, and wait until all are done.
+        """Do tasks 0 .. num_tasks - 1, each in one workgroup, and wait until all are done.
 
-        A workgroup waits only for tasks that others have begun, so it does not matter how many run
-        at once. Counters [phases, 2 lines] start at zero: tasks taken, tasks done.
+        A workgroup waits only for tasks that others have begun, so it does not matter how many
+        workgroups run at once. counters: i32 [phases, PHASE_COUNTERS], zero when the kernel starts.
+        Yields the task's number.
         """
-        taken, done = number * (2 * LINE), number * (2 * LINE) + LINE
+        taken, done = number * PHASE_COUNTERS, number * PHASE_COUNTERS + CACHE_LINE
         total = num_tasks.to("i32")
         with self.block("scf.while : () -> () {", "} do { scf.yield }"):
             task = counters.add_atomically(1, taken)
@@ -328,7 +239,7 @@ class KernelBuilder(Builder):
 
 
 class Views:
-    """One binding as memory of whatever type is asked for."""
+    """One binding, seen as memory of several element types: `views[dtype]`."""
 
     def __init__(self, k: KernelBuilder, binding: int) -> None:
         self._k, self._binding = k, binding
@@ -338,14 +249,6 @@ class Views:
         return self._views[dtype]
 
     def open(self, *dtypes: str) -> Views:
-        """To be called where all uses can see them: at the beginning of the kernel."""
+        """Declare views of these types; call it at the kernel's top level, before all uses."""
         self._views |= {dtype: self._k.view(self._binding, dtype) for dtype in dtypes}
         return self
-
-
-def vector_type(lanes: int, dtype: str) -> str:
-    return f"vector<{lanes}x{dtype}>"
-
-
-def lanes_of(value: Scalar) -> int:
-    return int(value.dtype.removeprefix("vector<").partition("x")[0])

@@ -1,28 +1,32 @@
-"""MatrixKernel: what kernels of CPUs have in common that multiply rows with a model's matrices."""
+"""MatrixKernel: a CPU kernel that multiplies rows of activations with a model's matrices."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from compile.cpu import amx as tiles
-from compile.cpu.amx import Tiles
+from compile.cpu.activations import Activations
+from compile.cpu.amx import COLUMNS, LINES, MAX_ROWS, TileRegisters
 from compile.cpu.kernel import KernelBuilder, Memory, Views
-from compile.cpu.matmul import Activations, Format
-from compile.mlir.builder import Builder, Dim, Scalar, Tensor, tensor_type
-from compile.target import TILES
+from compile.cpu.matmul import Format
+from compile.mlir.builder import Builder, Dim, Tensor, tensor_type
+from compile.mlir.values import Scalar
+from compile.target import VECTORS_PER_BLOCK
 
-WORKGROUPS = 64  # at least one a thread; those that find all done return at once
-MIN_TASKS = 16  # of a matrix, or some threads would wait for others
+WORKGROUPS = 64  # at least one for each thread; those that find no task left return at once
+MIN_TASKS = 16  # of a matrix, so that no thread waits long for the others
 
 Size = int | str  # a number, or the name of one that is known when the kernel is called
+Use = Callable[[list[Scalar], Scalar, Scalar], None]  # of a product: use(sums, row, block)
 
 
 @dataclass(frozen=True)
 class Task:
     """Rows low .. high - 1 of x [M, K] times blocks first .. last - 1 of a matrix [N, K].
 
-    use(sums, row, block): what becomes of a block's outputs, two f32 vectors a row.
+    use(sums, row, block) gets the outputs of a block for a row and those after it, two f32 vectors
+    for each row.
     """
 
     format: Format
@@ -33,40 +37,49 @@ class Task:
     last: Scalar
     low: Scalar
     high: Scalar
-    use: Callable[[list[Scalar], Scalar, Scalar], None]
+    use: Use
 
     def block_at(self, block: Scalar) -> Scalar:
+        """The first byte of a block."""
         return self.weight + block * self.format.block_bytes(self.cols)
 
 
 class MatrixKernel:
-    """A kernel called `name`, most of whose matrices are of `layers`: `write` it into a module,
-    `dispatch` it from functions. Phases count tasks in `counters`."""
+    """A kernel called `name`: `write` it into a module, `dispatch` it from functions.
+
+    layers: the format of most matrices. A subclass binds `weights`, all parameters in one buffer,
+    and `counters`, the tasks of the phases; with AMX it sets `amx`.
+    """
 
     def __init__(self, name: str, layers: Format) -> None:
         self.name, self.layers, self.vectors = name, layers, layers.vectors
         self.k = KernelBuilder(has_bf16=self.vectors.has_dot)
         self.weights: Views
         self.counters: Memory
-        self.tiles: Tiles | None = None
-        self._outputs: list[tuple[tuple[Size, ...], str]] = []
+        self.amx: TileRegisters | None = None
+        self.outputs: list[tuple[tuple[Size, ...], str]] = []
 
     def write(self, b: Builder) -> None:
+        """Write the executable into module `b`."""
         self.k.write(b, self.name, WORKGROUPS)
 
     def layout(self) -> str:
+        """The definition of the kernel's pipeline layout, a line before the module."""
         return f"#{self.name}_layout = {self.k.layout()}"
 
     def dispatch(
         self, b: Builder, constants: Sequence[Dim], inputs: Sequence[Tensor],
         changed: Sequence[Tensor], sizes: Mapping[str, Dim],
     ) -> list[Tensor]:  # fmt: skip
-        """Call it with indices, tensors, and tensors that it changes; those, then the outputs."""
+        """Call the kernel; returns the tensors `changed` in place, then the outputs.
+
+        sizes: those that outputs name, e.g. "rows".
+        """
         numbers = [b.index(d).to("i32") for d in constants]
         arguments = [*inputs, *changed]
         outputs = [
             Tensor("", tuple(sizes[d] if isinstance(d, str) else d for d in dims), dtype)
-            for dims, dtype in self._outputs
+            for dims, dtype in self.outputs
         ]
         operands = ", ".join([*(x.name for x in numbers), *(x.name for x in arguments)])
         types = ", ".join(["i32"] * len(numbers) + [_sized(x) for x in arguments])
@@ -80,48 +93,55 @@ class MatrixKernel:
 
     # Memory
 
-    def _output(self, dims: tuple[Size, ...], dtype: str = "f32") -> Views:
-        self._outputs.append((dims, dtype))
+    def output(self, dims: tuple[Size, ...], dtype: str = "f32") -> Views:
+        """The dispatch's next result [dims], to be opened with the types it is used in."""
+        self.outputs.append((dims, dtype))
         return Views(self.k, self.k.binding())
 
-    def _result(self, dims: tuple[Size, ...], dtype: str = "f32") -> Memory:
-        return self._output(dims, dtype).open(dtype)[dtype]
+    def result(self, dims: tuple[Size, ...], dtype: str = "f32") -> Memory:
+        """The dispatch's next result [dims], of one type."""
+        return self.output(dims, dtype).open(dtype)[dtype]
 
-    def _activations(self, width: int) -> Activations:
-        return self._activations_of("tiled", width)
+    def activations(self, width: int, rows: Size = "padded_rows") -> Activations:
+        """The dispatch's next result: activations [rows, width] for matrices of the layers."""
+        views = self.output((rows, self.layers.activation_bytes(width)), "i8")
+        return self.layers.activations(self.k, views, width)
 
-    def _activations_of(self, rows: Size, width: int) -> Activations:
-        views = self._output((rows, Activations.bytes_of_row(self.layers, width)), "i8")
-        return Activations(self.k, views, self.layers, width)
+    # Phases
 
-    # Matrix products
+    def phase(self, number: Scalar, num_tasks: Scalar) -> AbstractContextManager[Scalar]:
+        """Phase `number`, whose tasks the workgroups share; yields the number of each task."""
+        return self.k.phase(self.counters, number, num_tasks)
 
-    def _matmul(
+    def matmul(
         self,
         number: Scalar,
         weight: Scalar,
         size: tuple[int, int],
         x: Activations,
         num_rows: Scalar,
-        use: Callable[[list[Scalar], Scalar, Scalar], None],
+        use: Use,
         format_: Format | None = None,
     ) -> None:
-        """Rows of x [M, K] times a matrix [N, K]: `use(sums, row, block)`, two vectors a row."""
+        """Phase `number`: rows of x [M, K] times a matrix of size [N, K] at byte `weight`.
+
+        use(sums, row, block): what becomes of outputs; see `Task`. format_: None for `layers`.
+        """
         k, format_ = self.k, format_ or self.layers
         num_blocks, block_bytes = -(-size[0] // self.vectors.block), format_.block_bytes(size[1])
         tuning = self.vectors.tuning
         # One long stream of weights is read faster than several short ones.
         run = max(1, min(tuning.task_bytes // block_bytes, num_blocks // MIN_TASKS))
-        num_runs, row_chunk = -(-num_blocks // run), tuning.row_chunk
+        num_runs, height = -(-num_blocks // run), tuning.row_chunk
 
-        chunks = (num_rows + (row_chunk - 1)) // row_chunk
-        with k.phase(self.counters, number, chunks * num_runs) as number_of_task:
-            first, low = number_of_task % num_runs * run, number_of_task // num_runs * row_chunk
-            high = (low + row_chunk).minimum(num_rows)
+        num_heights = (num_rows + (height - 1)) // height
+        with self.phase(number, num_heights * num_runs) as number_of_task:
+            first, low = number_of_task % num_runs * run, number_of_task // num_runs * height
+            high = (low + height).minimum(num_rows)
             last = (first + run).minimum(k.scalar(num_blocks, "index"))
             task = Task(format_, weight, size[1], x, first, last, low, high, use)
-            if format_.is_tiled and size[1] % tiles.COLUMNS == 0:
-                self._multiply_tiles(task)
+            if format_.uses_amx and size[1] % COLUMNS == 0:
+                self._multiply_amx(task)
             else:
                 self._multiply_vectors(task)
 
@@ -131,7 +151,8 @@ class MatrixKernel:
             starts = [task.block_at(block + i) for i in range(count)]
             sums = task.format.product(self.k, self.weights, starts, task.cols, task.x, rows)
             for i in range(count):
-                task.use(sums[i * TILES :][: TILES * num_rows], row, block + i)
+                first = i * VECTORS_PER_BLOCK
+                task.use(sums[first : first + VECTORS_PER_BLOCK * num_rows], row, block + i)
 
         single = task.low + (task.high - task.low) // 2 * 2
         with self.k.loop(task.first, task.last) as block:
@@ -144,27 +165,27 @@ class MatrixKernel:
                 lambda i, n: multiply(row, 1, i, n),
             )  # fmt: skip
 
-    def _multiply_tiles(self, task: Task) -> None:
-        assert self.tiles is not None
-        used = self.tiles
+    def _multiply_amx(self, task: Task) -> None:
+        assert self.amx is not None
+        amx = self.amx
 
         def multiply(first: Scalar, count: int) -> None:
-            """All blocks, so that what is written lies in few pages of memory."""
+            """Rows from `first` on times all blocks, which keeps stores in few pages of memory."""
             rows = (task.high - first).minimum(self.k.scalar(count, "index"))
             with self.k.loop(task.first, task.last) as block:
-                start, num_tiles = task.block_at(block), count // tiles.LINES
-                used.multiply(task.format, self.weights, start, task.cols, task.x, first, num_tiles)
+                start, num_tiles = task.block_at(block), count // LINES
+                amx.multiply(task.format, self.weights, start, task.cols, task.x, first, num_tiles)
                 with self.k.loop(0, rows) as row:
-                    task.use(used.sums(row), first + row, block)
+                    task.use(amx.sums(row), first + row, block)
 
-        height = (task.high - task.low + (tiles.LINES - 1)) // tiles.LINES * tiles.LINES
-        most = tiles.MOST * tiles.LINES
-        self._in_groups(task.low, task.low + height, most, tiles.LINES, multiply)
+        height = (task.high - task.low + (LINES - 1)) // LINES * LINES
+        self._in_groups(task.low, task.low + height, MAX_ROWS, LINES, multiply)
 
     def _in_groups(
         self, low: Scalar, high: Scalar, most: int, least: int, do: Callable[[Scalar, int], None]
     ) -> None:
-        """From `low` to `high` in groups of `most`, then of half as many, down to `least`."""
+        """do(first, count) from `low` to `high` in groups of `most`, then of half as many, down to
+        `least`."""
         while most >= least:
             count = (high - low) // most
             with self.k.loop(0, count) as i:
@@ -172,8 +193,8 @@ class MatrixKernel:
             low = low + count * most
             most //= 2
 
-    def _each(self, sums: list[Scalar], row: Scalar, block: Scalar) -> list[tuple[Scalar, ...]]:
-        """(value, row, first output feature) of each vector."""
+    def each(self, sums: list[Scalar], row: Scalar, block: Scalar) -> list[tuple[Scalar, ...]]:
+        """(vector, row, first output feature) of each vector that a product's `use` gets."""
         lanes = self.vectors.lanes
         return [
             (value, row + i // 2, block * self.vectors.block + i % 2 * lanes)
@@ -187,12 +208,12 @@ def padded(size: int, unit: int) -> int:
 
 
 def _sized(x: Tensor) -> str:
-    """Its type with the sizes of dynamic dimensions."""
+    """A tensor's type with the sizes of its dynamic dimensions."""
     dynamic = ", ".join(d for d in x.shape if isinstance(d, str))
     return tensor_type(x.shape, x.dtype) + (f"{{{dynamic}}}" if dynamic else "")
 
 
 def _in_place(x: Tensor) -> str:
-    """A result that is the argument `x`."""
+    """A dispatch's result that is its argument `x`, changed in place."""
     dynamic = ", ".join(d for d in x.shape if isinstance(d, str))
     return x.name + (f"{{{dynamic}}}" if dynamic else "")

@@ -19,7 +19,8 @@ from compile.formats.layout import MASKED, SUMMARY, Parameter
 from compile.gpu.linear import Weights, whole_subgroups
 from compile.gpu.vision import VisionEmitter
 from compile.mlir import abi
-from compile.mlir.builder import Builder, Dim, Scalar, Tensor
+from compile.mlir.builder import Builder, Dim, Tensor
+from compile.mlir.values import Scalar
 from compile.models.spec import LlamaConfig, VisionConfig
 from compile.options import ModelOptions
 

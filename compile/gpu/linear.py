@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from compile.formats.layout import Parameter
-from compile.mlir.builder import Builder, Dim, Scalar, Tensor, tensor_type
+from compile.mlir.builder import Builder, Dim, Tensor, tensor_type
+from compile.mlir.values import Scalar
 from sf_local.errors import UnsupportedError
 
 SUBGROUP = 64  # threads that reduce together: what they do not divide, a single one reduces

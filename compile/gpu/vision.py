@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 from compile.gpu.linear import Weights, whole_subgroups
 from compile.mlir.activations import activation, gelu
-from compile.mlir.builder import Dim, Scalar, Tensor
+from compile.mlir.builder import Dim, Tensor
+from compile.mlir.values import Scalar
 from compile.models.spec import VisionConfig
 
 HIDDEN_SCORE = -1e4  # of padding: finite in f16

@@ -1,4 +1,7 @@
-"""The functions of an artifact as the outside sees them: arguments, the cache, results, fences."""
+"""The ABI of an artifact's functions: names, arguments, the KV cache, results and fences.
+
+Every function is asynchronous: it takes two fences, one to wait for and one to signal.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,20 @@ from contextlib import contextmanager
 
 from compile.mlir.builder import Builder, Dim, Tensor, tensor_type
 
-MAX_ARGUMENT_SIZE = 1 << 22
+MAX_ARGUMENT_SIZE = 1 << 22  # of a dynamic dimension
 
 
 @contextmanager
 def function(
     b: Builder, name: str, n: int, page_size: int, hidden_size: int, num_summed: int
 ) -> Iterator[tuple[dict[str, Tensor], bool]]:
-    """`prefill` or `decode` for n rows; with `_next`, one that takes scales and sums logits up;
-    with `_embeds`, one that takes embeddings, for tokens that are negative.
+    """Write the function `name` for n sequences; its body is what is emitted inside.
 
-    Yields the arguments but the cache, and whether it sums up: then it has `num_summed` results.
+    "prefill" and "decode" return logits of all tokens. With "_next" they take `scales`, the inverse
+    temperatures, and return `num_summed` results: logits after the last tokens, and summaries of
+    them. With "_embeds" they take embeddings, too, for tokens that are negative.
+
+    Yields the arguments by name, without the cache, and whether the name ends in "_next".
     """
     is_next = name.endswith("_next")
     shapes = _shapes(name, n, page_size, hidden_size)
@@ -27,7 +33,10 @@ def function(
 
 @contextmanager
 def image_function(b: Builder, n: int, image_size: int) -> Iterator[Tensor]:
-    """`encode_image`, which makes embeddings of n tiles: yields their pixels [n, 3, size, size]."""
+    """Write the function `encode_image`, which returns embeddings of n tiles of images.
+
+    Yields the tiles' pixels, f32 [n, 3, image_size, image_size].
+    """
     with _function(b, f"encode_image_bs{n}", ["pixels"], 1):
         yield _import_tensor(b, "pixels", (n, 3, image_size, image_size), "f32")
 
@@ -47,7 +56,7 @@ def _function(b: Builder, name: str, arguments: Sequence[str], num_results: int)
 def _shapes(
     name: str, n: int, page_size: int, hidden_size: int
 ) -> dict[str, tuple[tuple[Dim, ...], str]]:
-    """Shapes and dtypes in order; "%8" is a dynamic size that is a multiple of 8."""
+    """Shapes and dtypes of the arguments, in order; "%8" is a dynamic multiple of 8."""
     is_decode = name.startswith("decode")
     shapes: dict[str, tuple[tuple[Dim, ...], str]] = {
         "tokens": ((n, 1 if is_decode else f"%{page_size}"), "i64")
@@ -77,7 +86,7 @@ def _import_tensor(b: Builder, name: str, shape: Sequence[Dim], dtype: str) -> T
 
 
 def _dynamic_size(b: Builder, name: str, axis: int, multiple: int) -> str:
-    """The size of one dimension of an argument, promised to be a multiple of `multiple`."""
+    """The size of one dimension of an argument; the compiler may rely on `multiple`."""
     size = b.op(f"hal.buffer_view.dim<%{name} : !hal.buffer_view>[{axis}] : index", "index")
     limit = MAX_ARGUMENT_SIZE
     return b.op(
@@ -88,7 +97,7 @@ def _dynamic_size(b: Builder, name: str, axis: int, multiple: int) -> str:
 
 
 def import_cache(b: Builder, page_elements: int, dtype: str) -> Tensor:
-    """The cache [pages, page_elements]; consumed, so that updates happen in place."""
+    """The cache argument [pages, page_elements]; consumed, so that updates happen in place."""
     pages = b.op("hal.buffer_view.dim<%cache : !hal.buffer_view>[0] : index", "index")
     kind = tensor_type(("?", page_elements), dtype)
     return b.tensor(
@@ -100,7 +109,7 @@ def import_cache(b: Builder, page_elements: int, dtype: str) -> Tensor:
 
 
 def store_cache(b: Builder, cache: Tensor) -> Tensor:
-    """The cache [pages, page_elements], stored back into its argument."""
+    """The cache [pages, page_elements], stored back into the argument's memory."""
     return b.tensor(
         f"hal.tensor.alias wait(%wait) => {cache.name} : {cache.type}"
         f"{{{cache.shape[0]}}} to %cache : !hal.buffer_view",
@@ -110,7 +119,7 @@ def store_cache(b: Builder, cache: Tensor) -> Tensor:
 
 
 def return_results(b: Builder, results: Sequence[Tensor], *stored: Tensor) -> None:
-    """Return when the results, and what was stored, are ready."""
+    """Return `results`, and signal the fence when they and what was `stored` are ready."""
     ready, joined = b.fresh(), [*results, *stored]
     count = f":{len(joined)}" if len(joined) > 1 else ""
     b.emit(

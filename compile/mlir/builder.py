@@ -1,15 +1,15 @@
-"""A small MLIR text builder: tensors with named dynamic sizes, and `linalg.generic` from an einsum.
+"""Builder: MLIR tensor operations as text, with `linalg.generic` from an einsum.
 
-It knows MLIR's syntax and nothing of models; `llama.py` writes with it. Equal calls give equal
-text.
+It depends on MLIR's syntax only, not on what is computed. Equal calls give equal text.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from compile.mlir.values import Scalar, TextBuilder
 
 Dim = int | str  # a static size, or the SSA name of an index that holds it
 
@@ -24,183 +24,36 @@ class Tensor:
 
     @property
     def type(self) -> str:
+        """The MLIR type."""
         return tensor_type(self.shape, self.dtype)
 
 
-@dataclass(frozen=True)
-class Scalar:
-    """An SSA scalar or vector; arithmetic on it emits `arith` operations, element by element."""
-
-    builder: Builder
-    name: str
-    dtype: str
-
-    @property
-    def _is_float(self) -> bool:
-        return element_type(self.dtype)[0] in "fb"
-
-    def _binary(self, op: str, other: Scalar | float) -> Scalar:
-        rhs = other if isinstance(other, Scalar) else self.builder.scalar(other, self.dtype)
-        assert rhs.dtype == self.dtype, f"{op}: {self.dtype} and {rhs.dtype}"
-        return self.builder.op(f"arith.{op} {self.name}, {rhs.name} : {self.dtype}", self.dtype)
-
-    def __add__(self, other: Scalar | float) -> Scalar:
-        return self._binary("addf" if self._is_float else "addi", other)
-
-    def __sub__(self, other: Scalar | float) -> Scalar:
-        return self._binary("subf" if self._is_float else "subi", other)
-
-    def __mul__(self, other: Scalar | float) -> Scalar:
-        return self._binary("mulf" if self._is_float else "muli", other)
-
-    def __truediv__(self, other: Scalar | float) -> Scalar:
-        return self._binary("divf", other)
-
-    def __floordiv__(self, other: Scalar | int) -> Scalar:
-        return self._binary("divui", other)
-
-    def __mod__(self, other: Scalar | int) -> Scalar:
-        return self._binary("remui", other)
-
-    def maximum(self, other: Scalar | float) -> Scalar:
-        return self._binary("maximumf", other)
-
-    def minimum(self, other: Scalar | int) -> Scalar:
-        return self._binary("minsi", other)
-
-    def unsigned_minimum(self, other: Scalar) -> Scalar:
-        """Of integers that are not negative, such as tokens: for reductions on GPUs.
-
-        iree-compile 3.9.0 starts some i32 reductions from wrong numbers there: `minsi` from -1,
-        `maxsi` from 0, `andi` from 1. It starts `minui` from the right one.
-        """
-        return self._binary("minui", other)
-
-    def clamp(self, low: int, high: Scalar) -> Scalar:
-        return self.minimum(high)._binary("maxsi", low)
-
-    def largest(self, other: Scalar) -> Scalar:
-        """Of two signed integers."""
-        return self._binary("maxsi", other)
-
-    def equals(self, other: int) -> Scalar:
-        value = self.builder.scalar(other, self.dtype)
-        return self.builder.op(f"arith.cmpi eq, {self.name}, {value.name} : {self.dtype}", "i1")
-
-    def is_below(self, other: Scalar) -> Scalar:
-        """Float `self < other`, as i1; false for NaN."""
-        kind = mask_type(self.dtype) if self.dtype.startswith("vector") else "i1"
-        return self.builder.op(f"arith.cmpf olt, {self.name}, {other.name} : {self.dtype}", kind)
-
-    def less(self, other: Scalar) -> Scalar:
-        """Signed integer `self < other`, as i1."""
-        kind = mask_type(self.dtype) if self.dtype.startswith("vector") else "i1"
-        return self.builder.op(f"arith.cmpi slt, {self.name}, {other.name} : {self.dtype}", kind)
-
-    def select(self, yes: Scalar, no: Scalar) -> Scalar:
-        types = f"{self.dtype}, {yes.dtype}" if self.dtype.startswith("vector") else yes.dtype
-        return self.builder.op(
-            f"arith.select {self.name}, {yes.name}, {no.name} : {types}", yes.dtype
-        )
-
-    def math(self, name: str) -> Scalar:
-        """A unary function of the `math` dialect: exp, sqrt, ..."""
-        return self.builder.op(f"math.{name} {self.name} : {self.dtype}", self.dtype)
-
-    def to_int(self, dtype: str) -> Scalar:
-        """A float without its fraction."""
-        return self.builder.op(f"arith.fptosi {self.name} : {self.dtype} to {dtype}", dtype)
-
-    def to_unsigned(self, dtype: str) -> Scalar:
-        """A wider integer, with zeros in front."""
-        return self.builder.op(f"arith.extui {self.name} : {self.dtype} to {dtype}", dtype)
-
-    def to(self, dtype: str) -> Scalar:
-        """Convert between floats, between integers, integers to floats, or from and to `index`."""
-        if dtype == self.dtype:
-            return self
-        if "index" in (dtype, self.dtype):
-            op = "index_cast"
-        elif not self._is_float and element_type(dtype)[0] in "fb":
-            op = "sitofp"
-        else:
-            widen = _BITS[element_type(dtype)] > _BITS[element_type(self.dtype)]
-            op = (
-                ("extf" if widen else "truncf")
-                if self._is_float
-                else ("extsi" if widen else "trunci")
-            )
-        return self.builder.op(f"arith.{op} {self.name} : {self.dtype} to {dtype}", dtype)
-
-
-_BITS = {"i1": 1, "i8": 8, "i16": 16, "i32": 32, "i64": 64, "f16": 16, "bf16": 16, "f32": 32}
-
-
-def element_type(dtype: str) -> str:
-    """ "f32" for "vector<16xf32>", and for "f32"."""
-    return dtype.rpartition("x")[2].rstrip(">") if dtype.startswith("vector") else dtype
-
-
-def mask_type(dtype: str) -> str:
-    """ "vector<16xi1>" for "vector<16xf32>"."""
-    return dtype.rpartition("x")[0] + "xi1>"
-
-
 def tensor_type(shape: Sequence[Dim], dtype: str) -> str:
+    """ "tensor<4x?xf32>" for shape (4, "%n")."""
     sizes = "".join(f"{d if isinstance(d, int) else '?'}x" for d in shape)
     return f"tensor<{sizes}{dtype}>"
 
 
-class Builder:
-    """Collects the lines of one module."""
+class Builder(TextBuilder):
+    """Writes tensor operations; sizes and shapes may be dynamic."""
 
     def __init__(self) -> None:
-        self.lines: list[str] = []
-        self._count = 0
-        self._indent = 1
-        self._letters = ""
+        super().__init__()
+        self._letters = ""  # of the `generic` whose body is being written
 
-    def text(self, module: str) -> str:
-        return "\n".join([f"module @{module} {{", *self.lines, "}", ""])
-
-    def emit(self, line: str) -> None:
-        self.lines.append("  " * self._indent + line)
-
-    def fresh(self) -> str:
-        self._count += 1
-        return f"%{self._count}"
-
-    @contextmanager
-    def block(self, header: str, footer: str = "}") -> Iterator[None]:
-        self.emit(header)
-        self._indent += 1
-        yield
-        self._indent -= 1
-        self.emit(footer)
-
-    # Scalars and sizes
-
-    def op(self, text: str, dtype: str) -> Scalar:
-        name = self.fresh()
-        self.emit(f"{name} = {text}")
-        return Scalar(self, name, dtype)
-
-    def scalar(self, value: float, dtype: str) -> Scalar:
-        is_float = element_type(dtype)[0] in "fb"
-        literal = f"{float(value):.9e}" if is_float else str(int(value))
-        literal = f"dense<{literal}>" if dtype.startswith("vector") else literal
-        return self.op(f"arith.constant {literal} : {dtype}", dtype)
+    # Sizes
 
     def index(self, dim: Dim) -> Scalar:
-        """The index value of a size."""
+        """A size as a value of type `index`."""
         return self.scalar(dim, "index") if isinstance(dim, int) else Scalar(self, dim, "index")
 
     def hidden(self, value: int) -> str:
-        """An index whose value the compiler does not know: kernels that differ by it are one."""
+        """An index that the compiler cannot see, so that it makes one kernel for all values."""
         constant = self.scalar(value, "index")
         return self.op(f"util.optimization_barrier {constant.name} : index", "index").name
 
     def product(self, *dims: Dim) -> Dim:
+        """The product of sizes."""
         static = math.prod(d for d in dims if isinstance(d, int))
         dynamic = [Scalar(self, d, "index") for d in dims if isinstance(d, str)]
         if not dynamic:
@@ -213,13 +66,16 @@ class Builder:
     # Tensors
 
     def tensor(self, text: str, shape: Sequence[Dim], dtype: str) -> Tensor:
+        """The result of an operation, a tensor."""
         return Tensor(self.op(text, dtype).name, tuple(shape), dtype)
 
     def empty(self, shape: Sequence[Dim], dtype: str) -> Tensor:
+        """A tensor without contents."""
         dynamic = ", ".join(d for d in shape if isinstance(d, str))
         return self.tensor(f"tensor.empty({dynamic}) : {tensor_type(shape, dtype)}", shape, dtype)
 
     def fill(self, value: float, shape: Sequence[Dim], dtype: str) -> Tensor:
+        """A tensor whose entries are all `value`."""
         scalar, out = self.scalar(value, dtype), self.empty(shape, dtype)
         return self.tensor(
             f"linalg.fill ins({scalar.name} : {dtype}) outs({out.name} : {out.type}) -> {out.type}",
@@ -259,7 +115,7 @@ class Builder:
         )
 
     def pad(self, x: Tensor, axis: int, size: Dim, value: float) -> Tensor:
-        """`x` with `value` behind its entries of `axis`, until there are `size`."""
+        """Pad `x` with `value` at the end of `axis`, to `size` entries."""
         if x.shape[axis] == size:
             return x
         shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
@@ -280,7 +136,7 @@ class Builder:
         return Tensor(name, shape, x.dtype)
 
     def slice(self, x: Tensor, axis: int, start: Dim, size: Dim, *, drop: bool = False) -> Tensor:
-        """`size` entries of `axis` from `start` on; `drop` removes that (unit) dimension."""
+        """`size` entries of `axis` from `start` on; with `drop`, without that dimension of 1."""
         if size == x.shape[axis] and not drop:
             return x
         offsets = ["0"] * len(x.shape)
@@ -295,7 +151,7 @@ class Builder:
         )
 
     def extract(self, x: Tensor, *indices: Scalar) -> Scalar:
-        """One element, inside a `generic` body; indices are of type `index`."""
+        """One element of `x`, inside a `generic` body; indices are of type `index`."""
         names = ", ".join(i.name for i in indices)
         return self.op(f"tensor.extract {x.name}[{names}] : {x.type}", x.dtype)
 
@@ -315,8 +171,8 @@ class Builder:
         """`linalg.generic` with index maps from an einsum such as "mk,nk->mn".
 
         `body` takes one scalar per input and returns the output's; with `init` (a tensor, or a
-        number to fill one with) it also takes the accumulator, last. Letters that the output
-        lacks are reduced.
+        number to fill one with) it takes the accumulator, too, last. Letters that are missing in
+        the output are reduced.
         """
         operands, output = spec.split("->")
         maps = [*operands.split(","), output] if inputs else [output]
@@ -348,7 +204,7 @@ class Builder:
     def contract(
         self, spec: str, lhs: Tensor, rhs: Tensor, shape: Sequence[Dim], init: Tensor | float = 0.0
     ) -> Tensor:
-        """A contraction with f32 products and sums, whatever the operands' float types."""
+        """A contraction in f32, whatever the operands' float types; `spec` is an einsum."""
         return self.generic(
             spec,
             [lhs, rhs],
@@ -396,7 +252,7 @@ class Builder:
     ) -> Tensor:
         """`iree_linalg_ext.attention` over the dimensions `letters`, in this order.
 
-        `spec` names q, k, v, the additive mask if there is one, and the output.
+        `spec` is an einsum of q, k, v and, if there is one, the additive mask. scale: of scores.
         """
         operands, output = spec.split("->")
         q_map, k_map, v_map, *mask_map = operands.split(",")
@@ -420,7 +276,7 @@ class Builder:
 
 
 def _groups(rank: int, axis: int, count: int) -> str:
-    """Reassociation where dimension `axis` of `rank` stands for `count` dimensions."""
+    """MLIR's reassociation indices: dimension `axis` of `rank` stands for `count` dimensions."""
     groups = [list(range(i, i + 1)) for i in range(axis)]
     groups.append(list(range(axis, axis + count)))
     groups += [[i + count - 1] for i in range(axis + 1, rank)]

@@ -1,7 +1,7 @@
-"""IREE parameter archives (.irpa, version 0.0): write one in a stream, read and check its table.
+"""IREE parameter archives (.irpa, version 0.0): write one as a stream, read and check its table.
 
-The format is IREE's `runtime/src/iree/schemas/parameter_archive.h`. Each entry's metadata holds its
-type as "4x8xbf16", which IREE ignores and `artifact.py` compares.
+The format is that of IREE's `runtime/src/iree/schemas/parameter_archive.h`. The metadata of an
+entry hold its type, such as "4x8xbf16": IREE ignores it, `open_artifact` compares it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from sf_local.errors import CorruptFileError, MissingFileError
 _HEADER = struct.Struct("<IHHQQQ Q QQ QQ QQ")  # prefix, entry count, entries, metadata, storage
 _ENTRY = struct.Struct("<QIQ QQ QQ Q QQ")  # size, type, flags, name, metadata, alignment, data
 _MAGIC = 0x41505249
-_DATA = 2
+_DATA = 2  # the type of an entry whose bytes are in the file
 _ENTRY_STRIDE = 80
-_ALIGNMENT = 64  # of each parameter; the storage segment itself starts on a page
-_PAGE = 4096
+_ALIGNMENT = 64  # of parameters
+_PAGE = 4096  # alignment of the storage segment
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter: its type such as "4x8xbf16", and where its bytes lie in the file."""
+    """One parameter: its type, such as "4x8xbf16", and where its bytes are in the file."""
 
     type: str
     offset: int
@@ -39,9 +39,11 @@ def write_archive(
     data: Iterable[bytes | memoryview],
     whole: str | None = None,
 ) -> None:
-    """Write (name, type, num_bytes) entries, then their bytes in the same order, in any chunks.
+    """Write an archive of parameters.
 
-    `whole` names one more entry: all of their bytes, each padded to a multiple of 64.
+    entries: (name, type, num_bytes) of each. data: their bytes in the same order, in chunks that
+    may be of any size but do not span two parameters. whole: the name of one more entry, which
+    covers the bytes of all parameters, each padded to a multiple of 64 bytes.
     """
     places, end = [], 0
     for name, kind, num_bytes in entries:
@@ -68,12 +70,12 @@ def write_archive(
 
 
 def whole_type(num_bytes: int) -> str:
-    """The type of all parameters together."""
+    """The type of the entry that covers all parameters."""
     return f"{num_bytes}xi8"
 
 
 def num_bytes_together(sizes: Iterable[int]) -> int:
-    """Of parameters of these sizes, one after the other."""
+    """The size of the entry that covers parameters of these sizes."""
     return sum(_aligned(size, _ALIGNMENT) for size in sizes)
 
 
@@ -92,9 +94,9 @@ def _write_storage(
 
 
 def read_table(path: Path) -> Mapping[str, Entry]:
-    """The entries of an archive, each inside the file.
+    """The entries of an archive, by name; all of them lie inside the file.
 
-    Raises MissingFileError, or CorruptFileError for anything that is not a whole archive.
+    Raises MissingFileError, and CorruptFileError for anything but a whole archive.
     """
     if not path.is_file():
         raise MissingFileError(f"{path}: the weights are missing; compile the model again")
@@ -127,7 +129,7 @@ def _parse(file: BinaryIO, size: int) -> dict[str, Entry]:
     for _ in range(count):
         entry = _ENTRY.unpack_from(table, position)
         name_at, name_size, kind_at, kind_size, _, offset, num_bytes = entry[3:]
-        if not 0 < entry[0] <= entries_size:  # at 0, this entry would come `count` times
+        if not 0 < entry[0] <= entries_size:  # 0 would read this entry `count` times
             raise ValueError(f"entry at {position} has a size of {entry[0]}")
         if entry[1] == _DATA and offset + num_bytes > storage_size:
             raise ValueError(f"entry at {position} reaches beyond the storage")

@@ -1,4 +1,4 @@
-"""TODO."""
+"""What the JSON files of an artifact say: config.json and artifact.json, checked."""
 
 from __future__ import annotations
 
@@ -11,31 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# 4: AMD code whose best token is right; until 3 it was -1 in every row
-FORMAT_VERSION = 4
-
-
-COMPILER_VERSION = "3.9.0"
-
-
+FORMAT_VERSION = 4  # until 3, the best token of AMD code was -1 in every row
+COMPILER_VERSION = "3.9.0"  # of iree-compile, whose bytecode shortfin reads
 VMFB, WEIGHTS, CONFIG, MANIFEST = "model.vmfb", "weights.irpa", "config.json", "artifact.json"
-
-
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-
-
-REPAIR = "compile the model again: sf-compile SOURCE -o FOLDER --force"
-
-
-NORMALIZATIONS = None, "none", "log_softmax", "softmax"
-
-
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+REPAIR = "compile the model again: sf-compile SOURCE -o FOLDER --force"  # ends error messages
+NORMALIZATIONS = None, "none", "log_softmax", "softmax"  # of the logits, by the compiled model
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of the KV cache
+LOGITS_BLOCK = 256  # logits for which a compiled function returns one max and one sum
 
 
 @dataclass(frozen=True)
 class PagedKVCache:
-    """`paged_kv_cache` of config.json; a page holds `block_seq_stride` tokens of all layers."""
+    """`paged_kv_cache` of config.json. A page holds `block_seq_stride` tokens of all layers."""
 
     attention_head_count_kv: int
     block_seq_stride: int
@@ -62,16 +50,18 @@ class ModelConfig:
 
     @property
     def page_size(self) -> int:
-        """Tokens a page."""
+        """Tokens in a KV page."""
         return self.paged_kv_cache.block_seq_stride
 
     @property
     def page_elements(self) -> int:
+        """Numbers in a KV page: keys and values of all layers and heads."""
         sizes = self.paged_kv_cache.paged_kv_block_size_elements_per_device
         return sizes[0] if sizes else self._expected_page_elements
 
     @property
     def page_bytes(self) -> int:
+        """Size of a KV page in bytes."""
         return self.page_elements * DTYPE_BYTES[self.paged_kv_cache.kv_cache_dtype]
 
     @property
@@ -83,7 +73,7 @@ class ModelConfig:
         )  # fmt: skip
 
     def check(self) -> None:
-        """Raise ValueError, saying what is wrong, unless the values make sense together."""
+        """Raise ValueError for the first value that is not allowed, or contradicts another."""
         cache = self.paged_kv_cache
         for name in ("max_seq_len", "transformer_block_count", "attn_head_dim"):
             _positive_int(name, getattr(self, name))
@@ -122,7 +112,7 @@ class Manifest:
     format_version: int
     compiler_version: str
     source: Mapping[str, str]  # name, sha256
-    target: str  # "cpu", or a chip such as "gfx942"
+    target: str  # "cpu" or a chip such as "gfx942"
     device: str  # "cpu" | "hip"
     cpu_features: Sequence[str]
     weight_dtype: str
@@ -132,13 +122,13 @@ class Manifest:
     bos_token_id: int | None
     eos_token_ids: Sequence[int]
     functions: Sequence[str]
-    config: Mapping[str, Any]  # config.json as it was made
+    config: Mapping[str, Any]  # the content of config.json
     parameters_sha256: str
     files: Mapping[str, Mapping[str, Any]]  # name -> size, sha256
-    images: Mapping[str, Any] | None = None  # fields of ImageSettings, of a model that sees
+    images: Mapping[str, Any] | None = None  # fields of ImageSettings, if the model reads images
 
     def check(self) -> None:
-        """Raise TypeError, KeyError or ValueError where a value is not what it should be."""
+        """Raise TypeError, KeyError or ValueError for a value that is missing or not allowed."""
         for name, file in self.files.items():
             _instance(f"files/{name}/size", file["size"], int)
             _instance(f"files/{name}/sha256", file["sha256"], str)
@@ -153,17 +143,23 @@ class Manifest:
 
     @property
     def image_batch_sizes(self) -> list[int]:
-        """Tiles that are encoded together."""
+        """Numbers of tiles for which an encoder was compiled, ascending; empty without images."""
         found = (re.fullmatch(r"encode_image_bs(\d+)", name) for name in self.functions)
         return sorted(int(match[1]) for match in found if match)
 
+    @property
+    def max_tiles(self) -> int:
+        """Most tiles of images that one call encodes; 0 if the model reads none."""
+        return max(self.image_batch_sizes, default=0)
+
 
 def parameters_sha256(types: Mapping[str, str]) -> str:
-    """Identity of a set of parameters: a hash of their names and types."""
+    """A hash of parameters' types by name, which tells whether weights fit a program."""
     return hashlib.sha256(json.dumps(sorted(types.items())).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -178,20 +174,24 @@ def _positive_int(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a positive integer, found {value!r}")
 
 
-_MAX_IDEFICS3_SIDE = 4096  # transformers scales larger images down once more
+_MAX_IDEFICS3_SIDE = 4096  # transformers would scale larger images down once more
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How a model wants its images; all of it can be written as JSON.
+    """How a model wants its images, in values that JSON can hold.
 
-    family: "idefics3" scales an image until its longer side is resize_to, then to a grid of whole
-    tiles (if it splits), and adds a tile of the whole; "llava" scales the shorter side to resize_to
-    and crops one tile from the middle.
-
-    tile_size: pixels along a tile's side. tokens_per_tile: image tokens that stand for it.
-    image_token, image_token_id: such a token. resample: number of a Pillow filter. rescale, mean,
-    std: of red, green and blue, what the model reads is (level * rescale - mean) / std.
+    Attributes:
+        family: "idefics3" scales an image until its longer side is resize_to; if `splits`, scales
+            it to a grid of whole tiles; and adds a tile that shows all of it. "llava" scales the
+            shorter side to resize_to, and crops one tile from the middle.
+        tile_size: pixels along a tile's side.
+        tokens_per_tile: image tokens that a tile takes in the prompt.
+        image_token, image_token_id: the image token, as text and as id.
+        resize_to, splits: see `family`.
+        resample: the number of a Pillow filter.
+        rescale, mean, std: the model reads (level * rescale - mean) / std of each pixel's red,
+            green and blue levels; mean and std have one value a color.
     """
 
     family: str
@@ -207,7 +207,7 @@ class ImageSettings:
     std: list[float]
 
     def check(self) -> None:
-        """Raise ValueError that says which setting is wrong."""
+        """Raise ValueError for the first setting that is not allowed."""
         for name, (rule, holds) in _RULES.items():
             value = getattr(self, name)
             if not holds(value):
@@ -234,12 +234,8 @@ def _are_numbers(values: Any) -> bool:
     return isinstance(values, list) and len(values) == 3 and all(map(_is_number, values))
 
 
-_Rule = tuple[str, Callable[[Any], bool]]
-
-
+_Rule = tuple[str, Callable[[Any], bool]]  # what is allowed, in words and as a check
 _SIZE: _Rule = ("an int of at least 1", lambda value: _is_int(value, 1))
-
-
 _RULES: dict[str, _Rule] = {
     "family": ('"idefics3" or "llava"', lambda value: value in ("idefics3", "llava")),
     "tile_size": _SIZE,

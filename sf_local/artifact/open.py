@@ -1,8 +1,8 @@
-"""Find and check what was compiled, before anything native loads.
+"""Artifact: the files of a compiled model, found and checked before IREE loads any of them.
 
-An artifact is a folder: model.vmfb, weights.irpa, config.json (shortfin's paged_llm_v1),
-artifact.json (ours), tokenizer.json and tokenizer_config.json. Small files are hashed at every
-load, large ones are compared by size; `verify` hashes everything.
+An artifact is a folder of model.vmfb, weights.irpa, config.json (shortfin's paged_llm_v1),
+artifact.json (our manifest), tokenizer.json and tokenizer_config.json. At every load the sizes of
+all files are compared with the manifest, and the hashes of small ones; `verify` hashes everything.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from sf_local.errors import (
 
 T = TypeVar("T")
 
-MAX_HASHED_AT_LOAD = 1 << 20
+MAX_HASHED_AT_LOAD = 1 << 20  # bytes of a file
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,22 @@ class Artifact:
 
     @property
     def name(self) -> str:
+        """The name of its folder."""
         return self.vmfb.parent.name
 
     @property
     def max_tokens(self) -> int:
-        """Of a sequence. A prefill of amdsharktank's that fills the whole context is wrong: it
-        promises the compiler a page less."""
+        """The most tokens of a sequence.
+
+        A page less than the context for code of amdsharktank, whose prefill of the whole context
+        gives wrong results: it promises the compiler that there is a page less.
+        """
         longest, page_size = self.config.max_seq_len, self.config.page_size
         return longest if self.manifest else (-(-longest // page_size) - 1) * page_size
 
     @cached_property
     def num_weight_bytes(self) -> int:
+        """Size of all weight files."""
         return sum(path.stat().st_size for path in self.weights)
 
 
@@ -78,12 +83,19 @@ def open_artifact(
     tokenizer: str | Path | None = None,
     targets: Sequence[str] = (),
 ) -> Artifact:
-    """Find the files of an artifact and check them against each other.
+    """Find the files of an artifact, and check them against each other.
 
-    `vmfb` is the artifact's folder, or a `.vmfb` file with the rest found beside it or given by
-    the other arguments (`tokenizer` is a folder, or a tokenizer.json). Of a folder that was
-    compiled for several targets the first of `targets` that is there, or of all. Raises
-    ArtifactError.
+    Args:
+        vmfb: the artifact's folder, or a `.vmfb` file. Files that no other argument names are
+            looked for in the same folder.
+        config: another config.json.
+        parameters: other weights, one .irpa file or several.
+        tokenizer: another folder with the tokenizer's files, or the path of its tokenizer.json.
+        targets: "cpu" or chips, in order of preference, to choose from where the folder was
+            compiled for several.
+
+    Raises ArtifactError for files that are missing, corrupt, of another version or target, or do
+    not fit each other.
     """
     path = find_target(vmfb, targets)
     folder = path if path.is_dir() else path.parent
@@ -111,8 +123,11 @@ def open_artifact(
 
 
 def find_target(vmfb: str | Path, targets: Sequence[str] = ()) -> Path:
-    """The path itself; or in a folder with artifacts for several targets, the one for the first of
-    `targets` that is there, or of all. Raises ArtifactError."""
+    """The path itself, or the subfolder to use of a folder that was compiled for several targets.
+
+    That is the one of the first of `targets` that is there; without `targets`, of the first by
+    name. Raises MissingFileError if there is no such path, and TargetError if no target is there.
+    """
     path = Path(vmfb).expanduser()
     if not path.exists():
         raise MissingFileError(f"vmfb={str(vmfb)!r}: no such file or folder; {REPAIR}")
@@ -129,7 +144,7 @@ def find_target(vmfb: str | Path, targets: Sequence[str] = ()) -> Path:
 
 
 def compiled_targets(vmfb: str | Path) -> list[str]:
-    """What an artifact was compiled for, as far as its folder tells; it may hold several."""
+    """The targets that an artifact was compiled for; none if there is no artifact.json."""
     path = Path(vmfb).expanduser()
     folder = path if path.is_dir() else path.parent
     several = [manifest.parent.name for manifest in folder.glob(f"*/{MANIFEST}")]
@@ -138,7 +153,7 @@ def compiled_targets(vmfb: str | Path) -> list[str]:
 
 
 def host_cpu_features() -> frozenset[str]:
-    """The flags of this machine's CPU, as /proc/cpuinfo names them."""
+    """The features of this machine's CPU, as /proc/cpuinfo names them."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -148,7 +163,10 @@ def host_cpu_features() -> frozenset[str]:
 
 
 def check_target(manifest: Manifest, target: str) -> None:
-    """Raise TargetError unless the artifact was made for this target ("cpu", or a chip) and CPU."""
+    """Raise TargetError unless what was compiled runs on a target, "cpu" or a chip.
+
+    Code for "cpu" may not need features that this machine's CPU lacks.
+    """
     if manifest.target != target:
         raise TargetError(
             f"the artifact was compiled for {manifest.target}, not for {target}; add that with "
@@ -163,7 +181,11 @@ def check_target(manifest: Manifest, target: str) -> None:
 
 
 def verify(artifact: Artifact) -> None:
-    """Hash every file that artifact.json lists; raise CorruptFileError where one differs."""
+    """Hash every file that artifact.json lists.
+
+    Raises CorruptFileError for one that has changed, MissingFileError for one that is not there, or
+    if there is no artifact.json.
+    """
     if artifact.manifest is None:
         raise MissingFileError(
             f"{artifact.vmfb.parent / MANIFEST}: there are no hashes to verify without it"
@@ -173,7 +195,7 @@ def verify(artifact: Artifact) -> None:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """Read and check config.json."""
+    """Read and check config.json; raises MissingFileError or CorruptFileError."""
     data = _read_json(path)
     try:
         cache = _from_dict(PagedKVCache, data.get("paged_kv_cache"))
@@ -209,7 +231,7 @@ def _read_manifest(path: Path) -> Manifest | None:
 
 
 def _check_files(folder: Path, manifest: Manifest, paths: Sequence[Path]) -> None:
-    """Compare sizes with artifact.json, and hashes too where a file is small."""
+    """Compare the sizes of files in `folder` with artifact.json, and the hashes of small ones."""
     for path in [*paths, *(folder / name for name in TOKENIZER_FILES)]:
         expected = manifest.files.get(path.name) if path.parent == folder else None
         if expected is None or not path.exists():
@@ -234,7 +256,7 @@ def _check_hash(path: Path, expected: str) -> None:
 
 
 def _check_config(path: Path, config: ModelConfig, manifest: Manifest) -> None:
-    """Raise MismatchError where config.json differs from the one the VMFB was made with."""
+    """Raise MismatchError if config.json differs from the one the VMFB was compiled with."""
     found = asdict(config)
     for part in (found, found["paged_kv_cache"]):
         made = manifest.config if part is found else manifest.config["paged_kv_cache"]
@@ -276,7 +298,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _from_dict(kind: Callable[..., T], data: Any) -> T:
-    """A dataclass from JSON; unknown and missing keys raise TypeError."""
+    """A dataclass from a JSON object; raises TypeError for unknown or missing keys."""
     if not isinstance(data, dict):
         raise TypeError(f"an object was expected, found {data!r}")
     known = {f.name for f in fields(kind)}  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
-"""Which cores IREE's worker threads run on: all that this process may use, one thread each.
+"""Runs one of IREE's worker threads on each core that this process may use.
 
 shortfin asks IREE for the cores of one sysfs "cluster". Where cores share no L2 cache, as on
-Intel's servers, that is a single core. There is no option for more, so the call is redirected.
+Intel's servers, that is a single core. There is no option for more, so its call is redirected.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 
 from sf_local.device.symbol_patch import call_slot
 
-MAX_THREADS = 63  # of an IREE topology
-QUOTA = Path("/sys/fs/cgroup/cpu.max")
+MAX_THREADS = 63  # that an IREE topology can have
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # a container's share of time: "quota period", or "max"
 
 _ASKED = "iree_task_topology_initialize_from_physical_cores"
 _Answer = ctypes.CFUNCTYPE(
@@ -26,7 +26,7 @@ _Answer = ctypes.CFUNCTYPE(
 
 
 def usable_cores() -> list[int]:
-    """One logical CPU of each core that this process may use, as far as its share of time goes."""
+    """One logical CPU of each core that this process may use; not more than its quota pays for."""
     allowed = os.sched_getaffinity(0)
     cores = sorted({min(_siblings(cpu) & allowed) for cpu in allowed})
     return cores[: min(_quota(), MAX_THREADS)]
@@ -34,7 +34,7 @@ def usable_cores() -> list[int]:
 
 @contextmanager
 def workers_on(library: ctypes.CDLL, path: Path, cores: list[int]) -> Iterator[None]:
-    """Systems that are created inside have one worker on each of these cores.
+    """Give systems that are created inside one worker on each of these logical CPUs.
 
     library: libshortfin, loaded from `path`.
     """
@@ -52,7 +52,7 @@ def workers_on(library: ctypes.CDLL, path: Path, cores: list[int]) -> Iterator[N
 
 
 def _siblings(cpu: int) -> set[int]:
-    """The logical CPUs of its core."""
+    """The logical CPUs of a CPU's core, itself included."""
     file = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
     try:
         ranges = [part.split("-") for part in file.read_text().strip().split(",")]
@@ -62,9 +62,9 @@ def _siblings(cpu: int) -> set[int]:
 
 
 def _quota() -> int:
-    """CPUs that a container's quota amounts to."""
+    """The number of CPUs that a container's quota amounts to."""
     try:
         quota, period = QUOTA.read_text().split()
         return max(1, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):  # none, or "max"
+    except (OSError, ValueError):  # there is none, or it is "max"
         return MAX_THREADS

@@ -1,7 +1,7 @@
-"""shortfin systems: a device that is open, and IREE's process-wide flags.
+"""Device: an open CPU or GPU, which is a shortfin system with one worker thread.
 
-A `Device` owns a system with one worker thread; the engine runs on that worker. Only this file,
-arrays.py and runner.py import shortfin.
+The engine runs on that worker. Sets IREE's process-wide flags. Only this module and those of
+`sf_local.model` import shortfin.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from sf_local.device.info import find_device
 from sf_local.device.symbol_patch import keep_joined_statuses
 from sf_local.errors import DeviceError
 
-# Decode is a chain of short dispatches: without spinning, workers sleep between them (12.6 ms a
-# token against 10.0). amdsharktank's CPU code needs more than the default 128 KiB of stack.
+# A decode is a chain of short dispatches, and workers that do not spin sleep between them (12.6 ms
+# a token instead of 10.0). amdsharktank's CPU code needs more than the default 128 KiB of stack.
 IREE_FLAGS = ("--task_worker_spin_us=20", "--task_worker_stack_size=4194304")
-PATIENCE = 120.0  # seconds: a GPU that has not finished a call by then has failed
-GRACE = 2.0  # seconds for the worker of a failed GPU to go to sleep
+PATIENCE = 120.0  # seconds that a call on a GPU may take; the GPU has failed after that
+GRACE = 2.0  # seconds to wait until the worker of a failed GPU is parked
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 
 T = TypeVar("T")
@@ -36,22 +36,30 @@ _flags_parsed = False
 
 
 class Device:
-    """An open device. `close()` ends its threads; free all arrays first."""
+    """An open device. `close` ends its threads; free all arrays on it first.
+
+    spec: a name as in `info.find_device`, which tells what is raised; DeviceError also if the
+    device cannot be opened.
+
+    kind: "cpu" or "hip". index: of a GPU, among those of its kind. chip: its target, "cpu" or such
+    as "gfx942". shares_memory: whether the host's memory is the device's. system, worker, fiber,
+    scoped: shortfin's objects; `await scoped` waits for all that was queued.
+    """
 
     def __init__(self, spec: str) -> None:
         info = find_device(spec)
         self.kind, self.index, self.chip = info.kind, info.index, info.chip
-        self.shares_memory = self.kind == "cpu"  # with the host
+        self.shares_memory = self.kind == "cpu"
         _parse_iree_flags()
         self.system = _cpu_system() if self.kind == "cpu" else _hip_system(self.index)
         self.worker = self.system.create_worker("sf_local")
-        self._is_lost = False  # it did not answer: its worker may wait for ever
-        self._pending_since: float | None = None  # of a call under way, for the watch
+        self._is_lost = False  # a call took too long, and the worker may wait for ever
+        self._pending_since: float | None = None  # when the call under way began, for the watch
         self._lock, self._is_closed = threading.Lock(), threading.Event()
         self.renew()
 
     def renew(self) -> None:
-        """A new fiber: after a failed invocation the old one's timeline never moves again."""
+        """Make a new fiber: after a failed call the old one's timeline never moves on."""
         self.fiber = self.system.create_fiber(self.worker)
         self.scoped = self.fiber.device(0)
 
@@ -64,7 +72,7 @@ class Device:
         self.worker.call_threadsafe(start)
 
     def watch(self, give_up: Callable[[DeviceError], None]) -> None:
-        """Call `give_up` once, from a thread of its own, when a GPU does not finish a call."""
+        """Call `give_up` from a thread of its own if a GPU's call takes more than PATIENCE."""
         if not self.shares_memory:
             threading.Thread(
                 target=self._watch, args=(give_up,), name="sf_local-watch", daemon=True
@@ -79,43 +87,45 @@ class Device:
                 give_up(DeviceError(f"no answer from the device for {PATIENCE:.0f} seconds"))
                 return
 
-    async def finish(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of work on the device; of one call at a time, on the worker thread.
+    def finish(self, work: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
+        """Await work on the device under the watch; one at a time, on the worker thread.
 
-        IREE can wait for ever for a GPU that failed, awaited or within a call of its own.
+        IREE may wait for ever for a GPU that failed. If the work ends after the watch gave up on
+        it, this raises DeviceError.
         """
-        if self.shares_memory:
-            return await work
+        return work if self.shares_memory else self._finish(work)
+
+    async def _finish(self, work: Coroutine[Any, Any, T]) -> T:
         self._pending_since = time.monotonic()
         try:
             return await work
         finally:
             with self._lock:
                 self._pending_since = None
-            if self._is_lost:  # and what it was is ended
+            if self._is_lost:
                 raise DeviceError("the device answered too late")
 
     def leak(self, *objects: object) -> None:
-        """Keep the device and `objects` on it for ever, instead of closing.
+        """Keep the device and `objects` that lie on it for ever, instead of closing it.
 
-        A failed invocation leaves a fence that is never signalled, and a forked child has no worker
-        thread: freeing the device would wait for them until the process is killed.
+        Freeing it would wait for ever: after a failed call for a fence that is never signalled, in
+        a forked child for a worker thread that does not exist there.
         """
         for leaked in (self, *objects):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(leaked))
 
     def leak_in_child(self, *objects: object) -> None:
-        """`abandon`, in a forked child: there shortfin's own exit handler would wait as well."""
+        """`leak` in a forked child, and keep shortfin's exit handler from waiting for it."""
         self.leak(*objects)
         for reference in weakref.getweakrefs(self.system):
             for owner in gc.get_referrers(reference):
-                if isinstance(owner, set):  # of the WeakSet of systems to shut down at exit
+                if isinstance(owner, set):  # inside the WeakSet of systems to shut down at exit
                     owner.discard(reference)
 
     def leak_and_park(self, *objects: object) -> None:
-        """`abandon` a GPU that failed; its threads cannot all be ended.
+        """`leak` a GPU that failed, and park its worker.
 
-        The worker sleeps for ever, or it would want the interpreter when that is gone.
+        The worker cannot be ended, and would otherwise take the GIL after interpreter shutdown.
         """
         self._is_closed.set()
         self.leak_in_child(*objects)
@@ -129,6 +139,7 @@ class Device:
         asleep.wait(GRACE)
 
     def close(self) -> None:
+        """End the worker and free the device."""
         self._is_closed.set()
         del self.scoped, self.fiber, self.worker
         self.system.shutdown()
@@ -136,14 +147,14 @@ class Device:
 
 
 def _cpu_system() -> Any:
-    library = _libshortfin()
+    library = libshortfin()
     with workers_on(ctypes.CDLL(str(library)), library, usable_cores()):
         return sf.host.CPUSystemBuilder().create_system()
 
 
 def _hip_system(index: int) -> Any:
-    """A system with the `index`-th GPU alone."""
-    library = _libshortfin()
+    """A system of one GPU."""
+    library = libshortfin()
     keep_joined_statuses(ctypes.CDLL(str(library)), library)
     try:
         builder = sf.amdgpu.SystemBuilder()
@@ -161,12 +172,12 @@ def _hip_system(index: int) -> Any:
 
 
 def _parse_iree_flags() -> None:
-    """Set IREE_FLAGS in the registry that libshortfin exports; shortfin has no option for them."""
+    """Set IREE_FLAGS once, through IREE's own parser: shortfin has no option for them."""
     global _flags_parsed
     if _flags_parsed:
         return
     _flags_parsed = True
-    library = ctypes.CDLL(str(_libshortfin()))
+    library = ctypes.CDLL(str(libshortfin()))
     arguments = [b"sf_local", *(flag.encode() for flag in IREE_FLAGS)]
     argv = (ctypes.c_char_p * (len(arguments) + 1))(*arguments, None)
     argc = ctypes.c_int(len(arguments))
@@ -175,18 +186,21 @@ def _parse_iree_flags() -> None:
 
 
 def allow_tiles() -> bool:
-    """Whether Linux lets this process use tile registers (AMX): one that does not ask is killed."""
+    """Ask Linux for AMX tile registers, and tell whether it allows them.
+
+    A process that uses them without having asked is killed.
+    """
     libc = ctypes.CDLL(None)
     return int(libc.syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA)) == 0
 
 
-def _libshortfin() -> Path:
-    """The library that `import shortfin` loaded."""
+def libshortfin() -> Path:
+    """The path of the library that `import shortfin` loaded."""
     return Path(re.findall(r"/.*/libshortfin.*", Path("/proc/self/maps").read_text())[0])
 
 
 def reason(error: BaseException) -> str:
-    """What a user can make use of in the message of an error, which IREE's may be pages long."""
+    """The part of an error's message that helps a user: IREE's messages may fill pages."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     text = re.sub(r"^(\w+Error: )?\S+\.(c|cc|cpp|h):\d+: ", "", lines[0])
     if text == "ABORTED; the semaphore was aborted":

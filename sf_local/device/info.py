@@ -1,6 +1,6 @@
-"""Which devices there are, by the names that users give them; shortfin is not needed to tell.
+"""DeviceInfo: the devices of this machine, by the names that users give them.
 
-GPUs are asked for through the HIP library that IREE loads as well.
+Works without shortfin: GPUs are found through the HIP library, the same one that IREE loads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ALLOWED = '"cpu", "hip", "hip:N" for the N-th AMD GPU, "hip:GPU-<uuid>" or "auto
 _ROOT_HELP = (
     "install ROCm, point IREE_HIP_DYLIB_PATH at the folder of libamdhip64.so, or use device='cpu'"
 )
-# Where a device's properties have its memory and its chip: ROCm 6's layout, and the one before.
+# Offsets of memory size and chip in a GPU's properties: ROCm 6's layout, and the one before.
 _PROPERTIES = (("hipGetDevicePropertiesR0600", 288, 1160), ("hipGetDeviceProperties", 256, 396))
 
 _HOST_TO_DEVICE = 1  # hipMemcpyHostToDevice
@@ -29,8 +29,8 @@ _HOST_TO_DEVICE = 1  # hipMemcpyHostToDevice
 class DeviceInfo:
     """A device of this machine.
 
-    name: "cpu" or "hip:N". chip: the target that it runs, "cpu" or such as "gfx942". id: of a GPU,
-    "GPU-<uuid>". description: what its maker calls it. total_bytes: its memory.
+    name: "cpu" or "hip:N". chip: the target that code must be compiled for, "cpu" or such as
+    "gfx942". description: its product name. total_bytes: its memory. id: "GPU-<uuid>", or "".
     """
 
     name: str
@@ -41,14 +41,16 @@ class DeviceInfo:
 
     @property
     def kind(self) -> str:
+        """The part of the name that is "cpu" or "hip"."""
         return self.name.partition(":")[0]
 
     @property
     def index(self) -> int:
+        """The N of "hip:N"; 0 for a CPU."""
         return int(self.name.partition(":")[2] or 0)
 
     def free_bytes(self) -> int | None:
-        """Memory that can be allocated; None where the driver does not say."""
+        """Bytes that can be allocated now; None if the driver does not say."""
         if self.kind == "cpu":
             return _meminfo("MemAvailable")
         hip, free, total = _hip(), ctypes.c_size_t(), ctypes.c_size_t()
@@ -58,7 +60,7 @@ class DeviceInfo:
         return None if failed else free.value
 
     def try_out(self, num_bytes: int) -> str | None:
-        """Allocate so many bytes on a GPU and copy to them; which of it failed, and how."""
+        """Allocate `num_bytes` on a GPU and copy to them; which call failed and why, or None."""
         hip, device, host = _hip(), ctypes.c_void_p(), ctypes.c_void_p()
         size = ctypes.c_size_t(min(num_bytes, 4096))
         calls = (
@@ -79,7 +81,7 @@ class DeviceInfo:
 
 
 def devices() -> list[DeviceInfo]:
-    """The CPU, and the GPUs that can be used."""
+    """The CPU, then all usable GPUs."""
     try:
         return [_cpu(), *_gpus()]
     except DeviceError:
@@ -87,9 +89,10 @@ def devices() -> list[DeviceInfo]:
 
 
 def find_device(spec: str, targets: Sequence[str] = ()) -> DeviceInfo:
-    """The device of that name; raises DeviceError.
+    """The device of a name, as ALLOWED lists them; raises DeviceError if there is none.
 
-    "auto" is what `targets`, for which a model was compiled, can run on: a GPU rather than the CPU.
+    "auto" is the first GPU, else the CPU, that runs one of `targets`, for which a model was
+    compiled, or any device without `targets`. Raises TargetError if no device does.
     """
     match = _parse(spec)
     if spec == "auto":
@@ -111,7 +114,7 @@ def find_device(spec: str, targets: Sequence[str] = ()) -> DeviceInfo:
 
 
 def check_name(spec: str) -> None:
-    """Raise DeviceError for what cannot be the name of a device."""
+    """Raise DeviceError for a name that no device can have."""
     _parse(spec)
 
 
@@ -150,7 +153,7 @@ def _meminfo(name: str) -> int:
 
 
 def _gpus() -> list[DeviceInfo]:
-    """At least one; DeviceError where there is none."""
+    """All GPUs; raises DeviceError if there is none."""
     hip, count = _hip(), ctypes.c_int()
     error = hip.hipInit(0) or hip.hipGetDeviceCount(ctypes.byref(count))
     if error or count.value < 1:
@@ -175,7 +178,7 @@ def _gpu(hip: ctypes.CDLL, index: int) -> DeviceInfo:
     for function, memory_at, chip_at in _PROPERTIES:
         buffer = ctypes.create_string_buffer(4096)
         if hasattr(hip, function) and not getattr(hip, function)(buffer, index):
-            chip = _text(buffer.raw[chip_at:]).partition(":")[0]  # features may follow
+            chip = _text(buffer.raw[chip_at:]).partition(":")[0]  # without features, ":xnack-"
             total = int.from_bytes(buffer.raw[memory_at : memory_at + 8], "little")
             name, id_ = _text(buffer.raw), f"GPU-{'-'.join(parts)}"
             return DeviceInfo(f"hip:{index}", chip, name, total, id_)
@@ -196,7 +199,10 @@ def _hip() -> ctypes.CDLL:
 
 
 def hip_library() -> str:
-    """Where IREE looks first: IREE_HIP_DYLIB_PATH is a folder, or file:/a/library.so."""
+    """The path or name of the HIP library that IREE loads.
+
+    IREE_HIP_DYLIB_PATH may be a folder, or "file:" and the library's path.
+    """
     place = os.environ.get("IREE_HIP_DYLIB_PATH", "")
     if place.startswith("file:"):
         return place.removeprefix("file:")

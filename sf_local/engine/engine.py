@@ -1,6 +1,7 @@
-"""Engine: one model on one device, for any number of callers, and the handles they wait on.
+"""Engine: one model on one device or several, for any number of callers.
 
-Mistakes of a caller raise in the caller's own thread; the work is done by `core.py`.
+A caller's mistakes raise in the caller's own thread, in `input_processor.py`; the work is done on
+the thread of each device, by `core.py`.
 """
 
 from __future__ import annotations
@@ -11,25 +12,25 @@ import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Unpack
 
 from sf_local.artifact.open import compiled_targets
 from sf_local.device.info import check_name, find_device
 from sf_local.engine.generation import Generation
-from sf_local.engine.handle import Handle
-from sf_local.engine.input_processor import InputProcessor, PromptInput
+from sf_local.engine.handle import Handle, deltas
+from sf_local.engine.input_processor import InputProcessor, PromptInput, RequestOptions
 from sf_local.engine.kv_budget import memory_bytes
-from sf_local.engine.placement import Place, open_places
+from sf_local.engine.placement import MakeRunner, Place, open_places
+from sf_local.engine.scheduler import MAX_RUNNING, PREFILL_TOKENS
 from sf_local.engine.scoring import score
 from sf_local.errors import DeviceError, RequestError
-from sf_local.request.output import Delivery, Output, Score
+from sf_local.model.runner import ModelRunner
+from sf_local.request.checks import check_bool, check_int
+from sf_local.request.output import Output, Score
 from sf_local.request.params import SamplingParams
 from sf_local.request.prompt import Prompt
 from sf_local.text.tokenizer import Tokenizer
 from sf_local.vision.image_file import GivenImage, ImageInput
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Engine", "Handle", "Output"]
 
@@ -40,19 +41,27 @@ class Engine:
     Args:
         vmfb: the artifact's folder, or its .vmfb file.
         device: "cpu", "hip", "hip:N" for the N-th GPU, "hip:GPU-<uuid>", or "auto" for what the
-            artifact was compiled for. A list: a replica on each, among which requests are spread
-            by what of their prompts was computed where, and by load.
+            artifact was compiled for. A list makes a replica on each; a request goes to the replica
+            that was sent most of its prompt before, unless that one is too busy.
         config, parameters, tokenizer: files that do not lie beside the .vmfb.
-        kv_pages: KV pages to allocate.
+        kv_pages: KV pages to allocate, on each device.
         kv_memory: the same as bytes, "2GiB", or "50%" of the free memory. By default one full
             context times the largest compiled batch, at most 1 GiB; on a GPU 80% of what the
             weights leave free.
-        image_memory: bytes, or such as "256MiB", for images that were seen, so that they need not
-            be encoded again.
+        image_memory: bytes, or a text such as "256MiB", of images that are kept so that they need
+            not be encoded again.
         allow_urls: whether images may be fetched from http(s) URLs.
+        prefill_tokens: prompt tokens that are computed in one step, padding included. More make
+            long prompts faster, and the other requests wait longer between two of their tokens.
+            Models that can begin only at whole pages, or at the beginning of a prompt, round it up;
+            `stats()` tells the number in use.
+        max_running: requests that compute at a time; others wait.
+        jump_forward: take tokens that a grammar leaves no choice about without computing them one
+            by one.
 
     Any number of generations run at once, from any thread. A generation depends only on its prompt
-    (as token ids) and parameters, not on its company. Raises ArtifactError or DeviceError.
+    (as token ids) and parameters, not on what runs beside it. Raises RequestError for an option
+    that cannot work, ArtifactError or DeviceError.
     """
 
     def __init__(
@@ -67,35 +76,45 @@ class Engine:
         kv_memory: int | str | None = None,
         image_memory: int | str = "256MiB",
         allow_urls: bool = False,
+        prefill_tokens: int = PREFILL_TOKENS,
+        max_running: int = MAX_RUNNING,
+        jump_forward: bool = True,
+        _make_runner: MakeRunner = ModelRunner,
     ) -> None:
         image_bytes = memory_bytes("image_memory", image_memory, None)
-        specs = [device] if isinstance(device, str) else device
-        if not isinstance(specs, Sequence) or not specs:
+        check_int("prefill_tokens", prefill_tokens, 1)
+        check_int("max_running", max_running, 1)
+        check_bool("jump_forward", jump_forward)
+        names = [device] if isinstance(device, str) else device
+        if not isinstance(names, Sequence) or not names:
             raise DeviceError(f"device={device!r} must be a name, or a list of them")
-        for spec in specs:
-            check_name(spec)
-        places = [find_device(spec, compiled_targets(vmfb)) for spec in specs]
-        opened = [
+        for name in names:
+            check_name(name)
+        devices = [find_device(name, compiled_targets(vmfb)) for name in names]
+        places = [
             Place.of(
-                place, vmfb, kv_pages, kv_memory, config=config, parameters=parameters,
+                found, vmfb, kv_pages, kv_memory, config=config, parameters=parameters,
                 tokenizer=tokenizer,
             )
-            for place in places
+            for found in devices
         ]  # fmt: skip
-        self.devices = [place.name for place in places]
-        self.artifact = opened[0].artifact
+        self.devices = [found.name for found in devices]
+        self.artifact = places[0].artifact
         self.tokenizer = Tokenizer(self.artifact.tokenizer)
-        self.max_tokens = min(place.max_tokens for place in opened)
+        self.max_tokens = min(place.max_tokens for place in places)
         self._inputs = InputProcessor(
             self.artifact, self.tokenizer, self.max_tokens, image_bytes, allow_urls
         )
         self.vocab_size = self._inputs.vocab_size
-        self._placement = open_places(opened)
-        self._finalizer = weakref.finalize(self, self._placement.close)
+        self._replicas = open_places(
+            places, prefill_tokens=prefill_tokens, max_running=max_running,
+            jump_forward=jump_forward, make_runner=_make_runner,
+        )  # fmt: skip
+        self._finalizer = weakref.finalize(self, self._replicas.close)
 
     @property
     def image_token(self) -> str | None:
-        """What stands for an image in a prompt; None of a text model."""
+        """The marker that stands for an image in a prompt; None for a text model."""
         manifest = self.artifact.manifest
         return manifest.images["image_token"] if manifest and manifest.images else None
 
@@ -103,63 +122,66 @@ class Engine:
         self,
         prompt: PromptInput,
         params: SamplingParams | None = None,
-        *,
-        images: Sequence[ImageInput] = (),
+        **options: Unpack[RequestOptions],
     ) -> Handle:
-        """Start a generation; raises RequestError for a prompt or parameters that cannot work.
+        """Start a generation.
 
-        images: one for each image marker of the prompt (such as "<image>"): a path, the bytes of a
-        file, a PIL image, or a data URL.
+        Args:
+            prompt: text, token ids, or what `prepare` returned.
+            params: how to continue it; by default `SamplingParams()`.
+            images: one for each image marker of the prompt (such as "<image>"): a path, the bytes
+                of a file, a PIL image, or a data URL.
+
+        Raises RequestError for a prompt or parameters that cannot work, ImageError for an image,
+        GrammarError for a grammar, and EngineError or DeviceError once the engine is closed.
         """
-        return Handle(self, self._generation(prompt, params, images))
+        return Handle(self, self._replicas, self._generation(prompt, params, **options))
 
     def generate(
         self,
         prompt: PromptInput,
         params: SamplingParams | None = None,
-        *,
-        images: Sequence[ImageInput] = (),
+        **options: Unpack[RequestOptions],
     ) -> Output:
-        """The whole answer to a prompt, given as text or as token ids; images as for `submit`."""
-        return self.submit(prompt, params, images=images).result()
+        """The whole answer to a prompt; arguments and errors as for `submit`."""
+        return self.submit(prompt, params, **options).result()
 
     def samples(
         self,
         prompt: PromptInput,
         params: SamplingParams | None = None,
-        *,
-        images: Sequence[ImageInput] = (),
+        **options: Unpack[RequestOptions],
     ) -> list[Output]:
-        """`params.n` answers to one prompt, whose pages they share; seeds count up."""
+        """`params.n` answers to one prompt, whose KV pages they share; their seeds count up from
+        `params.seed`. Arguments and errors as for `submit`."""
         params = SamplingParams() if params is None else params
-        first, images = params.seed, self.given(images)
+        if "images" in options:
+            options["images"] = self.given(options["images"])
+        first = params.seed
         seeds = [None if first is None else (first + i) % 2**64 for i in range(params.n)]
-        handles = [
-            self.submit(prompt, replace(params, seed=seed, n=1), images=images) for seed in seeds
-        ]
+        handles = [self.submit(prompt, replace(params, seed=s, n=1), **options) for s in seeds]
         return [handle.result() for handle in handles]
 
     def stream(
         self,
         prompt: PromptInput,
         params: SamplingParams | None = None,
-        *,
-        images: Sequence[ImageInput] = (),
+        **options: Unpack[RequestOptions],
     ) -> Iterator[str]:
-        """The answer's text, as it grows; mistakes raise here, not at the first delta."""
-        return iter(self.submit(prompt, params, images=images))
+        """The answer's text, as it grows. Arguments and errors as for `submit`, which raises here
+        and not at the first delta."""
+        return iter(self.submit(prompt, params, **options))
 
     async def agenerate(
         self,
         prompt: PromptInput,
         params: SamplingParams | None = None,
-        *,
-        images: Sequence[ImageInput] = (),
+        **options: Unpack[RequestOptions],
     ) -> Output:
         """`generate` for asyncio; cancelling the task cancels the generation."""
-        generation = await self._prepared(prompt, params, images)
+        generation = await self._agenerated(prompt, params, **options)
         generation.is_streamed = False
-        async for _, output in self._adeltas(generation):
+        async for _, output in deltas(self._replicas, generation):
             if output is not None:
                 return output
         raise AssertionError("a generation ends with an output")
@@ -168,43 +190,13 @@ class Engine:
         self,
         prompt: PromptInput,
         params: SamplingParams | None = None,
-        *,
-        images: Sequence[ImageInput] = (),
+        **options: Unpack[RequestOptions],
     ) -> AsyncIterator[str]:
         """`stream` for asyncio: `async for text in engine.astream(prompt)`."""
-        generation = await self._prepared(prompt, params, images)
-        async for text, _ in self._adeltas(generation):
+        generation = await self._agenerated(prompt, params, **options)
+        async for text, _ in deltas(self._replicas, generation):
             if text:
                 yield text
-
-    async def _prepared(
-        self, prompt: PromptInput, params: SamplingParams | None, images: Sequence[ImageInput]
-    ) -> Generation:
-        """`_generation`, beside the event loop where images must be read and cut."""
-        if images:
-            return await asyncio.to_thread(self._generation, prompt, params, images)
-        return self._generation(prompt, params)
-
-    async def _adeltas(self, generation: Generation) -> AsyncIterator[tuple[str, Output | None]]:
-        loop, items = asyncio.get_running_loop(), asyncio.Queue[Delivery]()
-
-        def deliver(item: Delivery) -> None:
-            """Raises where the event loop is closed by now, which ends the generation."""
-            loop.call_soon_threadsafe(items.put_nowait, item)
-
-        generation.deliver = deliver
-        self._placement.submit(generation)
-        output = None
-        try:
-            while output is None:
-                item = await items.get()
-                if isinstance(item, BaseException):
-                    raise item
-                text, output = item
-                yield text, output
-        finally:
-            if output is None:
-                self._placement.cancel(generation)
 
     def score(
         self,
@@ -213,42 +205,57 @@ class Engine:
         *,
         unconditional: bool = False,
         params: SamplingParams | None = None,
-        images: Sequence[ImageInput] = (),
+        **options: Unpack[RequestOptions],
     ) -> list[Score]:
-        """Log probabilities of texts that could continue a prompt; see `choices.score`."""
-        params = params or SamplingParams()
-        return score(self, prompt, continuations, unconditional, params, images)
+        """Log probabilities of texts that could continue a prompt.
 
-    def warm(self, prompt: str, *, images: Sequence[ImageInput] = ()) -> None:
-        """A hint that prompts will begin so: compute it into the cache. Returns at once."""
+        Args:
+            continuations: each adds at least one token to the prompt.
+            unconditional: score every continuation without the prompt as well.
+            params: only priority and timeout count.
+            images: as for `submit`.
+
+        Raises as `submit` does, and EngineError if the timeout passes.
+        """
+        images = options.get("images", ())
+        params = params or SamplingParams()
+        return score(
+            self._inputs, self.submit, prompt, continuations, unconditional, params, images
+        )
+
+    def warm(self, prompt: str, **options: Unpack[RequestOptions]) -> None:
+        """A hint that prompts will begin so: compute it into the prefix cache. Returns at once, and
+        ignores a prompt that cannot work."""
         with contextlib.suppress(RequestError):
             params = SamplingParams(max_new_tokens=0, temperature=0)
-            self._placement.submit(self._generation(prompt, params, images))
+            self._replicas.submit(self._generation(prompt, params, **options))
 
     def stats(self) -> dict[str, float]:
-        """Counters since the start, and what is going on.
+        """Counters since the start, and what is going on; sums over all devices.
 
         running, waiting: requests. pages_free, pages_used, pages_cached, pages_total: KV pages.
         prompt_tokens, cached_tokens, completion_tokens; hit_rate: share of prompt tokens that the
-        cache had. forced_tokens: of the completion, known from a grammar without decoding.
-        preemptions, steps; step_seconds: time spent in steps, call_seconds of it inside the
-        compiled functions, where mask_seconds of CPU time for grammars are hidden; sample_seconds.
-        encoded_tiles: of images, in encode_seconds of the calls.
+        prefix cache had. forced_tokens: those of the completion that a grammar left no choice
+        about. preemptions, steps; step_seconds: time spent in steps, and call_seconds of it in
+        compiled functions, beside which grammars took mask_seconds of CPU time; sample_seconds.
+        encoded_tiles: of images, in encode_seconds. prefill_tokens, max_running: the limits in use
+        on each device.
         """
-        return self._placement.stats()
+        return self._replicas.stats()
 
     def flush_cache(self) -> None:
-        """Free all pages that no request uses; returns when it is done."""
-        self._placement.flush_cache()
+        """Free all KV pages that no request uses; returns when it is done."""
+        self._replicas.flush_cache()
 
     def shutdown(self, drain: bool = False) -> None:
-        """End the loop thread and free the device.
+        """End the worker threads and free the devices.
 
-        With `drain`, generations under way are finished first; else they fail. Later calls raise.
+        With `drain`, generations under way are finished first; else they fail. Later calls raise
+        EngineError.
         """
         if drain:
-            self._placement.drain()
-        self._placement.close()
+            self._replicas.drain()
+        self._replicas.close()
         self._finalizer.detach()
 
     def __enter__(self) -> Engine:
@@ -258,7 +265,8 @@ class Engine:
         self.shutdown()
 
     def given(self, images: Sequence[ImageInput]) -> list[GivenImage]:
-        """Images for several prompts, so that each is read once; raises RequestError."""
+        """Images that will be used in several prompts, so that each is read once; raises
+        RequestError."""
         return self._inputs.given(images)
 
     def prepare(self, prompt: PromptInput, images: Sequence[ImageInput] = ()) -> Prompt:
@@ -269,14 +277,29 @@ class Engine:
         return self._inputs.prepare(prompt, images)
 
     def encode(self, prompt: str, continuation: str = "") -> list[int]:
-        """Tokens of a prompt, and of what may continue it.
+        """Token ids of a prompt, and of what may continue it.
 
-        Where the prompt continues an answer of ours, the tokens are those that this came in.
+        Where the prompt contains answers of this engine, their tokens are those that were
+        generated, so that the prefix cache knows them.
         """
         return self._inputs.encode(prompt, continuation)
 
     def _generation(
-        self, prompt: PromptInput, params: SamplingParams | None, images: Sequence[ImageInput] = ()
+        self,
+        prompt: PromptInput,
+        params: SamplingParams | None,
+        **options: Unpack[RequestOptions],
     ) -> Generation:
-        self._placement.check_usable()
-        return self._inputs.generation(prompt, params, images)
+        self._replicas.check_usable()
+        return self._inputs.generation(prompt, params, **options)
+
+    async def _agenerated(
+        self,
+        prompt: PromptInput,
+        params: SamplingParams | None,
+        **options: Unpack[RequestOptions],
+    ) -> Generation:
+        """`_generation`, in a thread if images must be read and cut."""
+        if options.get("images"):
+            return await asyncio.to_thread(self._generation, prompt, params, **options)
+        return self._generation(prompt, params, **options)

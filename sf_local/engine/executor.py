@@ -1,4 +1,4 @@
-"""Executor: turns the chunks of a step into calls of the model."""
+"""Executor: turns the chunks of a step into calls of the model, and what they return into data."""
 
 from __future__ import annotations
 
@@ -18,48 +18,61 @@ TakeLogits = Callable[[Chunk, NDArray[np.float32]], None]
 
 
 class Executor:
-    """The calls of one runner. page_size: tokens of a KV page."""
+    """The calls of one runner.
 
-    def __init__(self, runner: ModelRunner, page_size: int) -> None:
-        self._runner, self._page_size = runner, page_size
+    Args:
+        page_size: tokens of a KV page.
+        take_logits: called with a chunk that wants all its logits, and these [tokens, vocab].
+    """
+
+    def __init__(self, runner: ModelRunner, page_size: int, take_logits: TakeLogits) -> None:
+        self._runner, self._page_size, self._take_logits = runner, page_size, take_logits
 
     def rows(self, chunks: Sequence[Chunk]) -> list[Row]:
-        """Chunks with the pages that hold them and what comes before: attention reads no more."""
-        return [self._row(chunk) for chunk in chunks]
+        """Chunks with the pages up to their ends: attention reads no others."""
+        size = self._page_size
+        return [
+            Row(
+                chunk.request.tokens(chunk.start, chunk.end), chunk.start,
+                chunk.request.pages[: -(-chunk.end // size)], chunk.spans,
+            )
+            for chunk in chunks
+        ]  # fmt: skip
 
-    def _row(self, chunk: Chunk) -> Row:
-        request = chunk.request
-        pages = request.pages[: -(-chunk.end // self._page_size)]
-        return Row(request.tokens(chunk.start, chunk.end), chunk.start, pages, chunk.spans)
+    async def decode(
+        self, chunks: Sequence[Chunk], rows: Sequence[Row], spec: OutputSpec
+    ) -> ModelOutput:
+        """One call with one token of each row; what follows it."""
+        return await self._runner.decode(rows, spec)
 
     async def prefill(
-        self,
-        chunks: Sequence[Chunk],
-        rows: Sequence[Row],
-        spec: OutputSpec,
-        take_logits: TakeLogits,
+        self, chunks: Sequence[Chunk], rows: Sequence[Row], spec: OutputSpec
     ) -> ModelOutput:
-        """What follows each chunk; chunks that want all their logits [n, V] get them as well."""
+        """One call with all tokens of the rows; what follows the last one of each."""
         if not any(chunk.wants_all_logits for chunk in chunks):
             return await self._runner.prefill(rows, spec)
         logits = await self._runner.prefill_all(rows, spec)
         for chunk, values in zip(chunks, logits, strict=True):
             if chunk.wants_all_logits:
-                take_logits(chunk, values)
-        return summarize(
-            np.stack([values[-1] for values in logits]), spec.inv_temperatures_of(len(rows))
-        )
+                self._take_logits(chunk, values)
+        last = np.stack([values[-1] for values in logits])
+        return summarize(last, spec.inv_temperatures_of(len(rows)))
 
     async def encode(self, tiles: dict[Tile, NDArray[np.uint8]]) -> dict[Tile, NDArray[np.float32]]:
-        """Embeddings [tokens, H] of the first tiles, as many as one call takes."""
+        """Embeddings [tokens, hidden] of the first tiles, as many as one call takes."""
         batch = dict(islice(tiles.items(), self._runner.max_tiles))
         return dict(zip(batch, await self._runner.encode(list(batch.values())), strict=True))
 
+    def written_pages(self, row: Row) -> Sequence[int]:
+        """KV pages that the computation of a row writes to."""
+        return row.page_ids[row.start // self._page_size :]
+
 
 def unencoded(chunks: Sequence[Chunk]) -> dict[Tile, NDArray[np.uint8]]:
-    """Tiles of which chunks show something, and which have yet to be encoded.
+    """Tiles that chunks show and that have yet to be encoded, with their pixels [size, size, 3].
 
-    Another replica may be at one of them as well, and lets go of its pixels at the end.
+    A replica on another device may be encoding one of them at the same time; it sets the pixels to
+    None at the end, so they are read once.
     """
     tiles = (span.tile for chunk in chunks for span in chunk.spans)
     return {tile: pixels for tile in tiles if (pixels := tile.pixels) is not None}

@@ -1,4 +1,4 @@
-"""What callers are told when a device, a step, or one of its requests fails."""
+"""The errors that callers get when a device, a step, or one of its requests fails."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Failures:
         return EngineError(f"the engine is closed{why}; make a new one")
 
     def of_request(self, error: BaseException) -> SfLocalError:
-        """What a request is told of an error that ends it."""
+        """The error that a request ends with, when `error` was raised on its behalf."""
         if isinstance(error, SfLocalError):
             return error
         if isinstance(error, WrongLogits):
@@ -50,7 +50,7 @@ class Failures:
         return failure
 
     def returned(self, what: str) -> SfLocalError:
-        """The device returned what cannot be right, for one request."""
+        """The device returned something for one request that cannot be right."""
         text = (
             f"{self.name} returned {what}; only this request ends. The weights may be damaged "
             "(check them with sf-local inspect ARTIFACT --verify), or the model's numbers too "

@@ -1,4 +1,4 @@
-"""Generation: one request with what turns its tokens into text, and what is delivered of it."""
+"""Generation: one request, what turns its tokens into text, and what is delivered of it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,18 @@ if TYPE_CHECKING:
 
 
 class Generation:
-    """A request with what chooses its tokens and turns them into text; lives on the loop's thread.
+    """A request with what chooses its tokens and turns them into text.
 
-    grammar: what its text must follow. is_streamed: whether text is delivered before the end.
+    Made in the caller's thread, and used in the worker's from then on.
+
+    Attributes:
+        grammar: what its text must follow; None for free text.
+        deliver: called with every piece of text, with the output at the end, or with an error.
+        remember: called at the end with the answer's token ids and text, so that prompts which
+            contain this text are encoded to these tokens.
+        is_streamed: whether text is delivered before the end.
+        has_sampled: whether the prompt is computed, so that the answer has begun.
+        deadline: `time.perf_counter()` at which the timeout passes; None for no timeout.
     """
 
     def __init__(
@@ -45,7 +54,7 @@ class Generation:
         end_ids = self._stop_ids.keys() | (eos_ids if grammar is not None else ())
         self.sampler = Sampler(params, request.prompt_ids, end_ids)
         self._prompt_logprobs = _prompt_logprobs(request)
-        request.takes_the_best = self._takes_the_best
+        request.takes_the_best = grammar is None and self.sampler.takes_the_best
         self._output_logprobs: list[Sampled] = []
         self._unread: list[int] = []  # tokens that have not become text
         self._text: list[str] = []
@@ -54,11 +63,6 @@ class Generation:
         self._started_at = time.perf_counter()
         self._first_token_at = self._started_at
         self.deadline = None if params.timeout is None else self._started_at + params.timeout
-
-    @property
-    def _takes_the_best(self) -> bool:
-        """Whether the likeliest token is all that is asked for."""
-        return self.grammar is None and self.sampler.takes_the_best
 
     def accept(self, sampled: Sampled, can_jump: bool) -> str | None:
         """Take a sampled token; the reason, if it ends the generation.
@@ -85,7 +89,8 @@ class Generation:
         return "stop" if self.grammar.is_complete else reason
 
     def take_logits(self, position: int, logits: NDArray[np.float32]) -> None:
-        """Logits [n, V] after the tokens from `position` on, some of which may be wanted."""
+        """Logits [tokens, vocab] after the tokens of the prompt from `position` on; those that log
+        probabilities were asked for are used."""
         if self._prompt_logprobs is not None:
             self._prompt_logprobs.add(position, logits)
 
@@ -97,13 +102,16 @@ class Generation:
                 self.deliver((text, None))
 
     def _push(self, sampled: Sampled) -> str | None:
-        """Append a token; the reason, if it ends the generation. Text can wait, stops cannot."""
+        """Append a token; the reason, if it ends the generation.
+
+        It becomes text here if there are stop strings to look for, else when text is delivered.
+        """
         request, token = self.request, sampled.token
         if not request.output_ids:
             self._first_token_at = time.perf_counter()
-        request.output_ids.append(token)
+        request.append(token)
         self.sampler.push(token)
-        request.takes_the_best = self._takes_the_best
+        request.takes_the_best = self.grammar is None and self.sampler.takes_the_best
         if request.params.return_logprob:
             self._output_logprobs.append(sampled)
         if token in self._stop_ids and len(request.output_ids) > request.params.min_new_tokens:

@@ -1,16 +1,15 @@
-"""InputProcessor: prompts and parameters to checked generations."""
+"""InputProcessor: turns prompts and parameters into checked generations, or refuses them."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from sf_local.artifact.manifest import ImageSettings
 from sf_local.artifact.open import Artifact
 from sf_local.engine.generation import Generation
-from sf_local.engine.top_k import check_params
 from sf_local.errors import RequestError
 from sf_local.request.checks import shown
 from sf_local.request.params import SamplingParams
@@ -26,6 +25,20 @@ if TYPE_CHECKING:
     from sf_local.grammar.matcher import Grammar
 
 PromptInput = str | Sequence[int] | Prompt
+
+# Of a model that was compiled with top_k, as amdsharktank can, and gives only the k likeliest
+# tokens: these parameters could choose another token, or ask for the probability of one.
+NEED_ALL_LOGITS = (
+    "regex", "json_schema", "ebnf", "return_logprob", "min_new_tokens", "logit_bias",
+    "frequency_penalty", "presence_penalty", "repetition_penalty",
+)  # fmt: skip
+NEUTRAL = SamplingParams()
+
+
+class RequestOptions(TypedDict, total=False):
+    """What every entry point of Engine takes besides prompt and parameters; see `Engine.submit`."""
+
+    images: Sequence[ImageInput]
 
 
 def _image_reader(
@@ -45,7 +58,7 @@ def _eos_ids(artifact: Artifact, tokenizer: Tokenizer) -> frozenset[int]:
 
 
 class InputProcessor:
-    """Turns prompts and parameters into generations that can be computed: every refusal is here.
+    """Makes generations that can be computed: whatever is refused is refused here.
 
     max_tokens: of a prompt and its answer.
     """
@@ -63,9 +76,8 @@ class InputProcessor:
 
     @functools.cached_property
     def _grammars(self) -> GrammarCompiler:
-        from sf_local.grammar.compiler import (
-            GrammarCompiler,  # a tenth of all imports, for those who use it
-        )
+        # Imported late: it takes a tenth of the time of all imports, and few need it.
+        from sf_local.grammar.compiler import GrammarCompiler
 
         return GrammarCompiler(self.tokenizer, self.vocab_size, self._eos_ids)
 
@@ -82,7 +94,7 @@ class InputProcessor:
         if isinstance(prompt, Prompt):
             if images:
                 raise RequestError("images: the prompt was prepared with its own; give one or none")
-            # Another engine may have prepared it, whose model knows other tokens, or images
+            # It may come from another engine, whose model has other tokens, or no images
             self._prompt_ids([max(prompt.ids)] if prompt.ids else [])
             self._check_images(prompt.spans)
             return self._fitting(prompt)
@@ -104,6 +116,7 @@ class InputProcessor:
     def generation(
         self, prompt: PromptInput, params: SamplingParams | None, images: Sequence[ImageInput] = ()
     ) -> Generation:
+        """A request with all that its answer needs; raises as `Engine.submit` does."""
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params={shown(params)} must be SamplingParams")
@@ -131,7 +144,7 @@ class InputProcessor:
     def _check_params(self, params: SamplingParams, prompt_len: int) -> None:
         """What depends on the model or the prompt; the rest was checked when they were made."""
         if self.artifact.config.top_k is not None:
-            check_params(params, self.artifact.config.top_k)
+            _check_top_k(params, self.artifact.config.top_k)
         self._check_tokens("logit_bias", params.logit_bias)
         self._check_tokens("stop_token_ids", params.stop_token_ids)
         if params.top_logprobs_num > self.vocab_size:
@@ -155,10 +168,7 @@ class InputProcessor:
                 )
 
     def encode(self, prompt: str, continuation: str = "") -> list[int]:
-        """Tokens of a prompt, and of what may continue it.
-
-        Where the prompt continues an answer of ours, the tokens are those that this came in.
-        """
+        """As `Engine.encode`."""
         return self._encode(prompt + continuation, len(prompt))
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
@@ -183,3 +193,25 @@ class InputProcessor:
                 f"of {self.max_tokens}; shorten it, or raise kv_pages or the model's max_seq_len"
             )
         return prompt
+
+
+def _check_top_k(params: SamplingParams, k: int) -> None:
+    """Raise RequestError for what the k likeliest tokens do not suffice for."""
+    for name in NEED_ALL_LOGITS:
+        value = getattr(params, name)
+        if value != getattr(NEUTRAL, name):
+            raise needs_all_logits(name, value, k)
+    if not (params.is_greedy or 1 <= params.top_k <= k):
+        allowed = "top_k=1" if k == 1 else f"top_k from 1 to {k}"
+        raise RequestError(
+            f"top_k={params.top_k}: the model was compiled with top_k={k} and gives only so many "
+            f"tokens to draw from; use temperature=0, or {allowed}"
+        )
+
+
+def needs_all_logits(name: str, value: object, k: int) -> RequestError:
+    """The refusal of a parameter by a model that gives the k likeliest tokens only."""
+    return RequestError(
+        f"{name}={shown(value)} needs the logits of all tokens, but the model was compiled with "
+        f"top_k={k} and gives only the likeliest; leave it out, or export the model without top_k"
+    )

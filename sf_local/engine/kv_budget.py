@@ -1,12 +1,15 @@
-"""How large the KV cache gets: kv_pages, kv_memory or the default, checked against free memory."""
+"""How large the KV cache gets: kv_pages, kv_memory or the default, checked against the memory that
+the weights leave free."""
 
 from __future__ import annotations
 
 import re
 
 from sf_local.artifact.manifest import ModelConfig
-from sf_local.errors import RequestError
+from sf_local.device.info import DeviceInfo
+from sf_local.errors import DeviceError, RequestError
 
+GIB = 1 << 30
 MAX_DEFAULT_BYTES = 1 << 30  # on the CPU, and where the driver does not say what is free
 GPU_SHARE = 0.8  # of what the weights leave free; activations need some of the rest
 
@@ -19,10 +22,13 @@ def num_kv_pages(
     memory: int | str | None,
     weight_bytes: int = 0,
 ) -> int:
-    """How many pages to give out; raises RequestError for a size that cannot be had.
+    """How many pages the cache gets, besides page 0; raises RequestError if they do not fit.
 
-    `available` bytes are left on `device` ("cpu" or "hip") once the weights are there; None if
-    unknown.
+    Args:
+        device: "cpu" or "hip".
+        available: bytes that stay free once the weights are loaded; None if unknown.
+        pages, memory: Engine's `kv_pages` and `kv_memory`, of which at most one is given.
+        weight_bytes: for the error message.
     """
     if pages is not None and memory is not None:
         raise RequestError(f"kv_pages={pages} and kv_memory={memory!r}: give one of them")
@@ -54,7 +60,8 @@ def _default_pages(config: ModelConfig, device: str, available: int | None) -> i
 
 
 def memory_bytes(name: str, memory: int | str | None, available: int | None) -> int:
-    """Bytes of 1073741824, "1GiB", "512MiB" or, of what is available, "50%"."""
+    """Bytes of a size such as 1073741824, "1GiB", "512MiB", or "50%" of what is available; raises
+    RequestError, which calls the size `name`."""
     if isinstance(memory, int) and not isinstance(memory, bool) and memory >= 0:
         return memory
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]iB|B)", str(memory).strip())
@@ -66,3 +73,26 @@ def memory_bytes(name: str, memory: int | str | None, available: int | None) -> 
             raise RequestError(f"{name}={memory!r}: give bytes; it is not known what is free")
         return int(available * number / 100)
     return int(number * 1024 ** "BKMGT".index(unit[0]))
+
+
+def memory_left(device: DeviceInfo, weight_bytes: int) -> int | None:
+    """Bytes that stay free once the weights are loaded; None where the driver does not say.
+
+    On the CPU the weights are mapped files, which the kernel can drop and read again. Raises
+    DeviceError for a GPU that has no room for them, or does not work: there IREE itself would wait
+    for ever.
+    """
+    free = device.free_bytes()
+    if device.kind == "cpu":
+        return free
+    if free is not None and free < weight_bytes:
+        raise DeviceError(
+            f"device={device.name!r} has {free / GIB:.2f} GiB free, and the weights take "
+            f"{weight_bytes / GIB:.2f} GiB; free some of its memory, or use a smaller model"
+        )
+    if failed := device.try_out(weight_bytes):
+        raise DeviceError(
+            f"device={device.name!r} does not work: {failed}; start the program again, look at "
+            "rocm-smi and dmesg, or use device='cpu'"
+        )
+    return None if free is None else free - weight_bytes

@@ -1,23 +1,30 @@
-"""Placement: which devices an engine uses, with what artifact and memory, and a core on each."""
+"""Placement: which devices an engine uses, with what artifact and memory, and a worker on each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sf_local.artifact.open import Artifact, check_target, open_artifact
+from sf_local.device.device import Device
 from sf_local.device.info import DeviceInfo
-from sf_local.engine.kv_budget import num_kv_pages
-from sf_local.engine.memory import memory_left
-from sf_local.engine.replicas import Replica, Replicas, RunnerFactory
+from sf_local.engine.core import EngineCore
+from sf_local.engine.failures import Failures
+from sf_local.engine.kv_budget import memory_left, num_kv_pages
+from sf_local.engine.replicas import Core, Replicas
+from sf_local.engine.scheduler import Limits, limits_of
+from sf_local.engine.worker import Worker
 from sf_local.model.runner import ModelRunner
+
+MakeRunner = Callable[[Artifact, Device, int, int], ModelRunner]
 
 
 @dataclass(frozen=True)
 class Place:
-    """A device with what was compiled for it, and how many KV pages it gets, page 0 included."""
+    """A device, the artifact that was compiled for it, and how many KV pages it gets, page 0
+    included."""
 
     device: DeviceInfo
     artifact: Artifact
@@ -28,7 +35,8 @@ class Place:
         cls, device: DeviceInfo, vmfb: str | Path, kv_pages: int | None,
         kv_memory: int | str | None, **files: Any,
     ) -> Place:  # fmt: skip
-        """Checked as far as it goes without the device."""
+        """Open and check all that can be checked before the device is opened. `files` are those
+        that `open_artifact` takes; raises what it raises, and RequestError for too many pages."""
         artifact = open_artifact(vmfb, targets=[device.chip], **files)
         if artifact.manifest:
             check_target(artifact.manifest, device.chip)
@@ -41,21 +49,43 @@ class Place:
 
     @property
     def max_tokens(self) -> int:
+        """Of a prompt and its answer: what the model and the pages have room for."""
         artifact = self.artifact
         return min(artifact.max_tokens, (self.num_pages - 1) * artifact.config.page_size)
 
 
 def open_places(
-    places: Sequence[Place], make_runner: RunnerFactory = ModelRunner
-) -> Replica | Replicas:
-    """All of them, or none if one raises."""
-    replicas: list[Replica] = []
+    places: Sequence[Place],
+    *,
+    prefill_tokens: int,
+    max_running: int,
+    jump_forward: bool,
+    make_runner: MakeRunner = ModelRunner,
+) -> Replicas:
+    """Open a worker on every device, or none if one raises.
+
+    make_runner: called once a device, with the artifact, the open device, the number of pages, and
+    the tokens that are prefilled in one step. Tests pass runners that fail or wait.
+    """
+    workers: list[Worker[Core]] = []
     try:
         for place in places:
-            args = place.artifact, place.device.name, place.num_pages
-            replicas.append(Replica(*args, make_runner))
+            limits = limits_of(place.artifact, prefill_tokens, max_running)
+            workers.append(_open_worker(place, limits, jump_forward, make_runner))
     except BaseException:
-        for replica in replicas:
-            replica.close()
+        for worker in workers:
+            worker.close()
         raise
-    return replicas[0] if len(replicas) == 1 else Replicas(replicas)
+    return Replicas(workers)
+
+
+def _open_worker(
+    place: Place, limits: Limits, jump_forward: bool, make_runner: MakeRunner
+) -> Worker[Core]:
+    def open_core(device: Device, failures: Failures) -> Core:
+        runner = make_runner(place.artifact, device, place.num_pages, limits.prefill_tokens)
+        return EngineCore(
+            place.artifact, device, runner, limits, failures, jump_forward=jump_forward
+        )
+
+    return Worker(place.device.name, open_core)

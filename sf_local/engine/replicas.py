@@ -1,36 +1,46 @@
-"""Replicas: one engine core a device, as if they were one; requests go where their beginning was
-computed.
+"""Replicas: one engine core a device, behind one interface.
 
-Knows of prompts what they were sent with, not what a replica still holds in its cache.
+A request goes to the replica that was sent most of its prompt before, unless that one is too busy.
+What a replica still holds in its prefix cache is not looked at.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Protocol
 
-from sf_local.artifact.open import Artifact
-from sf_local.device.device import Device
-from sf_local.engine.core import EngineCore
-from sf_local.engine.failures import Failures
 from sf_local.engine.generation import Generation
-from sf_local.engine.scheduler import limits_of
-from sf_local.engine.stats import hit_rate
-from sf_local.engine.worker import Worker
+from sf_local.engine.stats import total
+from sf_local.engine.worker import Work, Worker
 from sf_local.errors import SfLocalError
-from sf_local.model.runner import ModelRunner
+from sf_local.request.request import Request
 
-RunnerFactory = Callable[[Artifact, Device, int], ModelRunner]
-
-BLOCK = 16  # tokens that are remembered together
+BLOCK = 16  # tokens of a prompt that are remembered together
 MAX_BLOCKS = 1 << 16
 MAX_LEAD = 8  # requests that a replica may have more than the one with the fewest
 
 
+class Core(Work, Protocol):
+    """What a replica needs of an engine core; all but `stats` is called on the worker's thread."""
+
+    def add(self, generation: Generation) -> None:
+        """Take a new request in."""
+
+    def cancel(self, generation: Generation) -> None:
+        """End a request with what it has; nothing if it has ended."""
+
+    def flush_cache(self) -> None:
+        """Free all pages that no request uses."""
+
+    def stats(self) -> dict[str, float]:
+        """What `Engine.stats` reports, for this device."""
+
+
 class Router:
-    """Chooses a replica for a prompt: the one that knows most of it, unless it is too busy."""
+    """Chooses a replica for a prompt: the one that was sent most of it, unless it is too busy."""
 
     def __init__(self) -> None:
         self._owners: OrderedDict[int, int] = OrderedDict()  # hash of a prefix -> replica
@@ -61,94 +71,69 @@ def _prefixes(tokens: Sequence[int]) -> list[int]:
     return found
 
 
-class Replica:
-    """A core on a worker of its own: what takes the generations of one device."""
-
-    def __init__(
-        self, artifact: Artifact, device: str, num_pages: int, make_runner: RunnerFactory
-    ) -> None:
-        def open_core(opened: Device, failures: Failures) -> EngineCore:
-            runner = make_runner(artifact, opened, num_pages)
-            return EngineCore(artifact, opened, runner, num_pages, limits_of(artifact), failures)
-
-        self.worker = Worker(device, open_core)
-        self.core = self.worker.core
-        self.drain, self.close = self.worker.drain, self.worker.close
-        self.check_process, self.check_usable = self.worker.check_process, self.worker.check_usable
-
-    def submit(self, generation: Generation) -> None:
-        self.worker.ask(lambda: self.core.add(generation))
-
-    def cancel(self, generation: Generation) -> None:
-        self.worker.tell(lambda: self.core.cancel(generation))
-
-    def flush_cache(self) -> None:
-        self.worker.ask_and_wait(self.core.flush_cache)
-
-    def stats(self) -> dict[str, float]:
-        return self.core.stats()
-
-    @property
-    def is_usable(self) -> bool:
-        return self.worker.is_usable
-
-    @property
-    def num_requests(self) -> int:
-        return self.worker.num_requests
-
-
 class Replicas:
-    """Several replicas in the place of one; those whose device is lost get no more requests."""
+    """The workers of an engine, of which those whose device is lost get no more requests.
 
-    def __init__(self, replicas: Sequence[Replica]) -> None:
-        self.replicas, self._router, self._lock = replicas, Router(), threading.Lock()
+    Its methods may be called from any thread.
+    """
+
+    def __init__(self, workers: Sequence[Worker[Core]]) -> None:
+        self.workers = workers
+        self._router, self._lock = Router(), threading.Lock()
 
     def submit(self, generation: Generation) -> None:
+        """Start a generation; raises as `check_usable` does."""
+        worker = self._choose(generation.request)
+        worker.ask(lambda: worker.core.add(generation))
+
+    def _choose(self, request: Request) -> Worker[Core]:
+        if len(self.workers) == 1:
+            return self.workers[0]
         self.check_usable()
-        loads = {
-            i: replica.num_requests for i, replica in enumerate(self.replicas) if replica.is_usable
-        }
+        loads = {i: w.num_requests for i, w in enumerate(self.workers) if w.is_usable}
         with self._lock:
-            request = generation.request
             chosen = self._router.choose(request.prompt_keys or request.prompt_ids, loads)
-        self.replicas[chosen].submit(generation)
+        return self.workers[chosen]
 
     def cancel(self, generation: Generation) -> None:
-        for replica in self.replicas:  # those that do not have it ignore it
-            replica.cancel(generation)
+        """End a generation with what it has; nothing if it has ended."""
+        for worker in self.workers:  # those that do not have it ignore it
+            worker.tell(lambda core=worker.core: core.cancel(generation))  # type: ignore[misc]
 
     def flush_cache(self) -> None:
-        for replica in self.replicas:
-            if replica.is_usable:
-                replica.flush_cache()
+        """Free all pages that no request uses; returns when it is done."""
+        self.check_usable()
+        for worker in self.workers:
+            if worker.is_usable:
+                worker.ask_and_wait(worker.core.flush_cache)
 
     def drain(self) -> None:
-        for replica in self.replicas:
-            replica.drain()
+        """Take no new generations, and wait until none is left."""
+        for worker in self.workers:
+            worker.drain()
 
     def close(self) -> None:
+        """Fail what is under way and free the devices."""
         with ExitStack() as closing:  # all of them, also if one raises
-            for replica in self.replicas:
-                closing.callback(replica.close)
+            for worker in self.workers:
+                closing.callback(worker.close)
 
     def stats(self) -> dict[str, float]:
-        """The sum over all replicas."""
-        every = [replica.stats() for replica in self.replicas]
-        total = {name: sum(stats[name] for stats in every) for name in every[0]}
-        total["hit_rate"] = hit_rate(total["cached_tokens"], total["prompt_tokens"])
-        return total
+        """What `Engine.stats` reports, for all devices together."""
+        return total([worker.core.stats() for worker in self.workers])
 
     def check_process(self) -> None:
-        self.replicas[0].check_process()
+        """Raise EngineError in a forked child."""
+        self.workers[0].check_process()
 
     def check_usable(self) -> None:
-        """Raise what the replicas raise, once no replica is left."""
+        """Raise what the workers raise, once none of them is usable."""
         self.check_process()
-        if not any(replica.is_usable for replica in self.replicas):
+        if not any(worker.is_usable for worker in self.workers):
             causes: list[SfLocalError] = []
-            for replica in self.replicas:
+            for worker in self.workers:
                 try:
-                    replica.check_usable()
+                    worker.check_usable()
                 except SfLocalError as error:
                     causes.append(error)
             raise type(causes[0])("; ".join(dict.fromkeys(map(str, causes))))

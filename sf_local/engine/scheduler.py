@@ -1,8 +1,9 @@
 """Scheduler: which requests compute which tokens next, and whose pages make room for whom.
 
-Pure Python; knows nothing of devices. Requests that have one token left to compute decode, those
-whose grammar jumped ahead prefill these few tokens, the others prefill their prompts in chunks; all
-happens in every step, so none waits for the others.
+Pure Python; it knows nothing of devices. A request with one token left to compute decodes, one for
+which a grammar forced several tokens prefills these, the others prefill their prompts in chunks.
+Every step has room for all three kinds, so that a long prompt delays the others by one chunk a
+step, and not by all of itself.
 """
 
 from __future__ import annotations
@@ -19,29 +20,35 @@ from sf_local.kv_cache.radix_cache import Match, RadixCache, common_prefix_len
 from sf_local.request.batch import Chunk, Step
 from sf_local.request.request import Request, RequestStatus
 
+PREFILL_TOKENS, MAX_RUNNING = 256, 64  # defaults of Engine
 MAX_EXAMINED = 64  # waiting requests looked at in one step
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one step may hold: compiled batch sizes, tokens of prefill, requests with pages.
+    """What one step may hold.
 
-    reuse: whether a prefill can start at any token, at pages only, or nowhere but at the beginning.
+    Attributes:
+        prefill_batch_sizes, decode_batch_sizes: rows of a compiled call, ascending.
+        prefill_tokens: tokens that are prefilled in one step, padding included.
+        max_running: requests that own KV pages at a time.
+        reuse: whether a prefill can start at any token, at whole pages only, or nowhere but at the
+            beginning of the prompt.
     """
 
     prefill_batch_sizes: Sequence[int]
     decode_batch_sizes: Sequence[int]
-    prefill_tokens: int = 256
-    max_running: int = 64
+    prefill_tokens: int = PREFILL_TOKENS
+    max_running: int = MAX_RUNNING
     reuse: Literal["tokens", "pages", "nothing"] = "tokens"
 
 
 class Scheduler:
     """First come, first served within a priority; running requests own their pages.
 
-    After `next_step`, do its copies, then report every chunk with `computed`; take requests out
-    with `finish` at any time but between a step and its copies. Requests that share an uncomputed
-    prefix wait for the first of them.
+    After `next_step`, do its copies, then report every call's chunks with `commit`; take requests
+    out with `finish` at any time but between a step and its copies. A request whose prefix another
+    one is about to compute waits for that one (its `prefix_leader`).
     """
 
     def __init__(self, pool: PagePool, cache: RadixCache, limits: Limits) -> None:
@@ -62,21 +69,20 @@ class Scheduler:
         """The next piece of work, with pages for all its tokens; empty when there is none."""
         self._reserve_for_decodes()
         copies = self._admit()
-        decoding = [r for r in self.running if r.is_decoding]
+        decoding, jumping, prompts = self._by_phase()
         size = self.limits.decode_batch_sizes[-1]
-        groups = [decoding[i : i + size] for i in range(0, len(decoding), size)]
-        decodes = [[Chunk.of(r, r.num_tokens) for r in group] for group in groups]
-        return Step(copies, self._prefills(), decodes)
+        decodes = [decoding[i : i + size] for i in range(0, len(decoding), size)]
+        return Step(copies, self._prefills(jumping, prompts), decodes)
 
-    def computed(self, chunk: Chunk) -> None:
-        """A chunk's keys and values are in its pages; a prompt's become visible to others."""
-        request = chunk.request
-        if request.status is not RequestStatus.RUNNING:
-            return
-        was_decoding = request.is_decoding
-        request.num_computed = chunk.end
-        if not was_decoding:
-            self._publish(request)
+    def commit(self, chunks: Sequence[Chunk]) -> None:
+        """The keys and values of these chunks are in their pages; what was prefilled becomes
+        visible to other requests."""
+        for chunk in chunks:
+            request = chunk.request
+            if request.status is RequestStatus.RUNNING:
+                request.num_computed = chunk.end
+                if not chunk.is_decode:
+                    self._publish(request)
 
     def finish(self, request: Request, reason: str) -> None:
         """Take a request out, wherever it is; what it computed stays in the cache."""
@@ -112,15 +118,15 @@ class Scheduler:
 
     def _reserve_for_decodes(self) -> None:
         """Pages for the new tokens of running requests, at the cost of later ones."""
+        page_size = self.cache.page_size
         for request in list(self.running):
-            if request.status is RequestStatus.RUNNING:
+            is_full = request.num_tokens > len(request.pages) * page_size
+            if is_full and request.status is RequestStatus.RUNNING:
                 self._grow(request)
 
     def _grow(self, request: Request) -> None:
         """Pages for all tokens: free ones, else cached ones, else those of the last in rank."""
         missing = self._num_pages(request.num_tokens) - len(request.pages)
-        if missing <= 0:
-            return
         while missing > self.pool.num_free + self.pool.num_cached:
             assert len(self.running) > 1, "a request outgrew the pool; `Engine` limits its length"
             victim = self.running[-1]
@@ -210,10 +216,27 @@ class Scheduler:
         insort(self.running, request, key=_rank)
         return True
 
-    def _prefills(self) -> list[list[Chunk]]:
-        """Calls for those whose grammar jumped ahead, then one for prompts; each to the budget."""
-        jumping = [r for r in self.running if r.is_jumping]
-        prompts = [r for r in self.running if not (r.is_jumping or r.is_decoding)]
+    # Calls
+
+    def _by_phase(self) -> tuple[list[Chunk], list[Request], list[Request]]:
+        """Chunks of all requests that decode; requests with forced tokens; those with a prompt."""
+        decoding: list[Chunk] = []
+        jumping: list[Request] = []
+        prompts: list[Request] = []
+        for request in self.running:
+            end, spans = request.num_tokens, request.spans
+            start = request.num_computed
+            if end - start == 1 and not (spans and spans[-1].end == end):  # `is_decoding`
+                needs_logits = not request.takes_the_best
+                decoding.append(Chunk(request, start, end, True, needs_logits, is_decode=True))
+            else:
+                (jumping if start >= len(request.prompt_ids) else prompts).append(request)
+        return decoding, jumping, prompts
+
+    def _prefills(
+        self, jumping: Sequence[Request], prompts: Sequence[Request]
+    ) -> list[list[Chunk]]:
+        """Calls for forced tokens until the budget is spent, then one call for prompts."""
         calls, num_slots = [], 0
         while jumping and num_slots < self.limits.prefill_tokens:
             chunks, slots = self._prefill_call(jumping)
@@ -234,7 +257,7 @@ class Scheduler:
             slots = next(size for size in sizes if size > len(chunks)) * padded
             if chunks and slots > self.limits.prefill_tokens:
                 break
-            chunks.append(Chunk.of(request, request.num_computed + count))
+            chunks.append(_prefill_chunk(request, request.num_computed + count))
             longest, num_slots = max(longest, count), slots
         return chunks, num_slots
 
@@ -251,14 +274,29 @@ def _rank(request: Request) -> tuple[int, int]:
     return (-request.params.priority, request.sequence)
 
 
-def limits_of(artifact: Artifact) -> Limits:
-    """Our own code starts anywhere; amdsharktank's at pages, or only at the beginning."""
+def _prefill_chunk(request: Request, end: int) -> Chunk:
+    """What follows the computed tokens of a request, up to `end`."""
+    start, first = request.num_computed, request.first_logits
+    is_last = end == request.num_tokens
+    return Chunk(
+        request, start, end, is_last,
+        needs_logits=is_last and not request.takes_the_best,
+        wants_all_logits=first is not None and end > first,
+        spans=[span for span in request.spans if span.start < end and start < span.end],
+    )  # fmt: skip
+
+
+def limits_of(
+    artifact: Artifact, prefill_tokens: int = PREFILL_TOKENS, max_running: int = MAX_RUNNING
+) -> Limits:
+    """The limits of a model. Our own compiled code can begin a prefill at any token, amdsharktank's
+    at whole pages or only at the beginning of a prompt; `prefill_tokens` is rounded up to that.
+    """
     config = artifact.config
     sizes = config.prefill_batch_sizes, config.decode_batch_sizes
     if not config.has_prefill_position:
-        return Limits(*sizes, prefill_tokens=artifact.max_tokens, reuse="nothing")
+        return Limits(*sizes, artifact.max_tokens, max_running, "nothing")
     if artifact.manifest:
-        return Limits(*sizes)
-    most = min(Limits.prefill_tokens, artifact.max_tokens)
-    whole_pages = max(1, most // config.page_size) * config.page_size
-    return Limits(*sizes, prefill_tokens=whole_pages, reuse="pages")
+        return Limits(*sizes, prefill_tokens, max_running)
+    num_pages = -(-min(prefill_tokens, artifact.max_tokens) // config.page_size)
+    return Limits(*sizes, num_pages * config.page_size, max_running, "pages")

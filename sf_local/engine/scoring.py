@@ -2,65 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from sf_local.engine.top_k import refusal
+from sf_local.engine.handle import Handle
+from sf_local.engine.input_processor import InputProcessor, PromptInput, needs_all_logits
 from sf_local.errors import EngineError, RequestError
 from sf_local.kv_cache.radix_cache import common_prefix_len
 from sf_local.request.checks import shown
 from sf_local.request.output import Output, Score
 from sf_local.request.params import SamplingParams
+from sf_local.request.prompt import Prompt
+from sf_local.vision.image_file import ImageInput
 
-if TYPE_CHECKING:
-    from sf_local.engine.engine import Engine
-    from sf_local.engine.handle import Handle
-    from sf_local.vision.image_file import ImageInput
+Submit = Callable[[PromptInput, SamplingParams], Handle]
 
 
 def score(
-    engine: Engine,
+    inputs: InputProcessor,
+    submit: Submit,
     prompt: str,
     continuations: Sequence[str],
     unconditional: bool,
     params: SamplingParams,
     images: Sequence[ImageInput] = (),
 ) -> list[Score]:
-    """Score all continuations at once; the prompt is computed once, if it is not cached.
+    """Score all continuations at once, as `Engine.score` describes; the prompt is computed once, if
+    it is not cached.
 
-    params: only priority and timeout count. Raises RequestError for a continuation that adds no
-    token, EngineError if the timeout passes.
+    submit: starts a generation. Raises RequestError for a continuation that adds no token,
+    EngineError if the timeout passes.
     """
     is_list = isinstance(continuations, Sequence) and not isinstance(continuations, str)
     if not (is_list and continuations and all(isinstance(c, str) for c in continuations)):
         raise RequestError(f"choices={shown(continuations)} must be a list of str, not empty")
-    if (k := engine.artifact.config.top_k) is not None:
-        raise refusal("choices", continuations, k)
-    images = engine.given(images)
-    before = engine.prepare(engine.encode(prompt), images) if prompt else None
-    prompts = [engine.prepare(engine.encode(prompt, c), images) for c in continuations]
-    starts = [0 if before is None else common_prefix_len(before.ids, p.ids) for p in prompts]
-    for index, (ready, start) in enumerate(zip(prompts, starts, strict=True)):
-        if not 0 < start < len(ready.ids):
-            problem = "has no text before it" if not start else "adds no token to the prompt"
-            raise RequestError(f"choices[{index}]={shown(continuations[index])} {problem}")
+    if (k := inputs.artifact.config.top_k) is not None:
+        raise needs_all_logits("choices", continuations, k)
+    prompts, starts = _prompts(inputs, prompt, continuations, inputs.given(images))
     params = SamplingParams(
         max_new_tokens=0, return_logprob=True, priority=params.priority, timeout=params.timeout
     )
     given = [
-        engine.submit(ready, replace(params, logprob_start_len=start - 1))
+        submit(ready, replace(params, logprob_start_len=start - 1))
         for ready, start in zip(prompts, starts, strict=True)
     ]
     alone: list[Handle | None] = [None] * len(given)
     if unconditional:
         params = replace(params, logprob_start_len=0)
         pairs = zip(prompts, starts, strict=True)
-        alone = [engine.submit(ready.ids[start:], params) for ready, start in pairs]
+        alone = [submit(ready.ids[start:], params) for ready, start in pairs]
     return [
         _score(_finished(a), None if b is None else _finished(b))
         for a, b in zip(given, alone, strict=True)
     ]
+
+
+def _prompts(
+    inputs: InputProcessor, prompt: str, continuations: Sequence[str],
+    images: Sequence[ImageInput],
+) -> tuple[list[Prompt], list[int]]:  # fmt: skip
+    """The prompt with each continuation, and how many of its tokens are the prompt's alone."""
+    before = inputs.prepare(inputs.encode(prompt), images).ids if prompt else []
+    prompts = [inputs.prepare(inputs.encode(prompt, c), images) for c in continuations]
+    starts = [common_prefix_len(before, ready.ids) for ready in prompts]
+    for index, (ready, start) in enumerate(zip(prompts, starts, strict=True)):
+        if not 0 < start < len(ready.ids):
+            problem = "has no text before it" if not start else "adds no token to the prompt"
+            raise RequestError(f"choices[{index}]={shown(continuations[index])} {problem}")
+    return prompts, starts
 
 
 def _score(given: Output, alone: Output | None) -> Score:

@@ -1,7 +1,8 @@
-"""Stats: what an engine core counts, as `Engine.stats` reports it."""
+"""What an engine core counts, as `Engine.stats` reports it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from sf_local.engine.scheduler import Scheduler
@@ -9,8 +10,9 @@ from sf_local.engine.scheduler import Scheduler
 
 @dataclass
 class Counters:
-    """Since the start. Seconds are of the worker's thread; call_seconds are inside compiled
-    functions, where mask_seconds are hidden."""
+    """Counts since the start. Seconds are those of the worker's thread. call_seconds are spent in
+    compiled functions and waiting for them; grammars compute their masks meanwhile
+    (mask_seconds)."""
 
     prompt_tokens: float = 0.0
     cached_tokens: float = 0.0
@@ -26,7 +28,7 @@ class Counters:
 
 
 def stats(scheduler: Scheduler, counters: Counters) -> dict[str, float]:
-    """Counters, and what is going on."""
+    """The counters, the number of requests and KV pages in each state, and the limits."""
     pool = scheduler.pool
     return {
         "running": len(scheduler.running),
@@ -38,7 +40,17 @@ def stats(scheduler: Scheduler, counters: Counters) -> dict[str, float]:
         **asdict(counters),
         "hit_rate": hit_rate(counters.cached_tokens, counters.prompt_tokens),
         "preemptions": scheduler.num_preemptions,
+        "prefill_tokens": scheduler.limits.prefill_tokens,
+        "max_running": scheduler.limits.max_running,
     }
+
+
+def total(every: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The stats of several devices together: sums, but for rates and limits, which are each one's
+    own."""
+    summed = {name: sum(stats[name] for stats in every) for name in every[0]}
+    summed["hit_rate"] = hit_rate(summed["cached_tokens"], summed["prompt_tokens"])
+    return summed | {name: every[0][name] for name in ("prefill_tokens", "max_running")}
 
 
 def hit_rate(cached_tokens: float, prompt_tokens: float) -> float:

@@ -1,6 +1,6 @@
 """Worker: the thread of one device, which runs an engine core step by step.
 
-Other threads put what they want done into its inbox; it is done between two steps.
+Other threads put functions into its inbox, which it calls between two steps.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ from sf_local.model.runner import ModelRunner
 
 
 class Work(Protocol):
-    """What a worker runs, on its own thread."""
+    """What a worker runs, on its own thread. runner: what lies on the device."""
 
     runner: ModelRunner
 
     @property
-    def num_requests(self) -> int: ...
+    def num_requests(self) -> int:
+        """Requests that have not ended."""
 
-    async def start(self) -> None: ...
+    async def start(self) -> None:
+        """Prepare the device; called once, before the first step."""
 
     async def step(self, started_at: float) -> bool:
-        """Whether there was anything to do. started_at: `time.perf_counter()`."""
+        """Do one step; False if there was nothing to do. started_at: `time.perf_counter()`."""
 
     def fail_all(self, make_error: Callable[[], SfLocalError]) -> None:
         """End every request with an error of its own."""
@@ -42,10 +44,16 @@ Core = TypeVar("Core", bound=Work)
 
 
 class Worker(Generic[Core]):
-    """Opens a device and runs a core on its thread until closed. Its methods take any thread."""
+    """Opens a device and runs a core on its thread until closed.
+
+    Public methods may be called from any thread.
+    """
 
     def __init__(self, device: str, open_core: Callable[[Device, Failures], Core]) -> None:
-        """Raises what `open_core` raises, and DeviceError for a device that fails at start."""
+        """Raises what `open_core` raises, and DeviceError for a device that fails at start.
+
+        device: its name. open_core: makes the core, once, on the open device.
+        """
         self._inbox: deque[Callable[[], None]] = deque()
         self._idle: Any = None  # the future that the thread waits on when it has no work
         self._is_closing = self._is_draining = False
@@ -68,21 +76,22 @@ class Worker(Generic[Core]):
             raise self._not_started(self._failure) from self._failure
 
     def ask(self, action: Callable[[], None]) -> None:
-        """Let the worker do something between two steps. Raises as `check_usable` does."""
+        """Call a function on the worker's thread, between two steps. Raises as `check_usable`
+        does."""
         self.check_usable()
         self._put(action)
-        if self._is_closing:  # it may not have seen the inbox any more
+        if self._is_closing:  # the worker may have looked into its inbox for the last time
             self._ended.wait()
             with self._fail_lock:
                 self._fail_all()
 
     def tell(self, action: Callable[[], None]) -> None:
-        """The same for what is moot once the worker is closed, or in a forked child."""
+        """The same; nothing happens if the worker is closed, or in a forked child."""
         if not self._is_closing and os.getpid() == self._process_id:
             self._put(action)
 
     def ask_and_wait(self, action: Callable[[], None]) -> None:
-        """Return once it is done, or the worker has ended. Raises as `check_usable` does."""
+        """`ask`, and return once the function has returned, or the worker has ended."""
         self.check_usable()
         done = threading.Event()
 
@@ -98,11 +107,12 @@ class Worker(Generic[Core]):
 
     @property
     def is_usable(self) -> bool:
+        """Whether it takes new work."""
         return not (self._is_closing or self._is_draining)
 
     @property
     def num_requests(self) -> int:
-        """Those that run, wait, or are about to."""
+        """Requests that run, wait, or are in the inbox."""
         return self.core.num_requests + len(self._inbox)
 
     def drain(self) -> None:
@@ -115,11 +125,11 @@ class Worker(Generic[Core]):
                 break
 
     def close(self) -> None:
-        """Stop after the current step, fail what is under way, free the device."""
+        """Stop after the current step, fail the requests that have not ended, free the device."""
         if os.getpid() != self._process_id:
             self._device.leak_in_child(self.core.runner)
             return
-        if threading.get_ident() == self._thread_id:  # garbage collected on the worker's thread
+        if threading.get_ident() == self._thread_id:  # the engine was garbage collected here
             threading.Thread(target=self.close, name="sf_local-close").start()
             return
         with self._close_lock:
@@ -142,7 +152,7 @@ class Worker(Generic[Core]):
             self._device.leak_and_park(runner)
 
     def check_process(self) -> None:
-        """Raise EngineError in a forked child: the thread is not there."""
+        """Raise EngineError in a forked child, which does not have the thread."""
         if os.getpid() != self._process_id:
             raise EngineError(
                 "the engine belongs to the parent process and cannot be used after os.fork(); make "
@@ -163,7 +173,7 @@ class Worker(Generic[Core]):
                 self._device.worker.call_threadsafe(self._end_idling)
 
     def _not_started(self, error: BaseException) -> BaseException:
-        """The error to raise, once the device is out of the way."""
+        """Close the device, and return the error to raise."""
         is_known = isinstance(error, SfLocalError) and not isinstance(error, DeviceError)
         if self._device is not None and (self._device.shares_memory or is_known):
             self._device.close()
@@ -191,7 +201,7 @@ class Worker(Generic[Core]):
             self._end_all()
 
     def _give_up(self, error: DeviceError) -> None:
-        """In the place of a worker that waits for ever."""
+        """Fail everything from the device's watchdog, because the worker waits for ever."""
         self._thread_id = threading.get_ident()
         self.core.runner.has_ever_failed = True
         is_started = self._started.is_set()
@@ -215,7 +225,7 @@ class Worker(Generic[Core]):
 
     def _do_what_was_asked(self) -> None:
         while self._inbox:
-            try:  # `drain` must see it until it is done
+            try:  # it stays in the inbox until it is done, so that `drain` sees it
                 self._inbox[0]()
             finally:
                 self._inbox.popleft()

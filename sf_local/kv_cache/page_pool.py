@@ -1,19 +1,18 @@
 """PagePool: which KV pages are free, used by requests, or only kept by the prefix cache.
 
-Pure Python; it hands out page ids and never touches device memory. Page 0 is never given out:
-padded rows write there.
+Hands out page ids, and never touches device memory. Page 0 is never handed out: rows that only pad
+a batch write there.
 """
 
 from collections.abc import Sequence
 
 
 class PagePool:
-    """Owners of pages 1 .. num_pages - 1. free + used + cached = num_pages - 1, always.
+    """Reference counts of pages 1 to num_pages - 1; num_free + num_used + num_cached is constant.
 
-    Requests own pages: whoever gets one from `allocate` or adds an owner with `retain` must
-    `release` it once. The cache is no owner: it keeps what it marked with `keep`, so that the page
-    outlives its owners, until `drop`. A page that has an owner is locked; one that is only kept can
-    be evicted.
+    Requests own pages: whoever gets one from `allocate`, or adds an owner with `retain`, must
+    `release` it once. The cache is not an owner: it marks pages with `keep`, so that they outlive
+    their owners, until `drop`. A page with an owner is locked; one that is only kept is evictable.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -22,21 +21,24 @@ class PagePool:
         self._free = list(range(num_pages - 1, 0, -1))
         self._owners = [0] * num_pages
         self._kept = [False] * num_pages
-        self.num_cached = 0  # kept by the cache, without owner
+        self.num_cached = 0  # pages that the cache keeps and nobody owns
 
     @property
     def num_free(self) -> int:
+        """Pages that can be allocated."""
         return len(self._free)
 
     @property
     def num_used(self) -> int:
+        """Pages that have an owner."""
         return self.num_pages - 1 - self.num_free - self.num_cached
 
     def is_locked(self, page: int) -> bool:
+        """Whether a page has an owner."""
         return self._owners[page] > 0
 
     def allocate(self, count: int) -> list[int]:
-        """`count` pages with one owner each; the caller has checked `num_free`."""
+        """`count` pages with one owner each; check `num_free` before."""
         assert 0 <= count <= self.num_free, f"{count} pages asked for, {self.num_free} free"
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
@@ -44,7 +46,7 @@ class PagePool:
         return pages
 
     def retain(self, pages: Sequence[int]) -> None:
-        """Add one owner to each page, which has one or is kept."""
+        """Add one owner to each page; it must have one or be kept."""
         for page in pages:
             assert self._owners[page] or self._kept[page], f"page {page} is free"
             self.num_cached -= self._owners[page] == 0
@@ -65,7 +67,7 @@ class PagePool:
         self._kept[page] = True
 
     def drop(self, page: int) -> None:
-        """The cache forgets a page; it becomes free when it has no owner."""
+        """End `keep`; the page becomes free once it has no owner."""
         assert self._kept[page], f"page {page} is not kept"
         self._kept[page] = False
         if self._owners[page] == 0:
@@ -73,14 +75,14 @@ class PagePool:
             self._settle(page)
 
     def _settle(self, page: int) -> None:
-        """Where a page goes that has no owner any more."""
+        """Put a page that has lost its last owner, or its mark, where it belongs now."""
         if self._kept[page]:
             self.num_cached += 1
         else:
             self._free.append(page)
 
     def check_integrity(self) -> None:
-        """Assert that every page is free, used or cached, in one way only, and page 0 none."""
+        """Assert that every page but page 0 is exactly one of free, used and cached."""
         free = set(self._free)
         assert len(free) == len(self._free), "a page is free twice"
         used = {page for page, owners in enumerate(self._owners) if owners}

@@ -1,8 +1,8 @@
-"""RadixCache: which token sequences have their keys and values in which pages.
+"""RadixCache: which pages hold the keys and values of which token sequences.
 
-Pure Python, after SGLang's RadixAttention (Zheng et al. 2024). A node is one page: its tokens, and
-the pages that may follow. Only leaves may be partly filled. What a kept page holds for its tokens
-never changes; a running request may still fill the slots after them.
+A tree after SGLang's RadixAttention (Zheng et al. 2024), of one node a page: its tokens, and the
+pages that continue them. Only leaves may be partly filled. What a page in the tree holds for its
+tokens never changes, but a running request may still fill the slots after them.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from dataclasses import dataclass, field
 
 from sf_local.kv_cache.page_pool import PagePool
 
-Tokens = tuple[int, ...]
+Tokens = tuple[int, ...]  # at most a page of them
 
 
 @dataclass(eq=False)
 class Node:
-    """The tokens of one page, after those of its parents; at most `page_size`."""
+    """A page, and the tokens in it, which follow those of its parents."""
 
     tokens: Tokens
     page: int
     parent: Node | None
     children: dict[Tokens, Node] = field(default_factory=dict)
-    keys: list[Tokens] = field(default_factory=list)  # of children, sorted
+    keys: list[Tokens] = field(default_factory=list)  # the children's tokens, sorted
 
 
 @dataclass(frozen=True)
 class Match:
-    """The longest cached prefix: whole pages to share, then part of one to copy.
+    """The longest cached prefix: whole pages, which can be shared, and part of one, to be copied.
 
-    The first `num_partial` tokens of `partial_page` continue those of `pages`.
+    The first `num_partial` tokens of `partial_page` follow those of `pages`.
     """
 
     pages: list[int]
@@ -41,13 +41,15 @@ class Match:
 
 
 class RadixCache:
-    """Keeps pages of a PagePool. `match` locks nothing: retain what it returns, or copy it, before
-    the next `evict`."""
+    """Keeps pages of a PagePool for prompts that begin alike.
+
+    `match` locks nothing: retain the pages it returns, or copy them, before the next `evict`.
+    """
 
     def __init__(self, pool: PagePool, page_size: int) -> None:
         self.pool, self.page_size = pool, page_size
         self._root = Node((), 0, None)
-        # Least recently used first; a node is always older than its parents.
+        # Least recently used first; a node always comes before its parents.
         self._nodes: OrderedDict[Node, None] = OrderedDict()
 
     def __len__(self) -> int:
@@ -55,7 +57,7 @@ class RadixCache:
         return len(self._nodes)
 
     def match(self, tokens: Sequence[int]) -> Match:
-        """The longest cached prefix of `tokens`, to the token."""
+        """The longest cached prefix of `tokens`; it may end inside a page."""
         node: Node = self._root
         pages: list[int] = []
         for start in range(0, len(tokens), self.page_size):
@@ -71,10 +73,10 @@ class RadixCache:
         return Match(pages)
 
     def insert(self, tokens: Sequence[int], pages: Sequence[int]) -> list[int]:
-        """Keep `pages`, owned by the caller, which hold `tokens`; the last may be partly filled.
+        """Keep the caller's `pages`, which hold `tokens`; the last may be partly filled.
 
-        Returns the pages to go on with: where the cache has a full page already, that one, and the
-        caller's ownership moves to it.
+        Returns the pages to go on with: a full page of the same tokens that is in the cache already
+        takes the place of the caller's, and so does its ownership.
         """
         node: Node = self._root
         result: list[int] = []
@@ -104,19 +106,19 @@ class RadixCache:
         return len(victims)
 
     def forget(self, pages: Sequence[int]) -> None:
-        """Keep pages no longer that are partly filled, of those that are kept at all."""
+        """Take partly filled pages out of the cache, those of `pages` that are in it."""
         for node in [node for node in self._nodes if node.page in pages]:
             self._remove(node)
 
     def clear(self) -> None:
-        """Forget everything, locked pages too; their owners keep them."""
+        """Forget everything. Pages that have owners stay theirs."""
         for node in self._nodes:
             self.pool.drop(node.page)
         self._nodes.clear()
         self._root = Node((), 0, None)
 
     def check_integrity(self) -> None:
-        """Assert that the tree and the list of nodes agree, and that only leaves are partial."""
+        """Assert that tree and list of nodes agree, and that only leaves are partly filled."""
         found = list(self._walk())
         assert len(found) == len(self._nodes) and set(found) == set(self._nodes)
         assert len({node.page for node in found}) == len(found), "a page is in two nodes"
@@ -126,7 +128,10 @@ class RadixCache:
             assert all(child.parent is node for child in node.children.values())
 
     def _add(self, node: Node, chunk: Tokens, page: int) -> Node:
-        """A new child, in place of a partial one that it extends; or the one that has it all."""
+        """Add a child, which replaces a partly filled one that it extends.
+
+        Returns an existing child instead if that holds all tokens of `chunk`.
+        """
         nearest, common = self._nearest(node, chunk)
         if nearest is not None and common == len(chunk):
             return nearest
@@ -140,7 +145,10 @@ class RadixCache:
         return child
 
     def _nearest(self, node: Node, chunk: Tokens) -> tuple[Node | None, int]:
-        """The child that shares most tokens with `chunk`, and how many: a neighbour in order."""
+        """The child that shares most tokens with `chunk`, and how many.
+
+        It is one of the two neighbours of `chunk` among the sorted keys.
+        """
         best, most = None, 0
         at = bisect_left(node.keys, chunk)
         for key in node.keys[max(at - 1, 0) : at + 1]:
@@ -150,11 +158,13 @@ class RadixCache:
         return best, most
 
     def _touch(self, node: Node | None) -> None:
+        """Make a node, and then its parents, the most recently used."""
         while node is not None and node.parent is not None:
             self._nodes.move_to_end(node)
             node = node.parent
 
     def _detach(self, node: Node) -> None:
+        """Take a node from its parent, but not from the list of nodes."""
         assert node.parent is not None
         del node.parent.children[node.tokens]
         del node.parent.keys[bisect_left(node.parent.keys, node.tokens)]
@@ -173,7 +183,7 @@ class RadixCache:
 
 
 def common_prefix_len(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences share at their beginnings."""
+    """How many tokens two sequences have in common at their beginnings."""
     length = min(len(a), len(b))
     if a[:length] == b[:length]:
         return length

@@ -1,7 +1,7 @@
-"""Arguments and results of calls: numpy arrays on the host, and where they lie on the device.
+"""Arguments and results of calls: numpy arrays on the host, and their arrays on the device.
 
-A CPU shares its memory with the host. To and from a GPU everything goes through one buffer on
-either side: all arguments of a call in one copy, each of its results in another.
+A CPU shares its memory with the host. For a GPU, the arguments of a call are packed into one buffer
+and sent in one copy; its results come back in one copy each.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sf_local.device.device import Device
 from sf_local.errors import EngineError
 
-ALIGNMENT = 256  # bytes, of arrays that share a buffer
+ALIGNMENT = 256  # bytes, of the arrays inside a buffer
 NUMPY_DTYPES: dict[str, Any] = {
     "float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16,
     "int64": np.int64,
@@ -28,9 +28,10 @@ Array = NDArray[Any]
 
 
 class Argument:
-    """Values of an argument, and its array on a device where the host can write.
+    """An argument of a compiled function, of one shape and dtype, used for many calls.
 
-    rows: what the rows of a page table hold.
+    values: what to send. array: a device array that shares their memory; None for a GPU. rows: of a
+    page table, the page ids that each row of `values` holds, by index.
     """
 
     def __init__(self, device: Device, shape: tuple[int, ...], dtype: type) -> None:
@@ -45,7 +46,7 @@ class Argument:
 
 
 class Upload:
-    """The way of arguments to a GPU: of one call at a time."""
+    """A buffer that carries arguments to a GPU, for one call at a time."""
 
     def __init__(self, device: Device, num_bytes: int) -> None:
         scoped = device.scoped
@@ -54,7 +55,10 @@ class Upload:
         self._bytes = _mapped(self._staging)
 
     def send(self, arguments: Iterable[Argument]) -> list[Any]:
-        """Queue the copy; the arrays that it will fill."""
+        """Queue one copy of all arguments; returns the device arrays that it fills.
+
+        Raises EngineError if they do not fit into the buffer.
+        """
         every = [argument.values for argument in arguments]
         needed = sum(ALIGNMENT + values.nbytes for values in every)
         if needed > len(self._bytes):
@@ -71,17 +75,19 @@ class Upload:
 
 
 class Download:
-    """The way of results from a GPU: of one call at a time."""
+    """A buffer that carries results from a GPU, for one call at a time."""
 
     def __init__(self, device: Device, num_bytes: int) -> None:
         self._device = device
         self._reserve(num_bytes)
 
     def fetch(self, results: Sequence[Any]) -> list[Array]:
-        """Queue copies of results that are not None; the values hold until the next call."""
+        """Queue copies of device arrays; returns arrays that hold their values once the device is
+        done, until the next call. Empty ones for None.
+        """
         sizes = [0 if result is None else _num_bytes(result) for result in results]
         needed = sum(ALIGNMENT + size for size in sizes)
-        if needed > len(self._bytes):  # all logits of a prompt, or a model that cannot sum up
+        if needed > len(self._bytes):  # logits of all tokens, or of a model without summaries
             self._reserve(needed)
         values, end = [], 0
         for result, size in zip(results, sizes, strict=True):
@@ -99,35 +105,41 @@ class Download:
 
 
 def read(result: Any) -> Array:
-    """The values of a result in shared memory, which they keep alive; none of None."""
-    return nothing() if result is None else _shaped(_mapped(result), result)
+    """The values of a result in shared memory, which they keep alive; empty for None."""
+    if result is None:
+        return nothing()
+    mapping, dtype = result.map(write=True, read=True), NUMPY_DTYPES[result.dtype.name]
+    return np.frombuffer(mapping, dtype).reshape(result.shape)
 
 
 def nothing() -> Array:
+    """The place of a result that is not fetched."""
     return np.empty(0, np.float32)
 
 
 def buffer_bytes(*num_elements: int) -> int:
-    """The size of a buffer for arrays of so many elements, of up to 8 bytes each."""
+    """The size of a buffer for arrays of these numbers of elements, of up to 8 bytes each."""
     return sum(ALIGNMENT + 8 * count for count in num_elements)
 
 
 def _mapped(array: Any) -> NDArray[np.uint8]:
-    """The bytes of an array that the host can touch; they keep it alive."""
+    """The bytes of an array in host memory, which they keep alive."""
     return np.frombuffer(array.map(write=True, read=True), np.uint8)
 
 
 def _shaped(values: NDArray[np.uint8], like: Any) -> Array:
+    """Bytes with the dtype and shape of a device array."""
     typed: Array = values.view(NUMPY_DTYPES[like.dtype.name])
     return typed.reshape(like.shape)
 
 
 def _typed(buffer: Any, begin: int, end: int, shape: Sequence[int], dtype: Any) -> Any:
-    """Bytes [begin, end) of a buffer as an array."""
+    """Bytes [begin, end) of a buffer as a device array."""
     return sfnp.device_array(buffer.view(slice(begin, end)).storage, list(shape), dtype)
 
 
 def _place_behind(end: int, num_bytes: int) -> tuple[int, int]:
+    """Begin and end of the next array in a buffer that is filled up to `end`."""
     begin = -(-end // ALIGNMENT) * ALIGNMENT
     return begin, begin + num_bytes
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""What one step of the scheduler computes: chunks of requests, and the rows of a call."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sf_local.request.prompt import Span
-from sf_local.request.request import Request, RequestStatus
+from sf_local.request.request import Request
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
-    """Tokens of one sequence at positions start .. start + len(tokens) - 1, and all its pages.
+    """Tokens of one sequence at positions start .. end - 1, as the model gets them.
 
-    spans: where tiles, which have embeddings, take the place of tokens.
+    page_ids: KV pages of positions 0 .. end - 1. spans: where tiles of images, which have
+    embeddings, take the place of tokens.
     """
 
     tokens: Sequence[int]
@@ -23,16 +24,23 @@ class Row:
 
     @property
     def end(self) -> int:
+        """The position behind the last token, which is the length of the sequence so far."""
         return self.start + len(self.tokens)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens [start, end) of one request, to be computed in one call.
+    """Positions start .. end - 1 of one request, computed in one call.
 
-    is_last: whether the next token is sampled after it. needs_logits: whether its last token's
-    logits are needed for that; else the best token is enough. wants_all_logits: whether the
-    logits of other tokens are wanted as well. spans: tiles of which it shows something.
+    The scheduler decides all of it once, and everyone else reads it.
+
+    Attributes:
+        is_last: nothing is left behind it, so the next token is sampled after it.
+        needs_logits: sampling needs the logits after its last token; else the likeliest token that
+            the model reports is enough.
+        is_decode: it is one token for a decode call; else it goes to a prefill call.
+        wants_all_logits: log probabilities of the prompt need the logits of its other tokens, too.
+        spans: tiles of images of which it shows something.
     """
 
     request: Request
@@ -40,25 +48,9 @@ class Chunk:
     end: int
     is_last: bool
     needs_logits: bool
-    wants_all_logits: bool
+    is_decode: bool = False
+    wants_all_logits: bool = False
     spans: Sequence[Span] = ()
-
-    @classmethod
-    def of(cls, request: Request, end: int) -> Chunk:
-        """What follows the computed tokens of a request, up to `end`."""
-        start, first = request.num_computed, request.first_logits
-        is_last = end == request.num_tokens
-        return cls(
-            request, start, end, is_last,
-            needs_logits=is_last and not request.takes_the_best,
-            wants_all_logits=first is not None and end > first,
-            spans=[s for s in request.spans if s.start < end and start < s.end],
-        )  # fmt: skip
-
-    @property
-    def is_running(self) -> bool:
-        """Whether its request has not ended since it was scheduled."""
-        return self.request.status is RequestStatus.RUNNING
 
 
 @dataclass(frozen=True)

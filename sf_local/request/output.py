@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a request returns: its text, log probabilities, and scores of continuations."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ from dataclasses import dataclass, field
 class Output:
     """A finished generation.
 
-    text: without stop strings and special tokens. token_ids: all new tokens, the one that ended it
-    included. finish_reason: "stop", "length", "abort" or "timeout"; matched: the stop text or token
-    id. cached_tokens: of the prompt, found in the cache. logprobs: with `return_logprob`.
+    Attributes:
+        text: the answer without stop strings and special tokens.
+        token_ids: all new tokens, with the one that ended the answer.
+        finish_reason: "stop", "length", "abort" or "timeout".
+        matched: the stop string or the token id that ended the answer; None if none did.
+        prompt_tokens, completion_tokens: the lengths of prompt and answer.
+        cached_tokens: tokens of the prompt that were found in the prefix cache.
+        time_to_first_token, latency: seconds from submit to the first token, and to the last.
+        logprobs: log probabilities, with `return_logprob`.
     """
 
     text: str
@@ -22,25 +28,28 @@ class Output:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
-    time_to_first_token: float  # seconds since submit
-    latency: float  # seconds since submit
+    time_to_first_token: float
+    latency: float
     logprobs: Logprobs | None = None
 
 
-Delivery = tuple[str, Output | None] | BaseException
+Delivery = tuple[str, Output | None] | BaseException  # new text, with the output at the end
 
-
-Top = list[tuple[float, int]]  # (log probability, token), best first
+Top = list[tuple[float, int]]  # the likeliest tokens: (log probability, token), best first
 
 
 @dataclass
 class Logprobs:
-    """Natural log probabilities of a prompt's tokens from some position on, and of its answer's.
+    """Natural log probabilities of the tokens of a prompt, from some position on, and its answer.
 
-    prompt_ids, prompt: those tokens; the first has None, for nothing is known before it. The
-    model's own distribution. output: the answer's tokens, under the distribution they were drawn
-    from before top-k, top-p and min-p; 0 for those that a grammar forced. prompt_top, output_top:
-    the likeliest tokens in their places.
+    Attributes:
+        prompt_ids: the prompt's tokens from that position on.
+        prompt: their log probabilities, by the model's own distribution. The first one is None, as
+            it is not conditioned on anything.
+        prompt_top: the likeliest tokens in the place of each.
+        output: the answer's, by the distribution they were drawn from, without top-k, top-p and
+            min-p. 0 for tokens that a grammar forced.
+        output_top: the likeliest tokens in the place of each.
     """
 
     prompt_ids: Sequence[int] = ()
@@ -52,11 +61,15 @@ class Logprobs:
 
 @dataclass(frozen=True)
 class Score:
-    """Tokens of a continuation with their natural log probabilities, given all before them.
+    """Natural log probabilities of the tokens of a continuation, each given all tokens before it.
 
-    The tokens are those of prompt and continuation together that the prompt alone does not have:
-    where both merge at the seam, the merged token counts. unconditional: without the prompt; the
-    first is None, for nothing is before it.
+    Attributes:
+        token_ids: the tokens of prompt and continuation, tokenized as one text, after those that
+            the prompt alone has as well. A token that spans the border of both is among them.
+        logprobs: their log probabilities.
+        unconditional: their log probabilities without the prompt, if asked for; None for the first,
+            as it is not conditioned on anything.
+        prompt_tokens, cached_tokens: tokens of the prompt, and how many the prefix cache had.
     """
 
     token_ids: list[int]
@@ -67,4 +80,5 @@ class Score:
 
     @property
     def mean(self) -> float:
+        """The mean of `logprobs`."""
         return sum(self.logprobs) / len(self.logprobs)

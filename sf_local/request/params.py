@@ -1,4 +1,4 @@
-"""TODO."""
+"""SamplingParams: how to continue a prompt."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from sf_local.errors import RequestError
 from sf_local.request.checks import check_bool, check_float, check_int, shown
 
 MAX_STOPS = 256
-
-
 MAX_SAMPLES = 1024
-
-
 MAX_TOP_LOGPROBS = 1000
-
-
 MAX_BIASES = 10_000
-
-
-GRAMMARS = "regex", "json_schema", "ebnf"
+GRAMMARS = "regex", "json_schema", "ebnf"  # parameters of which at most one is given
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to continue a prompt. Every value is checked here; RequestError names the culprit.
+    """How to continue a prompt. Every value is checked here; RequestError names the wrong one.
 
-    Length: at least min_new_tokens (the model's end tokens and stop_token_ids are forbidden before)
-    and at most max_new_tokens, 0 allowed. stop: texts that end the generation, trimmed.
-    stop_token_ids: tokens that do. ignore_eos: go on after the model's own end tokens.
-
-    Choice of a token, in this order: frequency_penalty and presence_penalty in [-2, 2], for tokens
-    of the answer; repetition_penalty in (0, 2], for tokens of prompt and answer, 1 for none;
-    logit_bias: token id to what is added to its logit; temperature, below 1e-6 is greedy;
-    top_k, -1 for all; top_p in (0, 1]; min_p in [0, 1]. seed makes it repeatable.
-
-    Grammar, at most one: regex that the whole text matches; json_schema as text, dict or pydantic
-    model; ebnf in Lark's syntax as llguidance reads it, or llama.cpp's GBNF.
-
-    return_logprob: report log probabilities of the answer's tokens, after penalties, grammar and
-    temperature, and of the prompt's from position logprob_start_len on (-1: none); with each, the
-    top_logprobs_num likeliest tokens.
-
-    n: samples of one prompt (`Engine.samples`). priority: higher ones run first. timeout: seconds
-    after which the text so far is the answer.
+    Attributes:
+        max_new_tokens: the most tokens of an answer; 0 computes the prompt only.
+        min_new_tokens: the fewest; before, the model's end tokens and stop_token_ids are forbidden.
+        stop: strings that end the answer, and are not part of its text.
+        stop_token_ids: tokens that end it.
+        ignore_eos: go on after the model's own end tokens.
+        frequency_penalty, presence_penalty: in [-2, 2], for tokens of the answer. Tokens are chosen
+            by these parameters in the order in which they stand here.
+        repetition_penalty: in (0, 2], for tokens of prompt and answer; 1 for none.
+        logit_bias: token id to a number in [-1e4, 1e4] that is added to its logit.
+        temperature: at least 0; below 1e-6 the best token is taken.
+        top_k: draw from this many of the likeliest tokens; -1 for all.
+        top_p: draw from the fewest likeliest tokens that have this probability, in (0, 1].
+        min_p: draw from tokens of at least this share of the best one's probability, in [0, 1].
+        seed: makes the draws repeatable.
+        regex: a regular expression that the whole text matches. At most one grammar may be given.
+        json_schema: a JSON schema that the text follows; as text, dict or pydantic model.
+        ebnf: a grammar in Lark's syntax as llguidance reads it, or in llama.cpp's GBNF.
+        return_logprob: report log probabilities of the answer's tokens, after penalties, grammar
+            and temperature.
+        logprob_start_len: report those of the prompt's tokens as well, from this position on; -1
+            for none.
+        top_logprobs_num: report this many of the likeliest tokens with each of them.
+        n: number of samples of one prompt, for `Engine.samples`.
+        priority: requests of higher priority run first.
+        timeout: seconds after which the text so far is the answer.
     """
 
     max_new_tokens: int = 128
@@ -107,10 +107,12 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
+        """Whether the best token is taken instead of drawing one."""
         return self.temperature < 1e-6
 
     @property
     def has_penalties(self) -> bool:
+        """Whether tokens that have been seen get other logits."""
         return bool(self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1)
 
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Prompt: token ids with image tiles in the place of some of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 class Tile:
     """A tile of an image, shared by all requests that show it.
 
-    pixels uint8 [size, size, 3], until it is encoded: embeds f32 [tokens, H].
+    pixels: uint8 [size, size, 3]; None once the tile is encoded. embeds: its embeddings, f32
+    [tokens, H]; empty before.
     """
 
     pixels: NDArray[np.uint8] | None
@@ -20,23 +21,29 @@ class Tile:
 
     @property
     def num_bytes(self) -> int:
-        pixels = self.pixels  # which another thread may let go of
+        """Memory that the tile takes now."""
+        pixels = self.pixels  # once, as another thread may set it to None
         return self.embeds.nbytes + (0 if pixels is None else pixels.nbytes)
 
 
 @dataclass(frozen=True)
 class Span:
-    """Positions start .. end - 1 of a prompt, which the embeddings of an image's tile take."""
+    """Positions [start, end) of a prompt, whose embeddings are those of an image's tile."""
 
     start: int
     end: int
     tile: Tile
-    image: CutImage  # kept as long as a prompt shows it, and so not cut again
+    image: CutImage  # so that the image stays in memory, and is not cut again for other prompts
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids; where images are, their `keys` are numbers that only the same pixels have."""
+    """A prompt as it is computed.
+
+    ids: token ids, with image tokens where tiles are. keys: what the prefix cache compares: token
+    ids, but for image tokens negative numbers that only the same pixels have. spans: where tiles
+    are. unexpanded: token ids with one marker an image; empty if there are no images.
+    """
 
     ids: list[int]
     keys: list[int]
@@ -45,13 +52,17 @@ class Prompt:
 
     @property
     def plain(self) -> list[int]:
-        """Token ids with a marker for each image."""
+        """Token ids with one marker an image."""
         return self.unexpanded or self.ids
 
 
 @dataclass(frozen=True, eq=False)
 class CutImage:
-    """The grid of an image's tiles, all of them, and a number for what they show."""
+    """An image, cut into tiles.
+
+    rows, columns: the grid of all tiles but the last, which shows the whole image; 0, 0 if it is
+    the only one. number: identifies the image's content.
+    """
 
     rows: int
     columns: int
@@ -60,4 +71,5 @@ class CutImage:
 
     @property
     def num_bytes(self) -> int:
+        """Memory that its tiles take now."""
         return sum(tile.num_bytes for tile in self.tiles)

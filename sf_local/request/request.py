@@ -1,4 +1,4 @@
-"""SamplingParams and Request: what a caller asks for, and what becomes of it."""
+"""Request: one prompt with its growing answer, and how far its computation has come."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 
 class RequestStatus(Enum):
+    """Where a request is: in the scheduler's queue, on KV pages, or done."""
+
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
@@ -21,39 +23,59 @@ class RequestStatus(Enum):
 
 @dataclass(eq=False)
 class Request:
-    """One prompt and its growing answer. All but the first four fields are the scheduler's.
+    """A prompt and the answer so far. `append` adds tokens; nothing is ever taken back.
 
-    The first `num_computed` tokens have their keys and values in `pages`; others can find the first
-    `num_published` of them in the cache.
+    The caller of the engine decides prompt_ids, params, max_new_tokens, spans and prompt_keys; the
+    generation decides takes_the_best and first_logits; the scheduler owns the rest. The first
+    `num_computed` tokens have their keys and values in `pages`, and the first `num_published` of
+    them can be found in the prefix cache by other requests.
+
+    Attributes:
+        max_new_tokens: `params.max_new_tokens`, or less where the context ends before.
+        spans: positions of the prompt that show tiles of images.
+        prompt_keys: what the prefix cache knows the prompt by, if not by its token ids.
+        takes_the_best: the next token is the likeliest, so its logits need not be fetched.
+        first_logits: logits from this position of the prompt on are collected; None for none.
+        num_tokens: length of prompt and answer together.
+        sequence: order of arrival at the scheduler; -1 before it arrived.
+        num_cached: prompt tokens found in the prefix cache when the request first started.
+        prefix_leader: a running request that computes the first `prefix_len` tokens for both.
+        finish_reason: "stop", "length", "abort" or "timeout".
     """
 
     prompt_ids: Sequence[int]
     params: SamplingParams
-    max_new_tokens: int  # params.max_new_tokens, cut at the end of the context
+    max_new_tokens: int
     output_ids: list[int] = field(default_factory=list)
-    sequence: int = -1  # order of arrival at the scheduler; -1 before
+    spans: Sequence[Span] = ()
+    prompt_keys: Sequence[int] = ()
+    takes_the_best: bool = False
+    first_logits: int | None = None
+    num_tokens: int = field(init=False)
+    sequence: int = -1
     status: RequestStatus = RequestStatus.WAITING
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_published: int = 0
-    num_cached: int | None = None  # tokens found in the cache when it first started
-    takes_the_best: bool = False  # whether the next token is the likeliest, whatever the others are
-    first_logits: int | None = None  # the logits from this position on are wanted, too
-    spans: Sequence[Span] = ()  # of the prompt, where tiles of images are
-    prompt_keys: Sequence[int] = ()  # what the cache knows the prompt by, if not its ids
-    prefix_leader: Request | None = None  # computes the first `prefix_len` tokens for both
+    num_cached: int | None = None
+    prefix_leader: Request | None = None
     prefix_len: int = 0
-    finish_reason: str | None = None  # "stop" | "length" | "abort" | "timeout"
+    finish_reason: str | None = None
+
+    def __post_init__(self) -> None:
+        self.num_tokens = len(self.prompt_ids) + len(self.output_ids)
+
+    def append(self, token: int) -> None:
+        """Add a token to the answer."""
+        self.output_ids.append(token)
+        self.num_tokens += 1
 
     @property
     def num_reusable(self) -> int:
-        """Tokens that may come from the cache: the last one's logits are always wanted."""
+        """Tokens whose keys and values may come from the cache. The last token's may not, because
+        its logits are always needed."""
         last = self.num_tokens - 1
         return last if self.first_logits is None else min(last, self.first_logits)
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.prompt_ids) + len(self.output_ids)
 
     @property
     def is_decoding(self) -> bool:
@@ -61,20 +83,14 @@ class Request:
         is_last = self.num_computed == self.num_tokens - 1
         return is_last and not (self.spans and self.spans[-1].end == self.num_tokens)
 
-    @property
-    def is_jumping(self) -> bool:
-        """Whether the prompt is computed, but more than the last token is left of the answer."""
-        return len(self.prompt_ids) <= self.num_computed < self.num_tokens - 1
-
     def tokens(self, start: int, end: int) -> list[int]:
-        """Tokens [start, end) of the prompt and the answer."""
-        return self._slice(self.prompt_ids, start, end)
+        """Token ids at positions start .. end - 1 of prompt and answer."""
+        num_prompt = len(self.prompt_ids)
+        if start >= num_prompt:
+            return self.output_ids[start - num_prompt : end - num_prompt]
+        return [*self.prompt_ids[start:end], *self.output_ids[: max(end - num_prompt, 0)]]
 
     def keys(self, count: int) -> list[int]:
-        """What the cache knows the first `count` tokens by."""
-        return self._slice(self.prompt_keys or self.prompt_ids, 0, count)
-
-    def _slice(self, prompt: Sequence[int], start: int, end: int) -> list[int]:
-        prompt_len = len(prompt)
-        head = list(prompt[start:end])
-        return head + self.output_ids[max(start - prompt_len, 0) : max(end - prompt_len, 0)]
+        """What the prefix cache knows the first `count` tokens by."""
+        prompt = self.prompt_keys or self.prompt_ids
+        return [*prompt[:count], *self.output_ids[: max(count - len(prompt), 0)]]

@@ -1,6 +1,6 @@
-"""What follows the last tokens of a call's rows: logits, and what sums them up.
+"""ModelOutput: logits of a model call, with a summary of each block of 256 of them.
 
-Compiled functions sum up where the logits are made; `summarize` does the same here.
+Compiled functions make the summary on the device; `summarize` does the same here.
 """
 
 from __future__ import annotations
@@ -13,18 +13,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK = 256  # tokens that are summed up together
-LOWEST = np.float32(-1e30)  # finite: the maximum of a block in which nothing is possible
+from sf_local.artifact.manifest import LOGITS_BLOCK
+
+LOWEST = np.float32(-1e30)  # the max of a block without possible tokens; finite, so never NaN
 
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """Logits [n, V] after the last token of each row; the last rows may have none.
+    """Output of one model call: logits after each row's last token, and a summary of them, so that
+    the sampler reads only the blocks of logits it needs.
 
-    best [n]: the first of the likeliest tokens. maxima, sums [n, ceil(V / BLOCK)]: of each block of
-    tokens, the largest logit, and the sum of exp((logit - maximum) * scale) by the row's scale.
+    Attributes:
+        logits: f32 [m, V], of the first m <= n rows only.
+        best: the token with the largest logit, the first if there are several, int64 [n].
+        maxima: of each block of logits, the max, f32 [n, ceil(V / LOGITS_BLOCK)].
+        sums: of each block of logits, the sum of exp((logit - max) * inv_temperature), by the row's
+            inverse temperature, f32 [n, ceil(V / LOGITS_BLOCK)].
     """
 
     logits: Floats
@@ -33,26 +39,26 @@ class ModelOutput:
     sums: Floats
 
     def take(self, rows: Sequence[int] | slice) -> ModelOutput:
-        """Some rows, by number."""
+        """Rows by index, ascending."""
         arrays = (self.logits, self.best, self.maxima, self.sums)
         return ModelOutput(*(_rows(array, rows) for array in arrays))
 
 
 def _rows(array: NDArray[Any], rows: Sequence[int] | slice) -> NDArray[Any]:
-    """Those of the rows that the array has."""
+    """Those of the rows that the array has: of the logits, the last rows may be missing."""
     if isinstance(rows, slice) or not rows or rows[-1] < len(array):
         return array[rows]
     return array[[i for i in rows if i < len(array)]]
 
 
 class WrongLogits(Exception):
-    """What a device returned cannot be logits; the message says what it was."""
+    """What a device returned cannot be logits; the message says what was found."""
 
 
 def what_is_wrong(largest: float) -> str | None:
-    """What the largest of some logits says that they cannot be; None if they can.
+    """What is wrong with logits whose max is `largest`; None if nothing is.
 
-    Single logits of -inf are impossible tokens, but some token must be possible.
+    Logits of -inf are allowed, for impossible tokens, but some token must be possible.
     """
     if math.isnan(largest):
         return "NaN among the logits"
@@ -61,17 +67,17 @@ def what_is_wrong(largest: float) -> str | None:
     return "no finite logit" if largest <= LOWEST else None
 
 
-def find_wrong(following: ModelOutput, vocab_size: int | None) -> dict[int, str]:
-    """What is wrong with rows, by number, as their best tokens, maxima and sums tell.
+def find_wrong(output: ModelOutput, vocab_size: int | None) -> dict[int, str]:
+    """What is wrong with rows, by their index; rows that are fine are left out.
 
-    A NaN makes the sum of its block NaN, where a GPU's maximum may pass over it. vocab_size: None
-    if it is unknown.
+    Judged by the summary alone: a NaN among the logits makes the sum of its block NaN, while the
+    max of a GPU may ignore it. vocab_size: None if unknown.
     """
-    num_tokens = following.maxima.shape[1] * BLOCK if vocab_size is None else vocab_size
-    tops, totals = following.maxima.max(axis=1), following.sums.sum(axis=1)
+    num_tokens = output.maxima.shape[1] * LOGITS_BLOCK if vocab_size is None else vocab_size
+    tops, totals = output.maxima.max(axis=1), output.sums.sum(axis=1)
     wrong: dict[int, str] = {}
     for i, (token, top, total) in enumerate(
-        zip(following.best.tolist(), tops.tolist(), totals.tolist(), strict=True)
+        zip(output.best.tolist(), tops.tolist(), totals.tolist(), strict=True)
     ):
         is_token = 0 <= token < num_tokens
         if is_token and LOWEST < top < math.inf and 0 < total < math.inf:
@@ -84,31 +90,34 @@ def find_wrong(following: ModelOutput, vocab_size: int | None) -> dict[int, str]
 
 
 def unpack(logits: Floats, packed: Floats) -> ModelOutput:
-    """From logits, and one array of the best tokens, the maxima and the sums, as GPUs return."""
+    """A ModelOutput as code for GPUs returns it.
+
+    packed: the best token, the maxima and the sums of each row, f32 [n, 1 + 2 * blocks].
+    """
     num_blocks = packed.shape[1] // 2
     with np.errstate(invalid="ignore"):  # NaN becomes no token
         best = packed[:, 0].astype(np.int64)
     return ModelOutput(logits, best, packed[:, 1 : 1 + num_blocks], packed[:, 1 + num_blocks :])
 
 
-def summarize(logits: Floats, scales: Floats) -> ModelOutput:
-    """Sum up logits [n, V] by scales [n]."""
+def summarize(logits: Floats, inv_temperatures: Floats) -> ModelOutput:
+    """The ModelOutput of logits [n, V] for inverse temperatures [n]."""
     n, width = logits.shape
     blocks = logits
-    if width % BLOCK:
-        blocks = np.full((n, -(-width // BLOCK) * BLOCK), -np.inf, np.float32)
+    if width % LOGITS_BLOCK:
+        blocks = np.full((n, -(-width // LOGITS_BLOCK) * LOGITS_BLOCK), -np.inf, np.float32)
         blocks[:, :width] = logits
-    blocks = blocks.reshape(n, -1, BLOCK)
+    blocks = blocks.reshape(n, -1, LOGITS_BLOCK)
     maxima = np.maximum(blocks.max(axis=2), LOWEST)
     with np.errstate(invalid="ignore"):  # +inf is found in the maxima
         weights = blocks - maxima[:, :, None]
-    weights *= scales[:, None, None]
+    weights *= inv_temperatures[:, None, None]
     sums = np.exp(weights, out=weights).sum(axis=2)
     return ModelOutput(logits, logits.argmax(axis=1), maxima, sums)
 
 
 def spread(values: Floats, ids: NDArray[np.int64]) -> Floats:
-    """Logits [n, V] with `values` [n, k] at `ids` [n, k]; -inf for the tokens between."""
+    """Logits [n, max(ids) + 1] with `values` [n, k] at `ids` [n, k], and -inf elsewhere."""
     logits = np.full((len(ids), int(ids.max()) + 1), -np.inf, np.float32)
     np.put_along_axis(logits, ids, values, axis=1)
     return logits

@@ -1,4 +1,4 @@
-"""Log probabilities of tokens, as SGLang's server reports them."""
+"""PromptLogprobs: log probabilities of a prompt's tokens, as SGLang's server reports them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from sf_local.sampling.logits import WrongLogits, what_is_wrong
 
 
 class PromptLogprobs:
-    """Collects the log probabilities of tokens [start, end) of a prompt, in any chunks."""
+    """Collects the log probabilities of a prompt's tokens from `start` on, chunk by chunk.
+
+    num_top: how many of the likeliest tokens to report with each.
+    """
 
     def __init__(self, prompt_ids: Sequence[int], start: int, num_top: int) -> None:
         self.prompt_ids, self.start, self._num_top = prompt_ids, start, num_top
         self._entries: list[tuple[float | None, Top | None]] = [(None, None)]
 
     def add(self, position: int, logits: NDArray[np.float32]) -> None:
-        """Logits [n, V] after tokens `position` and on; what was there before is skipped.
+        """Add a chunk: the logits after each of its tokens [n, V], of which the first is at
+        `position` in the prompt. Tokens that have been added already are skipped.
 
-        Raises WrongLogits.
+        Raises WrongLogits for NaN, +inf, and where no token is possible.
         """
-        first = self.start + len(self._entries)  # the token wanted next
+        first = self.start + len(self._entries)  # the next token to add
         last = min(position + len(logits), len(self.prompt_ids) - 1)
         for token in range(first, last + 1):
             row = logits[token - 1 - position]
@@ -37,6 +41,7 @@ class PromptLogprobs:
             self._entries.append((entry, top))
 
     def result(self) -> Logprobs:
+        """What was collected; the fields of the output are empty."""
         return Logprobs(
             self.prompt_ids[self.start : self.start + len(self._entries)],
             [entry for entry, _ in self._entries],
@@ -45,12 +50,12 @@ class PromptLogprobs:
 
 
 def likeliest(values: NDArray[np.float32], count: int) -> NDArray[np.intp]:
-    """The `count` largest of values [V], best first."""
+    """Indices of the `count` largest of values [V], largest first."""
     if not count:
         return np.empty(0, np.intp)
     if count >= len(values):
         return np.argsort(-values, kind="stable")
-    # So many blocks hold a value of at least ...: what is below is not among the largest.
+    # `count` blocks have a max of at least that peak, so no smaller value is among the largest.
     size = max(1, min(256, len(values) // (4 * count)))
     peaks = np.maximum.reduceat(values, np.arange(0, len(values), size))
     best = np.flatnonzero(values >= np.partition(peaks, -count)[-count])

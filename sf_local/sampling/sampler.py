@@ -1,7 +1,8 @@
-"""Sampler: logits and SamplingParams to tokens.
+"""Sampler: from logits and SamplingParams to tokens.
 
-What sums the logits up says in which block of the vocabulary a draw ends, and which blocks hold
-candidates at all, so only these are looked into. A row comes out the same in any company.
+The summary of the logits tells in which block of the vocabulary a draw ends, and which blocks hold
+candidates at all, so only these blocks are read. A request's tokens do not depend on the other
+rows of its batch.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import Protocol
 
 import numpy as np
 
+from sf_local.artifact.manifest import LOGITS_BLOCK
 from sf_local.request.params import SamplingParams
-from sf_local.sampling.distribution import Row, Tokens, candidates, find
+from sf_local.sampling.distribution import Distribution, Tokens, candidates, find
 from sf_local.sampling.logits import (
-    BLOCK,
     Floats,
     ModelOutput,
     WrongLogits,
@@ -29,7 +30,8 @@ FLAT = 1e6  # a temperature at which all tokens are equally likely
 
 @dataclass(frozen=True)
 class Sampled:
-    """A token; with its log probability and the likeliest tokens', if asked for."""
+    """A token; its log probability and the likeliest tokens, (log probability, token), if asked
+    for."""
 
     token: int
     logprob: float | None = None
@@ -37,26 +39,30 @@ class Sampled:
 
 
 class Allowed(Protocol):
-    """What a grammar allows next; each may raise."""
+    """The tokens that a grammar allows next. Both methods may raise."""
 
-    def has(self, token: int) -> bool: ...
+    def has(self, token: int) -> bool:
+        """Whether a token is allowed, which is cheaper than all `tokens`."""
 
-    def tokens(self) -> Tokens: ...
+    def tokens(self) -> Tokens:
+        """All allowed tokens, ascending."""
 
 
 class Sampler:
-    """What the tokens of one request depend on besides logits: penalties, bias, randomness.
+    """The state of one request's sampling: penalties, bias, random numbers.
 
     prompt_ids: tokens that the repetition penalty counts as seen. end_ids: tokens that
-    `min_new_tokens` forbids. scale: what logits are multiplied by.
+    `min_new_tokens` forbids. inv_temperature: 1 / temperature, 1 if greedy. is_uncut: whether all
+    tokens may be drawn, or the best is taken, so that no top-k, top-p or min-p applies.
+    was_refused: the grammar rejected the last draw without its mask, so use the mask at once.
     """
 
     def __init__(
         self, params: SamplingParams, prompt_ids: Iterable[int] = (), end_ids: Iterable[int] = ()
     ) -> None:
-        self.params = params
-        self.scale = 1.0 if params.is_greedy else 1 / min(params.temperature, FLAT)
-        self.was_refused = True  # the grammar did not allow what was drawn last without its mask
+        self.params, self.is_greedy = params, params.is_greedy
+        self.inv_temperature = 1.0 if params.is_greedy else 1 / min(params.temperature, FLAT)
+        self.was_refused = True
         self._random = np.random.default_rng(params.seed)
         self._num_tokens = 0
         self._end_ids = np.fromiter(end_ids, np.intp)
@@ -64,48 +70,45 @@ class Sampler:
         self._bias_ids = np.fromiter(bias, np.intp)
         self._bias = np.fromiter(bias.values(), np.float32)
         self._has_penalties = params.has_penalties
-        self._counts: dict[int, int] = {}  # of each token in the answer
+        self._counts: dict[int, int] = {}  # how often each token is in the answer
         if params.repetition_penalty != 1:
             self._counts = dict.fromkeys(prompt_ids, 0)
         self.is_uncut = params.is_greedy or (
             params.top_k < 0 and params.top_p == 1 and params.min_p == 0
         )
+        self._decide()
 
-    @property
-    def changes_logits(self) -> bool:
-        return self._has_penalties or len(self._bias_ids) > 0 or self._is_too_short
+    def _decide(self) -> None:
+        """What kind of choice the next token is; changes when the answer has its minimal length.
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether all tokens stand by their logits, and nothing but the choice is asked for."""
-        return self.is_uncut and not self.params.return_logprob and not self.changes_logits
-
-    @property
-    def takes_the_best(self) -> bool:
-        """Whether the likeliest token is all that is asked for."""
-        return self.params.is_greedy and self.is_plain
+        changes_logits: `change` has anything to do. is_plain: it has not, all tokens may be drawn
+        or the best is taken, and no log probability is asked for. takes_the_best: the next token is
+        just the best one, so that no logits are needed.
+        """
+        self._is_too_short = self._num_tokens < self.params.min_new_tokens
+        self.changes_logits = self._has_penalties or len(self._bias_ids) > 0 or self._is_too_short
+        self.is_plain = self.is_uncut and not self.params.return_logprob and not self.changes_logits
+        self.takes_the_best = self.is_greedy and self.is_plain
 
     @property
     def needs_mask(self) -> bool:
-        """Whether a grammar's mask is needed, as far as one can tell before the draw."""
+        """Whether a grammar's mask will be needed, as far as is known before the draw."""
         return self.was_refused or not self.is_plain
-
-    @property
-    def _is_too_short(self) -> bool:
-        return self._num_tokens < self.params.min_new_tokens
 
     def push(self, token: int) -> None:
         """Count a token of the answer."""
         self._num_tokens += 1
+        if self._is_too_short:
+            self._decide()
         if self._has_penalties:
             self._counts[token] = self._counts.get(token, 0) + 1
 
     def change(self, logits: Floats, allowed: Tokens | None = None) -> None:
-        """Apply penalties, bias and minimal length to logits [V], in this order, in place.
+        """Apply penalties, bias and minimal length to logits f32 [V], in this order, in place.
 
         Frequency and presence penalty as in OpenAI's API, repetition penalty as in CTRL (Keskar et
         al. 2019): positive logits of tokens seen in prompt or answer are divided by it, others
-        multiplied. Where only end tokens are `allowed` they stay possible.
+        multiplied. Where a grammar allows nothing but end tokens, they stay possible.
         """
         params = self.params
         if self._has_penalties and self._counts:
@@ -128,31 +131,31 @@ class Sampler:
 
 
 def sample(
-    samplers: Sequence[Sampler], following: ModelOutput, allowed: Sequence[Allowed | None]
+    samplers: Sequence[Sampler], output: ModelOutput, allowed: Sequence[Allowed | None]
 ) -> list[Sampled | Exception]:
-    """The next tokens of requests: from what follows them, and what their grammars allow.
+    """The next token of each row of a call's output, or the exception that ends its request.
+
+    That is what its grammar raised, or WrongLogits. allowed: None for rows without a grammar.
 
     Where nothing else is asked for, a token is drawn without the grammar first, and again with it
-    if that one is not allowed: of the same distribution, and seldom needed. The exception is what a
-    grammar raised, or WrongLogits.
+    if it is rejected. This is the same distribution, and a mask is seldom computed.
     """
     result: list[Sampled | Exception] = []
     for i, (sampler, grammar) in enumerate(zip(samplers, allowed, strict=True)):
         try:
-            sampled = _next(sampler, following, i, grammar)
-            if i < len(following.logits) and not following.logits[i, sampled.token] < math.inf:
-                raise WrongLogits(what_is_wrong(float(following.logits[i, sampled.token])))
+            sampled = _next(sampler, output, i, grammar)
+            if i < len(output.logits) and not output.logits[i, sampled.token] < math.inf:
+                raise WrongLogits(what_is_wrong(float(output.logits[i, sampled.token])))
             result.append(sampled)
         except Exception as error:
             result.append(error)
     return result
 
 
-def _next(sampler: Sampler, following: ModelOutput, i: int, allowed: Allowed | None) -> Sampled:
+def _next(sampler: Sampler, output: ModelOutput, i: int, allowed: Allowed | None) -> Sampled:
     """The next token of row `i`."""
     if sampler.is_plain:
-        greedy = sampler.params.is_greedy
-        token = int(following.best[i]) if greedy else _draw(sampler, following, i)
+        token = int(output.best[i]) if sampler.is_greedy else _draw(sampler, output, i)
         if allowed is None:
             return Sampled(token)
         sampler.was_refused = not allowed.has(token)
@@ -160,44 +163,45 @@ def _next(sampler: Sampler, following: ModelOutput, i: int, allowed: Allowed | N
             return Sampled(token)
     tokens = None if allowed is None else allowed.tokens()
     if tokens is None and not sampler.changes_logits:
-        return _choose(sampler, following.take(slice(i, i + 1)))
-    logits = following.logits[i]
+        return _choose(sampler, output.take(slice(i, i + 1)))
+    logits = output.logits[i]
     if sampler.changes_logits:
         logits = logits.copy()
         sampler.change(logits, tokens)
     if tokens is not None:
         logits = logits[tokens]
-    found = _choose(sampler, summarize(logits[None], np.array([sampler.scale], np.float32)))
+    inv_temperatures = np.array([sampler.inv_temperature], np.float32)
+    found = _choose(sampler, summarize(logits[None], inv_temperatures))
     if tokens is None:
         return found
     top = [(value, int(tokens[token])) for value, token in found.top]
     return Sampled(int(tokens[found.token]), found.logprob, top)
 
 
-def _draw(sampler: Sampler, following: ModelOutput, i: int) -> int:
-    """The token of row `i` where the sum of weights passes a random share of the total."""
-    maxima, scale = following.maxima[i], sampler.scale
-    weights = following.sums[i] * np.exp((maxima - maxima.max()) * scale)
+def _draw(sampler: Sampler, output: ModelOutput, i: int) -> int:
+    """Draw the token of row `i`: first its block, by the blocks' sums, then the token in it."""
+    maxima, inv_temperature = output.maxima[i], sampler.inv_temperature
+    weights = output.sums[i] * np.exp((maxima - maxima.max()) * inv_temperature)
     block, share = find(weights, sampler.draw())
-    logits = following.logits[i, block * BLOCK : (block + 1) * BLOCK]
-    place, _ = find(np.exp((logits - maxima[block]) * scale), share)
-    return block * BLOCK + place
+    logits = output.logits[i, block * LOGITS_BLOCK : (block + 1) * LOGITS_BLOCK]
+    place, _ = find(np.exp((logits - maxima[block]) * inv_temperature), share)
+    return block * LOGITS_BLOCK + place
 
 
-def _choose(sampler: Sampler, following: ModelOutput) -> Sampled:
-    """The choice for one row, with what is reported of it."""
-    params, token = sampler.params, int(following.best[0])
+def _choose(sampler: Sampler, output: ModelOutput) -> Sampled:
+    """The token of the only row, with its log probabilities if asked for."""
+    params, token = sampler.params, int(output.best[0])
     if sampler.is_uncut:
-        if not params.is_greedy:
-            token = _draw(sampler, following, 0)
+        if not sampler.is_greedy:
+            token = _draw(sampler, output, 0)
     else:
-        row = Row(following, sampler.scale)
+        row = Distribution(output, sampler.inv_temperature)
         tokens = candidates(row, params)
         place, _ = find(np.exp(row.logs(tokens)), sampler.draw())
         token = int(tokens[place])
     if not params.return_logprob:
         return Sampled(token)
-    row = Row(following, sampler.scale)
+    row = Distribution(output, sampler.inv_temperature)
     total = math.log(row.total)
     tops = row.likeliest(params.top_logprobs_num)
     tops = tops[row.logits[tops] > -np.inf]

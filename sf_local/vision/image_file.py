@@ -1,8 +1,7 @@
-"""Opening images: from what a user gives to RGB pixels, and a key that tells contents apart.
+"""GivenImage: opens what a user gives as an image, and hashes its content.
 
-Knows nothing of models. What is opened is untrusted: sizes are checked before anything is decoded,
-and no format is read for which Pillow runs other programs. Pillow itself is imported with the first
-image.
+Images are untrusted: their size is checked before they are decoded, and no format is read for which
+Pillow runs other programs. Pillow itself is imported with the first image.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ ImageInput: TypeAlias = (
 )
 
 MAX_PIXELS = 64_000_000
-MAX_ASPECT = 200
+MAX_ASPECT = 200  # the longer side, divided by the shorter one
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _REMEDY = (
     "Give a path, the bytes of a file, a PIL image or a base64 data URL; of a whole image in one "
@@ -46,18 +45,18 @@ _MAX_FILE_BYTES = 256 << 20  # 64 megapixels of RGBA
 _MAX_URL_BYTES = 64 << 20
 _URL_SECONDS = 30
 
-_PILLOW_LOCK = threading.Lock()  # over images of callers, who may share them between threads
+_PILLOW_LOCK = threading.Lock()  # for PIL images, which callers may use in several threads
 
 
 class GivenImage:
-    """An image as a user gave it: read at the first use, once, and decoded when asked for.
+    """An image as a user gave it: read once, at its first use, and decoded by each `pixels`.
 
     Args:
         image: a path, the bytes of a file, a PIL image, a base64 data URL, or an http(s) URL.
-        allow_urls: fetch http(s) URLs, within 30 s and 64 MiB.
+        allow_urls: fetch http(s) URLs, within 30 s and up to 64 MiB.
 
-    `key` and `pixels` raise ImageError: it is none of these, cannot be read or decoded, or is too
-    large. Different ones may be used from different threads.
+    `key` and `pixels` raise ImageError for anything else, for what cannot be read or decoded, and
+    for images that are too large. One object must not be used by several threads at a time.
     """
 
     def __init__(self, image: ImageInput, allow_urls: bool = False) -> None:
@@ -67,8 +66,8 @@ class GivenImage:
     def key(self) -> bytes:
         """16 bytes that only images of the same content share.
 
-        A hash of the file's bytes, or of a PIL image's pixels: the same picture has another key in
-        another format.
+        A hash of the file's bytes, or of a PIL image's pixels, so the same picture has different
+        keys in different formats.
         """
         digest, content = hashlib.blake2b(digest_size=16), self._content
         if not isinstance(content, bytes):
@@ -77,10 +76,10 @@ class GivenImage:
         return digest.digest()
 
     def pixels(self) -> NDArray[np.uint8]:
-        """uint8 [height, width, 3], RGB, upright, over white where transparent, read-only.
+        """RGB pixels, uint8 [height, width, 3], read-only.
 
-        Of an animated file this is the first frame, with a UserWarning; of a PIL image the one that
-        it stands at.
+        Rotated as EXIF says, over white where the image is transparent. Of an animated file, the
+        first frame, with a UserWarning; of a PIL image, its current frame.
         """
         if not isinstance(self._content, bytes):
             return self._content
@@ -96,10 +95,10 @@ class GivenImage:
 
 @contextmanager
 def _refusals(image: object) -> Iterator[None]:
-    """Whatever goes wrong, as an ImageError that says what was given and what can be."""
+    """Turn any exception into an ImageError that says what was given and what is allowed."""
     try:
         yield
-    except Exception as error:  # anything may come out of Pillow's decoders
+    except Exception as error:  # Pillow's decoders may raise anything
         reason = (str(error) or type(error).__name__).rstrip(".")
         raise ImageError(
             f"image={_shown(image)} cannot be used: {reason[:200]}. {_REMEDY}"
@@ -118,7 +117,7 @@ def _read(image: object, allow_urls: bool) -> bytes | NDArray[np.uint8]:
     from PIL import Image
 
     if isinstance(image, Image.Image):
-        with _PILLOW_LOCK:  # one that was opened lazily is read at its first use
+        with _PILLOW_LOCK:  # Pillow opens files lazily, and reads them here
             return _rgb(image)
     if isinstance(image, (bytes, bytearray, memoryview)):
         return bytes(image)
@@ -141,7 +140,7 @@ def _decode_data_url(url: str) -> bytes:
 
 
 def _fetch(url: str) -> bytes:
-    """In a thread of its own: a server may answer so slowly that no timeout of a socket passes."""
+    """Download in another thread, as no timeout of a socket ends a server that sends slowly."""
     answer: Future[bytes] = Future()
 
     def fetch() -> None:
@@ -158,15 +157,15 @@ def _fetch(url: str) -> bytes:
 
 
 def _download(url: str) -> bytes:
-    from urllib import request  # 40 ms
+    from urllib import request  # takes 40 ms
 
-    opener = request.OpenerDirector()  # which follows redirects to nothing but http(s)
+    opener = request.OpenerDirector()  # with handlers for http(s) only, redirects included
     for kind in (
         request.ProxyHandler, request.UnknownHandler, request.HTTPHandler, request.HTTPSHandler,
         request.HTTPDefaultErrorHandler, request.HTTPRedirectHandler, request.HTTPErrorProcessor,
     ):  # fmt: skip
         opener.add_handler(kind())
-    # some servers refuse urllib's own name
+    # Some servers refuse urllib's own name.
     asked = request.Request(url, headers={"User-Agent": "sf-local"})
     with opener.open(asked, timeout=_URL_SECONDS) as response:
         data: bytes = response.read(_MAX_URL_BYTES + 1)
@@ -177,9 +176,9 @@ def _download(url: str) -> bytes:
 
 def _read_file(file: Path) -> bytes:
     status = file.stat()
-    if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may not end
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
         raise ValueError("it is not a file")
-    if not status.st_size:  # nor that of the kernel's own files
+    if not status.st_size:  # nor may reading a file of /proc, whose size is 0
         raise ValueError("it is empty")
     if status.st_size > _MAX_FILE_BYTES:
         raise ValueError(f"it has more than {_MAX_FILE_BYTES >> 20} MiB")
@@ -188,19 +187,19 @@ def _read_file(file: Path) -> bytes:
 
 
 def _decoded(data: bytes, name: str) -> NDArray[np.uint8]:
-    """uint8 [height, width, 3]"""
+    """The pixels of a file's bytes, uint8 [height, width, 3]."""
     image = _identified(data)
     pixels = _rgb(image)
-    # the further images of an MPO, a JPEG file, are previews and maps of depth
+    # The other images of an MPO file, a kind of JPEG, are previews and depth maps.
     if image.format != "MPO" and getattr(image, "is_animated", False):
         warnings.warn(f"image={name}: only its first frame is used", UserWarning, stacklevel=3)
     return pixels
 
 
 def _identified(data: bytes) -> PIL.Image.Image:
-    """Image.open of our formats, without its check of the size.
+    """What Image.open does, for our formats only, and without its warning about large images.
 
-    That one warns, and warnings cannot be silenced in one thread alone.
+    Warnings cannot be silenced for one thread, and `_check` refuses large images anyway.
     """
     from PIL import Image
 
@@ -215,7 +214,7 @@ def _identified(data: bytes) -> PIL.Image.Image:
 
 
 def _rgb(image: PIL.Image.Image) -> NDArray[np.uint8]:
-    """uint8 [height, width, 3], upright, over white: what transformers makes of an image."""
+    """Pixels uint8 [height, width, 3], upright and over white, as transformers converts images."""
     from PIL import Image, ImageOps
 
     _check(image)
@@ -227,10 +226,11 @@ def _rgb(image: PIL.Image.Image) -> NDArray[np.uint8]:
 
 
 def _check(image: PIL.Image.Image) -> None:
+    """Raise ValueError for an image of a size or a mode that cannot be used."""
     width, height = image.size
     if not 0 < width * height <= MAX_PIXELS:
         raise ValueError(f"it has {width} x {height} pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(f"it has {width} x {height} pixels, more than {MAX_ASPECT}:1")
-    if image.mode.startswith(("I", "F")):  # which Pillow would clip to white
+    if image.mode.startswith(("I", "F")):  # Pillow would clip these to white
         raise ValueError(f"it has more than 8 bits a channel (mode {image.mode}); convert it first")

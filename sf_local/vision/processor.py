@@ -1,7 +1,7 @@
-"""From pixels to the tiles that a vision model reads, and the text that stands for them.
+"""ImageProcessor: cuts pixels into the tiles that a vision model reads, and writes their text.
 
-Does what transformers' processors of Idefics3 (and SmolVLM) and LLaVA do on Pillow, to the last
-bit. Knows nothing of files, tokenizers or engines. Pillow is imported with the first image.
+Gives the same bits as transformers' processors of Idefics3 (and SmolVLM) and LLaVA with Pillow,
+which is imported with the first image.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True, eq=False)
 class Tiles:
-    """What a model reads of one image.
+    """The tiles of one image.
 
-    pixels: uint8 [T, tile, tile, 3]. rows, columns: of the grid that the tiles but the last form,
-    row by row; the last is the whole image. 0, 0: it is the only one.
+    pixels: uint8 [T, tile_size, tile_size, 3]. rows, columns: the grid of all tiles but the last,
+    which shows the whole image; 0, 0 if it is the only one.
     """
 
     pixels: Pixels
@@ -31,7 +31,7 @@ class Tiles:
 
 
 class ImageProcessor:
-    """Cuts images for one model; usable from any thread. Raises ValueError for wrong settings."""
+    """Cuts images for one model, in any thread. Raises ValueError for settings out of range."""
 
     def __init__(self, settings: ImageSettings) -> None:
         settings.check()
@@ -40,13 +40,13 @@ class ImageProcessor:
         self._mean, self._std = np.array([settings.mean, settings.std], np.float32)[..., None, None]
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of tiles that an image of this size is cut to; 0, 0 if it is not."""
+        """Rows and columns of the grid for an image of this size; 0, 0 if it becomes one tile."""
         if not self._settings.splits:
             return 0, 0
         tile = self._settings.tile_size
         height, width = self._resized(height, width)
         ratio = width / height
-        # the longer side first, rounded up; the shorter one follows, in this arithmetic
+        # The longer side is rounded up to whole tiles, and the shorter one then follows from it.
         if width >= height:
             columns = math.ceil(width / tile)
             rows = math.ceil(int(columns * tile / ratio) / tile)
@@ -56,7 +56,7 @@ class ImageProcessor:
         return (rows, columns) if rows * columns > 1 else (0, 0)
 
     def tiles(self, pixels: Pixels) -> Tiles:
-        """The tiles of an image, uint8 [height, width, 3]."""
+        """Cut an image, uint8 [height, width, 3]."""
         height, width, _ = pixels.shape
         tile = self._settings.tile_size
         image = self._scale(pixels, *self._resized(height, width))
@@ -72,17 +72,18 @@ class ImageProcessor:
         return Tiles(np.concatenate([parts, whole[None]]), rows, columns)
 
     def normalized(self, tiles: Pixels) -> NDArray[np.float32]:
-        """float32 [T, 3, tile, tile], what the model reads, of uint8 [T, tile, tile, 3]."""
+        """The model's input f32 [T, 3, tile_size, tile_size] for tiles uint8 [T, tile_size,
+        tile_size, 3]."""
         levels = tiles.transpose(0, 3, 1, 2)
         values = np.empty(levels.shape, np.float32)
-        # in double precision and rounded once, as transformers does
+        # In double precision, and rounded once, as transformers does.
         np.multiply(levels, self._settings.rescale, values, dtype=np.float64, casting="unsafe")
         values -= self._mean
         values /= self._std
         return values
 
     def marker_text(self, rows: int, columns: int) -> str:
-        """What replaces an image's marker in a prompt, for a grid of tiles as `grid` returns it."""
+        """The text that replaces an image's marker in a prompt, for a grid as `grid` returns it."""
         tokens = self._settings.image_token * self._settings.tokens_per_tile
         if self._settings.family == "llava":
             return tokens
@@ -97,7 +98,7 @@ class ImageProcessor:
         return "\n".join([*lines, "", whole])
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
-        """The height and width to which an image is scaled first."""
+        """Height and width to which an image is scaled first."""
         size = self._settings.resize_to
         if self._settings.family == "llava":  # the shorter side
             if width <= height:
@@ -116,5 +117,5 @@ class ImageProcessor:
 
 
 def _even(side: int) -> int:
-    """The next even number, but 1 for 0: as Idefics3 rounds the shorter side."""
+    """The side rounded up to an even number, but 1 for 0, as Idefics3 does."""
     return max(side + side % 2, 1)

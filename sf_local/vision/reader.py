@@ -1,4 +1,4 @@
-"""Prompts as they are computed: token ids, and tiles of images in the place of some of them."""
+"""ImageReader: puts the tiles of images into prompts, in the place of their markers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sf_local.text.tokenizer import Tokenizer
 from sf_local.vision.image_file import GivenImage, ImageInput
 from sf_local.vision.processor import ImageProcessor
 
-MAX_TOKENS = 1 << 16  # of a tile
-MAX_CUTTING = 2  # images at once: one of 64 megapixels takes nearly 1 GiB
+MAX_TOKENS = 1 << 16  # that a tile can have
+MAX_CUTTING = 2  # images that are cut at a time: one of 64 megapixels takes nearly 1 GiB
 
 
 class ImageCache:
-    """Cut images by key: all that prompts show, and the last ones used, up to about `max_bytes`.
+    """Cut images by key: all that prompts show now, and the last ones used.
 
-    Usable from any thread.
+    The latter take up to about `max_bytes`. Usable from any thread.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -31,12 +31,13 @@ class ImageCache:
         self._lock = threading.Lock()
 
     def get(self, key: bytes) -> CutImage | None:
+        """The image of a key, which counts as a use, or None."""
         with self._lock:
             found = self._shown.get(key)
             return None if found is None else self._keep(key, found)
 
     def add(self, key: bytes, image: CutImage) -> CutImage:
-        """The image that is kept for the key: another thread may have been faster."""
+        """Add an image, and return the one to use: another thread may have added it before."""
         with self._lock:
             return self._keep(key, self._shown.setdefault(key, image))
 
@@ -47,7 +48,7 @@ class ImageCache:
         return image
 
     def _trim(self) -> None:
-        """Images grow when they are encoded."""
+        """Drop the least recently used; all are measured again, as encoding changes their size."""
         sizes = {key: image.num_bytes for key, image in self._images.items()}
         num_bytes = sum(sizes.values())
         while num_bytes > self._max_bytes and len(self._images) > 1:
@@ -56,7 +57,11 @@ class ImageCache:
 
 
 class ImageReader:
-    """Puts images into prompts of one model; usable from any thread."""
+    """Puts images into prompts of one model; usable from any thread.
+
+    max_bytes: memory for images that no prompt shows. allow_urls: fetch http(s) URLs. Raises
+    MismatchError if the tokenizer does not know the model's image token.
+    """
 
     def __init__(
         self, settings: ImageSettings, tokenizer: Tokenizer, max_bytes: int, allow_urls: bool
@@ -74,14 +79,14 @@ class ImageReader:
             )
 
     def given(self, image: ImageInput) -> GivenImage:
-        """For several prompts, so that it is read once."""
+        """An image that can be given to several prompts, and is read once for all of them."""
         return image if isinstance(image, GivenImage) else GivenImage(image, self._allow_urls)
 
     def expand(self, ids: list[int], images: Sequence[ImageInput], max_tokens: int) -> Prompt:
-        """A prompt with the tiles of `images` in the place of its markers.
+        """The Prompt of token ids, with the tiles of `images` in the place of the markers.
 
-        Raises ImageError for an image that cannot be used, RequestError unless there is one for
-        each marker, and where they cannot fit `max_tokens`.
+        Raises ImageError for an image that cannot be used, and RequestError unless there is one
+        image for each marker, and they fit into `max_tokens`.
         """
         token = self._settings.image_token_id
         num_markers = ids.count(token)
@@ -103,7 +108,7 @@ class ImageReader:
         return prompt
 
     def _cut_all(self, images: Sequence[ImageInput], max_tokens: int) -> list[CutImage]:
-        """No more of them than it takes to see that they do not fit."""
+        """Cut images, but not those after the first that does not fit."""
         cut: list[CutImage] = []
         for image in images:
             self._check_room(cut, images, max_tokens)
@@ -114,7 +119,7 @@ class ImageReader:
     def _check_room(
         self, cut: Sequence[CutImage], images: Sequence[ImageInput], max_tokens: int
     ) -> None:
-        """Each image that is not cut yet has one tile or more."""
+        """Raise RequestError if the images do not fit, with one tile for each that is not cut."""
         num_tiles = sum(len(image.tiles) for image in cut) + len(images) - len(cut)
         if (least := num_tiles * self._settings.tokens_per_tile) > max_tokens:
             raise RequestError(
@@ -123,6 +128,7 @@ class ImageReader:
             )
 
     def _append(self, prompt: Prompt, image: CutImage) -> None:
+        """Append the text of an image, with its tiles."""
         count, token, seen = self._settings.tokens_per_tile, self._settings.image_token_id, 0
         for part in self._marker_ids(image.rows, image.columns):
             key = part
@@ -138,17 +144,19 @@ class ImageReader:
         assert seen == count * len(image.tiles)
 
     def _marker_ids(self, rows: int, columns: int) -> list[int]:
+        """Token ids of the text of an image with this grid."""
         if (rows, columns) not in self._markers:
             text = self._processor.marker_text(rows, columns)
             self._markers[rows, columns] = self._encode(text)
         return self._markers[rows, columns]
 
     def _encode(self, text: str) -> list[int]:
-        """Without the token that prompts begin with."""
+        """Token ids of a text, without the token that prompts begin with."""
         ids = self._tokenizer.encode(text)
         return ids[1:] if ids[0] == self._tokenizer.bos_token_id else ids
 
     def _cut(self, image: ImageInput) -> CutImage:
+        """The tiles of an image, cut unless they are in the cache."""
         given = self.given(image)
         if (found := self._cache.get(given.key)) is not None:
             return found
@@ -157,6 +165,6 @@ class ImageReader:
                 return found
             tiles = self._processor.tiles(given.pixels())
             number = int.from_bytes(given.key, "little")
-            # Each with memory of its own, which is free when it is let go of.
+            # Copied, so that each tile's memory is freed on its own.
             parts = tuple(Tile(pixels.copy()) for pixels in tiles.pixels)
             return self._cache.add(given.key, CutImage(tiles.rows, tiles.columns, parts, number))

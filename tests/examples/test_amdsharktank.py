@@ -22,7 +22,7 @@ import pytest
 from sf_local import Engine, SamplingParams
 from sf_local.artifact.manifest import CONFIG, MANIFEST, VMFB
 from sf_local.artifact.open import open_artifact
-from sf_local.engine.replicas import limits_of
+from sf_local.engine.scheduler import limits_of
 from sf_local.errors import CorruptFileError, EngineError, MismatchError, RequestError
 from sf_local.sampling.logits import spread
 from tests.support.reference import forward, logprobs, random_weights, write_hf_folder
@@ -144,17 +144,16 @@ def test_what_is_no_token_ends_its_request(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, wrong: int
 ) -> None:
     """Among the candidates, whether or not it is the likeliest."""
-    runner: Any = engine._placement.core.runner  # type: ignore[union-attr]
-    call = runner._call
+    runner: Any = engine._replicas.workers[0].core.runner
+    following = runner._outputs.following
 
-    async def changed(*arguments: Any) -> Any:
-        values, ids = await call(*arguments)
-        ids[..., 2] = wrong
-        return values, ids
+    def changed(results: Any, *arguments: Any) -> Any:
+        results[1][..., 2] = wrong
+        return following(results, *arguments)
 
     for params in SamplingParams(4, temperature=0), SamplingParams(4, top_k=4):
         with monkeypatch.context() as patch, pytest.raises(EngineError, match=f"token {wrong} of"):
-            patch.setattr(runner, "_call", changed)
+            patch.setattr(runner._outputs, "following", changed)
             engine.generate([100], params)
         assert engine.generate([100], SamplingParams(1, temperature=0)).token_ids == [101]
 
@@ -219,7 +218,7 @@ def test_chunks_are_whole_pages(tiny: TinyModel, page_size: int) -> None:
     config = replace(artifact.config, paged_kv_cache=cache, max_seq_len=2048)
     limits = limits_of(replace(artifact, config=config, manifest=None))
     assert limits.reuse == "pages" and limits.prefill_tokens % page_size == 0
-    assert limits.prefill_tokens == {8: 256, 24: 240, 512: 512}[page_size]
+    assert limits.prefill_tokens == {8: 256, 24: 264, 512: 512}[page_size]
 
 
 # What amdsharktank itself exports. Smaller heads than 64 it cannot compile for a CPU.

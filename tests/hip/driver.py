@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 from compile.target import resolve_target
 from sf_local.artifact.manifest import COMPILER_VERSION, VMFB
+from tests.support.compile_once import locked
 
 HERE = Path(__file__).parent
 LIBRARY = "libamdhip64.so"
@@ -190,13 +191,14 @@ def _compiled(mlir: Path, flags: Sequence[str], dumps: Sequence[str], cache: Pat
 def _cached(parent: Path, key: bytes, make: Callable[[Path], None]) -> Path:
     """A folder that depends on `key` alone; it appears whole or not at all."""
     folder = parent / hashlib.sha256(key).hexdigest()[:16]
-    if not folder.exists():
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent) as temporary:
-            new = Path(temporary) / "new"
-            new.mkdir()
-            make(new)
-            new.rename(folder)
+    parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=parent) as temporary:
+                new = Path(temporary) / "new"
+                new.mkdir()
+                make(new)
+                new.rename(folder)
     return folder
 
 

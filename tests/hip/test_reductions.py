@@ -15,7 +15,8 @@ import pytest
 
 from compile.formats.layout import MASKED
 from compile.gpu.decoder import SEARCHED_AT_ONCE, LlamaEmitter
-from compile.mlir.builder import Scalar, Tensor, tensor_type
+from compile.mlir.builder import Tensor, tensor_type
+from compile.mlir.values import Scalar
 from compile.models.spec import VisionConfig
 from compile.options import ModelOptions
 from compile.target import resolve_target

@@ -6,13 +6,14 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sf_local.artifact.open import open_artifact
 from sf_local.device.device import Device
+from sf_local.engine.scheduler import PREFILL_TOKENS
 from sf_local.model.runner import ModelRunner
 from sf_local.sampling.logits import Floats
 
@@ -35,7 +36,7 @@ def open_runner(
     It raises TimeoutError after `patience` seconds.
     """
     opened = Device(device)
-    runner = ModelRunner(open_artifact(artifact), opened, num_pages)
+    runner = ModelRunner(open_artifact(artifact), opened, num_pages, PREFILL_TOKENS)
 
     def run(use: Callable[[ModelRunner], Awaitable[T]]) -> T:
         future: Future[T] = Future()
@@ -55,3 +56,14 @@ def open_runner(
     finally:
         runner.close()
         opened.close()
+
+
+class Runners(list[ModelRunner]):
+    """Makes the runners of an engine and keeps them, so that a test can replace their calls.
+
+    `Engine(artifact, _make_runner=runners)`; then `runners[0]` is the runner of its first device.
+    """
+
+    def __call__(self, *arguments: Any) -> ModelRunner:
+        self.append(ModelRunner(*arguments))
+        return self[-1]

@@ -53,8 +53,8 @@ def soak(artifact: Path, seconds: float, kv_pages: int = 40) -> Report:
         stats = engine.stats()
         assert (stats["running"], stats["waiting"], stats["pages_used"]) == (0, 0, 0), stats
         assert stats["pages_free"] + stats["pages_cached"] == stats["pages_total"], stats
-        engine._placement.core.pool.check_integrity()
-        engine._placement.core.cache.check_integrity()
+        engine._replicas.workers[0].core.pool.check_integrity()
+        engine._replicas.workers[0].core.cache.check_integrity()
         engine.flush_cache()
         assert engine.stats()["pages_free"] == stats["pages_total"]
         report.endings["preempted"] = int(stats["preemptions"])

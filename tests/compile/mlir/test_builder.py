@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from compile.mlir.builder import Builder, Tensor
 
 
@@ -36,9 +34,3 @@ def test_sizes_multiply() -> None:
     assert b.product("%n") == "%n"
     assert not b.lines
     assert isinstance(b.product(2, "%n"), str) and "muli %n" in b.lines[-1]
-
-
-def test_mixed_types_are_refused() -> None:
-    b = Builder()
-    with pytest.raises(AssertionError, match="f32 and i64"):
-        _ = b.scalar(1, "f32") + b.scalar(1, "i64")

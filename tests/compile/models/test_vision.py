@@ -14,17 +14,15 @@ import numpy as np
 import PIL.Image
 import pytest
 
-import sf_local.engine.replicas
 from sf_local.artifact.manifest import ImageSettings
-from sf_local.artifact.open import Artifact, open_artifact
+from sf_local.artifact.open import open_artifact
 from sf_local.engine.engine import Engine
-from sf_local.engine.scheduler import Limits
 from sf_local.errors import EngineError, ImageError, RequestError
 from sf_local.request.params import SamplingParams
 from sf_local.vision.processor import ImageProcessor
 from tests.support.pictures import picture, png
 from tests.support.reference import forward
-from tests.support.running import encode_all, open_runner
+from tests.support.running import Runners, encode_all, open_runner
 from tests.support.tiny import TINY, SeeingModel, TinyModel
 from tests.support.vision_reference import IMAGE_TOKEN, encode
 
@@ -38,18 +36,27 @@ def model(request: pytest.FixtureRequest, make_seeing: Callable[..., SeeingModel
 
 
 @pytest.fixture
-def engine(model: SeeingModel) -> Iterator[Engine]:
-    with Engine(model.artifact, kv_pages=120) as engine:
+def runners() -> Runners:
+    return Runners()
+
+
+@pytest.fixture
+def engine(model: SeeingModel, runners: Runners) -> Iterator[Engine]:
+    with Engine(model.artifact, kv_pages=120, _make_runner=runners) as engine:
         yield engine
         engine.flush_cache()
         stats = engine.stats()
         assert stats["pages_free"] == stats["pages_total"]
 
 
+def processor_of(engine: Engine) -> ImageProcessor:
+    assert engine.artifact.manifest and engine.artifact.manifest.images
+    return ImageProcessor(ImageSettings(**engine.artifact.manifest.images))
+
+
 def pixels_of(engine: Engine, *images: PIL.Image.Image) -> np.ndarray:
     """What the model reads of images, tile after tile."""
-    assert engine.artifact.manifest and engine.artifact.manifest.images
-    processor = ImageProcessor(ImageSettings(**engine.artifact.manifest.images))
+    processor = processor_of(engine)
     tiles = [processor.tiles(np.asarray(image)).pixels for image in images]
     return processor.normalized(np.concatenate(tiles))
 
@@ -73,19 +80,19 @@ def check_logprobs(
 
 
 def test_embeddings_that_are_wrong_end_their_request_alone(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, runners: Runners, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Encoded with others, of which one shows another image; the same image later is encoded
     again."""
-    runner: Any = engine._placement.core.runner  # type: ignore[union-attr]
+    runner: Any = runners[-1]
     encode_tiles, images = runner.encode, [picture(32, 32), picture(32, 32, 1)]
     first, second = (engine.generate(QUESTION, PARAMS, images=[i]).token_ids for i in images)
-    victim = pixels_of(engine, picture(32, 32, 2))[0]
+    victim, processor = pixels_of(engine, picture(32, 32, 2))[0], processor_of(engine)
 
     async def changed(tiles: Any) -> list[np.ndarray]:
         embeds = await encode_tiles(tiles)
         for tile, values in zip(tiles, embeds, strict=True):
-            if np.array_equal(runner._processor.normalized(tile[None])[0], victim):
+            if np.array_equal(processor.normalized(tile[None])[0], victim):
                 values[-1, 0] = np.nan
         return list(embeds)
 
@@ -313,15 +320,8 @@ def test_few_pages(model: SeeingModel) -> None:
 
 
 @pytest.mark.parametrize("prefill_tokens", [1, 5])
-def test_a_tile_in_several_chunks(
-    model: SeeingModel, monkeypatch: pytest.MonkeyPatch, prefill_tokens: int
-) -> None:
-    def few(artifact: Artifact) -> Limits:
-        return replace(loop_limits(artifact), prefill_tokens=prefill_tokens)
-
-    loop_limits = sf_local.engine.replicas.limits_of
-    monkeypatch.setattr(sf_local.engine.replicas, "limits_of", few)
-    with Engine(model.artifact, kv_pages=120) as engine:
+def test_a_tile_in_several_chunks(model: SeeingModel, prefill_tokens: int) -> None:
+    with Engine(model.artifact, kv_pages=120, prefill_tokens=prefill_tokens) as engine:
         check_logprobs(model, engine, "a <image> and <image>?", picture(90, 60), picture(8, 8))
         num_tokens = len(engine.prepare(QUESTION, [picture(90, 60)]).ids)
         assert engine.stats()["steps"] > num_tokens / prefill_tokens
@@ -335,13 +335,15 @@ def test_replicas_answer_as_one(model: SeeingModel) -> None:
         handles = [engine.submit(QUESTION, PARAMS, images=[i]) for i in images for _ in range(2)]
         found = [handle.result().token_ids for handle in handles]
         assert found[::2] == found[1::2] == expected
-        loops = engine._placement.replicas  # type: ignore[union-attr]
-        assert all(loop.stats()["encoded_tiles"] for loop in loops)
+        workers = engine._replicas.workers
+        assert all(worker.core.stats()["encoded_tiles"] for worker in workers)
 
 
-def test_cancelled_and_late_while_encoding(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cancelled_and_late_while_encoding(
+    engine: Engine, runners: Runners, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was encoded is kept for those that come after; the rest never was."""
-    runner = engine._placement.core.runner  # type: ignore[union-attr]
+    runner: Any = runners[-1]
     encode, is_encoding, may_go_on = runner.encode, threading.Event(), threading.Event()
 
     async def held(tiles: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -365,9 +367,9 @@ def test_cancelled_and_late_while_encoding(engine: Engine, monkeypatch: pytest.M
 
 
 def test_others_decode_between_tiles(
-    model: SeeingModel, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    model: SeeingModel, engine: Engine, runners: Runners, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner, calls = engine._placement.core.runner, list[str]()  # type: ignore[union-attr]
+    runner, calls = runners[-1], list[str]()
     encode, decode = runner.encode, runner.decode
 
     async def encoding(tiles: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Calls inside libshortfin that were sent elsewhere; on a GPU that fails, see hip/."""
+"""Patches of libshortfin; what they do on a GPU that fails is tested in hip/."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from sf_local.device.symbol_patch import _addresses
+from sf_local.device.symbol_patch import find_slot
 
 PROGRAM = """
 import ctypes
 import shortfin
-from sf_local.device.device import _libshortfin
+from sf_local.device.device import libshortfin
 from sf_local.device.symbol_patch import call_slot, keep_joined_statuses
 
-path = _libshortfin()
+path = libshortfin()
 library = ctypes.CDLL(str(path))
 keep_joined_statuses(library, path)
 keep_joined_statuses(library, path)
@@ -34,4 +34,4 @@ def test_joined_statuses_are_kept() -> None:
 def test_another_library_is_refused() -> None:
     python = Path(sys.executable).resolve()
     with python.open("rb") as file, pytest.raises(LookupError, match="does not call"):
-        _addresses(file.read(), b"no_such_function")
+        find_slot(file.read(), b"no_such_function")

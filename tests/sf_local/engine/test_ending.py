@@ -16,6 +16,8 @@ from sf_local import Engine, SamplingParams
 from sf_local.engine.generation import Generation
 from sf_local.engine.handle import Handle
 from sf_local.errors import EngineError
+from sf_local.request.output import Output
+from tests.support.running import Runners
 from tests.support.tiny import TinyModel
 
 PROMPT = [5, 100, 33, 7, 250, 12]
@@ -113,6 +115,10 @@ def test_an_error_behind_an_error(
     idle(engine)
 
 
+def finished(engine: Engine, generation: Generation) -> Output:
+    return Handle(engine, engine._replicas, generation).result()
+
+
 @pytest.mark.parametrize("name", ["push", "flush"])
 def test_a_detokenizer_that_raises(engine: Engine, name: str) -> None:
     generation = engine._generation(PROMPT, GOOD)
@@ -121,14 +127,18 @@ def test_a_detokenizer_that_raises(engine: Engine, name: str) -> None:
         raise OverflowError("can't convert negative int to unsigned")
 
     setattr(generation._detokenizer, name, failing)
-    assert "negative int" in str(told(lambda: Handle(engine, generation).result()))
+    assert "negative int" in str(
+        told(lambda: Handle(engine, engine._replicas, generation).result())
+    )
     idle(engine)
 
 
 def test_a_text_that_cannot_be_remembered(engine: Engine) -> None:
     generation = engine._generation("abc", GOOD)
     generation.remember = lambda *_: 1 / 0
-    assert "division by zero" in str(told(lambda: Handle(engine, generation).result()))
+    assert "division by zero" in str(
+        told(lambda: Handle(engine, engine._replicas, generation).result())
+    )
     idle(engine)
 
 
@@ -156,7 +166,7 @@ def test_a_callback_that_raises(engine: Engine) -> None:
         raise RuntimeError("injected")
 
     generation.deliver = deliver
-    engine._placement.submit(generation)
+    engine._replicas.submit(generation)
     idle(engine)
     assert len(calls) == 2 and isinstance(calls[1], EngineError)
     assert generation.request.finish_reason == "abort"
@@ -179,15 +189,16 @@ def test_parts_that_raise(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, plac
         raise ValueError("injected")
 
     with Engine(tiny.artifact) as engine:
-        loop: Any = engine._placement
+        [worker] = engine._replicas.workers
+        core: Any = worker.core
         with monkeypatch.context() as patch:
             if place == "scheduler":
-                patch.setattr(loop.core.scheduler, "add", failing)
+                patch.setattr(core.scheduler, "add", failing)
             elif place == "sampler":
                 patch.setattr("sf_local.sampling.sampler._next", failing)
             else:
-                patch.setattr(loop.core.cache, "evict", failing)
-                engine.flush_cache()  # which ends the loop
+                patch.setattr(core.cache, "evict", failing)
+                engine.flush_cache()  # which ends the worker
             assert "injected" in str(told(lambda: engine.generate(PROMPT, GOOD)))
         if place != "cache":
             idle(engine)
@@ -196,8 +207,9 @@ def test_parts_that_raise(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, plac
 def test_a_loop_that_ends_tells_all_though_some_raise(
     tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Engine(tiny.artifact) as engine:
-        runner: Any = engine._placement.core.runner  # type: ignore[union-attr]
+    runners = Runners()
+    with Engine(tiny.artifact, _make_runner=runners) as engine:
+        [runner] = runners
         submitted = threading.Event()
 
         async def lost(*_: Any) -> Any:
@@ -212,12 +224,12 @@ def test_a_loop_that_ends_tells_all_though_some_raise(
         submitted.set()
         for handle in handles:
             assert isinstance(told(handle.result), EngineError)
-        assert engine._placement.worker._ended.wait(TIMEOUT)  # type: ignore[union-attr]
+        assert engine._replicas.workers[0]._ended.wait(TIMEOUT)
 
 
 def test_replicas_close_though_one_raises(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(tiny.artifact, ["cpu", "cpu"])
-    first, second = engine._placement.replicas  # type: ignore[union-attr]
+    first, second = engine._replicas.workers
     close = first.close
 
     def failing() -> None:
@@ -228,6 +240,6 @@ def test_replicas_close_though_one_raises(tiny: TinyModel, monkeypatch: pytest.M
     handles = [engine.submit([i, *PROMPT], replace(GOOD, max_new_tokens=200)) for i in range(4)]
     with pytest.raises(RuntimeError, match="injected"):
         engine.shutdown()
-    assert second.worker._ended.is_set()
+    assert second._ended.is_set()
     for handle in handles:
         assert isinstance(told(handle.result), EngineError)

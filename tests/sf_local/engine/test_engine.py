@@ -19,6 +19,7 @@ from sf_local import Engine, SamplingParams
 from sf_local.engine.engine import Output
 from sf_local.errors import DeviceError, EngineError, RequestError
 from tests.support.reference import forward
+from tests.support.running import Runners
 from tests.support.tiny import TinyModel
 
 PROMPT = [5, 100, 33, 7, 250, 12]
@@ -199,8 +200,9 @@ def test_a_failed_step_fails_its_requests_and_no_others(
     tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five requests decode in calls of four and one; a call of four fails once."""
-    with Engine(tiny.artifact) as engine:
-        runner = engine._placement.core.runner
+    runners = Runners()
+    with Engine(tiny.artifact, _make_runner=runners) as engine:
+        [runner] = runners
         decode, failures = runner.decode, []
         submitted = threading.Event()
 
@@ -231,25 +233,23 @@ def test_a_native_failure_leaves_the_engine_usable(tiny: TinyModel) -> None:
     program = f"""
 from sf_local import Engine, SamplingParams
 from sf_local.errors import EngineError
-engine = Engine({str(tiny.artifact)!r})
+from sf_local.model.runner import ModelRunner
+class DroppingRunner(ModelRunner):
+    drops = False
+    async def _call(self, name, inputs, *rest):
+        inputs = dict(list(inputs.items())[:3]) if self.drops else inputs
+        return await super()._call(name, inputs, *rest)
+engine = Engine({str(tiny.artifact)!r}, _make_runner=DroppingRunner)
 params = SamplingParams(max_new_tokens=9, temperature=0, ignore_eos=True)
 expected = engine.generate([5, 6], params).token_ids
-functions = engine._placement.core.runner._functions
-good, functions["decode_next_bs1"] = functions["decode_next_bs1"], functions["prefill_bs1"]
-shuffled = engine._placement.core.runner._call
-async def drop_one(name, inputs, *rest):
-    if functions[name] is functions["prefill_bs1"]:
-        inputs = dict(list(inputs.items())[:3])
-    return await shuffled(name, inputs, *rest)
-engine._placement.core.runner._call = drop_one
+DroppingRunner.drops = True
 try:
     engine.generate([5, 6], params)
     raise SystemExit("no error")
 except EngineError as error:
     assert "the step failed" in str(error) and len(str(error).splitlines()) == 1
     assert "iree" not in str(error) and "iree" in str(error.__cause__)
-engine._placement.core.runner._call = shuffled
-functions["decode_next_bs1"] = good
+DroppingRunner.drops = False
 assert engine.generate([5, 6], params).token_ids == expected
 stats = engine.stats()
 assert stats["pages_used"] == 0
@@ -262,8 +262,9 @@ assert stats["pages_used"] == 0
 
 def test_a_lost_device_says_so_for_ever(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call fails and the device cannot be recovered: everyone hears why, nothing hangs."""
-    with Engine(tiny.artifact) as engine:
-        runner, all_submitted = engine._placement.core.runner, threading.Event()
+    runners = Runners()
+    with Engine(tiny.artifact, _make_runner=runners) as engine:
+        [runner], all_submitted = runners, threading.Event()
 
         async def lost(*_: Any) -> Any:
             all_submitted.wait()
@@ -314,10 +315,10 @@ def test_submitting_while_closing_never_hangs(tiny: TinyModel) -> None:
 def test_garbage_collection_ends_the_thread(tiny: TinyModel) -> None:
     engine: Engine | None = Engine(tiny.artifact)
     assert engine is not None
-    loop = engine._placement
+    [worker] = engine._replicas.workers
     engine = None
     gc.collect()
-    assert loop.worker._ended.wait(10)
+    assert worker._ended.wait(10)
 
 
 def test_a_stream_keeps_its_engine(tiny: TinyModel) -> None:
@@ -530,14 +531,18 @@ def test_ctrl_c_returns_at_once(tiny: TinyModel, wait: str) -> None:
     """The generation would take minutes; KeyboardInterrupt ends it and the process."""
     program = f"""
 import os, signal, threading
+import time
 from sf_local import Engine, SamplingParams
-engine = Engine({str(tiny.artifact)!r})
-call = engine._placement.core.runner._call
-async def slow(name, inputs, *rest):
-    import time
-    time.sleep(0.5)
-    return await call(name, inputs, *rest)
-engine._placement.core.runner._call = slow
+from sf_local.model.runner import ModelRunner
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job inherits ignored
+class SlowRunner(ModelRunner):
+    async def prefill(self, *arguments):
+        time.sleep(0.5)
+        return await super().prefill(*arguments)
+    async def decode(self, *arguments):
+        time.sleep(0.5)
+        return await super().decode(*arguments)
+engine = Engine({str(tiny.artifact)!r}, _make_runner=SlowRunner)
 handle = engine.submit([5, 6], SamplingParams(max_new_tokens=240, ignore_eos=True))
 threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
@@ -582,3 +587,48 @@ def test_kv_memory_by_default_holds_the_largest_batch(tiny: TinyModel) -> None:
 def test_bad_kv_sizes(tiny: TinyModel, size: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match="kv_"):
         Engine(tiny.artifact, **size)
+
+
+# Limits of a step
+
+
+@pytest.mark.parametrize("name", ["prefill_tokens", "max_running"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "8", None, True], ids=repr)
+def test_limits_that_make_no_sense(tiny: TinyModel, name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=f"{name}=.* must be an integer of at least 1"):
+        Engine(tiny.artifact, **{name: value})
+
+
+@pytest.mark.parametrize("prefill_tokens", [1, 3, 1000])
+def test_a_prompt_in_steps_of_any_size(tiny: TinyModel, prefill_tokens: int) -> None:
+    prompt = PROMPT * 5
+    with Engine(tiny.artifact, prefill_tokens=prefill_tokens) as engine:
+        assert engine.stats()["prefill_tokens"] == prefill_tokens
+        assert engine.generate(prompt, greedy(3)).token_ids == oracle(tiny, prompt, 3)
+        assert engine.stats()["steps"] == -(-len(prompt) // prefill_tokens) + 2
+        assert_idle(engine)
+
+
+def test_so_many_requests_run_at_a_time(tiny: TinyModel) -> None:
+    runners = Runners()
+    with Engine(tiny.artifact, max_running=2, _make_runner=runners) as engine:
+        decode, sizes = runners[0].decode, []
+
+        async def counted(rows: Any, *rest: Any) -> Any:
+            sizes.append(len(rows))
+            return await decode(rows, *rest)
+
+        runners[0].decode = counted  # type: ignore[method-assign]
+        handles = [engine.submit([*PROMPT, i], greedy(10)) for i in range(5)]
+        for i, handle in enumerate(handles):
+            assert handle.result().token_ids == oracle(tiny, [*PROMPT, i], 10)
+        assert max(sizes) == 2 == engine.stats()["max_running"]
+        assert_idle(engine)
+
+
+def test_an_option_that_does_not_exist(engine: Engine) -> None:
+    with pytest.raises(TypeError, match="picture"):
+        engine.generate(PROMPT, greedy(3), picture="cat.png")  # type: ignore[call-arg]
+    with pytest.raises(RequestError, match="jump_forward=1 must be True or False"):
+        Engine("nowhere", jump_forward=1)  # type: ignore[arg-type]
+    assert_idle(engine)

@@ -38,9 +38,11 @@ def engine(tiny: TinyModel) -> Iterator[Engine]:
         assert (stats["running"], stats["waiting"], stats["pages_used"]) == (0, 0, 0)
 
 
-@pytest.fixture
-def no_jumps(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine._placement.core, "_can_jump", False)
+@pytest.fixture(scope="module")
+def no_jumps(tiny: TinyModel) -> Iterator[Engine]:
+    """An engine that decodes forced tokens one by one."""
+    with Engine(tiny.artifact, jump_forward=False) as engine:
+        yield engine
 
 
 def check(text: str) -> None:
@@ -57,18 +59,17 @@ def steps(engine: Engine, params: SamplingParams) -> tuple[str, float]:
     return output.text, engine.stats()["steps"] - before
 
 
-def test_forced_tokens_are_not_decoded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forced_tokens_are_not_decoded(engine: Engine, no_jumps: Engine) -> None:
     """Greedy, so that both ways give the same text."""
     params = replace(RECORD, temperature=0)
     text, jumping = steps(engine, params)
     check(text)
     forced = engine.stats()["forced_tokens"]
     assert forced > 0
-    monkeypatch.setattr(engine._placement.core, "_can_jump", False)
-    plain_text, plain = steps(engine, params)
+    plain_text, plain = steps(no_jumps, params)
     assert plain_text == text
     assert jumping <= plain / 2
-    assert engine.stats()["forced_tokens"] == forced
+    assert no_jumps.stats()["forced_tokens"] == 0
 
 
 def test_company_does_not_change_the_text(engine: Engine) -> None:
@@ -167,7 +168,7 @@ def test_a_grammar_that_gives_up_fails_its_request_alone(engine: Engine) -> None
     from sf_local.engine.handle import Handle
 
     with pytest.raises(GrammarError, match="enough"):
-        Handle(engine, generation).result()
+        Handle(engine, engine._replicas, generation).result()
     for handle in handles:
         check(handle.result().text)
 
@@ -197,11 +198,10 @@ def test_one_grammar_at_most() -> None:
         SamplingParams(regex="a", ebnf="start: /a/")
 
 
-@pytest.mark.usefixtures("no_jumps")
-def test_an_end_token_comes_only_at_the_end(engine: Engine) -> None:
+def test_an_end_token_comes_only_at_the_end(no_jumps: Engine) -> None:
     """The grammar's own end wins over ignore_eos; nothing else may end it."""
     for ignore_eos in (False, True):
-        output = engine.generate(PROMPT, replace(RECORD, seed=4, ignore_eos=ignore_eos))
+        output = no_jumps.generate(PROMPT, replace(RECORD, seed=4, ignore_eos=ignore_eos))
         check(output.text)
         assert output.finish_reason == "stop"
 
@@ -220,7 +220,7 @@ def test_a_mistake_harms_nobody_else(engine: Engine, monkeypatch: pytest.MonkeyP
     from sf_local.engine.handle import Handle
 
     with pytest.raises(EngineError, match="injected"):
-        Handle(engine, bad).result()
+        Handle(engine, engine._replicas, bad).result()
     assert other.result().completion_tokens == 200
 
 

@@ -3,8 +3,9 @@
 import pytest
 
 from sf_local.artifact.manifest import ModelConfig, PagedKVCache
-from sf_local.engine.kv_budget import GPU_SHARE, MAX_DEFAULT_BYTES, num_kv_pages
-from sf_local.errors import RequestError
+from sf_local.device.info import DeviceInfo, find_device
+from sf_local.engine.kv_budget import GPU_SHARE, MAX_DEFAULT_BYTES, memory_left, num_kv_pages
+from sf_local.errors import DeviceError, RequestError
 
 CACHE = PagedKVCache(2, 16, 64, "float16")
 CONFIG = ModelConfig(1024, 4, 32, [1], [1, 8], CACHE)  # 16 KiB a page, 512 pages by default
@@ -41,3 +42,43 @@ def test_more_than_the_weights_leave() -> None:
     """With both numbers."""
     with pytest.raises(RequestError, match=r"are free beside weights of 2.0 GiB; use at most"):
         num_kv_pages(CONFIG, "hip", 1 << 20, 1 << 30, None, 2 << 30)
+
+
+# What weights leave free, of devices that say how much they have.
+
+GPU = DeviceInfo("hip:0", "gfx942", "Card", 8 << 30)
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DeviceInfo, "free_bytes", lambda _: 5 << 30)
+    monkeypatch.setattr(DeviceInfo, "try_out", lambda _, num_bytes: None)
+
+
+@pytest.mark.usefixtures("card")
+def test_a_gpu_has_what_the_weights_leave() -> None:
+    assert memory_left(GPU, 1 << 30) == 4 << 30
+    assert memory_left(GPU, 5 << 30) == 0
+
+
+@pytest.mark.usefixtures("card")
+def test_weights_that_a_gpu_has_no_room_for() -> None:
+    with pytest.raises(DeviceError, match=r"hip:0' has 5.00 GiB free.*take 9.00 GiB"):
+        memory_left(GPU, 9 << 30)
+
+
+@pytest.mark.usefixtures("card")
+def test_a_driver_that_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DeviceInfo, "free_bytes", lambda _: None)
+    assert memory_left(GPU, 1 << 50) is None
+
+
+@pytest.mark.usefixtures("card")
+def test_a_gpu_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DeviceInfo, "try_out", lambda *_: "hipMalloc failed with hipErrorUnknown")
+    with pytest.raises(DeviceError, match=r"hip:0' does not work: hipMalloc failed with .*; start"):
+        memory_left(GPU, 1 << 30)
+
+
+def test_weights_on_the_cpu_are_mapped_files() -> None:
+    assert (memory_left(find_device("cpu"), 1 << 50) or 0) > 1 << 20

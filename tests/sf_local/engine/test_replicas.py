@@ -14,6 +14,7 @@ from sf_local import Engine, SamplingParams
 from sf_local.engine import replicas
 from sf_local.engine.replicas import BLOCK, MAX_LEAD, Router
 from sf_local.errors import DeviceError, EngineError
+from tests.support.running import Runners
 from tests.support.tiny import TinyModel
 
 PROMPT = list(range(3, 3 + 4 * BLOCK))
@@ -57,10 +58,6 @@ def test_the_choice_is_always_one_of_those_there(tokens: list[int], loads: dict[
     assert loads[chosen] <= min(loads.values()) + MAX_LEAD
 
 
-def loops(engine: Engine) -> Any:
-    return engine._placement.replicas  # type: ignore[union-attr]
-
-
 def test_two_replicas_answer_as_one(tiny: TinyModel) -> None:
     prompts = [[*PROMPT[:20], i, i + 1] for i in range(24)]
     with Engine(tiny.artifact) as engine:
@@ -68,7 +65,7 @@ def test_two_replicas_answer_as_one(tiny: TinyModel) -> None:
     with Engine(tiny.artifact, ["cpu", "cpu"]) as engine:
         handles = [engine.submit(prompt, PARAMS) for prompt in prompts]
         assert [handle.result().token_ids for handle in handles] == expected
-        done = [loop.stats()["completion_tokens"] for loop in loops(engine)]
+        done = [worker.core.stats()["completion_tokens"] for worker in engine._replicas.workers]
         stats = engine.stats()
         assert all(done) and stats["completion_tokens"] == sum(done) == 24 * 8
         assert (stats["running"], stats["waiting"], stats["pages_used"]) == (0, 0, 0)
@@ -88,17 +85,18 @@ def test_forks_stay_together(tiny: TinyModel) -> None:
 
 
 def test_a_lost_replica_leaves_the_others(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Engine(tiny.artifact, ["cpu", "cpu"]) as engine:
-        broken, whole = loops(engine)
+    runners = Runners()
+    with Engine(tiny.artifact, ["cpu", "cpu"], _make_runner=runners) as engine:
+        broken, whole = engine._replicas.workers
         all_submitted = threading.Event()
 
         async def lost(*_: Any) -> Any:
             all_submitted.wait()
-            broken.core.runner.is_broken = True
+            runners[0].is_broken = True
             raise RuntimeError("the GPU fell off the bus")
 
-        monkeypatch.setattr(broken.core.runner, "prefill", lost)
-        monkeypatch.setattr(broken.core.runner, "recover", lost)
+        monkeypatch.setattr(runners[0], "prefill", lost)
+        monkeypatch.setattr(runners[0], "recover", lost)
         handles = [engine.submit([i, *PROMPT], PARAMS) for i in range(2)]
         all_submitted.set()
         failures = 0
@@ -108,7 +106,7 @@ def test_a_lost_replica_leaves_the_others(tiny: TinyModel, monkeypatch: pytest.M
             except EngineError:
                 failures += 1
         assert failures == 1
-        broken.worker._ended.wait(30)
+        broken._ended.wait(30)
         for i in range(4):
             assert len(engine.generate([i, *PROMPT], PARAMS).token_ids) == 8
         whole.close()

@@ -47,7 +47,7 @@ def generate(request: Request) -> Request:
     """The same request, served alone."""
     alone = Request(request.prompt_ids, request.params, request.max_new_tokens)
     while not (reason := is_finished(alone)):
-        alone.output_ids.append(sample(alone.tokens(0, alone.num_tokens)))
+        alone.append(sample(alone.tokens(0, alone.num_tokens)))
     alone.finish_reason = reason
     return alone
 
@@ -100,7 +100,7 @@ class FakeRunner:
         for chunk in chunks:
             self.num_computed[chunk.request] += chunk.end - chunk.start
             self.take_logits(chunk)
-            self.scheduler.computed(chunk)
+            self.scheduler.commit([chunk])
             if chunk.end == chunk.request.num_tokens:
                 self.sample(chunk.request)
 
@@ -126,7 +126,7 @@ class FakeRunner:
         """A token, and sometimes some that follow from it."""
         for _ in range(1 + self.num_forced()):
             if request.max_new_tokens:
-                request.output_ids.append(sample(request.tokens(0, request.num_tokens)))
+                request.append(sample(request.tokens(0, request.num_tokens)))
             if reason := is_finished(request):
                 self.finish(request, reason)
                 break
@@ -500,7 +500,7 @@ def test_a_chunk_computed_after_the_end_changes_nothing() -> None:
     runner.scheduler.add(request)
     [[chunk]] = runner.scheduler.next_step().prefills
     runner.finish(request, "abort")
-    runner.scheduler.computed(chunk)
+    runner.scheduler.commit([chunk])
     assert (request.num_computed, request.pages, len(runner.cache)) == (0, [], 0)
 
 
@@ -589,6 +589,6 @@ def test_prefills_start_where_the_model_can(
     found = []
     while not found or found[-1].end < 40:
         [[chunk]] = runner.scheduler.next_step().prefills
-        runner.scheduler.computed(chunk)
+        runner.scheduler.commit([chunk])
         found.append(chunk)
     assert [chunk.start for chunk in found] == starts

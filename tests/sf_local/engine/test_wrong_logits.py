@@ -24,7 +24,7 @@ from sf_local.request.batch import Row
 from sf_local.sampling.logits import ModelOutput, WrongLogits, find_wrong, summarize
 from sf_local.sampling.logprobs import PromptLogprobs
 from sf_local.sampling.sampler import Sampler, sample
-from tests.support.running import open_runner
+from tests.support.running import Runners, open_runner
 from tests.support.tiny import TinyModel, random_weights
 
 VOCAB = 320
@@ -192,9 +192,9 @@ def test_padding_of_a_wrong_row_reaches_no_other(
     rows = [Row([9] * 5, 0, [1]), Row([7] * 26, 0, [2, 3, 4, 5]), Row([8] * 12, 0, [6, 7])]
 
     async def use(runner: ModelRunner) -> tuple[ModelOutput, ModelOutput, np.ndarray]:
-        wanted = OutputSpec([1.0] * 3, num_logits=0)
+        spec = OutputSpec([1.0] * 3, num_logits=0)
         alone = (await runner.prefill(rows[:1])).maxima
-        return await runner.prefill(rows, wanted), await runner.prefill(rows, wanted), alone
+        return await runner.prefill(rows, spec), await runner.prefill(rows, spec), alone
 
     with open_runner(folder) as run:
         first, second, alone = run(use)
@@ -236,12 +236,13 @@ def test_one_wrong_number(
 ) -> None:
     """In decodes of two rows, of the longer one."""
     long, short = PROMPT * 4, PROMPT
-    with Engine(tiny.artifact) as engine:
-        runner = engine._placement.core.runner  # type: ignore[union-attr]
+    runners = Runners()
+    with Engine(tiny.artifact, _make_runner=runners) as engine:
+        [runner] = runners
         decode, alone = runner.decode, engine.generate(short, GREEDY).token_ids
 
-        async def changed(rows: Any, wanted: Any) -> ModelOutput:
-            found = await decode(rows, wanted)
+        async def changed(rows: Any, spec: Any) -> ModelOutput:
+            found = await decode(rows, spec)
             for i in (i for i, row in enumerate(rows) if row.end > len(long)):
                 getattr(found, field)[i] = value
             return found

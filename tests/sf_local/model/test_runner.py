@@ -22,6 +22,7 @@ from sf_local.errors import (
     MismatchError,
     TargetError,
 )
+from sf_local.model.outputs import HostWorkError, OutputSpec
 from sf_local.model.runner import ModelRunner
 from sf_local.request.batch import Row
 from tests.support.tiny import TinyModel
@@ -103,7 +104,7 @@ def test_a_config_that_names_what_the_vmfb_lacks(
 def runner(tiny: TinyModel) -> Iterator[ModelRunner]:
     device = Device("cpu")
     try:
-        runner = ModelRunner(open_artifact(tiny.artifact), device, NUM_PAGES)
+        runner = ModelRunner(open_artifact(tiny.artifact), device, NUM_PAGES, 256)
         try:
             run(runner, runner.start())
             yield runner
@@ -188,6 +189,55 @@ def test_prefill_is_the_end_of_prefill_all(runner: ModelRunner) -> None:
     assert [logits.shape for logits in everything] == [(3, 300), (20, 300)]
     for logits, last in zip(everything, run(runner, runner.prefill(rows)).logits, strict=True):
         np.testing.assert_allclose(logits[-1], last, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [ValueError, BaseException])
+def test_host_work_that_raises(runner: ModelRunner, kind: type[BaseException]) -> None:
+    """The call is finished all the same: its output is there, its pages are written, and the next
+    call works."""
+
+    def meanwhile() -> None:
+        raise kind("of the host")
+
+    rows, next_row = [Row([5, 6], 0, [1]), Row([7, 8], 0, [2])], [Row([9], 2, [1])]
+    expected = run(runner, runner.prefill(rows))
+    expected_next = run(runner, runner.decode(next_row)).logits
+    run(runner, runner.clear_pages([1, 2]))
+    for compute in (runner.prefill, runner.prefill_all):
+        with pytest.raises(HostWorkError) as caught:
+            run(runner, compute(rows, OutputSpec(meanwhile=meanwhile)))
+        assert str(caught.value.__cause__) == "of the host"
+        assert not runner.is_broken and not runner.has_ever_failed
+        found = caught.value.output
+        last = [logits[-1] for logits in found] if isinstance(found, list) else found.logits
+        np.testing.assert_allclose(last, expected.logits, rtol=1e-4, atol=1e-4)
+    assert np.array_equal(run(runner, runner.decode(next_row)).logits, expected_next)
+
+
+def test_a_device_that_fails_beside_host_work(runner: ModelRunner) -> None:
+    """The device's error counts, and breaks the model until it recovers; the host's does not."""
+    worked = []
+
+    async def failing(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("of the device")
+
+    def meanwhile() -> None:
+        worked.append(True)
+
+    row = [Row([5], 0, [1])]
+    expected = run(runner, runner.prefill(row)).logits
+    functions = runner._program.functions
+    good, functions["prefill_next_bs1"] = functions["prefill_next_bs1"], failing
+    try:
+        with pytest.raises(RuntimeError, match="of the device"):
+            run(runner, runner.prefill(row, OutputSpec(meanwhile=meanwhile)))
+        assert runner.is_broken and runner.has_ever_failed and not worked
+    finally:
+        functions["prefill_next_bs1"] = good
+        run(runner, runner.recover())
+        runner.has_ever_failed = False  # nothing native did
+    assert not runner.is_broken
+    assert np.array_equal(run(runner, runner.prefill(row)).logits, expected)
 
 
 def test_calls_may_be_awaited_one_after_the_other(runner: ModelRunner) -> None:

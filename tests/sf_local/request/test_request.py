@@ -168,6 +168,6 @@ def test_tokens_slices_like_a_list(
 def test_requests_share_nothing() -> None:
     first, second = (Request([1], SamplingParams(), 1) for _ in range(2))
     assert first != second and len({first, second}) == 2
-    first.output_ids.append(5)
+    first.append(5)
     first.pages.append(5)
     assert second.output_ids == [] and second.pages == []

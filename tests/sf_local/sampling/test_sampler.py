@@ -12,9 +12,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from sf_local.artifact.manifest import LOGITS_BLOCK
 from sf_local.request.params import SamplingParams
-from sf_local.sampling.distribution import Row, candidates
-from sf_local.sampling.logits import BLOCK, summarize
+from sf_local.sampling.distribution import Distribution, candidates
+from sf_local.sampling.logits import summarize
 from sf_local.sampling.sampler import Sampled, Sampler
 from sf_local.sampling.sampler import sample as sample_rows
 
@@ -59,7 +60,7 @@ class Only:
 
 def distribution(logits: NDArray[np.float32], params: SamplingParams) -> dict[int, float]:
     scale = 1 / params.temperature
-    row = Row(summarize(logits[None], np.array([scale], np.float32)), scale)
+    row = Distribution(summarize(logits[None], np.array([scale], np.float32)), scale)
     tokens = candidates(row, params)
     assert len(tokens) == len({*tokens.tolist()})
     weights = np.exp(row.logs(tokens))
@@ -69,7 +70,7 @@ def distribution(logits: NDArray[np.float32], params: SamplingParams) -> dict[in
 def sample(
     samplers: list[Sampler], logits: NDArray[np.float32], allowed: list[Only | None]
 ) -> list[Sampled]:
-    scales = np.array([sampler.scale for sampler in samplers], np.float32)
+    scales = np.array([sampler.inv_temperature for sampler in samplers], np.float32)
     result = sample_rows(samplers, summarize(logits, scales), allowed)
     assert all(isinstance(sampled, Sampled) for sampled in result)
     return result  # type: ignore[return-value]
@@ -196,7 +197,7 @@ def test_returns_plain_ints() -> None:
         assert type(draw(Sampler(params))) is int
 
 
-WIDE = np.random.default_rng(4).normal(0, 3, (6, 5 * BLOCK + 7)).astype(np.float32)
+WIDE = np.random.default_rng(4).normal(0, 3, (6, 5 * LOGITS_BLOCK + 7)).astype(np.float32)
 
 
 def test_rows_do_not_depend_on_their_company() -> None:
@@ -262,7 +263,9 @@ def test_wide_draws_follow_the_distribution(params: dict[str, Any]) -> None:
     assert chi_square(grouped, likely) < len(likely) + 6 * (2 * len(likely)) ** 0.5
 
 
-@pytest.mark.parametrize("width", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK])
+@pytest.mark.parametrize(
+    "width", [1, LOGITS_BLOCK - 1, LOGITS_BLOCK, LOGITS_BLOCK + 1, 3 * LOGITS_BLOCK]
+)
 def test_a_draw_ends_at_the_first_and_the_last_possible_token(width: int) -> None:
     """Whatever the random number, and with tokens that are impossible at both ends."""
 
@@ -286,8 +289,8 @@ def test_what_a_grammar_raises_is_its_own_row_s() -> None:
             raise ValueError("broken")
 
     samplers = [Sampler(SamplingParams(seed=i)) for i in range(3)]
-    following = summarize(WIDE[:3], np.ones(3, np.float32))
-    found = sample_rows(samplers, following, [None, Broken([]), None])
+    output = summarize(WIDE[:3], np.ones(3, np.float32))
+    found = sample_rows(samplers, output, [None, Broken([]), None])
     assert isinstance(found[1], ValueError)
     alone = [Sampler(SamplingParams(seed=i)) for i in (0, 2)]
     assert [found[0], found[2]] == [

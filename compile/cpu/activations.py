@@ -1,0 +1,101 @@
+"""Activations: the rows that matrices are multiplied with, as the products read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from compile.cpu.kernel import KernelBuilder, Views
+from compile.cpu.operands import Operand
+from compile.cpu.vector_builder import lanes_of, vector_type
+from compile.formats.layout import ITEM_BYTES
+from compile.formats.quantize import GROUP
+from compile.mlir.values import Scalar
+
+PARTS = 2  # bytes of a quantized activation: high, low
+LARGEST = 127 * 128 + 63  # of its values
+
+
+class Activations:
+    """Rows of activations [M, K]: floats for float weights, integers for quantized ones.
+
+    Integers have 15 bits and come in groups of 32 with a scale f32 and their sum i32. This is like
+    Q8_1 of llama.cpp, whose 7 bits would cost more accuracy than 4-bit weights do. An integer is
+    128 * high + low, both i8. A row holds its high parts (K bytes), its low parts (K bytes), then
+    the scales, then the sums.
+
+    operand: how the floats are multiplied; None for quantized weights.
+    """
+
+    def __init__(
+        self, k: KernelBuilder, views: Views, operand: Operand | None, lanes: int, width: int
+    ) -> None:
+        self._k, self._width = k, width
+        self.is_quantized = operand is None
+        self.step = lanes if operand else GROUP  # features that are stored together
+        self.row_bytes = self.bytes_of_row(operand, width)
+        if operand is None:
+            self.codes = views.open("i8", "i32", "f32")
+            return
+        views = views.open(operand.other, "i32")
+        self.elements = views[operand.other]
+        self.units = views["i32" if operand.unit == 2 else operand.other]
+        self.unit_bytes = 4
+
+    @staticmethod
+    def bytes_of_row(operand: Operand | None, width: int) -> int:
+        """Bytes of a row of `width` activations."""
+        if operand is None:
+            return PARTS * width + width // GROUP * 8
+        return width * ITEM_BYTES[operand.other]
+
+    def store(self, values: Sequence[Scalar], row: Scalar, feature: Scalar) -> None:
+        """Store f32 vectors: `step` features of a row, or fewer if they are not quantized."""
+        if self.is_quantized:
+            self._store_group(values, row, feature // GROUP)
+            return
+        item = ITEM_BYTES[self.elements.dtype]
+        at = row * (self.row_bytes // item) + feature
+        for value in values:
+            self.elements.store_as(value, at)
+            at = at + lanes_of(value)
+
+    def _store_group(self, values: Sequence[Scalar], row: Scalar, group: Scalar) -> None:
+        k, lanes = self._k, lanes_of(values[0])
+        assert lanes * len(values) == GROUP
+        largest = values[0].math("absf")
+        for value in values[1:]:
+            largest = largest.maximum(value.math("absf"))
+        scale = k.maximum(largest) / float(LARGEST)
+        # 0 / 0 is NaN, so a group of zeros is divided by 1.
+        one = k.scalar(1.0, "f32")
+        is_zero = k.op(f"arith.cmpf oeq, {scale.name}, {k.scalar(0.0, 'f32').name} : f32", "i1")
+        inverse = k.broadcast(one / is_zero.select(one, scale), lanes)
+        whole = vector_type(lanes, "i32")
+        total = k.scalar(0, whole)
+        for i, value in enumerate(values):
+            number = (value * inverse).math("roundeven").to_int(whole)
+            total = total + number
+            high = k.bits("shrsi", number + 64, 7)
+            for part, code in enumerate((high, number - k.bits("shli", high, 7))):
+                at = self.codes_at(row, group, part) + i * lanes
+                self.codes["i8"].store_vector(code.to(vector_type(lanes, "i8")), at)
+        self.codes["f32"].store(scale, self._number(row, group, 0))
+        sum_ = k.op(f"vector.reduction <add>, {total.name} : {whole} into i32", "i32")
+        self.codes["i32"].store(sum_, self._number(row, group, 1))
+
+    def codes_at(self, row: Scalar, group: Scalar, part: int) -> Scalar:
+        """The byte where the high (part 0) or low (part 1) parts of a group begin."""
+        return row * self.row_bytes + group * GROUP + part * self._width
+
+    def scale(self, row: Scalar, group: Scalar) -> Scalar:
+        """The factor of a group's integers, f32."""
+        return self.codes["f32"].load(self._number(row, group, 0))
+
+    def total(self, row: Scalar, group: Scalar) -> Scalar:
+        """The sum of a group's integers, i32."""
+        return self.codes["i32"].load(self._number(row, group, 1))
+
+    def _number(self, row: Scalar, group: Scalar, which: int) -> Scalar:
+        """The index of a group's scale (which=0) or sum (1), in units of four bytes."""
+        start = PARTS * self._width + which * (self._width // GROUP * 4)
+        return row * (self.row_bytes // 4) + group + start // 4

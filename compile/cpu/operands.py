@@ -1,0 +1,105 @@
+"""Products of float vectors on CPUs: how elements are multiplied, and the innermost loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from compile.cpu.kernel import KernelBuilder, Memory
+from compile.cpu.vector_builder import vector_type
+from compile.formats.layout import ITEM_BYTES
+from compile.mlir.values import Scalar
+from compile.target import Vectors
+
+REGISTER_BITS = {4: "128", 8: "256", 16: "512"}  # by f32 lanes
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Floats that products read `unit` at a time: 2 for dot products of bf16 pairs, else 1."""
+
+    dtype: str
+    unit: int
+
+    @property
+    def unit_dtype(self) -> str:
+        """The type of memory whose elements are units."""
+        return "i32" if self.unit == 2 else self.dtype
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of a unit."""
+        return self.unit * ITEM_BYTES[self.dtype]
+
+    @property
+    def other(self) -> str:
+        """The dtype of the other factor, of which one unit is broadcast to all lanes."""
+        return "bf16" if self.unit == 2 else "f32"
+
+
+def operand(dtype: str, vectors: Vectors, *lanes: int) -> Operand:
+    """How floats are multiplied in vectors of each of these `lanes`: as pairs where the CPU can."""
+    is_dot = dtype == "bf16" and vectors.has_dot and all(n in REGISTER_BITS for n in lanes)
+    return Operand(dtype, 2 if is_dot else 1)
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Vectors of weights, keys or values: at each of `starts`, and again every `stride` units."""
+
+    memory: Memory
+    operand: Operand
+    starts: Sequence[Scalar]
+    stride: int
+    lanes: int
+    ahead: int = 0  # units to prefetch
+
+
+def product(
+    k: KernelBuilder,
+    weights: Streams,
+    x: Memory,
+    rows: Sequence[Scalar],
+    num_units: Scalar | int,
+    sums: Sequence[Scalar],
+) -> list[Scalar]:
+    """sums + rows of `x` times streams of weights: f32 vectors, of each row one per stream.
+
+    rows: where each row begins in `x`, in units. num_units: vectors of each stream that are read,
+    and units of each row.
+    """
+    op, lanes = weights.operand, weights.lanes
+
+    def step(i: Scalar, *sums: Scalar) -> list[Scalar]:
+        at = i * weights.stride
+        if weights.ahead:
+            for start in weights.starts:
+                weights.memory.prefetch(start + (at + weights.ahead))
+        loaded = [weights.memory.load_vector(start + at, lanes) for start in weights.starts]
+        loaded = [_multiplicand(k, vector, op, lanes) for vector in loaded]
+        result = []
+        for r, row in enumerate(rows):
+            value = k.broadcast(x.load(row + i), lanes)
+            if op.unit == 2:
+                value = k.bitcast(value, vector_type(2 * lanes, "bf16"))
+            for t, weight in enumerate(loaded):
+                total = sums[r * len(loaded) + t]
+                result.append(_multiply_add(k, value, weight, total, op, lanes))
+        return result
+
+    return k.fold(0, num_units, sums, step)
+
+
+def _multiplicand(k: KernelBuilder, loaded: Scalar, op: Operand, lanes: int) -> Scalar:
+    if op.unit == 2:
+        return k.bitcast(loaded, vector_type(2 * lanes, "bf16"))
+    return loaded.to(vector_type(lanes, "f32"))
+
+
+def _multiply_add(
+    k: KernelBuilder, a: Scalar, b: Scalar, total: Scalar, op: Operand, lanes: int
+) -> Scalar:
+    if op.unit == 2:
+        name = f"x86.avx512bf16.dpbf16ps.{REGISTER_BITS[lanes]}"
+        return k.intrinsic(name, [total, a, b], total.dtype)
+    return k.fma(a, b, total)

@@ -1,0 +1,104 @@
+"""OutputProcessor: the generations of one engine core: their text, their deadlines, their ends."""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import time
+from collections.abc import Callable, Iterator
+
+from sf_local.engine.failures import Failures
+from sf_local.engine.generation import Generation
+from sf_local.engine.scheduler import Scheduler
+from sf_local.errors import SfLocalError
+from sf_local.request.prompt import Tile
+from sf_local.request.request import Request
+
+
+class OutputProcessor:
+    """Delivers text and ends generations, each exactly once; an error of one harms no other."""
+
+    def __init__(self, scheduler: Scheduler, failures: Failures) -> None:
+        self._scheduler, self._failures = scheduler, failures
+        self.generations: dict[Request, Generation] = {}  # of all requests that have not ended
+        self._with_news: list[Generation] = []  # have tokens whose text is not delivered
+        self._deadlines: list[tuple[float, int, Request]] = []  # a heap
+
+    def add(self, generation: Generation) -> None:
+        """Take a new generation in, and hand its request to the scheduler."""
+        request = generation.request
+        self.generations[request] = generation
+        self._scheduler.add(request)
+        if generation.deadline is not None:
+            self._remember_deadline(generation.deadline, request)
+
+    def has_news(self, generation: Generation, reason: str | None) -> None:
+        """It took tokens. Their text is delivered with the next `deliver`, or now, if it ends."""
+        if reason:
+            self.end(generation.request, reason)
+        else:
+            self._with_news.append(generation)
+
+    def deliver(self) -> None:
+        """Deliver the text of all tokens that were taken since the last time."""
+        for generation in self._with_news:
+            try:
+                generation.write()
+            except BaseException as error:
+                self.fail(generation.request, error)
+        self._with_news.clear()
+
+    def end(self, request: Request, reason: str, error: BaseException | None = None) -> None:
+        """End a generation with its output, or an error; nothing if it has ended already.
+
+        Raises nothing: whoever waits for the generation is told of the first error there is.
+        """
+        generation = self.generations.pop(request, None)
+        if generation is None:
+            return
+        try:
+            self._scheduler.finish(request, reason)
+            request.spans = ()  # the heap of deadlines may keep the request, but not its tiles
+            if error is None:
+                generation.finish(reason)
+            else:
+                generation.write()
+        except BaseException as failure:  # Rust's panics are no Exception
+            error = error or self._failures.of_request(failure)
+        if error is not None:
+            with contextlib.suppress(BaseException):  # nobody is left to be told
+                generation.deliver(error)
+
+    def fail(self, request: Request, error: BaseException) -> None:
+        """End a generation because of an error that concerns it alone."""
+        self.end(request, "abort", self._failures.of_request(error))
+
+    def fail_all(self, make_error: Callable[[], SfLocalError]) -> None:
+        """End every generation with an error of its own."""
+        for request in list(self.generations):
+            self.end(request, "abort", make_error())
+
+    def fail_tile(self, tile: Tile, error: BaseException) -> None:
+        """End all generations whose prompts show this tile of an image."""
+        for request in list(self.generations):
+            if any(span.tile is tile for span in request.spans):
+                self.fail(request, error)
+
+    @contextlib.contextmanager
+    def guard(self, request: Request) -> Iterator[None]:
+        """Run a block for one request: whatever it raises ends this request and no other."""
+        try:
+            yield
+        except BaseException as error:
+            self.fail(request, error)
+
+    def expire(self) -> None:
+        """End the generations whose timeout has passed."""
+        while self._deadlines and self._deadlines[0][0] <= time.perf_counter():
+            self.end(heapq.heappop(self._deadlines)[2], "timeout")
+
+    def _remember_deadline(self, deadline: float, request: Request) -> None:
+        heapq.heappush(self._deadlines, (deadline, request.sequence, request))
+        if len(self._deadlines) > 2 * len(self.generations) + 64:  # most of them have ended
+            self._deadlines = [d for d in self._deadlines if d[2] in self.generations]
+            heapq.heapify(self._deadlines)
