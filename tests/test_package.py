@@ -7,6 +7,7 @@ import pkgutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,7 @@ import pytest
 import compile
 import sf_local
 from tests.support.tiny import TinyModel
-
-pytestmark = pytest.mark.slow  # pip fetches the build backend
+from tests.tools.newest_sglang import readme_commands
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PIP = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
@@ -61,6 +61,7 @@ def run(command: list[Path | str], folder: Path) -> subprocess.CompletedProcess[
     )
 
 
+@pytest.mark.slow  # pip fetches the build backend
 def test_types_of_an_editable_install(tmp_path: Path) -> None:
     python = make_environment(tmp_path / "venv")
     install = [*PIP, "--python", str(python), "install", "--no-deps", "-e", CHECKOUT]
@@ -77,6 +78,15 @@ def test_types_of_an_editable_install(tmp_path: Path) -> None:
     assert len(errors) == 1 and '"prompts"' in errors[0], found.stdout
 
 
+def test_the_readme_installs_all_but_sglang() -> None:
+    """Its two lines for an environment with a newer sglang name the dependencies again."""
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    wanted = [text.partition(";")[0] for text in project["dependencies"]]
+    _, named = readme_commands()
+    assert named == [text for text in wanted if not text.startswith("sglang")]
+
+
+@pytest.mark.slow
 def test_wheel(tmp_path: Path, tiny: TinyModel) -> None:
     subprocess.run([*PIP, "wheel", "--no-deps", "-w", tmp_path, CHECKOUT], check=True, timeout=300)
     (wheel,) = tmp_path.glob("sf_local-*.whl")

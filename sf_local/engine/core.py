@@ -37,8 +37,7 @@ Call = Callable[[Sequence[Chunk], Sequence[Row], OutputSpec], Awaitable[ModelOut
 class EngineCore:
     """Schedules, computes, samples and delivers for one device.
 
-    jump_forward: take tokens that a grammar forces without decoding them, where the model can
-    compute several tokens from anywhere.
+    jump_forward: take tokens that a grammar forces without decoding them, if the model can.
     """
 
     def __init__(
@@ -204,11 +203,9 @@ class EngineCore:
         return [chunk for chunk in chunks if not unencoded([chunk])]
 
     async def _fail_call(self, requests: Iterable[Request], error: Exception) -> None:
-        """End the requests of a failed call.
+        """End the requests of a failed call; on a CPU, others compute their lost pages again.
 
-        A CPU that failed lost the contents of its pages, and other requests compute theirs again. A
-        GPU that failed is lost with all that lies on it: IREE ends the process when it is used
-        again.
+        A GPU is lost with all that lies on it: IREE ends the process when it is used again.
         """
         if self.runner.is_broken and not self._device.shares_memory:
             self._device.leak(self.runner, error)  # whose traceback holds the call's arrays

@@ -1,8 +1,9 @@
 """The backend on the newest sglang. `python tests/tools/newest_sglang.py FOLDER [VERSION]`
 
-Makes a virtual environment in FOLDER with this checkout, what it needs, and the newest sglang (or
-VERSION) without its dependencies, which are CUDA packages; then runs programs of every structure on
-a tiny random model, built here with `compile`. Exits with 1 if one of them fails.
+Makes a virtual environment in FOLDER with the newest sglang (or VERSION), without its dependencies,
+which are CUDA packages. Installs this checkout beside it with the README's commands, which must
+leave sglang as it is. Then runs programs of every structure on a tiny random model, built here with
+`compile`. Exits with 1 if one of them fails.
 
 From 0.5.11 on `import sglang` loads `sglang.srt.utils`, whose `__init__` needs torch; SGLang's
 language uses nothing of it. Where torch is missing an empty package takes its place.
@@ -15,9 +16,9 @@ import importlib.util
 import inspect
 import json
 import re
+import shlex
 import subprocess
 import sys
-import tomllib
 import traceback
 import warnings
 from collections.abc import Callable
@@ -47,16 +48,33 @@ def build_tiny(folder: Path) -> Path:
 
 def make_environment(folder: Path, version: str | None) -> Path:
     """The Python of a new virtual environment."""
-    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
-    needed = [line for line in project["dependencies"] if not line.startswith("sglang")]
     subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
     python = folder / "bin" / "python"
     pip = [python, "-m", "pip", "install", "-q", "--no-warn-conflicts"]
-    subprocess.run([*pip, *needed, *FRONTEND], check=True)
-    subprocess.run([*pip, "--no-deps", "-e", CHECKOUT], check=True)
     sglang = "sglang" if version is None else f"sglang=={version}"
     subprocess.run([*pip, "--no-deps", sglang], check=True)
+    subprocess.run([*pip, *FRONTEND], check=True)
+    installed = installed_sglang(python)
+    for command in readme_commands():
+        subprocess.run([*pip, *command], check=True)
+    assert installed_sglang(python) == installed
     return python
+
+
+def readme_commands() -> list[list[str]]:
+    """What the README passes to `pip install` beside a newer sglang, for this checkout."""
+    found = re.findall(
+        r"^pip install (--no-deps sf-local)\npip install (.*)$",
+        (CHECKOUT / "README.md").read_text(),
+        re.MULTILINE,
+    )
+    [commands] = [[shlex.split(line) for line in lines] for lines in found]
+    return [[str(CHECKOUT) if word == "sf-local" else word for word in line] for line in commands]
+
+
+def installed_sglang(python: Path) -> str:
+    code = "import importlib.metadata as m; print(m.version('sglang'))"
+    return subprocess.check_output([python, "-c", code], text=True)
 
 
 def check(artifact: Path) -> int:
