@@ -30,6 +30,7 @@ class Memory:
 
     @property
     def type(self) -> str:
+        """The MLIR type."""
         return f"memref<?x{self.dtype}>"
 
     def load(self, index: Index) -> Scalar:
