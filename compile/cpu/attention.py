@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from compile.cpu.activations import Activations
+from compile.cpu.amx import TileRegisters
 from compile.cpu.kernel import KernelBuilder, Memory, Views
 from compile.cpu.kv_layout import KVLayout
 from compile.cpu.softmax import Softmax, Splits
@@ -36,8 +37,9 @@ class AttentionMemory:
     """What attention reads and writes, in all types needed.
 
     qkv: queries, keys and values [M, qkv_width]. rope: where the angles [positions, 2, head_dim/2]
-    begin in `floats`. q: scaled queries [M, q_width]. workspace: of each workgroup. act: the result
-    [M, heads, head_dim]. splits: in decode.
+    begin in `floats`. q: scaled queries [M, q_width]. workspace: of all workgroups; `workgroup` is
+    the number of the one that runs. act: the result [M, heads, head_dim]. splits: in decode. amx:
+    where the CPU has it.
     """
 
     qkv: Memory
@@ -48,8 +50,10 @@ class AttentionMemory:
     q: Views
     q_width: int
     workspace: Views
+    workgroup: Scalar
     act: Activations
     splits: Splits | None = None
+    amx: TileRegisters | None = None
 
 
 class Attention(ABC):
@@ -63,14 +67,9 @@ class Attention(ABC):
     takes_any_count: bool  # whether it may be fewer; else a task has one row or rows_per_task
 
     def __init__(
-        self,
-        k: KernelBuilder,
-        layout: KVLayout,
-        vectors: Vectors,
-        memory: AttentionMemory,
-        position: Callable[[Scalar], Scalar],
-        page: Callable[[Scalar, Scalar], Scalar],
-    ) -> None:
+        self, k: KernelBuilder, layout: KVLayout, vectors: Vectors, memory: AttentionMemory,
+        position: Callable[[Scalar], Scalar], page: Callable[[Scalar, Scalar], Scalar],
+    ) -> None:  # fmt: skip
         self.k, self.layout, self.config = k, layout, layout.config
         self.vectors, self.memory = vectors, memory
         self.position, self.page = position, page
@@ -94,14 +93,9 @@ class Attention(ABC):
 
     @abstractmethod
     def attend(
-        self,
-        workgroup: Scalar,
-        row: Scalar,
-        num_rows: Scalar | int,
-        head: Scalar,
-        layer: Scalar,
+        self, row: Scalar, num_rows: Scalar | int, head: Scalar, layer: Scalar,
         split: Scalar | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Attention of `num_rows` rows of a sequence, from `row` on, to a split of their context.
 
         num_rows: an int, 1 or rows_per_task; if `takes_any_count`, an index up to rows_per_task.

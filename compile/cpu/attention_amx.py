@@ -6,16 +6,12 @@ task is one query head of a group of rows, so that few rows too are work for sev
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from compile.cpu.amx import COLUMNS, LINE_BYTES, LINES, WHOLE, TileConfig, TileRegisters
-from compile.cpu.attention import Attention, AttentionMemory, ContextSlice
-from compile.cpu.kernel import KernelBuilder
+from compile.cpu.amx import COLUMNS, LINE_BYTES, LINES, TileConfig, TileRegisters
+from compile.cpu.attention import Attention, ContextSlice
 from compile.cpu.kv_layout import KVLayout
 from compile.cpu.softmax import SLICE, Workspace
 from compile.cpu.vector_builder import vector_type
 from compile.mlir.values import Scalar
-from compile.target import Vectors
 
 ROWS_PER_TASK = 2 * LINES  # two tiles, so that keys and values are read half as often
 # Registers: sums; queries or softmax weights; keys or values.
@@ -29,22 +25,6 @@ class AmxAttention(Attention):
 
     rows_per_task = ROWS_PER_TASK
     takes_any_count = True
-
-    def __init__(
-        self,
-        k: KernelBuilder,
-        layout: KVLayout,
-        vectors: Vectors,
-        memory: AttentionMemory,
-        position: Callable[[Scalar], Scalar],
-        page: Callable[[Scalar, Scalar], Scalar],
-        amx: TileRegisters,
-    ) -> None:
-        super().__init__(k, layout, vectors, memory, position, page)
-        self._amx = amx
-        # Positions whose values are one tile; they must lie in one page.
-        self._positions = 2 * LINES if layout.page_size % (2 * LINES) == 0 else LINES
-        self._value_config = WHOLE if self._positions == 2 * LINES else HALF
 
     @staticmethod
     def fits(layout: KVLayout) -> bool:
@@ -62,6 +42,16 @@ class AmxAttention(Attention):
     def task(self, number: Scalar, num_splits: Scalar) -> tuple[Scalar, Scalar, Scalar | None]:
         query, group = number % self.config.num_heads, number // self.config.num_heads
         return group, query, None
+
+    @property
+    def _amx(self) -> TileRegisters:
+        assert self.memory.amx
+        return self.memory.amx
+
+    @property
+    def _positions(self) -> int:
+        """Positions whose values are one tile; they must lie in one page."""
+        return 2 * LINES if self.layout.page_size % (2 * LINES) == 0 else LINES
 
     # Keys and values
 
@@ -101,17 +91,12 @@ class AmxAttention(Attention):
     # The context
 
     def attend(
-        self,
-        workgroup: Scalar,
-        row: Scalar,
-        num_rows: Scalar | int,
-        head: Scalar,
-        layer: Scalar,
+        self, row: Scalar, num_rows: Scalar | int, head: Scalar, layer: Scalar,
         split: Scalar | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """As `Attention.attend`; `head` is a query head."""
         assert isinstance(num_rows, Scalar) and split is None
-        space = self.softmax.open(workgroup, ROWS_PER_TASK)
+        space = self.softmax.open(self.memory.workgroup, ROWS_PER_TASK)
         high = self.position(row + (num_rows - 1)) + 1
         with self.k.loop(0, high, SLICE) as start:
             context = ContextSlice(row, head // self.groups, layer, start)
@@ -121,9 +106,11 @@ class AmxAttention(Attention):
             with self.k.loop(0, num_rows) as r:
                 self.softmax.online_softmax(space, r, self.position(row + r) - start, count)
                 self._correct(space, r)
-            self._configure(self._value_config)
+            if self._positions == LINES:
+                self._amx.configure(HALF)
             self._accumulate_values(space, context, count)
-            self._configure(WHOLE)
+            if self._positions == LINES:
+                self._amx.configure()
         with self.k.loop(0, num_rows) as r:
             self.softmax.store_result(space, r, row + r, head, None)
 
@@ -149,10 +136,6 @@ class AmxAttention(Attention):
             row, column = i_sum // 2 * LINES, i_sum % 2 * LINES
             to = (space.scores + row * SLICE + first + column) * 4
             amx.store(total, self.memory.workspace["f32"], to, SLICE * 4)
-
-    def _configure(self, config: TileConfig) -> None:
-        if self._value_config != WHOLE:
-            self._amx.configure(config)
 
     def _multiply_add(self) -> None:
         for i, total in enumerate(SUMS):

@@ -32,17 +32,12 @@ class VectorAttention(Attention):
         return group, head, number // heads % num_splits if self.memory.splits else None
 
     def attend(
-        self,
-        workgroup: Scalar,
-        row: Scalar,
-        num_rows: Scalar | int,
-        head: Scalar,
-        layer: Scalar,
+        self, row: Scalar, num_rows: Scalar | int, head: Scalar, layer: Scalar,
         split: Scalar | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         assert isinstance(num_rows, int)
         k = self.k
-        space = self.softmax.open(workgroup, num_rows * self.groups)
+        space = self.softmax.open(self.memory.workgroup, num_rows * self.groups)
         low, high = k.scalar(0, "index"), self.position(row + (num_rows - 1)) + 1
         if split is not None:
             low = split * SPLIT

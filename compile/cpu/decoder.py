@@ -200,11 +200,11 @@ class DecoderKernel(TransformerKernel):
         self.tables = RowTables(
             k, c, m.options, self.kind, call, sizes, takes_embeds=self.takes_embeds
         )
-        self.bind_workgroup(scratch)
+        workgroup = self.bind_workgroup(scratch)
         splits = Splits(values, totals, sizes.most_splits) if self.kind.is_decode else None
         memory = AttentionMemory(
             self.qkv, self.qkv_width, self.weights["f32"], self.weight_at("rope") // 4, cache, q,
-            m.heads_width, workspace, self.act, splits,
+            m.heads_width, workspace, workgroup, self.act, splits, self.amx,
         )  # fmt: skip
         self.bind_attention(kv, memory, self.tables.position, self.tables.page)
 
@@ -291,11 +291,11 @@ class DecoderKernel(TransformerKernel):
             group, head, split = attention.task(task, splits)
             row, length = tables.group(group)
             if attention.takes_any_count:
-                attention.attend(self.workgroup, row, length, head, layer, split)
+                attention.attend(row, length, head, layer, split)
                 return
             for num_rows in (1,) if self.kind.is_decode else (1, attention.rows_per_task):
                 with k.when(length.equals(num_rows)):
-                    attention.attend(self.workgroup, row, num_rows, head, layer, split)
+                    attention.attend(row, num_rows, head, layer, split)
 
     # What becomes of products
 

@@ -43,13 +43,9 @@ class LogitsPhases:
     """
 
     def __init__(
-        self,
-        kernel: TransformerKernel,
-        tables: RowTables,
-        memory: LogitsMemory,
-        head: str,
+        self, kernel: TransformerKernel, tables: RowTables, memory: LogitsMemory, head: str,
         format_: Format,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.kernel, self.tables, self.memory = kernel, tables, memory
         self.head_name, self.format = head, format_
         self.k, self.lanes = kernel.k, kernel.vectors.lanes

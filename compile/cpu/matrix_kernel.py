@@ -114,15 +114,9 @@ class MatrixKernel:
         return self.k.phase(self.counters, number, num_tasks)
 
     def matmul(
-        self,
-        number: Scalar,
-        weight: Scalar,
-        size: tuple[int, int],
-        x: Activations,
-        num_rows: Scalar,
-        use: Use,
-        format_: Format | None = None,
-    ) -> None:
+        self, number: Scalar, weight: Scalar, size: tuple[int, int], x: Activations,
+        num_rows: Scalar, use: Use, format_: Format | None = None,
+    ) -> None:  # fmt: skip
         """Phase `number`: rows of x [M, K] times a matrix of size [N, K] at byte `weight`.
 
         use(sums, row, block): what becomes of outputs; see `Task`. format_: None for `layers`.

@@ -22,13 +22,9 @@ class ProjectorPhases:
     """
 
     def __init__(
-        self,
-        kernel: TransformerKernel,
-        config: VisionConfig,
-        token_act: Activations,
-        out: Memory,
+        self, kernel: TransformerKernel, config: VisionConfig, token_act: Activations, out: Memory,
         text_hidden: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.kernel, self.config = kernel, config
         self.token_act, self.out, self.text_hidden = token_act, out, text_hidden
 

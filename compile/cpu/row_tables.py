@@ -68,16 +68,9 @@ class RowTables:
     """
 
     def __init__(
-        self,
-        k: KernelBuilder,
-        config: LlamaConfig,
-        options: ModelOptions,
-        kind: KernelKind,
-        memory: CallMemory,
-        sizes: CallSizes,
-        *,
-        takes_embeds: bool,
-    ) -> None:
+        self, k: KernelBuilder, config: LlamaConfig, options: ModelOptions, kind: KernelKind,
+        memory: CallMemory, sizes: CallSizes, *, takes_embeds: bool,
+    ) -> None:  # fmt: skip
         self.k, self.config, self.options, self.kind = k, config, options, kind
         self.memory, self.sizes = memory, sizes
         self._lowest_token = -1 if takes_embeds else 0

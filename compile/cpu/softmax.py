@@ -74,15 +74,9 @@ class Softmax:
     """
 
     def __init__(
-        self,
-        k: KernelBuilder,
-        layout: KVLayout,
-        workspace: Views,
-        act: Activations,
-        splits: Splits | None,
-        position: Callable[[Scalar], Scalar],
-        max_queries: int,
-    ) -> None:
+        self, k: KernelBuilder, layout: KVLayout, workspace: Views, act: Activations,
+        splits: Splits | None, position: Callable[[Scalar], Scalar], max_queries: int,
+    ) -> None:  # fmt: skip
         self.k, self.layout, self.workspace = k, layout, workspace
         self.weight_dtype = layout.operand.other
         self._act, self._splits, self._position = act, splits, position

@@ -42,19 +42,11 @@ class TransformerKernel(MatrixKernel):
     act: Activations
     mlp_act: Activations
     attention: Attention
-    workgroup: Scalar
 
     def __init__(
-        self,
-        name: str,
-        layers: Format,
-        features: int,
-        hidden: int,
-        eps: float,
-        offsets: Mapping[str, int],
-        matrices: Mapping[str, tuple[int, int]],
-        phases: PhaseTable,
-    ) -> None:
+        self, name: str, layers: Format, features: int, hidden: int, eps: float,
+        offsets: Mapping[str, int], matrices: Mapping[str, tuple[int, int]], phases: PhaseTable,
+    ) -> None:  # fmt: skip
         super().__init__(name, layers)
         self.features, self.hidden, self.eps = features, hidden, eps
         self.offsets, self.matrices, self.phases = offsets, matrices, phases
@@ -74,26 +66,21 @@ class TransformerKernel(MatrixKernel):
             scratch = self.output((WORKGROUPS, WORKGROUP_SCRATCH)).open("f32", "i32")
         return scratch, Views(self.k, self.k.binding()).open("f32", operand.other, "i32")
 
-    def bind_workgroup(self, scratch: Views | None) -> None:
-        """Set `workgroup`, and `amx` if there is scratch for it."""
-        self.workgroup = self.k.workgroup()
+    def bind_workgroup(self, scratch: Views | None) -> Scalar:
+        """The number of the workgroup; sets `amx` if there is scratch for it."""
+        workgroup = self.k.workgroup()
         if scratch:
-            self.amx = TileRegisters(self.k, scratch, self.workgroup * WORKGROUP_SCRATCH)
+            self.amx = TileRegisters(self.k, scratch, workgroup * WORKGROUP_SCRATCH)
+        return workgroup
 
     def bind_attention(
-        self,
-        layout: KVLayout,
-        memory: AttentionMemory,
-        position: Callable[[Scalar], Scalar],
+        self, layout: KVLayout, memory: AttentionMemory, position: Callable[[Scalar], Scalar],
         page: Callable[[Scalar, Scalar], Scalar],
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Set `attention`: with AMX where the layout fits, except in decode, of single rows."""
-        if self.amx and not memory.splits and AmxAttention.fits(layout):
-            self.attention = AmxAttention(
-                self.k, layout, self.vectors, memory, position, page, self.amx
-            )
-        else:
-            self.attention = VectorAttention(self.k, layout, self.vectors, memory, position, page)
+        uses_amx = memory.amx and not memory.splits and AmxAttention.fits(layout)
+        kind = AmxAttention if uses_amx else VectorAttention
+        self.attention = kind(self.k, layout, self.vectors, memory, position, page)
         # The workspace is the last binding; its size is known only now.
         self.outputs.append(((WORKGROUPS, self.attention.softmax.workspace_size), "f32"))
 

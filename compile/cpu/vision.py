@@ -177,11 +177,11 @@ class VisionKernel(TransformerKernel):
         cache.open(op.dtype, op.unit_dtype)
         scratch, workspace = self.bind_scratch(op)
         self.n = k.constant()
-        self.bind_workgroup(scratch)
+        workgroup = self.bind_workgroup(scratch)
         self.qkv, rope = qkv[op.other], k.scalar(0, "index")  # no rotary embedding
         memory = AttentionMemory(
             self.qkv, self.qkv_width, self.weights["f32"], rope, cache, qkv, self.qkv_width,
-            workspace, self.act,
+            workspace, workgroup, self.act, amx=self.amx,
         )  # fmt: skip
         self.bind_attention(layout, memory, self._last_position, self._page)
 
@@ -318,12 +318,12 @@ class VisionKernel(TransformerKernel):
             row = tile_and_head // c.num_heads * c.num_positions + first
             count = (k.scalar(c.num_positions, "index") - first).minimum(k.scalar(most, "index"))
             if attention.takes_any_count:
-                attention.attend(self.workgroup, row, count, head, layer)
+                attention.attend(row, count, head, layer)
                 return
             with k.when(count.equals(most)):
-                attention.attend(self.workgroup, row, most, head, layer)
+                attention.attend(row, most, head, layer)
             with k.when(count.less(k.scalar(most, "index"))), k.loop(zero, count) as i:
-                attention.attend(self.workgroup, row + i, 1, head, layer)
+                attention.attend(row + i, 1, head, layer)
 
     def _activate(self, sums: list[Scalar], row: Scalar, block: Scalar) -> None:
         """Store the MLP's activation function of outputs."""
