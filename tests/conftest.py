@@ -35,17 +35,15 @@ def pytest_configure(config: pytest.Config) -> None:
     compile_once.install(config.cache.mkdir("compiled"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one file, or of one model in a file, go to the same worker."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n 2`, a worker that is done takes tests from the end of what another has left.
 
+    So tests of one file stay together, whose models and engines are then made once.
+    """
+    from xdist.scheduler import WorkStealingScheduling
 
-def _group(item: pytest.Item) -> str:
-    """The real model is built once, by whoever needs it first; so these wait for each other."""
-    if item.get_closest_marker("model"):
-        return "model"
-    return str(item.path)
+    return WorkStealingScheduling(config, log)
 
 
 @pytest.fixture(scope="session")
