@@ -21,6 +21,7 @@ from tests.support.tiny import (
     CI,
     CODE_OPTIONS,
     MACHINE_CODE_CHIPS,
+    ONE_SIZE,
     SeeingModel,
     SeeingModels,
     TinyModel,
@@ -117,14 +118,29 @@ def code_objects(hip_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> C
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> Path:
-    """The demo artifact, as the examples use it: in bf16 or, where the CPU lacks it, f16."""
-    return demo()
+def make_smollm2(request: pytest.FixtureRequest) -> Callable[..., Path]:
+    """make_smollm2(weight_dtype="int8") is the demo artifact with these options of a build.
+
+    It is kept in the user's cache; one worker builds it while others wait.
+    """
+    folder = request.config.cache.mkdir("demo")
+
+    def make(**options: Any) -> Path:
+        with compile_once.locked(folder / "demo"):
+            return demo(BuildOptions(**options))
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def smollm2_f32() -> Path:
-    return demo(BuildOptions(weight_dtype="f32", prefill_batch_sizes=(1,), decode_batch_sizes=(1,)))
+def smollm2(make_smollm2: Callable[..., Path]) -> Path:
+    """The demo artifact, as the examples use it: in bf16 or, where the CPU lacks it, f16."""
+    return make_smollm2()
+
+
+@pytest.fixture(scope="session")
+def smollm2_f32(make_smollm2: Callable[..., Path]) -> Path:
+    return make_smollm2(weight_dtype="f32", **ONE_SIZE)
 
 
 @pytest.hookimpl(optionalhook=True)

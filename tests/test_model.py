@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from compile import BuildOptions, demo
 from sf_local.engine.engine import Engine
 from sf_local.model.runner import ModelRunner
 from sf_local.request.batch import Row
 from sf_local.request.params import SamplingParams
 from tests.support.perplexity import perplexity, step_logprobs
 from tests.support.running import open_runner
-from tests.support.tiny import shared_data
+from tests.support.tiny import ONE_SIZE, shared_data
 
 pytestmark = pytest.mark.model
 TIE = 0.05  # llama.cpp's KV cache is f16: nearer than this, either token may follow
@@ -73,10 +73,12 @@ def test_the_default_agrees_on_the_likeliest_token(
 @pytest.mark.parametrize(
     ("dtype", "most"), [("f32", 0.0005), ("default", 0.002), ("int8", 0.01), ("int4", 0.002)]
 )
-def test_perplexity(smollm2: Path, smollm2_f32: Path, dtype: str, most: float) -> None:
+def test_perplexity(
+    make_smollm2: Callable[..., Path], smollm2: Path, smollm2_f32: Path, dtype: str, most: float
+) -> None:
     """Against llama.cpp's in f32; the demo's matrices are 4-bit blocks, which int4 keeps."""
     built = {"f32": smollm2_f32, "default": smollm2}
-    artifact = built.get(dtype) or demo(BuildOptions(weight_dtype=dtype))
+    artifact = built.get(dtype) or make_smollm2(weight_dtype=dtype, **ONE_SIZE)
     data = json.loads(shared_data("smollm2_perplexity.json").read_text())
     assert perplexity(artifact, data["ids"]) == pytest.approx(data["ppl"], rel=most)
 

@@ -22,7 +22,7 @@ from sf_local import Engine, SamplingParams, cli
 from sf_local.artifact.manifest import WEIGHTS, file_sha256
 from sf_local.artifact.open import compiled_targets, open_artifact, verify
 from sf_local.errors import OutputError, SourceError, UnsupportedError
-from tests.support.tiny import TINY_OPTIONS, TinyModel
+from tests.support.tiny import ONE_PADDED, ONE_SIZE, TINY_OPTIONS, TinyModel
 
 SLOW = pytest.mark.slow
 FILES = {
@@ -64,7 +64,7 @@ CHIPS = [c if c in ("gfx942", "gfx1100") else pytest.param(c, marks=SLOW) for c 
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("dtype", [None, "bf16"])
 def test_amd_chips_compile(make_tiny: Callable[..., TinyModel], chip: str, dtype: Any) -> None:
-    model = make_tiny(target=chip, weight_dtype=dtype, kv_dtype=dtype)
+    model = make_tiny(target=chip, weight_dtype=dtype, kv_dtype=dtype, **ONE_PADDED)
     manifest = open_artifact(model.artifact).manifest
     assert manifest and (manifest.target, manifest.device) == (chip, "hip")
     assert manifest.weight_dtype == (dtype or "f16")
@@ -78,7 +78,7 @@ def test_an_existing_folder_is_kept(tiny: TinyModel, tmp_path: Path) -> None:
     with pytest.raises(SourceError):
         build(tmp_path / "nothing", output, TINY_OPTIONS, force=True)
     assert file_sha256(output / "artifact.json") == before
-    build(tiny.source, output, replace(TINY_OPTIONS, page_size=16), force=True)
+    build(tiny.source, output, replace(TINY_OPTIONS, page_size=16, **ONE_SIZE), force=True)
     assert open_artifact(output).config.page_size == 16
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

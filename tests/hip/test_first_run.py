@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.hip.driver import Driver, Outcome
-from tests.support.tiny import TinyModel
+from tests.support.tiny import GPU_SIZES, TinyModel
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "first_run_on_gpu.py"
 START = f"""
@@ -79,7 +79,7 @@ def test_no_card(hip_driver: Driver, arguments: list[str], devices: str, expecte
 def test_an_artifact_for_another_chip(
     hip_driver: Driver, make_tiny: Callable[..., TinyModel]
 ) -> None:
-    artifact = make_tiny(target="gfx942", keep_mlir=True).artifact
+    artifact = make_tiny(target="gfx942", keep_mlir=True, **GPU_SIZES).artifact
     outcome = hip_driver.run(START, "--vmfb", artifact, devices="gfx1100:1GiB")
     assert outcome.exit_code == 1
     assert "is for gfx942, and the card is a gfx1100" in outcome.stdout

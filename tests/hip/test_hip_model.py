@@ -13,9 +13,8 @@ import pytest
 
 from tests.hip.driver import Driver, Outcome
 from tests.hip.failures import LOST, between, check_failure
-from tests.support.tiny import TinyModel
+from tests.support.tiny import GPU_SIZES, TinyModel
 
-FEW = {"prefill_batch_sizes": (1,), "decode_batch_sizes": (1, 2)}
 PROMPT = list(range(5, 16))
 
 RUN = """
@@ -79,7 +78,7 @@ def chip(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def cpu_artifact(make_tiny: Callable[..., TinyModel]) -> Path:
     """The same model for the CPU."""
-    return make_tiny(row_major=True, **FEW).artifact
+    return make_tiny(row_major=True).artifact
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +94,7 @@ def run_model(
     def run(
         code: str, chip: str = "gfx1100", device: str = "hip", fault: str = "", **rest: Any
     ) -> Outcome:
-        model = make_tiny(target=chip, keep_mlir=True, **FEW)
+        model = make_tiny(target=chip, keep_mlir=True, **GPU_SIZES)
         rest.setdefault("devices", f"{chip}:512MiB")
         rest.setdefault("twins", twins_of(model.artifact))
         arguments = (model.artifact, device, cpu_artifact, json.dumps(PROMPT), fault)
@@ -231,19 +230,19 @@ SUITE = """
 
     from sf_local.engine.engine import Engine
 
-    chip, *arguments = sys.argv[1:]
+    chip, cache, *arguments = sys.argv[1:]
     start = Engine.__init__
 
     class ForChip:
         def pytest_sessionstart(self):
             import tests.support.tiny as tiny
-            tiny.TINY_OPTIONS = replace(tiny.TINY_OPTIONS, target=chip)
+            tiny.TINY_OPTIONS = replace(tiny.TINY_OPTIONS, target=chip, **tiny.GPU_SIZES)
 
     def start_on_gpu(self, vmfb, device="cpu", **rest):
         start(self, vmfb, "hip", **rest)
 
     Engine.__init__ = start_on_gpu
-    sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *arguments], [ForChip()]))
+    sys.exit(pytest.main(["-q", "-o", f"cache_dir={cache}", *arguments], [ForChip()]))
 """
 
 
@@ -252,18 +251,25 @@ def test_the_engines_own_tests_pass(
     hip_driver: Driver,
     make_tiny: Callable[..., TinyModel],
     twins_of: Callable[[Path], Path],
+    request: pytest.FixtureRequest,
     chip: str,
 ) -> None:
     """All that compare with the reference, on a GPU's artifact instead of the CPU's."""
-    folder = Path(__file__).parents[1]
-    files = [folder / f"test_{name}.py" for name in ("engine", "choices", "logprobs", "backend")]
+    folder = Path(__file__).parents[1] / "sf_local"
+    names = (
+        "engine/test_engine",
+        "engine/test_scoring",
+        "sampling/test_logprobs",
+        "frontend/test_backend",
+    )
     outcome = hip_driver.run(
         SUITE,
         chip,
+        request.config.cache.mkdir("hip").parents[1],
         *("-m", "not model and not slow", "-k", " and ".join(f"not {n}" for n in NOT_ON_GPUS)),
-        *files,
+        *(folder / f"{name}.py" for name in names),
         devices=f"{chip}:512MiB",
-        twins=twins_of(make_tiny(target=chip, keep_mlir=True).artifact),
+        twins=twins_of(make_tiny(target=chip, keep_mlir=True, **GPU_SIZES).artifact),
         timeout=900,
     )
     assert outcome.exit_code == 0, outcome.stdout

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.hip.driver import Driver
-from tests.support.tiny import TinyModel
+from tests.support.tiny import GPU_SIZES, TinyModel
 
-FEW = {"prefill_batch_sizes": (1,), "decode_batch_sizes": (1, 2)}
 CODE = """
     import json, sys
     from tests.hip.control import fail
@@ -49,7 +48,7 @@ def test_two_gpus(
 ) -> None:
     """The same answers as on one; a prompt comes back to where it was computed; the failure of one
     costs its request, and the other serves all that follow."""
-    model = make_tiny(target="gfx1100", keep_mlir=True, **FEW)
+    model = make_tiny(target="gfx1100", keep_mlir=True, **GPU_SIZES)
     outcomes = [
         hip_driver.run(
             CODE, model.artifact, json.dumps(devices), devices="gfx1100:512MiB,gfx1100:512MiB",

@@ -24,9 +24,8 @@ from tests.hip.machine_runs import Run, chip_of, run_beside_twins
 from tests.hip.model_calls import Arrays, Plan
 from tests.hip.modules import summing_module
 from tests.support.reference import Array, forward, uneven_weights, write_hf_folder
-from tests.support.tiny import MACHINE_CODE_CHIPS, TINY, TINY_OPTIONS, TinyModel
+from tests.support.tiny import GPU_SIZES, MACHINE_CODE_CHIPS, TINY, TINY_OPTIONS, TinyModel
 
-FEW = {"prefill_batch_sizes": (1,), "decode_batch_sizes": (1, 8)}
 PLAN = Plan(TINY.vocab_size, TINY_OPTIONS.page_size)
 SEED = 11
 
@@ -69,14 +68,14 @@ def make_uneven(
     made: dict[str, TinyModel] = {}
 
     def compile_all(chip: str) -> None:
-        twins_of(make_tiny(target=chip, keep_mlir=True, **FEW).artifact)
+        twins_of(make_tiny(target=chip, keep_mlir=True, **GPU_SIZES).artifact)
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(compile_all, MACHINE_CODE_CHIPS))
 
     def make(chip: str) -> TinyModel:
         if chip not in made:
-            model = make_tiny(target=chip, keep_mlir=True, **FEW)
+            model = make_tiny(target=chip, keep_mlir=True, **GPU_SIZES)
             weights = uneven_weights(TINY, SEED)
             made[chip] = with_weights(model, weights, tmp_path_factory.mktemp("uneven"))
         return made[chip]
@@ -84,7 +83,9 @@ def make_uneven(
     def with_weights(model: TinyModel, weights: dict[str, Array], folder: Path) -> TinyModel:
         """The code is the same, and is not compiled again."""
         write_hf_folder(folder / "source", model.config, weights)
-        options = BuildOptions(**vars(TINY_OPTIONS) | {"target": chip_of(model.artifact)} | FEW)
+        options = BuildOptions(
+            **vars(TINY_OPTIONS) | {"target": chip_of(model.artifact)} | GPU_SIZES
+        )
         artifact = build(folder / "source", folder / "artifact", options, keep_mlir=True)
         assert (artifact / MLIR).read_bytes() == (model.artifact / MLIR).read_bytes()
         return TinyModel(model.config, weights, folder / "source", artifact)
@@ -155,7 +156,7 @@ def test_the_engines_text(
     def text(model: TinyModel, device: str, **rest: Any) -> Outcome:
         return hip_driver.run(TEXT, model.artifact, device, json.dumps(prompts), **rest)
 
-    model = make_tiny(target=chip, keep_mlir=True, **FEW)
+    model = make_tiny(target=chip, keep_mlir=True, **GPU_SIZES)
     outcome = text(model, "hip", devices=f"{chip}:512MiB", runs="machine", machine="random")
     assert outcome.value == text(make_tiny(row_major=True), "cpu").value
     assert len(outcome.of("interpret")) == len(outcome.of("hipModuleLaunchKernel")) > 100

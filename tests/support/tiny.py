@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +49,15 @@ TINY_OPTIONS = BuildOptions(
     decode_batch_sizes=(1, 4),
     image_batch_sizes=(1, 3),
 )
+# Each size of a batch costs about a second of compiling, so where the number is not the point:
+ONE_SIZE = {"prefill_batch_sizes": (1,), "decode_batch_sizes": (1,)}
+ONE_PADDED = {"prefill_batch_sizes": (3,), "decode_batch_sizes": (4,)}  # of rows, mostly padding
+GPU_SIZES = {"prefill_batch_sizes": (1,), "decode_batch_sizes": (1, 8)}  # of models for chips
 MACHINE_CODE_CHIPS = ("gfx942", "gfx1100")  # of the default tests
 CODE_CHIPS = (*MACHINE_CODE_CHIPS, *(pytest.param(chip, marks=pytest.mark.slow)
                                      for chip in ("gfx90a", "gfx1201")))  # fmt: skip
-CODE_OPTIONS = replace(
-    TINY_OPTIONS, weight_dtype="f16", kv_dtype="f16", prefill_batch_sizes=(1,),
-    decode_batch_sizes=(1, 8),
-)  # fmt: skip
+CODE_OPTIONS = replace(TINY_OPTIONS, weight_dtype="f16", kv_dtype="f16", **GPU_SIZES)
+SEEING_OPTIONS = replace(TINY_OPTIONS, **ONE_PADDED)
 
 
 @dataclass(frozen=True)
@@ -69,17 +73,21 @@ class TinyModel:
 class TinyModels:
     """Builds tiny models, each set of arguments once a run: make_tiny(row_major=True, num_heads=4).
 
-    Fields of LlamaConfig and of BuildOptions, over TINY and TINY_OPTIONS; and keep_mlir.
+    Fields of LlamaConfig and of BuildOptions, over TINY and TINY_OPTIONS; keep_mlir; and
+    has_code=False, which compiles nothing, for tests that want its weights.
     """
 
     def __init__(self, new_folder: Callable[[], Path]) -> None:
         self._new_folder = new_folder
         self._made: dict[str, TinyModel] = {}
 
-    def __call__(self, *, keep_mlir: bool = False, **changes: Any) -> TinyModel:
-        key = repr((keep_mlir, sorted(changes.items())))
+    def __call__(
+        self, *, keep_mlir: bool = False, has_code: bool = True, **changes: Any
+    ) -> TinyModel:
+        key = repr((keep_mlir, has_code, sorted(changes.items())))
         if key not in self._made:
-            self._made[key] = self._make(keep_mlir, changes)
+            with nullcontext() if has_code else _no_code():
+                self._made[key] = self._make(keep_mlir, changes)
         return self._made[key]
 
     def _make(self, keep_mlir: bool, changes: dict[str, Any]) -> TinyModel:
@@ -91,6 +99,15 @@ class TinyModels:
         options = replace(TINY_OPTIONS, **rest)
         artifact = build(folder / "source", folder / "artifact", options, keep_mlir=keep_mlir)
         return TinyModel(config, weights, folder / "source", artifact)
+
+
+@contextmanager
+def _no_code() -> Iterator[None]:
+    """Builds write an empty VMFB."""
+    with pytest.MonkeyPatch.context() as patch:
+        module = import_module("compile.build")  # the package's `build` is the function
+        patch.setattr(module, "iree_compile", lambda mlir, vmfb, *rest: vmfb.touch())
+        yield
 
 
 @dataclass(frozen=True)
@@ -110,7 +127,7 @@ class SeeingModel:
 class SeeingModels:
     """Builds tiny models that see, once a run: make_seeing("llava", row_major=True).
 
-    Fields of VisionConfig and of BuildOptions, as in `TinyModels`.
+    Fields of VisionConfig and of BuildOptions, over SEEING_OPTIONS, as in `TinyModels`.
     """
 
     def __init__(self, new_folder: Callable[[], Path]) -> None:
@@ -129,7 +146,7 @@ class SeeingModels:
         vision = replace({"idefics3": IDEFICS3, "llava": LLAVA}[family], **shape)
         folder, weights = self._new_folder(), random_model(TINY, vision, seed=7)
         write_vision_folder(folder / "source", TINY, vision, weights)
-        options = replace(TINY_OPTIONS, **rest)
+        options = replace(SEEING_OPTIONS, **rest)
         artifact = build(folder / "source", folder / "artifact", options, keep_mlir=keep_mlir)
         return SeeingModel(vision, weights, folder / "source", artifact)
 

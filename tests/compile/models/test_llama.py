@@ -22,7 +22,7 @@ from sf_local.request.batch import Row
 from sf_local.sampling.logits import ModelOutput, summarize
 from tests.support.reference import forward, random_weights
 from tests.support.running import open_runner
-from tests.support.tiny import TINY, TINY_OPTIONS, TinyModel
+from tests.support.tiny import ONE_PADDED, ONE_SIZE, TINY, TINY_OPTIONS, TinyModel
 
 PAGE = TINY_OPTIONS.page_size
 LLAMA3 = RopeScaling("llama3", 4.0, 1.0, 4.0, 64)
@@ -32,6 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "num_kv_heads": 6,
         "tied_embeddings": False,
         "rope_scaling": RopeScaling("linear", 2.0),
+        **ONE_PADDED,
     },
     "gqa 4:1, llama3, odd sizes": {
         "num_heads": 4,
@@ -42,12 +43,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "vocab_size": 301,
         "rms_eps": 1e-2,
         "rope_scaling": LLAMA3,
+        "prefill_batch_sizes": (3,),
     },
-    "any x86-64": {"cpu": "generic"},
-    "AVX2": {"cpu": "x86-64-v3", "decode_batch_sizes": (1, 4, 9)},
-    "AVX-512": {"cpu": "x86-64-v4"},
+    "any x86-64": {"cpu": "generic", "prefill_batch_sizes": (3,)},
+    "AVX2": {"cpu": "x86-64-v3", "prefill_batch_sizes": (3,), "decode_batch_sizes": (1, 4, 9)},
+    "AVX-512": {"cpu": "x86-64-v4", "prefill_batch_sizes": (3,)},
     "row-major, 3:1": {"row_major": True},
-    "row-major, 1:1, untied": {"row_major": True, "num_kv_heads": 6, "tied_embeddings": False},
+    "row-major, 1:1, untied": {
+        "row_major": True,
+        "num_kv_heads": 6,
+        "tied_embeddings": False,
+        **ONE_PADDED,
+    },
 }
 
 
@@ -167,7 +174,7 @@ def test_the_first_of_equally_likely_tokens_is_best(
         return weights
 
     monkeypatch.setattr("tests.support.tiny.random_weights", same_rows)
-    model = make_tiny(row_major=row_major, vocab_size=600)
+    model = make_tiny(row_major=row_major, vocab_size=600, **ONE_SIZE)
     with open_runner(model.artifact) as run:
         found = run(lambda r: r.decode([Row([9], 0, [1])]))
     assert found.best.tolist() == [0]
@@ -214,13 +221,16 @@ def test_decode_is_equal_to_the_bit_in_any_batch(
     np.testing.assert_array_equal(together, alone)
 
 
+PREFILLS: dict[int, dict[str, Any]] = {8: {}, 32: {"head_dim": 32, "decode_batch_sizes": (1,)}}
+
+
 @pytest.mark.parametrize("head_dim", [8, 32])
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_prefill_is_equal_to_the_bit_in_any_batch(
     make_tiny: Callable[..., TinyModel], dtype: str, head_dim: int
 ) -> None:
     """Alone, and beside prompts of other lengths; below, at and above a tile's 16 rows."""
-    model = make_tiny(weight_dtype=dtype, kv_dtype=dtype, head_dim=head_dim)
+    model = make_tiny(weight_dtype=dtype, kv_dtype=dtype, **PREFILLS[head_dim])
     prompts = [tokens_of(model, n, seed=n) for n in (3, 16, 50)]
     rows = [Row(tokens, 0, list(range(1 + 8 * i, 8 + 8 * i))) for i, tokens in enumerate(prompts)]
 
@@ -243,7 +253,7 @@ def test_quantized_weights(make_tiny: Callable[..., TinyModel], dtype: str, cpu:
     features = resolve_target("cpu", cpu).cpu_features
     if missing := set(features) - host_cpu_features():
         pytest.skip(f"this CPU lacks {missing}")
-    model = make_tiny(weight_dtype=dtype, cpu=cpu, **QUANTIZABLE)
+    model = make_tiny(weight_dtype=dtype, cpu=cpu, prefill_batch_sizes=(1,), **QUANTIZABLE)
     weights = {
         name: quantized_like(name, weight, dtype) if weight.ndim == 2 else weight
         for name, weight in model.weights.items()
@@ -286,7 +296,8 @@ def test_half_precision_stays_near(
     make_tiny: Callable[..., TinyModel], dtype: str, head_dim: int
 ) -> None:
     """Heads of 8 make matrices whose columns fill no whole tile."""
-    model = make_tiny(weight_dtype=dtype, kv_dtype=dtype, head_dim=head_dim)
+    options = PREFILLS[head_dim] | (ONE_SIZE if dtype == "f16" else {})
+    model = make_tiny(weight_dtype=dtype, kv_dtype=dtype, **options)
     tokens = tokens_of(model, 2 * PAGE + 3)
     expected = forward(model.config, model.weights, tokens)
 

@@ -25,7 +25,7 @@ from sf_local.errors import (
 from sf_local.model.outputs import HostWorkError, OutputSpec
 from sf_local.model.runner import ModelRunner
 from sf_local.request.batch import Row
-from tests.support.tiny import TinyModel
+from tests.support.tiny import GPU_SIZES, TinyModel
 
 T = TypeVar("T")
 NUM_PAGES, PAGE_SIZE, MAX_SEQ_LEN = 40, 8, 256
@@ -73,12 +73,12 @@ def test_weights_of_another_model(
     folder: Path, make_tiny: Callable[..., TinyModel], changes: dict[str, Any], reason: str
 ) -> None:
     """Larger matrices and more layers go unnoticed: IREE reads of them what it needs."""
-    shutil.copy(make_tiny(**changes).artifact / WEIGHTS, folder / WEIGHTS)
+    shutil.copy(make_tiny(**changes, has_code=False).artifact / WEIGHTS, folder / WEIGHTS)
     fails(folder, MismatchError, folder / WEIGHTS, folder / VMFB, "do not fit", reason)
 
 
 def test_a_vmfb_for_hip(folder: Path, make_tiny: Callable[..., TinyModel]) -> None:
-    hip = make_tiny(target="gfx942", weight_dtype="f16", kv_dtype="f16").artifact
+    hip = make_tiny(target="gfx942", keep_mlir=True, **GPU_SIZES).artifact
     for name in (VMFB, WEIGHTS, CONFIG):
         shutil.copy(hip / name, folder / name)
     fails(folder, TargetError, folder / VMFB, "another device than 'cpu'", "--target cpu")
