@@ -254,7 +254,7 @@ class EngineCore:
         return bool(request.output_ids) or not self._jump(generation)
 
     def _accept(
-        self, generations: Sequence[Generation], sampled: Sequence[Sampled | Exception]
+        self, generations: Sequence[Generation], sampled: Sequence[Sampled | BaseException]
     ) -> None:
         for generation, choice in zip(generations, sampled, strict=True):
             request = generation.request

@@ -63,7 +63,7 @@ class Masks:
         """`needed[i]`: compute the whole mask of row i in `fill`, rather than on first use."""
         self.rows = [None if grammar is None else Mask(grammar) for grammar in grammars]
         self._needed = needed
-        self.errors: dict[int, Exception] = {}
+        self.errors: dict[int, BaseException] = {}
         self.seconds = 0.0
 
     def fill(self) -> None:
@@ -75,6 +75,6 @@ class Masks:
             if mask is not None and self._needed[i]:
                 try:
                     mask.fill()
-                except Exception as error:
+                except BaseException as error:  # Rust's panics are no Exception
                     self.errors[i] = error
         self.seconds = time.thread_time() - started_at

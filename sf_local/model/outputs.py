@@ -31,7 +31,8 @@ class OutputSpec:
             ones.
         num_logits: fetch logits of the first `num_logits` rows only; None for all rows.
         copy: False lets arrays alias device memory: they are valid until the next call.
-        meanwhile: called once, while the device runs. If it raises, see HostWorkError.
+        meanwhile: called once, while the device runs. It handles its own errors: what it
+            raises fails the call for all rows.
     """
 
     inv_temperatures: Sequence[float] | None = None
@@ -45,18 +46,6 @@ class OutputSpec:
 
 
 DEFAULT_OUTPUTS = OutputSpec()
-
-
-class HostWorkError(Exception):
-    """`OutputSpec.meanwhile` raised; its exception is the cause.
-
-    The call itself has succeeded: the device is usable, the pages are written, and `output` is what
-    the call would have returned.
-    """
-
-    def __init__(self, output: Any) -> None:
-        super().__init__("the host failed at its work beside a call")
-        self.output = output
 
 
 class OutputReader:

@@ -20,7 +20,6 @@ from sf_local.model.inputs import InputBuilder, Inputs
 from sf_local.model.kv_pages import KVPages
 from sf_local.model.outputs import (
     DEFAULT_OUTPUTS,
-    HostWorkError,
     OutputReader,
     OutputSpec,
     summed_up,
@@ -78,8 +77,8 @@ class ModelRunner:
     async def decode(self, rows: Sequence[Row], spec: OutputSpec = DEFAULT_OUTPUTS) -> ModelOutput:
         """Compute one token a row, and write its keys and values to the row's pages.
 
-        This and all other calls raise EngineError for rows that do not fit, HostWorkError after
-        `spec.meanwhile` raised, and what the device raises; only then the model is broken.
+        This and all other calls raise EngineError for rows that do not fit, what `spec.meanwhile`
+        raised, once the call is done, and what the device raises; only then the model is broken.
         """
         size, inputs = self._inputs.decode(rows)
         return await self._compute("decode", size, inputs, rows, spec)
@@ -156,7 +155,7 @@ class ModelRunner:
         self.call_seconds += time.perf_counter() - started_at
         output = convert(self._outputs.read(fetched, spec.copy))
         if host_error is not None:
-            raise HostWorkError(output) from host_error
+            raise host_error
         return output
 
     async def _invoke(

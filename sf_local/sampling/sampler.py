@@ -132,7 +132,7 @@ class Sampler:
 
 def sample(
     samplers: Sequence[Sampler], output: ModelOutput, allowed: Sequence[Allowed | None]
-) -> list[Sampled | Exception]:
+) -> list[Sampled | BaseException]:
     """The next token of each row of a call's output, or the exception that ends its request.
 
     That is what its grammar raised, or WrongLogits. allowed: None for rows without a grammar.
@@ -140,14 +140,14 @@ def sample(
     Where nothing else is asked for, a token is drawn without the grammar first, and again with it
     if it is rejected. This is the same distribution, and a mask is seldom computed.
     """
-    result: list[Sampled | Exception] = []
+    result: list[Sampled | BaseException] = []
     for i, (sampler, grammar) in enumerate(zip(samplers, allowed, strict=True)):
         try:
             sampled = _next(sampler, output, i, grammar)
             if i < len(output.logits) and not output.logits[i, sampled.token] < math.inf:
                 raise WrongLogits(what_is_wrong(float(output.logits[i, sampled.token])))
             result.append(sampled)
-        except Exception as error:
+        except BaseException as error:  # Rust's panics are no Exception
             result.append(error)
     return result
 

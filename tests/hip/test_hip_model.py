@@ -146,15 +146,15 @@ def test_answers_of_minus_one_are_refused(run_model: Callable[..., Outcome]) -> 
         + """
     import shutil, tempfile
     from pathlib import Path
-    from sf_local.model import runner
+    from sf_local.model import outputs
 
-    unpack, messages = runner.unpack, []
+    unpack, messages = outputs.unpack, []
 
     def old(logits, packed):
         packed[:, 0] = -1
         return unpack(logits, packed)
 
-    runner.unpack = old
+    outputs.unpack = old
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(shutil.copytree(artifact, folder, dirs_exist_ok=True))
         (copy / "artifact.json").unlink()
@@ -285,8 +285,9 @@ def test_code_for_another_chip_is_refused(run_model: Callable[..., Outcome]) -> 
     outcome = run_model(
         RUN
         + """
-    import sf_local.engine.engine, sf_local.model.runner
-    sf_local.engine.engine.check_target = sf_local.model.runner.check_target = lambda *_: None
+    from sf_local.engine import placement
+    from sf_local.model import program
+    placement.check_target = program.check_target = lambda *_: None
     try:
         Engine(artifact, device)
     except SfLocalError as error:

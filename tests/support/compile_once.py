@@ -52,6 +52,8 @@ def locked(path: Path) -> Iterator[None]:
 
 def compile_once(cache: Path, tool: str, arguments: Sequence[str]) -> int:
     """Run `tool`, or copy what it made of the same module; its exit code. Failures are not kept."""
+    if "-o" not in arguments:  # the Python API compiles its standard input
+        return subprocess.run([tool, *arguments]).returncode
     at = arguments.index("-o") + 1
     output, dumps = Path(arguments[at]), {m[2] for a in arguments if (m := DUMP.fullmatch(a))}
     assert len(dumps) <= 1, "dumps go to one folder"

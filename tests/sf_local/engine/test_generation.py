@@ -156,18 +156,25 @@ def test_grammars_survive_preemption(tiny: TinyModel, engine: Engine) -> None:
         assert small.stats()["pages_used"] == 0
 
 
-def test_a_grammar_that_gives_up_fails_its_request_alone(engine: Engine) -> None:
+class Panic(BaseException):
+    """As what Rust's panics raise, no Exception."""
+
+
+@pytest.mark.parametrize("error", [GrammarError("enough"), Panic("enough")])
+def test_a_grammar_that_gives_up_fails_its_request_alone(
+    engine: Engine, error: BaseException
+) -> None:
     handles = [engine.submit(PROMPT, replace(RECORD, seed=seed)) for seed in range(3)]
     generation = engine._generation(PROMPT, RECORD)
 
     def give_up(mask: Any) -> None:
-        raise GrammarError("enough")
+        raise error
 
     assert generation.grammar is not None
     generation.grammar.fill_mask = give_up  # type: ignore[method-assign]
     from sf_local.engine.handle import Handle
 
-    with pytest.raises(GrammarError, match="enough"):
+    with pytest.raises((GrammarError, EngineError), match="enough"):
         Handle(engine, engine._replicas, generation).result()
     for handle in handles:
         check(handle.result().text)
@@ -206,7 +213,8 @@ def test_an_end_token_comes_only_at_the_end(no_jumps: Engine) -> None:
         assert output.finish_reason == "stop"
 
 
-def test_a_mistake_harms_nobody_else(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [ValueError("injected"), Panic("injected")])
+def test_a_mistake_harms_nobody_else(engine: Engine, error: BaseException) -> None:
     """Neither a token that does not exist, nor a sampler that fails."""
     other = engine.submit(PROMPT, SamplingParams(max_new_tokens=200, seed=1, ignore_eos=True))
     with pytest.raises(RequestError, match="stop_token_ids: 60000 is no token id"):
@@ -214,7 +222,7 @@ def test_a_mistake_harms_nobody_else(engine: Engine, monkeypatch: pytest.MonkeyP
     bad = engine._generation(PROMPT, SamplingParams(frequency_penalty=1.0))
 
     def fail(*_: Any) -> None:
-        raise ValueError("injected")
+        raise error
 
     bad.sampler.change = fail  # type: ignore[method-assign]
     from sf_local.engine.handle import Handle

@@ -22,7 +22,7 @@ from sf_local.errors import (
     MismatchError,
     TargetError,
 )
-from sf_local.model.outputs import HostWorkError, OutputSpec
+from sf_local.model.outputs import OutputSpec
 from sf_local.model.runner import ModelRunner
 from sf_local.request.batch import Row
 from tests.support.tiny import GPU_SIZES, TinyModel
@@ -193,24 +193,19 @@ def test_prefill_is_the_end_of_prefill_all(runner: ModelRunner) -> None:
 
 @pytest.mark.parametrize("kind", [ValueError, BaseException])
 def test_host_work_that_raises(runner: ModelRunner, kind: type[BaseException]) -> None:
-    """The call is finished all the same: its output is there, its pages are written, and the next
-    call works."""
+    """The call is finished all the same: its pages are written, and the next call works."""
 
     def meanwhile() -> None:
         raise kind("of the host")
 
     rows, next_row = [Row([5, 6], 0, [1]), Row([7, 8], 0, [2])], [Row([9], 2, [1])]
-    expected = run(runner, runner.prefill(rows))
+    run(runner, runner.prefill(rows))
     expected_next = run(runner, runner.decode(next_row)).logits
     run(runner, runner.clear_pages([1, 2]))
     for compute in (runner.prefill, runner.prefill_all):
-        with pytest.raises(HostWorkError) as caught:
+        with pytest.raises(kind, match="of the host"):
             run(runner, compute(rows, OutputSpec(meanwhile=meanwhile)))
-        assert str(caught.value.__cause__) == "of the host"
         assert not runner.is_broken and not runner.has_ever_failed
-        found = caught.value.output
-        last = [logits[-1] for logits in found] if isinstance(found, list) else found.logits
-        np.testing.assert_allclose(last, expected.logits, rtol=1e-4, atol=1e-4)
     assert np.array_equal(run(runner, runner.decode(next_row)).logits, expected_next)
 
 
