@@ -92,7 +92,7 @@ class Driver:
         runs: str = "twin",
         machine: str = "",
         record: Path | None = None,
-        timeout: float = 120,
+        timeout: float = 300,
         **environment: str,
     ) -> Outcome:
         """Run Python code in a child process; `arguments` are its sys.argv[1:].

@@ -61,7 +61,7 @@ def run_beside_twins(
     folder: Path,
     machine: str = "",
     device: str = "512MiB",
-    timeout: float = 120,
+    timeout: float = 300,
     code: str = CALLS,
 ) -> Run:
     """Runs `plan`, or other code with the same arguments, on the artifact's chip.

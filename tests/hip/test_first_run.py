@@ -28,7 +28,8 @@ def test_a_card(
     twins_of: Callable[[Path], Path],
     tmp_path: Path,
 ) -> None:
-    model = make_tiny(target="gfx942", keep_mlir=True, decode_batch_sizes=(1, 2, 4, 8, 16))
+    sizes = {"prefill_batch_sizes": (1,), "decode_batch_sizes": (1, 2, 4, 8, 16)}
+    model = make_tiny(target="gfx942", keep_mlir=True, **sizes)
 
     def run(**rest: str) -> Outcome:
         return hip_driver.run(

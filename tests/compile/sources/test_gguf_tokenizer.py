@@ -139,10 +139,10 @@ def test_a_large_vocabulary_is_fast() -> None:
         *(f"{w[:2]} {w[2]}" for w in words),
         *(f"{b[:3]} {b[3:]}" for b in big),
     ]
-    start = time.perf_counter()
+    start = time.thread_time()
     convert_tokenizer(fields)
     assert len(new) > 128_000
-    assert time.perf_counter() - start < 10  # about 1 s alone; the machine may be busy
+    assert time.thread_time() - start < 5  # about 1
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", params=["gfx942", "gfx1100"])
 def report(request: pytest.FixtureRequest) -> Report:
-    return compile_shape(CONFIG, BuildOptions(request.param, max_seq_len=1024))
+    options = BuildOptions(request.param, max_seq_len=1024, prefill_batch_sizes=(1,))
+    return compile_shape(CONFIG, options)
 
 
 @pytest.fixture(
