@@ -199,7 +199,8 @@ class InputBuilder:
         config, page_size, embeds, pixels = self._config, self._page_size, 0, 0
         if (manifest := self._manifest) and manifest.images:
             pixels = manifest.max_tiles * 3 * manifest.images["tile_size"] ** 2
-            chunk_pages = self._padded_pages(-(-max_prefill_tokens // page_size))
+            longest = min(max_prefill_tokens, config.max_seq_len)
+            chunk_pages = self._padded_pages(-(-longest // page_size))
             num_embeds = config.prefill_batch_sizes[-1] * chunk_pages * page_size
             embeds = num_embeds * manifest.hidden_size
         num_pages = self._padded_pages(-(-config.max_seq_len // page_size))

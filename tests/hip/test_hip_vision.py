@@ -176,7 +176,8 @@ def copied(outcome: Outcome, name: str) -> tuple[list[int], list[int]]:
 
 
 def test_memory_is_flat(run_model: Callable[..., Outcome]) -> None:
-    """Over images of all forms, those that were seen long ago let go of."""
+    """Over images of all forms, of which old ones are dropped; whole prompts in one step, of any
+    length."""
     outcome = run_model(
         RUN
         + """
@@ -184,7 +185,7 @@ def test_memory_is_flat(run_model: Callable[..., Outcome]) -> None:
     from tests.hip.control import resident
 
     rng, seen = random.Random(5), []
-    with open_engine(image_memory="1MiB") as engine:
+    with open_engine(image_memory="1MiB", prefill_tokens=10**12) as engine:
         for i in range(150):
             sizes = [(rng.randrange(20, 90), rng.randrange(20, 90)) for _ in range(2)]
             handles = [engine.submit(f"a <image> {i}", PARAMS, images=[picture(i, *size)])
