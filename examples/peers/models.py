@@ -94,7 +94,9 @@ def _write_folder(folder: Path) -> None:
 def hf_name(name: str) -> str:
     *layer, part, suffix = name.split(".")
     names = {ours: theirs for theirs, ours in NAMES.items()}
-    return f"{f'model.layers.{layer[1]}.' if layer else ''}{names[part]}.{suffix}"
+    if layer:
+        return f"model.layers.{layer[1]}.{names[f'blk.{{}}.{part}']}.{suffix}"
+    return f"{names[part]}.{suffix}"
 
 
 if __name__ == "__main__":

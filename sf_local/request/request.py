@@ -87,7 +87,7 @@ class Request:
         """Token ids at positions start .. end - 1 of prompt and answer."""
         num_prompt = len(self.prompt_ids)
         if start >= num_prompt:
-            return self.output_ids[start - num_prompt : end - num_prompt]
+            return self.output_ids[start - num_prompt : max(end - num_prompt, 0)]
         return [*self.prompt_ids[start:end], *self.output_ids[: max(end - num_prompt, 0)]]
 
     def keys(self, count: int) -> list[int]:
