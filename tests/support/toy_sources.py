@@ -16,7 +16,7 @@ from compile.models.llama import canonical_name
 from compile.models.spec import LlamaConfig
 from compile.sources.open import Source, open_source
 from compile.weights import check_tensors
-from tests.support.tokenizers import byte_level_fields
+from tests.support.toy_tokenizers import byte_level_fields
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN = 2, 4, 2, 8, 32, 64
 FIELDS = byte_level_fields(words=("ab",))

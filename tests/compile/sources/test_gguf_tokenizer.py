@@ -7,7 +7,7 @@ import pytest
 
 from compile.sources.gguf_tokenizer import convert_tokenizer, sentencepiece_merges, special_id
 from sf_local.errors import SourceError, UnsupportedError
-from tests.support.tokenizers import byte_level_fields
+from tests.support.toy_tokenizers import byte_level_fields
 
 
 def sentencepiece_fields(**extra: Any) -> dict:

@@ -23,7 +23,7 @@ from sf_local.grammar.compiler import GrammarCompiler
 from sf_local.grammar.json_schema import REFUSED_KEYWORDS
 from sf_local.grammar.matcher import Grammar
 from sf_local.text.tokenizer import Tokenizer
-from tests.support.tokenizers import byte_level_tokenizer, save, sentencepiece_tokenizer
+from tests.support.toy_tokenizers import byte_level_tokenizer, save, sentencepiece_tokenizer
 
 EOS = 2
 CLOSING = {ord(char) for char in '"]},'}

@@ -10,7 +10,7 @@ from tokenizers import decoders, processors
 from sf_local.errors import CorruptFileError, MissingFileError, RequestError
 from sf_local.text.detokenizer import Detokenizer, StopChecker
 from sf_local.text.tokenizer import Tokenizer
-from tests.support.tokenizers import byte_level_tokenizer, save, sentencepiece_tokenizer
+from tests.support.toy_tokenizers import byte_level_tokenizer, save, sentencepiece_tokenizer
 
 SENTENCES = [
     "Hello, world!",
