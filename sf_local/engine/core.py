@@ -114,7 +114,7 @@ class EngineCore:
         If the call fails, its requests end, and no others. If what it returned for one request is
         wrong, that request ends alone.
         """
-        chunks = [chunk for chunk in chunks if chunk.request.status is RequestStatus.RUNNING]
+        chunks = _running(chunks)
         if not chunks:
             return
         chunks.sort(key=attrgetter("needs_logits"), reverse=True)
@@ -182,6 +182,7 @@ class EngineCore:
 
         The rest wait for the next step, so that others decode in between.
         """
+        chunks = _running(chunks)
         tiles = unencoded(chunks)
         if not tiles:
             return chunks
@@ -261,14 +262,15 @@ class EngineCore:
             if not isinstance(choice, Sampled):
                 self._outputs.fail(request, choice)
                 continue
-            before = request.num_tokens + 1
+            before = request.num_tokens
             try:
                 reason = generation.accept(choice, self._can_jump)
             except BaseException as error:  # Rust's panics are no Exception
                 self._outputs.fail(request, error)
                 continue
-            self._counters.completion_tokens += 1 + request.num_tokens - before
-            self._counters.forced_tokens += request.num_tokens - before
+            count = request.num_tokens - before
+            self._counters.completion_tokens += count
+            self._counters.forced_tokens += count - 1
             self._outputs.has_news(generation, reason)
 
     def _jump(self, generation: Generation) -> bool:
@@ -284,6 +286,11 @@ class EngineCore:
             self._outputs.has_news(generation, reason)
             return bool(count or reason)
         return True
+
+
+def _running(chunks: Sequence[Chunk]) -> list[Chunk]:
+    """Chunks whose requests have not ended since they were scheduled."""
+    return [chunk for chunk in chunks if chunk.request.status is RequestStatus.RUNNING]
 
 
 def _masks(chunks: Sequence[Chunk], generations: Sequence[Generation]) -> Masks:

@@ -32,8 +32,6 @@ from sf_local.request.prompt import Prompt
 from sf_local.text.tokenizer import Tokenizer
 from sf_local.vision.image_file import GivenImage, ImageInput
 
-__all__ = ["Engine", "Handle", "Output"]
-
 
 class Engine:
     """Loads an artifact onto a device and serves generations until `shutdown()`.

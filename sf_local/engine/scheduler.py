@@ -224,9 +224,8 @@ class Scheduler:
         jumping: list[Request] = []
         prompts: list[Request] = []
         for request in self.running:
-            end, spans = request.num_tokens, request.spans
-            start = request.num_computed
-            if end - start == 1 and not (spans and spans[-1].end == end):  # `is_decoding`
+            start, end = request.num_computed, request.num_tokens
+            if request.is_decoding:
                 needs_logits = not request.takes_the_best
                 decoding.append(Chunk(request, start, end, True, needs_logits, is_decode=True))
             else:
