@@ -31,14 +31,15 @@ from compile.cpu.row_tables import (
 )
 from compile.cpu.softmax import SPLIT, Splits
 from compile.cpu.transformer import TransformerKernel
-from compile.formats.layout import SUMMARY, Parameter
+from compile.formats.layout import Parameter
 from compile.formats.quantize import GROUP
 from compile.mlir.builder import Builder, Dim, Tensor
 from compile.mlir.values import Scalar
 from compile.models.spec import LlamaConfig
-from compile.models.tensors import ModelTensor, decoder_tensors
+from compile.models.tensors import DecoderTensors, ModelTensor, decoder_tensors, matrix_sizes
 from compile.options import ModelOptions
 from compile.target import Vectors
+from sf_local.artifact.manifest import LOGITS_BLOCK
 
 BEFORE_LAYERS = ("set_up", "embed")  # names of phases
 LAYER = (
@@ -91,14 +92,16 @@ class DecoderLayout:
     @property
     def num_summaries(self) -> int:
         """Summary blocks of a row's logits."""
-        return -(-self.config.vocab_size // SUMMARY)
+        return -(-self.config.vocab_size // LOGITS_BLOCK)
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Sizes [out, in] by name; those of layers as in layer 0."""
+        table = self._tensors
+        return matrix_sizes([table.embedding, *table.layers[0], *table.head])
 
     def parameters(self) -> list[Parameter]:
         """All parameters, in the order of the archive."""
-        table = decoder_tensors(
-            self.config, context=self.options.max_seq_len, hidden=self.hidden,
-            intermediate=self.inner,
-        )  # fmt: skip
+        table = self._tensors
         ends = [
             self.embedding_format.parameter(t.name, *t.shape)
             for t in (table.embedding, *table.head)
@@ -106,6 +109,13 @@ class DecoderLayout:
         layers = [self._parameter(t) for layer in table.layers
                   for t in sorted(layer, key=lambda t: t.is_matrix)]  # fmt: skip
         return [self._parameter(table.rope), *ends, self._parameter(table.norm), *layers]
+
+    @property
+    def _tensors(self) -> DecoderTensors:
+        return decoder_tensors(
+            self.config, context=self.options.max_seq_len, hidden=self.hidden,
+            intermediate=self.inner,
+        )  # fmt: skip
 
     def _parameter(self, tensor: ModelTensor) -> Parameter:
         if tensor.is_matrix:
@@ -120,7 +130,7 @@ class DecoderKernel(TransformerKernel):
         c = model.config
         super().__init__(
             kind.name, model.layers, c.hidden_size, model.hidden, c.rms_eps, model.offsets,
-            _matrices(model), PhaseTable(BEFORE_LAYERS, LAYER, AFTER_LAYERS, c.num_layers),
+            model.matrices(), PhaseTable(BEFORE_LAYERS, LAYER, AFTER_LAYERS, c.num_layers),
         )  # fmt: skip
         self.model, self.kind, self.config = model, kind, c
         self.takes_embeds = model.takes_embeds and not kind.is_decode
@@ -320,15 +330,3 @@ class DecoderKernel(TransformerKernel):
             start = row * inner + i
             loaded = [self.mlp_floats.load_vector(start + j, lanes) for j in range(0, GROUP, lanes)]
             self.mlp_act.store(loaded, row, i)
-
-
-def _matrices(model: DecoderLayout) -> dict[str, tuple[int, int]]:
-    """Sizes [out, in] by name; those of layers as in layer 0."""
-    head = "token_embd" if model.config.tied_embeddings else "output"
-    return {
-        "blk.0.attn_qkv": (model.qkv_width, model.hidden),
-        "blk.0.attn_output": (model.hidden, model.heads_width),
-        "blk.0.ffn_gate_up": (2 * model.inner, model.hidden),
-        "blk.0.ffn_down": (model.hidden, model.inner),
-        head: (model.config.vocab_size, model.hidden),
-    }

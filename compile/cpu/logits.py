@@ -14,8 +14,9 @@ from compile.cpu.matmul import Format
 from compile.cpu.row_tables import NUM_OUTPUTS, RowTables
 from compile.cpu.transformer import TransformerKernel
 from compile.cpu.vector_builder import vector_type
-from compile.formats.layout import MASKED, SUMMARY
+from compile.formats.layout import MASKED
 from compile.mlir.values import Scalar
+from sf_local.artifact.manifest import LOGITS_BLOCK
 
 BLOCKS_PER_TASK = 16  # summary blocks
 AFTER_LAYERS = ("output_norm", "head", "summarize", "find_best")  # names of the phases
@@ -50,7 +51,7 @@ class LogitsPhases:
         self.head_name, self.format = head, format_
         self.k, self.lanes = kernel.k, kernel.vectors.lanes
         self.vocab = tables.config.vocab_size
-        self.num_blocks = -(-self.vocab // SUMMARY)
+        self.num_blocks = -(-self.vocab // LOGITS_BLOCK)
 
     def write(self, *, all_logits: bool) -> None:
         """Write the phases; with `all_logits`, without summaries and best tokens."""
@@ -83,8 +84,10 @@ class LogitsPhases:
         """Store the maximum and the sum of a summary block."""
         k, vocab, lanes, logits = self.k, self.vocab, self.lanes, self.memory.logits
         kind = vector_type(lanes, "f32")
-        start = row * vocab + block * SUMMARY
-        count = (k.scalar(vocab, "index") - block * SUMMARY).minimum(k.scalar(SUMMARY, "index"))
+        start = row * vocab + block * LOGITS_BLOCK
+        count = (k.scalar(vocab, "index") - block * LOGITS_BLOCK).minimum(
+            k.scalar(LOGITS_BLOCK, "index")
+        )
         whole = count // lanes * lanes
 
         def larger(i: Scalar, top: Scalar) -> list[Scalar]:
@@ -124,7 +127,7 @@ class LogitsPhases:
             return body
 
         [block, _] = k.fold(0, num, state, better(self.memory.maxima, row * num))
-        first = block * SUMMARY
-        count = (k.scalar(vocab, "index") - first).minimum(k.scalar(SUMMARY, "index"))
+        first = block * LOGITS_BLOCK
+        count = (k.scalar(vocab, "index") - first).minimum(k.scalar(LOGITS_BLOCK, "index"))
         [token, _] = k.fold(0, count, state, better(self.memory.logits, row * vocab + first))
         self.memory.best.store((first + token).to("i64"), row)

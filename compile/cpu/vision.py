@@ -27,7 +27,7 @@ from compile.mlir.activations import activation
 from compile.mlir.builder import Builder, Tensor
 from compile.mlir.values import Scalar
 from compile.models.spec import VisionConfig
-from compile.models.tensors import ModelTensor, VisionTensors, vision_tensors
+from compile.models.tensors import ModelTensor, VisionTensors, matrix_sizes, vision_tensors
 
 PAGE = 32  # positions
 STORED = 16  # positions of a task that stores keys and values
@@ -95,9 +95,7 @@ class VisionShape:
     def matrices(self) -> dict[str, tuple[int, int]]:
         """Sizes [out, in] by name; those of layers as in layer 0."""
         t = self._tensors
-        tensors = [*t.patches, *t.layers[0], *t.connector]
-        return {x.name.removesuffix(".weight"): (x.shape[0], x.shape[1])
-                for x in tensors if x.is_matrix}  # fmt: skip
+        return matrix_sizes([*t.patches, *t.layers[0], *t.connector])
 
     def parameters(self) -> list[Parameter]:
         """All parameters, in the order of the archive."""

@@ -15,7 +15,6 @@ ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 QUANTIZED = ("int8", "int4")  # in groups that share a scale; on CPUs only
 
 MASKED = -1e30  # a score or logit that is hidden: finite, or a row without any other would be NaN
-SUMMARY = 256  # logits of a block, of which the sampler gets the maximum and a sum
 
 
 @dataclass(frozen=True)

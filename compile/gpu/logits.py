@@ -7,11 +7,12 @@ best token, and for each block of 256 logits its maximum and the sum of its expo
 
 from __future__ import annotations
 
-from compile.formats.layout import MASKED, SUMMARY
+from compile.formats.layout import MASKED
 from compile.gpu.linear import Weights, rms_norm, whole_subgroups
 from compile.mlir.builder import Builder, Dim, Tensor
 from compile.mlir.values import Scalar
 from compile.models.spec import LlamaConfig
+from sf_local.artifact.manifest import LOGITS_BLOCK
 
 SEARCHED_AT_ONCE = 128  # logits: four for each of 32 lanes
 
@@ -46,9 +47,9 @@ def summarize(b: Builder, logits: Tensor, inv_temperatures: Tensor) -> Tensor:
     """
     n, vocab = logits.shape
     assert isinstance(vocab, int)
-    num_blocks = -(-vocab // SUMMARY)
-    blocks = b.pad(logits, 1, num_blocks * SUMMARY, MASKED)
-    blocks = b.expand(blocks, 1, num_blocks, SUMMARY)
+    num_blocks = -(-vocab // LOGITS_BLOCK)
+    blocks = b.pad(logits, 1, num_blocks * LOGITS_BLOCK, MASKED)
+    blocks = b.expand(blocks, 1, num_blocks, LOGITS_BLOCK)
     maxima = b.generic(
         "nbi->nb", [blocks], (n, num_blocks), "f32",
         lambda v, acc: acc.maximum(v), init=MASKED,

@@ -243,6 +243,14 @@ def source_shapes(tensors: Iterable[ModelTensor]) -> dict[str, Shape]:
     return {name: shape for tensor in tensors for name, shape in tensor.sources.items()}
 
 
+def matrix_sizes(tensors: Iterable[ModelTensor]) -> dict[str, tuple[int, int]]:
+    """Sizes [rows, columns] of the matrices among tensors, by name without suffix."""
+    return {
+        tensor.name.removesuffix(".weight"): (tensor.shape[0], tensor.shape[1])
+        for tensor in tensors if tensor.is_matrix
+    }  # fmt: skip
+
+
 def hf_names(entries: Iterable[Entry]) -> dict[str, str]:
     """Canonical names by Hugging Face's, both without suffix."""
     return {part.hf_name: part.name for entry in entries for part in entry.parts}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from compile.formats.layout import SUMMARY
 from compile.gpu.emitter import LlamaEmitter
 from compile.gpu.linear import Weights, whole_subgroups
 from compile.gpu.logits import summarize
@@ -13,6 +12,7 @@ from compile.mlir.builder import Builder, Tensor, tensor_type
 from compile.models.spec import LlamaConfig, VisionConfig
 from compile.options import BuildOptions, ModelOptions
 from compile.target import resolve_target
+from sf_local.artifact.manifest import LOGITS_BLOCK
 
 
 def model_emitter(
@@ -37,7 +37,7 @@ def summing_module(config: LlamaConfig, vocab_size: int, num_rows: int) -> str:
     emitter = model_emitter(replace(config, vocab_size=vocab_size), options)
     logits = Tensor("%logits", (num_rows, vocab_size), "f32")
     scales = Tensor("%scales", (num_rows,), "f32")
-    result = tensor_type((num_rows, 1 + 2 * -(-vocab_size // SUMMARY)), "f32")
+    result = tensor_type((num_rows, 1 + 2 * -(-vocab_size // LOGITS_BLOCK)), "f32")
     arguments = ", ".join(f"{argument.name}: {argument.type}" for argument in (logits, scales))
     with emitter.b.block(f"func.func @sum_up({arguments}) -> {result} {{"):
         sums = summarize(emitter.b, logits, scales)

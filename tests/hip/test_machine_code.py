@@ -16,8 +16,9 @@ import pytest
 from compile import build
 from compile.build import VMFB
 from compile.folder import MLIR
-from compile.formats.layout import MASKED, SUMMARY
+from compile.formats.layout import MASKED
 from compile.options import BuildOptions
+from sf_local.artifact.manifest import LOGITS_BLOCK
 from tests.hip.dispatches import BOUNDS, wrong_ones
 from tests.hip.driver import Driver, Outcome, compile_code_object
 from tests.hip.machine_runs import Run, chip_of, run_beside_twins
@@ -190,12 +191,12 @@ def hard_logits(vocab_size: int) -> Array:
     rng = np.random.default_rng(SEED)
     rows = rng.standard_normal((8, vocab_size)).astype(np.float32)
     last = vocab_size - 1
-    in_last_block = last // SUMMARY * SUMMARY
+    in_last_block = last // LOGITS_BLOCK * LOGITS_BLOCK
     rows[1] -= 100  # all negative
     rows[2] = -3.5  # all equal
     rows[3, [0, last]] = 9  # the first and the last
     rows[4] = -np.inf
-    rows[4, [SUMMARY - 1, SUMMARY]] = -50  # at an edge of blocks
+    rows[4, [LOGITS_BLOCK - 1, LOGITS_BLOCK]] = -50  # at an edge of blocks
     rows[5, last] = 9
     rows[6, [in_last_block, in_last_block + 1]] = 9
     rows[7, [in_last_block - 1, in_last_block]] = 9
@@ -205,7 +206,7 @@ def hard_logits(vocab_size: int) -> Array:
 
 def check_sums(sums: Array, logits: Array, scales: Array) -> None:
     num_blocks = sums.shape[1] // 2
-    padding = ((0, 0), (0, num_blocks * SUMMARY - logits.shape[1]))
+    padding = ((0, 0), (0, num_blocks * LOGITS_BLOCK - logits.shape[1]))
     blocks = np.pad(logits, padding, constant_values=MASKED).reshape(len(logits), num_blocks, -1)
     maxima = np.maximum(blocks.max(axis=2), np.float32(MASKED))
     assert sums[:, 0].tolist() == logits.argmax(axis=1).tolist()
