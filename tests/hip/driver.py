@@ -6,7 +6,6 @@ end the process: so whatever uses it runs in a child. There `control.py` sets it
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any, ClassVar
 
 from compile.target import resolve_target
 from sf_local.artifact.manifest import COMPILER_VERSION, VMFB
-from tests.support.compile_once import locked
+from tests.support.compile_once import made_once
 
 HERE = Path(__file__).parent
 LIBRARY = "libamdhip64.so"
@@ -137,7 +136,7 @@ def build_driver(cache: Path) -> Driver | None:
         return None
     files = [*HERE.glob("*.cpp"), *HERE.glob("*.h"), *HERE.glob("isa/*")]
     text = b"".join(path.read_bytes() for path in sorted(files) if path.is_file())
-    return Driver(_cached(cache / "driver", repr(COMPILER).encode() + text, _compile))
+    return Driver(made_once(cache / "driver", repr(COMPILER).encode() + text, _compile))
 
 
 def _compile(folder: Path) -> None:
@@ -185,21 +184,9 @@ def _compiled(mlir: Path, flags: Sequence[str], dumps: Sequence[str], cache: Pat
         command = [find_tool("iree-compile"), str(mlir), *flags, *dumping, "-o", folder / VMFB]
         subprocess.run(command, check=True)
 
-    return _cached(cache, f"{COMPILER_VERSION} {flags} {dumps}".encode() + mlir.read_bytes(), make)
-
-
-def _cached(parent: Path, key: bytes, make: Callable[[Path], None]) -> Path:
-    """A folder that depends on `key` alone; it appears whole or not at all."""
-    folder = parent / hashlib.sha256(key).hexdigest()[:16]
-    parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        if not folder.exists():
-            with tempfile.TemporaryDirectory(dir=parent) as temporary:
-                new = Path(temporary) / "new"
-                new.mkdir()
-                make(new)
-                new.rename(folder)
-    return folder
+    return made_once(
+        cache, f"{COMPILER_VERSION} {flags} {dumps}".encode() + mlir.read_bytes(), make
+    )
 
 
 def _call(line: str) -> Call:

@@ -18,13 +18,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 UNCHECKED = "--verify=false"
-DUMP = re.compile(
-    r"(--(?:iree-hal-dump-executable-\w+|dump-compilation-phases)-to=)(.+)"
-)  # a folder
+# Flags that name a folder for further outputs
+DUMP = re.compile(r"(--(?:iree-hal-dump-executable-\w+|dump-compilation-phases)-to=)(.+)")
 
 
 def install(cache: Path) -> None:
@@ -34,7 +33,7 @@ def install(cache: Path) -> None:
     os.environ.pop("IREE_TOOL_PATH", None)
     folder = cache / "bin"
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-SE", __file__, str(cache), find_tool("iree-compile")]
+    command = [sys.executable, "-SEP", __file__, str(cache), find_tool("iree-compile")]
     with locked(folder):
         script = folder / "iree-compile"
         script.write_text(f'#!/bin/sh\nexec {" ".join(command)} "$@"\n')
@@ -50,6 +49,23 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def made_once(parent: Path, key: bytes, make: Callable[[Path], object]) -> Path:
+    """A folder in `parent` that depends on `key` alone, and that `make` fills if it is not there.
+
+    It appears whole or not at all; processes that want the same wait for the first of them.
+    """
+    folder = parent / hashlib.sha256(key).hexdigest()[:16]
+    parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=parent) as temporary:
+                new = Path(temporary) / "new"
+                new.mkdir()
+                make(new)
+                new.rename(folder)
+    return folder
+
+
 def compile_once(cache: Path, tool: str, arguments: Sequence[str]) -> int:
     """Run `tool`, or copy what it made of the same module; its exit code. Failures are not kept."""
     if "-o" not in arguments:  # the Python API compiles its standard input
@@ -57,36 +73,34 @@ def compile_once(cache: Path, tool: str, arguments: Sequence[str]) -> int:
     at = arguments.index("-o") + 1
     output, dumps = Path(arguments[at]), {m[2] for a in arguments if (m := DUMP.fullmatch(a))}
     assert len(dumps) <= 1, "dumps go to one folder"
-    entry = cache / _key(arguments, output)
-    with locked(entry):
-        if not entry.exists():
-            with tempfile.TemporaryDirectory(dir=cache) as temporary:
-                new = Path(temporary) / "new"
-                (new / "dump").mkdir(parents=True)
-                command = [DUMP.sub(rf"\g<1>{new / 'dump'}", argument) for argument in arguments]
-                command[at] = str(new / "output")
-                code = subprocess.run([tool, *command, UNCHECKED]).returncode
-                if code:
-                    return code
-                new.rename(entry)
+
+    def make(folder: Path) -> None:
+        (folder / "dump").mkdir()
+        command = [DUMP.sub(rf"\g<1>{folder / 'dump'}", argument) for argument in arguments]
+        command[at] = str(folder / "output")
+        subprocess.run([tool, *command, UNCHECKED], check=True)
+
+    try:
+        entry = made_once(cache, _key(tool, arguments, output), make)
+    except subprocess.CalledProcessError as error:
+        return error.returncode
     shutil.copy(entry / "output", output)
     for dump in dumps:
         shutil.copytree(entry / "dump", dump, dirs_exist_ok=True)
     return 0
 
 
-def _key(arguments: Sequence[str], output: Path) -> str:
-    """A hash of all arguments but the names of outputs, with the contents of input files."""
-    digest = hashlib.sha256()
+def _key(tool: str, arguments: Sequence[str], output: Path) -> bytes:
+    """The compiler, all arguments but the names of outputs, and the contents of input files."""
+    parts = [str(os.path.getsize(tool)).encode()]  # another version has another size
     for argument in arguments:
         if argument == str(output):
             continue
         argument = DUMP.sub(r"\1", argument)
         path = Path(argument)
         is_file = not argument.startswith("-") and path.is_file()
-        digest.update(path.read_bytes() if is_file else argument.encode())
-        digest.update(b"\0")
-    return digest.hexdigest()[:24]
+        parts.append(path.read_bytes() if is_file else argument.encode())
+    return b"\0".join(parts)
 
 
 if __name__ == "__main__":
