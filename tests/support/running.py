@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -67,3 +68,15 @@ class Runners(list[ModelRunner]):
     def __call__(self, *arguments: Any) -> ModelRunner:
         self.append(ModelRunner(*arguments))
         return self[-1]
+
+
+def lose(runner: ModelRunner, call: str, after: threading.Event) -> None:
+    """Let `call` fail once `after` is set, and `recover` as well: the device is lost."""
+
+    async def lost(*_: Any) -> Any:
+        after.wait(60)
+        runner.is_broken = True
+        raise RuntimeError("the GPU fell off the bus")
+
+    setattr(runner, call, lost)
+    runner.recover = lost  # type: ignore[method-assign]

@@ -17,7 +17,7 @@ from sf_local.engine.generation import Generation
 from sf_local.engine.handle import Handle
 from sf_local.errors import EngineError
 from sf_local.request.output import Output
-from tests.support.running import Runners
+from tests.support.running import Runners, lose
 from tests.support.tiny import TinyModel
 
 PROMPT = [5, 100, 33, 7, 250, 12]
@@ -207,18 +207,9 @@ def test_parts_that_raise(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, plac
 def test_a_loop_that_ends_tells_all_though_some_raise(
     tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runners = Runners()
+    runners, submitted = Runners(), threading.Event()
     with Engine(tiny.artifact, _make_runner=runners) as engine:
-        [runner] = runners
-        submitted = threading.Event()
-
-        async def lost(*_: Any) -> Any:
-            submitted.wait(TIMEOUT)
-            runner.is_broken = True
-            raise RuntimeError("the GPU fell off the bus")
-
-        monkeypatch.setattr(runner, "decode", lost)
-        monkeypatch.setattr(runner, "recover", lost)
+        lose(runners[0], "decode", submitted)
         fail(monkeypatch, "_read", ValueError("injected"))
         handles = [engine.submit([*PROMPT, i], p) for i in range(2) for p in (BAD, GOOD)]
         submitted.set()

@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sf_local import Engine, SamplingParams
-from sf_local.engine.engine import Output
+from sf_local import Engine, Output, SamplingParams
 from sf_local.errors import DeviceError, EngineError, RequestError
 from tests.support.reference import forward
-from tests.support.running import Runners
+from tests.support.running import Runners, lose
 from tests.support.tiny import TinyModel
 
 PROMPT = [5, 100, 33, 7, 250, 12]
@@ -260,19 +259,12 @@ assert stats["pages_used"] == 0
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_lost_device_says_so_for_ever(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_device_says_so_for_ever(tiny: TinyModel) -> None:
     """A call fails and the device cannot be recovered: everyone hears why, nothing hangs."""
     runners = Runners()
     with Engine(tiny.artifact, _make_runner=runners) as engine:
-        [runner], all_submitted = runners, threading.Event()
-
-        async def lost(*_: Any) -> Any:
-            all_submitted.wait()
-            runner.is_broken = True
-            raise RuntimeError("the GPU fell off the bus")
-
-        monkeypatch.setattr(runner, "decode", lost)
-        monkeypatch.setattr(runner, "recover", lost)
+        all_submitted = threading.Event()
+        lose(runners[0], "decode", all_submitted)
         handles = [engine.submit([*PROMPT, i], greedy(30)) for i in range(6)]
         all_submitted.set()
         for handle in handles:

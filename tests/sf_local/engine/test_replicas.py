@@ -14,7 +14,7 @@ from sf_local import Engine, SamplingParams
 from sf_local.engine import replicas
 from sf_local.engine.replicas import BLOCK, MAX_LEAD, Router
 from sf_local.errors import DeviceError, EngineError
-from tests.support.running import Runners
+from tests.support.running import Runners, lose
 from tests.support.tiny import TinyModel
 
 PROMPT = list(range(3, 3 + 4 * BLOCK))
@@ -84,19 +84,12 @@ def test_forks_stay_together(tiny: TinyModel) -> None:
         assert engine.stats()["cached_tokens"] >= 5 * len(PROMPT)
 
 
-def test_a_lost_replica_leaves_the_others(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_replica_leaves_the_others(tiny: TinyModel) -> None:
     runners = Runners()
     with Engine(tiny.artifact, ["cpu", "cpu"], _make_runner=runners) as engine:
         broken, whole = engine._replicas.workers
         all_submitted = threading.Event()
-
-        async def lost(*_: Any) -> Any:
-            all_submitted.wait()
-            runners[0].is_broken = True
-            raise RuntimeError("the GPU fell off the bus")
-
-        monkeypatch.setattr(runners[0], "prefill", lost)
-        monkeypatch.setattr(runners[0], "recover", lost)
+        lose(runners[0], "prefill", all_submitted)
         handles = [engine.submit([i, *PROMPT], PARAMS) for i in range(2)]
         all_submitted.set()
         failures = 0
