@@ -126,8 +126,7 @@ class EngineCore:
         except Exception as error:
             await self._fail_call([chunk.request for chunk in chunks], error)
             return
-        wrong = find_wrong(output, self._vocab_size)
-        if wrong:
+        if wrong := find_wrong(output, self._vocab_size):
             await self._end_wrong([(chunks[i], rows[i], what) for i, what in wrong.items()])
         self.scheduler.commit(chunks)
         self._sample(chunks, generations, output, masks)
@@ -237,8 +236,7 @@ class EngineCore:
         if len(rows) < len(chunks):
             output = output.take(rows)
             generations = [generations[i] for i in rows]
-        samplers = [generation.sampler for generation in generations]
-        sampled = sample(samplers, output, [masks.rows[i] for i in rows])
+        sampled = sample([g.sampler for g in generations], output, [masks.rows[i] for i in rows])
         self._counters.mask_seconds += masks.seconds
         self._counters.sample_seconds += time.perf_counter() - started_at
         self._accept(generations, sampled)
