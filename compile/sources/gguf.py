@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 
 from compile.formats.quantize import Groups, from_gguf
 from compile.models.registry import find_gguf_family
-from compile.models.tensors import has_bias
 from compile.reading import corrupt, map_file, unsupported
 from compile.sources.gguf_tokenizer import convert_tokenizer, special_id
-from compile.sources.source import Progress, Rows, Source, SourceTensor
+from compile.sources.source import Progress, Rows, Source, SourceTensor, check_bias
 from sf_local.artifact.manifest import file_sha256
 from sf_local.errors import SourceError, UnsupportedError
 
@@ -39,8 +38,7 @@ def open_gguf(path: Path, progress: Progress, sha256: str | None = None) -> Sour
     config = family.gguf_config(path, fields, shapes, lambda name: tensors[name].read(slice(None)))
     kept = {name: t for name, t in tensors.items() if family.is_weight(name, config, None)}
     for name, tensor in kept.items():
-        if name.endswith(".bias") and not has_bias(name):
-            raise unsupported(path, f"tensor {name}", "a Llama without biases")
+        check_bias(path, name, name)
         if order := family.gguf_row_order(name, config):
             kept[name] = _reordered(tensor, order)
     try:

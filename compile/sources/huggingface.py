@@ -14,9 +14,8 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from compile.models.registry import HuggingFaceFamily, find_hf_family
-from compile.models.tensors import has_bias
 from compile.reading import corrupt, map_file, read_json, unsupported
-from compile.sources.source import Progress, Source, SourceTensor
+from compile.sources.source import Progress, Source, SourceTensor, check_bias
 from sf_local.artifact.manifest import file_sha256
 from sf_local.errors import SourceError
 
@@ -89,8 +88,7 @@ def _add_tensors(path: Path, family: HuggingFaceFamily, tensors: dict[str, Sourc
         if name == "__metadata__" or name.endswith(BUFFERS):
             continue
         canonical = family.canonical_name(name)
-        if name.endswith(".bias") and not has_bias(canonical):
-            raise unsupported(path, f"tensor {name}", "a Llama without biases")
+        check_bias(path, name, canonical)
         if entry["dtype"] not in DTYPES:
             raise unsupported(path, f"tensor {name} of type {entry['dtype']}", ", ".join(DTYPES))
         shape = tuple(entry["shape"])

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from compile.formats.quantize import Groups
 from compile.models.spec import LlamaConfig, VisionConfig
+from compile.models.tensors import has_bias
+from compile.reading import unsupported
 
 Rows = slice | NDArray[np.integer[Any]]
 Progress = Callable[[str], None]
@@ -62,3 +64,12 @@ class Source:
         config = json.dumps(self.tokenizer_config, ensure_ascii=False, indent=2) + "\n"
         (folder / "tokenizer.json").write_bytes(self.tokenizer_json)
         (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
+
+
+def check_bias(path: Path, name: str, canonical: str) -> None:
+    """Raise UnsupportedError for a bias that no model here has.
+
+    name: the tensor's in the file at `path`; canonical: its name in `models.tensors`, if any.
+    """
+    if name.endswith(".bias") and not has_bias(canonical):
+        raise unsupported(path, f"tensor {name}", "a Llama without biases")
