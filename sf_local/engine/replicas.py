@@ -10,6 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Protocol
 
 from sf_local.engine.generation import Generation
@@ -84,7 +85,7 @@ class Replicas:
     def submit(self, generation: Generation) -> None:
         """Start a generation; raises as `check_usable` does."""
         worker = self._choose(generation.request)
-        worker.ask(lambda: worker.core.add(generation))
+        worker.ask(partial(worker.core.add, generation))
 
     def _choose(self, request: Request) -> Worker[Core]:
         if len(self.workers) == 1:
@@ -98,7 +99,7 @@ class Replicas:
     def cancel(self, generation: Generation) -> None:
         """End a generation with what it has; nothing if it has ended."""
         for worker in self.workers:  # those that do not have it ignore it
-            worker.tell(lambda core=worker.core: core.cancel(generation))  # type: ignore[misc]
+            worker.tell(partial(worker.core.cancel, generation))
 
     def flush_cache(self) -> None:
         """Free all pages that no request uses; returns when it is done."""
