@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from tests.support.tiny import SeeingModel
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(name: str, *arguments: str) -> str:
+def run(name: str, *arguments: str, **environment: str) -> str:
     command = [sys.executable, str(EXAMPLES / name), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    env = os.environ | environment
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -43,11 +45,12 @@ def test_example(smollm2: Path, name: str, expected: str) -> None:
 
 
 def test_describe_image(tmp_path: Path) -> None:
-    """The second question does not compute the picture again."""
+    """The second question does not compute the picture again. The random model is made anew, with
+    a cache of its own: the user's would hide what changed since."""
     path = tmp_path / "blue.png"
     Image.new("RGB", (70, 300), "blue").save(path)
     for arguments in ([], [str(path)]):
-        out = run("describe_image.py", "--random", *arguments)
+        out = run("describe_image.py", "--random", *arguments, SF_LOCAL_CACHE=str(tmp_path))
         first, second = re.findall(r"\[(\d+) tokens, (\d+) of them cached; first token after", out)
         assert int(first[1]) == 0 and int(second[1]) >= int(first[0])
         assert re.search(r"A: (photo|drawing)\n[^\n]*\nA: \d\d?\n$", out)
