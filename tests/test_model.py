@@ -43,12 +43,10 @@ def test_f32_follows_llama_cpp(smollm2_f32: Path, golden: list[dict[str, Any]]) 
     """Tokens up to the first near-tie, through prefill and decode of the engine."""
     with Engine(smollm2_f32) as engine:
         for case in golden:
-            steps = len(case["greedy_ids"])
-            output = engine.generate(
-                case["prompt_ids"], SamplingParams(temperature=0, max_new_tokens=steps)
-            )
             end = first_tie(case)
-            assert output.token_ids[:end] == case["greedy_ids"][:end], case["prompt"]
+            params = SamplingParams(temperature=0, max_new_tokens=end)
+            output = engine.generate(case["prompt_ids"], params)
+            assert output.token_ids == case["greedy_ids"][:end], case["prompt"]
 
 
 def test_f32_logprobs_are_llama_cpps(smollm2_f32: Path, golden: list[dict[str, Any]]) -> None:

@@ -206,9 +206,9 @@ def test_command_line(tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFix
 def test_several_targets(
     tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A folder each; GPUs share their weights."""
+    """A folder each; GPUs share their weights. Compiled with the options of the tests above."""
     output = tmp_path / "out"
-    sizes = ["--prefill-batch-sizes", "1", "--decode-batch-sizes", "1"]
+    sizes = ["--page-size", "8", "--prefill-batch-sizes", "3", "--decode-batch-sizes", "4"]
     arguments = [str(tiny.source), "-o", str(output), "--target", "gfx942,cpu,gfx1100", *sizes]
     assert main(arguments) == 0
     assert compiled_targets(output) == ["cpu", "gfx1100", "gfx942"]
