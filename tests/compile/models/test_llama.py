@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,14 @@ from sf_local.request.batch import Row
 from sf_local.sampling.logits import ModelOutput, summarize
 from tests.support.reference import forward, random_weights
 from tests.support.running import open_runner
-from tests.support.tiny import ONE_PADDED, ONE_SIZE, TINY, TINY_OPTIONS, TinyModel
+from tests.support.tiny import (
+    ONE_PADDED,
+    ONE_SIZE,
+    TINY,
+    TINY_OPTIONS,
+    TinyModel,
+    TinyModels,
+)
 
 PAGE = TINY_OPTIONS.page_size
 LLAMA3 = RopeScaling("llama3", 4.0, 1.0, 4.0, 64)
@@ -164,9 +172,9 @@ def test_summaries_of_what_follows(variant: TinyModel) -> None:
 
 @pytest.mark.parametrize("row_major", [False, True])
 def test_the_first_of_equally_likely_tokens_is_best(
-    make_tiny: Callable[..., TinyModel], row_major: bool, monkeypatch: pytest.MonkeyPatch
+    row_major: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """All tokens have the same embedding, so the same logit."""
+    """All tokens, of two blocks, have the same embedding, so the same logit."""
 
     def same_rows(config: LlamaConfig, seed: int) -> dict[str, np.ndarray]:
         weights = random_weights(config, seed)
@@ -174,7 +182,7 @@ def test_the_first_of_equally_likely_tokens_is_best(
         return weights
 
     monkeypatch.setattr("tests.support.tiny.random_weights", same_rows)
-    model = make_tiny(row_major=row_major, vocab_size=600, **ONE_SIZE)
+    model = TinyModels(lambda: tmp_path)(row_major=row_major)  # its own: of these weights
     with open_runner(model.artifact) as run:
         found = run(lambda r: r.decode([Row([9], 0, [1])]))
     assert found.best.tolist() == [0]
