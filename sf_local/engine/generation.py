@@ -49,7 +49,7 @@ class Generation:
         self.has_sampled = False
         self.is_streamed = True
         self._detokenizer = Detokenizer(tokenizer, request.prompt_ids)
-        self._stops = StopChecker(params.stop)
+        self._stops = StopChecker(params.stop, tokenizer.special_tokens)
         self._stop_ids = _stop_ids(params, tokenizer, eos_ids)
         end_ids = self._stop_ids.keys() | (eos_ids if grammar is not None else ())
         self.sampler = Sampler(params, request.prompt_ids, end_ids)
@@ -114,19 +114,22 @@ class Generation:
         request.takes_the_best = self.grammar is None and self.sampler.takes_the_best
         if request.params.return_logprob:
             self._output_logprobs.append(sampled)
-        if token in self._stop_ids and len(request.output_ids) > request.params.min_new_tokens:
-            self._matched = self._stop_ids[token]
-            return "stop"
-        self._unread.append(token)
+        is_end = token in self._stop_ids and len(request.output_ids) > request.params.min_new_tokens
+        if not is_end or token in self._stops.marks:  # a stop string may end with an end token
+            self._unread.append(token)
         if request.params.stop:
             self._read()
             if self._stops.matched is not None:
                 return "stop"
+        if is_end:
+            self._matched = self._stop_ids[token]
+            return "stop"
         return "length" if len(request.output_ids) >= request.max_new_tokens else None
 
     def _read(self) -> None:
         """Turn new tokens into text."""
-        self._text += [self._stops.push(self._detokenizer.push(t))[0] for t in self._unread]
+        push, marks = self._stops.push, self._stops.marks
+        self._text += [push(marks.get(t, "") + self._detokenizer.push(t)) for t in self._unread]
         self._unread.clear()
 
     def _undelivered(self) -> str:
@@ -137,7 +140,7 @@ class Generation:
     def finish(self, reason: str) -> None:
         """Deliver the text held back as one last delta, with the output."""
         self._read()
-        self._text.append(self._stops.push(self._detokenizer.flush())[0] + self._stops.flush())
+        self._text.append(self._stops.push(self._detokenizer.flush()) + self._stops.flush())
         if self._stops.matched is not None:
             reason, self._matched = "stop", self._stops.matched
         request, now = self.request, time.perf_counter()

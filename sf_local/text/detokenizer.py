@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 from sf_local.text.tokenizer import Tokenizer
 
@@ -40,36 +41,75 @@ class Detokenizer:
 class StopChecker:
     """Cuts a streamed text at its earliest stop string, which may span several deltas.
 
+    Special tokens are no text, but a stop string may hold some, such as "<|im_end|>\\n". Each of
+    those tokens is pushed as a mark, a lone surrogate, which no decoded text has. First the text
+    with marks is searched for the stop strings with marks, then what remains of it without them for
+    all stop strings as they were given.
+
     Attributes:
-        matched: the stop string at which the text was cut; the shortest, if several begin there.
+        marks: by token id, the mark to push for a special token that is in a stop string.
     """
+
+    def __init__(self, stops: Sequence[str], special_tokens: Mapping[str, int]) -> None:
+        """`special_tokens` are the model's: their texts and ids."""
+        self._has_stops = any(stops)
+        within = [text for text in special_tokens if any(text in stop for stop in stops)]
+        within.sort(key=len, reverse=True)  # of two that begin alike the longer one is meant
+        marks = {text: chr(0xD800 + number) for number, text in enumerate(within)}
+        pattern = re.compile("|".join(map(re.escape, within)) or "(?!)")
+        marked = {pattern.sub(lambda found: marks[found[0]], stop): stop for stop in stops}
+        self._unmarked = {text: stop for text, stop in marked.items() if text != stop}
+        self.marks = {special_tokens[text]: mark for text, mark in marks.items()}
+        self._remove_marks = dict.fromkeys(map(ord, marks.values()))
+        self._with_marks, self._plain = _TextCutter(self._unmarked), _TextCutter(stops)
+
+    @property
+    def matched(self) -> str | None:
+        """The stop string at which the text was cut; the shortest, if several begin there."""
+        return self._plain.matched or self._unmarked.get(self._with_marks.matched or "")
+
+    def push(self, delta: str) -> str:
+        """Add `delta`, and return the text that is now certain.
+
+        Text that may be the beginning of a stop string is held back.
+        """
+        if not self._has_stops:
+            return delta
+        if self.matched is not None:
+            return ""
+        text = self._plain.push(self._with_marks.push(delta).translate(self._remove_marks))
+        return text if self._with_marks.matched is None else text + self._plain.flush()
+
+    def flush(self) -> str:
+        """End the text: what was held back, up to a stop string in it."""
+        if self.matched is not None:
+            return ""
+        text = self._plain.push(self._with_marks.flush().translate(self._remove_marks))
+        return text + self._plain.flush()
+
+
+class _TextCutter:
+    """Cuts a text at the earliest of some strings, `matched` from then on."""
 
     matched: str | None
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Iterable[str]) -> None:
         self.matched = None
         self._stops = sorted({stop for stop in stops if stop}, key=len)
         self._held = ""
 
-    def push(self, delta: str) -> tuple[str, bool]:
-        """Add `delta`: the text that is now certain, and whether a stop string was reached.
-
-        Text that may be the beginning of a stop string is held back.
-        """
+    def push(self, delta: str) -> str:
         if not self._stops:
-            return delta, False
-        if self.matched is not None:
-            return "", True
+            return delta
         text = self._held + delta
         match, unfinished = self._find(text), self._find_unfinished(text)
         if match < len(text) and match <= unfinished:
             self._cut(text, match)
-            return text[:match], True
+            return text[:match]
         self._held = text[unfinished:]
-        return text[:unfinished], False
+        return text[:unfinished]
 
     def flush(self) -> str:
-        """End the text: what was held back, up to a stop string in it."""
         text, self._held = self._held, ""
         match = self._find(text)
         if match < len(text):

@@ -23,7 +23,8 @@ class Tokenizer:
 
     Attributes:
         vocab_size: number of tokens, added ones included.
-        special_ids: ids of tokens such as BOS that `decode` leaves out.
+        special_tokens: texts and ids of tokens such as BOS that `decode` leaves out.
+        special_ids: the ids of these.
         adds_bos: whether `encode` begins every prompt with the BOS token.
         strips_first_space: whether `decode` drops the space with which the first token begins.
         chat_template: the Jinja text of the model's chat template; None without one.
@@ -35,6 +36,7 @@ class Tokenizer:
     eos_token_id: int | None
     chat_template: str | None
     vocab_size: int
+    special_tokens: dict[str, int]
     special_ids: frozenset[int]
     adds_bos: bool
     strips_first_space: bool
@@ -58,7 +60,8 @@ class Tokenizer:
 
         added = self._tokenizer.get_added_tokens_decoder()
         self._added_ids = {token.content: token_id for token_id, token in added.items()}
-        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.special_tokens = {t.content: i for i, t in added.items() if t.special}
+        self.special_ids = frozenset(self.special_tokens.values())
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.adds_bos = self._should_add_bos(config.get("add_bos_token"))
         ctypes.CDLL(None).malloc_trim(0)  # returns 10 MB that reading the file took

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,20 @@ def test_the_models_own_end_token_stops(engine: Engine, tiny: TinyModel) -> None
     )
     assert named.finish_reason == "length" or named.token_ids[-1] == 2
     assert params.max_new_tokens == 250
+
+
+def test_stop_strings_of_special_tokens_and_text(engine: Engine) -> None:
+    params = SamplingParams(max_new_tokens=200, seed=2, ignore_eos=True, logit_bias={2: 4})
+    free = engine.generate([9], params)
+    at = free.token_ids.index(2)
+    before, after = engine.tokenizer.decode(free.token_ids[:at]), free.token_ids[at + 1]
+    stops = [before[-2:] + "</s>", "</s>" + engine.tokenizer.decode([after])]
+    for stop, text, count in zip(stops, (before[:-2], before), (at + 1, at + 2), strict=True):
+        output = engine.generate([9], replace(params, stop=stop))
+        assert (output.text, output.matched) == (text, stop)
+        assert output.token_ids == free.token_ids[:count]
+    ended = engine.generate([9], replace(params, ignore_eos=False, stop=stops[0]))
+    assert (ended.text, ended.matched) == (before[:-2], stops[0])  # cut at an end token as well
 
 
 def test_no_new_tokens(engine: Engine) -> None:

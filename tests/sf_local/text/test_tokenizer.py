@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -211,18 +212,19 @@ def test_invalid_bytes_do_not_hold_back(sentencepiece: Tokenizer) -> None:
 
 # --- StopChecker
 
+SPECIAL = {"<s>": 1, "</s>": 2}
+TOKENS = st.sampled_from(["a", "b", "\n", *SPECIAL])
+
 
 def cut(text: str, stops: list[str]) -> str:
     return text[: min((i for stop in stops if stop and (i := text.find(stop)) >= 0), default=None)]
 
 
 def check(chunks: list[str], stops: list[str]) -> tuple[str, bool]:
-    checker, emitted = StopChecker(stops), ""
+    checker, emitted = StopChecker(stops, {}), ""
     for chunk in chunks:
-        text, stopped = checker.push(chunk)
-        emitted += text
-        assert stopped is (checker.matched is not None)
-        if stopped:
+        emitted += checker.push(chunk)
+        if checker.matched is not None:
             return emitted, True
     return emitted + checker.flush(), checker.matched is not None
 
@@ -243,36 +245,59 @@ def test_any_chunking_cuts_at_the_earliest_stop(chunks: list[str], stops: list[s
     stops=st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=4),
 )
 def test_nothing_is_held_back_that_cannot_become_a_stop(text: str, stops: list[str]) -> None:
-    checker, emitted = StopChecker(stops), ""
+    checker, emitted = StopChecker(stops, {}), ""
     for end, char in enumerate(text, 1):
-        delta, stopped = checker.push(char)
-        emitted += delta
-        if stopped:
+        emitted += checker.push(char)
+        if checker.matched is not None:
             return
         held = text[len(emitted) : end]
         assert not held or any(stop.startswith(held) for stop in stops)
 
 
+@given(
+    tokens=st.lists(TOKENS),
+    stops=st.lists(st.lists(TOKENS, max_size=3).map("".join), max_size=3),
+)
+def test_special_tokens_in_stop_strings(tokens: list[str], stops: list[str]) -> None:
+    checker, text = StopChecker(stops, SPECIAL), ""
+    for token in tokens:
+        text += checker.push(checker.marks.get(SPECIAL[token], "") if token in SPECIAL else token)
+        if checker.matched is not None:
+            break
+    text += checker.flush()
+    written = "".join(tokens)
+    special = [stop for stop in stops if re.search("|".join(SPECIAL), stop)]
+    visible = re.sub("|".join(SPECIAL), "", cut(written, special))
+    assert text == cut(visible, stops)
+    assert (checker.matched is None) == (written == cut(written, special) and visible == text)
+
+
+def test_of_two_special_tokens_that_begin_alike_the_longer_is_meant() -> None:
+    checker = StopChecker(["<s><s>a\n"], {"<s>": 1, "<s>a": 2})
+    assert [checker.push(checker.marks[token]) for token in (1, 1, 1, 2)] == [""] * 4
+    assert checker.push("\nb") == "" and checker.matched == "<s><s>a\n"
+
+
 def test_overlapping_stops() -> None:
-    checker = StopChecker(("abc", "ab", "", "ab"))
-    assert checker.push("xa") == ("x", False)
-    assert checker.push("b") == ("", True)  # certain: whatever follows, the cut is here
+    checker = StopChecker(("abc", "ab", "", "ab"), {})
+    assert checker.push("xa") == "x"
+    assert checker.push("b") == ""  # certain: whatever follows, the cut is here
     assert checker.matched == "ab"
-    assert checker.push("c") == ("", True)
+    assert checker.push("c") == ""
     assert checker.flush() == ""
 
 
 def test_a_stop_inside_an_unfinished_one() -> None:
-    checker = StopChecker(["abcd", "bc"])
-    assert checker.push("abc") == ("", False)  # "abcd" would begin earlier
-    assert checker.push("x") == ("a", True)
+    checker = StopChecker(["abcd", "bc"], {})
+    assert checker.push("abc") == ""  # "abcd" would begin earlier
+    assert checker.push("x") == "a"
     assert checker.matched == "bc"
-    checker = StopChecker(["abcd", "bc"])
+    checker = StopChecker(["abcd", "bc"], {})
     checker.push("abc")
     assert (checker.flush(), checker.matched) == ("a", "bc")
 
 
 def test_no_stops_hold_nothing_back() -> None:
-    checker = StopChecker([""])
-    assert checker.push("abc") == ("abc", False)
+    checker = StopChecker([""], SPECIAL)
+    assert checker.push("abc") == "abc"
     assert checker.flush() == ""
