@@ -12,7 +12,7 @@ import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Unpack
+from typing import TypedDict, Unpack
 
 from sf_local.artifact.open import compiled_targets
 from sf_local.device.info import check_name, find_device
@@ -31,6 +31,22 @@ from sf_local.request.params import SamplingParams
 from sf_local.request.prompt import Prompt
 from sf_local.text.tokenizer import Tokenizer
 from sf_local.vision.image_file import GivenImage, ImageInput
+
+
+class EngineOptions(TypedDict, total=False):
+    """What `Engine` takes beside an artifact and a device, for whoever passes it on."""
+
+    config: str | Path | None
+    parameters: str | Path | Sequence[str | Path] | None
+    tokenizer: str | Path | None
+    kv_pages: int | None
+    kv_memory: int | str | None
+    image_memory: int | str
+    allow_urls: bool
+    prefill_tokens: int
+    max_running: int
+    jump_forward: bool
+    reuse_answer_tokens: bool
 
 
 class Engine:
@@ -56,6 +72,9 @@ class Engine:
         max_running: requests that compute at a time; others wait.
         jump_forward: take tokens that a grammar leaves no choice about without computing them one
             by one.
+        reuse_answer_tokens: encode a prompt that begins with an earlier prompt and its answer to
+            the tokens of both, so that the prefix cache finds them, where the tokenizer would have
+            split the text otherwise. Without it a prompt's tokens depend on its text alone.
 
     Any number of generations run at once, from any thread. A generation depends only on its prompt
     (as token ids) and parameters, not on what runs beside it. Raises RequestError for an option
@@ -77,12 +96,14 @@ class Engine:
         prefill_tokens: int = PREFILL_TOKENS,
         max_running: int = MAX_RUNNING,
         jump_forward: bool = True,
+        reuse_answer_tokens: bool = True,
         _make_runner: MakeRunner = ModelRunner,
     ) -> None:
         image_bytes = memory_bytes("image_memory", image_memory, None)
         check_int("prefill_tokens", prefill_tokens, 1)
         check_int("max_running", max_running, 1)
         check_bool("jump_forward", jump_forward)
+        check_bool("reuse_answer_tokens", reuse_answer_tokens)
         names = [device] if isinstance(device, str) else device
         if not isinstance(names, Sequence) or not names:
             raise DeviceError(f"device={device!r} must be a name, or a list of them")
@@ -101,8 +122,9 @@ class Engine:
         self.tokenizer = Tokenizer(self.artifact.tokenizer)
         self.max_tokens = min(place.max_tokens for place in places)
         self._inputs = InputProcessor(
-            self.artifact, self.tokenizer, self.max_tokens, image_bytes, allow_urls
-        )
+            self.artifact, self.tokenizer, self.max_tokens, image_bytes, allow_urls,
+            reuse_answer_tokens,
+        )  # fmt: skip
         self.vocab_size = self._inputs.vocab_size
         self._replicas = open_places(
             places, prefill_tokens=prefill_tokens, max_running=max_running,

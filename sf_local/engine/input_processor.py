@@ -65,7 +65,7 @@ class InputProcessor:
 
     def __init__(
         self, artifact: Artifact, tokenizer: Tokenizer, max_tokens: int, image_bytes: int,
-        allow_urls: bool,
+        allow_urls: bool, reuse_answer_tokens: bool,
     ) -> None:  # fmt: skip
         self.artifact, self.tokenizer, self.max_tokens = artifact, tokenizer, max_tokens
         manifest = artifact.manifest
@@ -73,6 +73,7 @@ class InputProcessor:
         self._images = _image_reader(artifact, tokenizer, image_bytes, allow_urls)
         self._eos_ids = _eos_ids(artifact, tokenizer)
         self._encode = PromptEncoder(tokenizer)
+        self._reuses_answer_tokens = reuse_answer_tokens
 
     @functools.cached_property
     def _grammars(self) -> GrammarCompiler:
@@ -130,7 +131,7 @@ class InputProcessor:
         )
         grammar = self._grammar(params)
         generation = Generation(request, self.tokenizer, self._eos_ids, grammar)
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) and self._reuses_answer_tokens:
             generation.remember = functools.partial(self._encode.remember, prompt, ready.plain)
         return generation
 

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import sglang
 from sglang.lang.backend.base_backend import BaseBackend
@@ -24,7 +24,7 @@ from sglang.lang.choices import (
 from sglang.lang.interpreter import StreamExecutor
 from sglang.lang.ir import SglSamplingParams
 
-from sf_local.engine.engine import Engine
+from sf_local.engine.engine import Engine, EngineOptions
 from sf_local.errors import RequestError
 from sf_local.frontend.sgl_chat_template import resolve_chat_template
 from sf_local.frontend.translation import entries, meta_info, to_params
@@ -68,11 +68,9 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
         device: a name or a list of names, as `Engine` takes it.
         chat_template: the name of an SGLang template, a ChatTemplate, or Jinja text; by default
             the model's own.
-        config, parameters, tokenizer: files that do not lie beside the .vmfb.
-        kv_pages, kv_memory: the size of the KV cache, as `Engine` takes it.
-        image_memory: as `Engine` takes it.
         defaults: for what SGLang's arguments cannot express: seed, repetition_penalty, logit_bias,
             ebnf, priority and timeout; and stops, to which those of a program are added.
+        engine_options: all other options of `Engine`.
 
     Attributes:
         engine: the Engine that generates.
@@ -94,29 +92,15 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
         device: str | Sequence[str] = "cpu",
         *,
         chat_template: str | ChatTemplate | None = None,
-        config: str | Path | None = None,
-        parameters: str | Path | Sequence[str | Path] | None = None,
-        tokenizer: str | Path | None = None,
-        kv_pages: int | None = None,
-        kv_memory: int | str | None = None,
-        image_memory: int | str = "256MiB",
         defaults: SamplingParams | None = None,
+        **engine_options: Unpack[EngineOptions],
     ) -> None:
         super().__init__()
         self._defaults = SamplingParams() if defaults is None else defaults
         if not isinstance(self._defaults, SamplingParams):
             raise RequestError(f"defaults={shown(defaults)} must be SamplingParams")
         self.token_usage = TokenUsage()
-        self.engine = Engine(
-            vmfb,
-            device,
-            config=config,
-            parameters=parameters,
-            tokenizer=tokenizer,
-            kv_pages=kv_pages,
-            kv_memory=kv_memory,
-            image_memory=image_memory,
-        )
+        self.engine = Engine(vmfb, device, **engine_options)
         try:
             self.chat_template = resolve_chat_template(
                 chat_template,

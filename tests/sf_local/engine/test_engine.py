@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 from sf_local import Engine, Output, SamplingParams
+from sf_local.engine.engine import EngineOptions
 from sf_local.errors import DeviceError, EngineError, RequestError
 from tests.support.reference import forward
 from tests.support.running import Runners, lose
@@ -410,6 +412,26 @@ def test_forks_share_one_computation(tiny: TinyModel) -> None:
         assert sorted(o.cached_tokens for o in outputs) == [0] + [60] * 7
         for i, output in enumerate(outputs):
             assert output.token_ids == oracle(tiny, [*shared, i], 6)
+
+
+def test_tokens_of_answers_are_reused_on_demand(tiny: TinyModel) -> None:
+    """The tiny model writes what its tokenizer would split otherwise, so history shows."""
+    params = [SamplingParams(max_new_tokens=12, seed=seed) for seed in range(4)]
+    for is_reused in (True, False):
+        with Engine(tiny.artifact, reuse_answer_tokens=is_reused) as engine:
+            prompts = ["abc" + engine.generate("abc", p).text + "!" for p in params]
+            encoded = [engine.encode(prompt) for prompt in prompts]
+            afresh = [engine.tokenizer.encode(prompt) for prompt in prompts]
+            assert (encoded != afresh) == is_reused
+
+
+def test_engine_options_are_those_of_the_engine() -> None:
+    parameters = inspect.signature(Engine).parameters.values()
+    options = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
+    del options["_make_runner"]
+    assert {
+        name: ref.__forward_arg__ for name, ref in EngineOptions.__annotations__.items()
+    } == options
 
 
 def test_samples_are_remembered(tiny: TinyModel) -> None:
