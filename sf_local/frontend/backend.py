@@ -79,7 +79,8 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
 
     Raises:
         ArtifactError, DeviceError: as Engine does.
-        ChatTemplateError: there is no such template, or SGLang cannot express the model's own.
+        ChatTemplateError: there is no such template, or a Jinja text that has no roles. What the
+            model's own template does beyond SGLang's prefixes and suffixes is told by a warning.
         RequestError: `defaults` are no SamplingParams. A program that asks for what it cannot get
             ends with a RequestError as well, which SGLang keeps in `state.error()`.
     """

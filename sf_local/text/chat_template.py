@@ -1,13 +1,12 @@
 """A model's own chat template, in Jinja: messages to the prompt that the model was trained on.
 
 Templates are untrusted code. They run in Jinja's sandbox, set up as transformers does it but
-without transformers, whose import takes 0.6 s where Jinja's takes 0.05 s. They get no
-`strftime_now`: a template that wants today's date writes the date it falls back to, or fails, so
-that equal conversations are equal prompts on every day and find each other in the prefix cache.
+without transformers, whose import takes 0.6 s where Jinja's takes 0.05 s.
 """
 
 import json
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
@@ -29,7 +28,11 @@ NEXT_USER_TURN: Turn = ("user", "UserMarker74")
 
 
 class JinjaTemplate:
-    """Writes conversations as one model expects them, without the BOS that `encode` adds."""
+    """Writes conversations as one model expects them, without the BOS that `encode` adds.
+
+    Templates that write the time write that of when this was made, so that a conversation keeps its
+    prompt, and with it its place in the prefix cache.
+    """
 
     def __init__(self, tokenizer: Tokenizer, name: str, text: str | None = None) -> None:
         """Compile `text`, by default the tokenizer's own template; `name` is for error messages.
@@ -54,7 +57,13 @@ class JinjaTemplate:
             self.fail(f"is not valid Jinja: {error}")
         # Templates of vision models may write a message's content only if it is a list of parts.
         self._takes_parts = False
-        self._takes_parts = USER_TURN[1] not in self.render([USER_TURN])
+        self._takes_parts = not self._writes(USER_TURN)
+
+    def _writes(self, turn: Turn) -> bool:
+        try:
+            return turn[1] in self.render([turn])
+        except ChatTemplateError:
+            return False
 
     def render(
         self, turns: Sequence[Turn], add_generation_prompt: bool = True, images: int = 0
@@ -128,6 +137,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = datetime.now().strftime
     environment.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)  # not the type
     return environment
 

@@ -153,6 +153,5 @@ def rendered_by_transformers(text: str, tokenizer: Tokenizer, turns: list[tuple[
         add_generation_prompt=True,
         bos_token=tokenizer.bos_token,
         eos_token=tokenizer.eos_token,
-        date_string="26 Jul 2024",
     )
     return str(prompt)

@@ -60,6 +60,17 @@ def conversation(s: Any, system: str | None) -> Any:
         s += sgl.assistant(sgl.gen(f"reply{turn}"))
 
 
+@sgl.function
+def plain(s: Any) -> Any:
+    s += "Once" + sgl.gen("reply")
+
+
+def answer(program: Any, template: ChatTemplate, *arguments: Any) -> Any:
+    state = program.run(*arguments, backend=Scripted(template, "An answer."))
+    state.sync()
+    return state
+
+
 def sglang_prompts(template: ChatTemplate, system: str | None, reply: str) -> list[str]:
     backend = Scripted(template, reply)
     state = conversation.run(system, backend=backend)
@@ -162,19 +173,16 @@ def test_training_marks_and_filters(make: Any) -> None:
 
 THINKS = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
 FORGETS = CHATML.replace("{% for message in messages %}", "{% for message in messages[-1:] %}")
+CUTS = CHATML.replace("message['content'] +", "message['content'].split('</think>\\n\\n')[-1] +")
 NUMBERS = CHATML.replace("'<|im_start|>' + ", "'<|im_start|>' ~ loop.index ~ ")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (GEMMA, "refuses a conversation of system, .*System role not supported"),
-        (CHATML.replace("in messages %", "in messages if message.role != 'system' %"), "system"),
-        (THINKS, "expects .*<think>"),
         (FORGETS, "does not write the user message once"),
-        (NUMBERS, "is not a prefix and a suffix for each role"),
+        (NUMBERS, "is not a prefix and a suffix for each role: the model expects"),
         ("{% for m in messages %}{{ m.content }}", "is not valid Jinja"),
-        ("{{ strftime_now('%d') }}" + CHATML, "'strftime_now' is undefined"),
         ("{{ ''.__class__.__mro__ }}" + CHATML, "refuses a conversation"),
         ("{{ messages.append(1) }}" + CHATML, "refuses a conversation"),
         ("{% for i in range(10000000000) %}{% endfor %}" + CHATML, "Range too big"),
@@ -182,11 +190,69 @@ NUMBERS = CHATML.replace("'<|im_start|>' + ", "'<|im_start|>' ~ loop.index ~ ")
         ("constant", "does not write the user message once"),
     ],
 )
-def test_what_cannot_be_expressed(make: Any, text: str, message: str) -> None:
-    with pytest.raises(ChatTemplateError, match=message) as caught:
-        resolve_chat_template(None, make(text, **CHATML_TOKENS), "the model")
-    assert "the model" in str(caught.value)
-    assert "chat_template=" in str(caught.value)
+def test_only_roles_fail_with_a_template_that_has_none(make: Any, text: str, message: str) -> None:
+    with pytest.warns(UserWarning, match=message) as warned:
+        template = resolve_chat_template(None, make(text, **CHATML_TOKENS), "the model")
+    assert len(warned) == 1
+    assert "the model" in str(warned[0].message) and "chat_template=" in str(warned[0].message)
+    assert isinstance(answer(plain, template)["reply"], str)
+    with pytest.raises(ChatTemplateError, match=message):
+        raise answer(conversation, template, None).error()
+    with pytest.raises(ChatTemplateError, match=message):  # given by the user, it is a mistake
+        resolve_chat_template(text if "{" in text else "{{''}}" + text, make(None), "the model")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GEMMA, "System role not supported"),
+        (CHATML.replace("in messages %", "in messages if message.role != 'system' %"), "once"),
+        ("{{ messages | length if messages[0].role == 'system' }}" + CHATML, "model expects '2<"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*blanks")
+def test_a_template_without_system_messages(make: Any, text: str, message: str) -> None:
+    tokenizer = make(text, **LLAMA2_TOKENS)
+    template = resolve_chat_template(None, tokenizer, "model")
+    written = sglang_prompts(template, None, "An answer.")
+    assert list(map(tokenizer.encode, written)) == list(
+        map(tokenizer.encode, model_prompts(text, tokenizer, None))
+    )
+    with pytest.raises(ChatTemplateError, match=f"{message}.*first sgl.user"):
+        raise answer(conversation, template, "Be brief.").error()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LLAMA3, r"With blanks around contents the model expects .*\\n\\nUserMarker"),
+        (THINKS, "In a later turn the model expects .*SGLang writes .*<think>"),
+        (CUTS, r"After a reply that reasons the model expects .*assistant\\nReply.*<think>"),
+    ],
+)
+def test_one_warning_names_what_is_lost(make: Any, text: str, message: str) -> None:
+    with pytest.warns(UserWarning, match=message) as warned:
+        template = resolve_chat_template(None, make(text, **LLAMA3_TOKENS), "the model")
+    assert len(warned) == 1
+    tokenizer = make(text, **LLAMA3_TOKENS)
+    [first, *_] = sglang_prompts(template, None, "An answer.")
+    assert tokenizer.encode(first) == tokenizer.encode(model_prompts(text, tokenizer, None)[0])
+
+
+@pytest.mark.parametrize("text", [SMOLLM2, CHATML, TINYLLAMA])
+def test_no_warning_where_nothing_is_lost(
+    make: Any, text: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    resolve_chat_template(None, make(text, **CHATML_TOKENS), "the model")
+    assert not recwarn.list
+
+
+def test_the_date_of_today(make: Any) -> None:
+    text = "{{ strftime_now('%Y') }}" + CHATML
+    tokenizer = make(text, **CHATML_TOKENS)
+    template = resolve_chat_template(None, tokenizer, "the model")
+    [first, *_] = sglang_prompts(template, None, "An answer.")
+    assert first == model_prompts(text, tokenizer, None)[0]
 
 
 def test_resolve(make: Any) -> None:
