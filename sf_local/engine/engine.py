@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import weakref
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -17,7 +17,7 @@ from typing import TypedDict, Unpack
 from sf_local.artifact.open import compiled_targets
 from sf_local.device.info import check_name, find_device
 from sf_local.engine.generation import Generation
-from sf_local.engine.handle import Handle, deltas
+from sf_local.engine.handle import AsyncStream, Handle
 from sf_local.engine.input_processor import InputProcessor, PromptInput, RequestOptions
 from sf_local.engine.kv_budget import memory_bytes
 from sf_local.engine.placement import MakeRunner, Place, open_places
@@ -29,7 +29,7 @@ from sf_local.request.checks import check_bool, check_int
 from sf_local.request.output import Output, Score
 from sf_local.request.params import SamplingParams
 from sf_local.request.prompt import Prompt
-from sf_local.text.tokenizer import Tokenizer
+from sf_local.text.tokenizer import MANY_CHARACTERS, Tokenizer
 from sf_local.vision.image_file import GivenImage, ImageInput
 
 
@@ -199,24 +199,17 @@ class Engine:
         **options: Unpack[RequestOptions],
     ) -> Output:
         """`generate` for asyncio; cancelling the task cancels the generation."""
-        generation = await self._agenerated(prompt, params, **options)
-        generation.is_streamed = False
-        async for _, output in deltas(self._replicas, generation):
-            if output is not None:
-                return output
-        raise AssertionError("a generation ends with an output")
+        return await self.astream(prompt, params, **options).result()
 
-    async def astream(
+    def astream(
         self,
         prompt: PromptInput,
         params: SamplingParams | None = None,
         **options: Unpack[RequestOptions],
-    ) -> AsyncIterator[str]:
-        """`stream` for asyncio: `async for text in engine.astream(prompt)`."""
-        generation = await self._agenerated(prompt, params, **options)
-        async for text, _ in deltas(self._replicas, generation):
-            if text:
-                yield text
+    ) -> AsyncStream:
+        """`stream` for asyncio: `async for text in engine.astream(prompt)`. Mistakes raise at the
+        first delta, or at once in `stream = await engine.astream(prompt)`."""
+        return AsyncStream(self._replicas, lambda: self._agenerated(prompt, params, **options))
 
     def score(
         self,
@@ -319,7 +312,9 @@ class Engine:
         params: SamplingParams | None,
         **options: Unpack[RequestOptions],
     ) -> Generation:
-        """`_generation`, in a thread if images must be read and cut."""
-        if options.get("images"):
+        """`_generation`, in a thread if it can take longer than a few milliseconds."""
+        is_long = isinstance(prompt, str) and len(prompt) > MANY_CHARACTERS
+        is_constrained = isinstance(params, SamplingParams) and params.is_constrained
+        if is_long or is_constrained or options.get("images"):
             return await asyncio.to_thread(self._generation, prompt, params, **options)
         return self._generation(prompt, params, **options)

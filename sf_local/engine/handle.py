@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from queue import SimpleQueue
+from typing import Any
 
 from sf_local.engine.generation import Generation
 from sf_local.engine.replicas import Replicas
@@ -66,29 +67,68 @@ class Handle:
             self.cancel()
 
 
-async def deltas(
-    replicas: Replicas, generation: Generation
-) -> AsyncIterator[tuple[str, Output | None]]:
-    """Start a generation; its text deltas on the running event loop, the last one with the output.
+class AsyncStream:
+    """The text of a generation for asyncio, as it grows: `async for text in stream`.
 
-    Leaving the iteration early, and cancelling its task, cancel the generation.
+    It begins with the first delta, or when it is awaited, which returns it and raises the mistakes
+    that are found before the generation begins: `stream = await engine.astream(prompt)`. Dropping
+    it, and cancelling a task that waits for it, cancel the generation.
     """
-    loop, items = asyncio.get_running_loop(), asyncio.Queue[Delivery]()
 
-    def deliver(item: Delivery) -> None:
-        """Raises if the event loop is closed by now, which ends the generation."""
-        loop.call_soon_threadsafe(items.put_nowait, item)
+    def __init__(self, replicas: Replicas, prepare: Callable[[], Awaitable[Generation]]) -> None:
+        self._replicas, self._prepare = replicas, prepare
+        self._generation: Generation | None = None
+        self._items: asyncio.Queue[Delivery] = asyncio.Queue()
+        self._output: Output | None = None
 
-    generation.deliver = deliver
-    replicas.submit(generation)
-    output = None
-    try:
-        while output is None:
-            item = await items.get()
-            if isinstance(item, BaseException):
-                raise item
-            text, output = item
-            yield text, output
-    finally:
-        if output is None:
-            replicas.cancel(generation)
+    def __await__(self) -> Generator[Any, None, AsyncStream]:
+        return self._started().__await__()
+
+    async def _started(self, is_streamed: bool = True) -> AsyncStream:
+        if self._generation is None:
+            generation = await self._prepare()
+            loop, put = asyncio.get_running_loop(), self._items.put_nowait
+            # Raises if the event loop is closed by then, which ends the generation
+            generation.deliver = lambda item: loop.call_soon_threadsafe(put, item)
+            generation.is_streamed = is_streamed
+            self._replicas.submit(generation)
+            self._generation = generation
+        return self
+
+    def __aiter__(self) -> AsyncStream:
+        return self
+
+    async def __anext__(self) -> str:
+        await self._started()
+        while self._output is None:
+            if text := await self._next():
+                return text
+        raise StopAsyncIteration
+
+    async def _next(self) -> str:
+        try:
+            item = await self._items.get()
+        except BaseException:
+            await self.aclose()
+            raise
+        if isinstance(item, BaseException):
+            self._items.put_nowait(item)  # for whoever asks again
+            raise item
+        text, self._output = item
+        return text
+
+    async def result(self) -> Output:
+        """Wait for the end. Raises what ended the generation, if it failed."""
+        await self._started(is_streamed=False)
+        while self._output is None:
+            await self._next()
+        return self._output
+
+    async def aclose(self) -> None:
+        """End the generation after the current step."""
+        if self._generation is not None:
+            self._replicas.cancel(self._generation)
+
+    def __del__(self) -> None:
+        if getattr(self, "_output", self) is None and self._generation is not None:
+            self._replicas.cancel(self._generation)

@@ -111,6 +111,11 @@ class SamplingParams:
         return self.temperature < 1e-6
 
     @property
+    def is_constrained(self) -> bool:
+        """Whether the answer follows a regex, a JSON schema or a grammar."""
+        return any(getattr(self, name) is not None for name in GRAMMARS)
+
+    @property
     def has_penalties(self) -> bool:
         """Whether tokens that have been seen get other logits."""
         return bool(self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1)

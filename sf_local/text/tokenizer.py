@@ -15,6 +15,7 @@ import tokenizers
 
 from sf_local.errors import CorruptFileError, MissingFileError, RequestError
 
+MANY_CHARACTERS = 4096  # in a text, whose encoding then takes some milliseconds
 _REMEDY = "Copy the file from the model's own folder, or compile the model again."
 
 
@@ -82,12 +83,20 @@ class Tokenizer:
                 f"{error.start}, which is not Unicode text. Decode the prompt's source with "
                 "errors='replace', or remove the character."
             ) from None
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self._encode(text)
         if self.bos_token_id is None:
             return ids
         num_bos = next((n for n, i in enumerate(ids) if i != self.bos_token_id), len(ids))
         has_bos = self.adds_bos or num_bos > 0
         return [self.bos_token_id, *ids[num_bos:]] if has_bos else ids
+
+    def _encode(self, text: str) -> list[int]:
+        if len(text) < MANY_CHARACTERS:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        else:  # lets other threads run, but starts a thread on each core
+            [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+            ids = encoding.ids
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, without special tokens and ids that are not in the vocabulary."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import inspect
 import subprocess
@@ -518,6 +519,54 @@ def test_asyncio(engine: Engine, tiny: TinyModel) -> None:
     asyncio.run(main())
     engine.generate(PROMPT, greedy(1))
     assert_idle(engine)
+
+
+def test_a_stream_that_is_awaited(engine: Engine) -> None:
+    async def main() -> None:
+        with pytest.raises(RequestError, match="prompt is empty"):
+            await engine.astream("")
+        stream = await engine.astream(PROMPT, greedy(8))
+        assert "".join([text async for text in stream]) == engine.generate(PROMPT, greedy(8)).text
+        assert [text async for text in stream] == []
+        await engine.astream(PROMPT, greedy(240))  # dropped
+        task = asyncio.create_task(anext(engine.astream(PROMPT, SamplingParams(regex="x" * 99))))
+        await asyncio.sleep(0)
+        task.cancel()
+        stream = await engine.astream(PROMPT, greedy(240))
+        await stream.aclose()
+        assert (await stream.result()).finish_reason == "abort"
+
+    asyncio.run(main())
+    gc.collect()
+    engine.generate(PROMPT, greedy(1))
+    assert_idle(engine)
+
+
+def test_slow_preparations_leave_the_event_loop_free(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long prompts and grammars are prepared in another thread."""
+    generation = type(engine._inputs).generation
+    threads: list[int] = []
+
+    def spy(*args: Any) -> Any:
+        threads.append(threading.get_ident())
+        return generation(*args)
+
+    monkeypatch.setattr(type(engine._inputs), "generation", spy)
+
+    async def main() -> None:
+        for prompt, params in (
+            (PROMPT, SamplingParams(4, regex="[a-z]+")),
+            (PROMPT, SamplingParams(4, json_schema="{}")),
+            (PROMPT, SamplingParams(4, ebnf='start: "a"')),
+            ("long " * 1000, SamplingParams(4)),
+        ):
+            with contextlib.suppress(RequestError):  # the context has no room for the last one
+                await engine.agenerate(prompt, params)
+        assert threading.get_ident() not in threads and len(threads) == 4
+
+    asyncio.run(main())
 
 
 def test_drain_finishes_what_is_under_way(tiny: TinyModel) -> None:

@@ -1,6 +1,8 @@
 import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,28 @@ def test_decode_agrees_with_the_library(tokenizer: Tokenizer, text: str) -> None
 @given(ids=st.lists(st.integers(0, 410)))
 def test_byte_level_decode_agrees_with_the_library(byte_level: Tokenizer, ids: list[int]) -> None:
     assert byte_level.decode(ids) == byte_level._tokenizer.decode(ids)
+
+
+def test_a_long_text_lets_other_threads_run(byte_level: Tokenizer) -> None:
+    text = "naïve café 你好 <|im_end|> " * 40_000
+    encoding = threading.Event()
+    seconds: list[float] = []
+
+    def encode() -> None:
+        encoding.set()
+        started_at = time.thread_time()
+        byte_level.encode(text)
+        seconds.append(time.thread_time() - started_at)
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    encoding.wait()
+    started_at = time.thread_time()
+    while not seconds:
+        pass
+    thread.join()
+    assert time.thread_time() - started_at > seconds[0] / 10
+    assert byte_level.encode(text) == byte_level._tokenizer.encode(text).ids
 
 
 def test_facts(byte_level: Tokenizer, sentencepiece: Tokenizer) -> None:
