@@ -5,7 +5,9 @@ Every row is checked here: inside a compiled function a wrong page id or length 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from sf_local.request.batch import Row
 from sf_local.vision.processor import ImageProcessor
 
 MIN_WIDTH = 2  # columns of a page table that amdsharktank's code needs
+MAX_SHAPES = 8  # of an argument, whose arrays are kept; page tables and chunks have ever new ones
 VECTOR = 16  # positions that the attention of CPU code adds up in one step
 
 Inputs = dict[str, Argument]  # by name, in the order in which functions take them
@@ -28,7 +31,8 @@ Inputs = dict[str, Argument]  # by name, in the order in which functions take th
 class InputBuilder:
     """Fills and sends the arguments of calls, one call at a time.
 
-    Arrays are kept, and filled again by the next call of the same shapes.
+    Arrays are kept, and filled again by later calls of the same shapes, if there are not too many
+    shapes in between.
 
     num_pages: KV pages that there are. max_prefill_tokens: the longest row of a prefill that shows
     images, for whose embeddings room is made at the start. All methods with rows raise EngineError
@@ -44,7 +48,8 @@ class InputBuilder:
         # Only code of our own compiler takes pages beyond the context, and skips empty rows.
         self._rounds_up = artifact.manifest is not None and not device.shares_memory
         self._unused_len = 0 if artifact.manifest else 1  # length of rows that pad a batch
-        self._arguments = _Arguments(device)
+        self._arguments: defaultdict[str, Callable[[tuple[int, ...], type], Argument]]
+        self._arguments = defaultdict(lambda: lru_cache(MAX_SHAPES)(partial(Argument, device)))
         if artifact.manifest and artifact.manifest.images:
             self._processor = ImageProcessor(ImageSettings(**artifact.manifest.images))
         self._upload: Upload | None = None
@@ -92,7 +97,7 @@ class InputBuilder:
             )  # fmt: skip
         else:  # the page table must have exactly the pages of `tokens`
             width = num_pages = max(MIN_WIDTH, num_pages)
-        tokens = self._arguments["tokens", (size, num_pages * page_size), np.int64]
+        tokens = self._arguments["tokens"]((size, num_pages * page_size), np.int64)
         for values, row in zip(tokens.values, rows, strict=False):
             values[: len(row.tokens)] = row.tokens
             values[len(row.tokens) :] = 0
@@ -142,7 +147,7 @@ class InputBuilder:
         dtype: type = np.int64,
     ) -> Argument:  # fmt: skip
         """An argument with values for the first rows, and `padding` in the others."""
-        argument = self._arguments[name, shape, dtype]
+        argument = self._arguments[name](shape, dtype)
         argument.values[: len(values)] = values
         argument.values[len(values) :] = padding
         return argument
@@ -151,7 +156,7 @@ class InputBuilder:
         """Embeddings [N, S, H] where rows show images; their tokens become -1 there."""
         assert self._manifest
         shape = (*tokens.values.shape, self._manifest.hidden_size)
-        embeds = self._arguments["embeds", shape, np.float32]
+        embeds = self._arguments["embeds"](shape, np.float32)
         for i, row in enumerate(rows):
             for span in row.spans:
                 first, last = max(span.start, row.start), min(span.end, row.end)
@@ -162,7 +167,7 @@ class InputBuilder:
 
     def _fill_pages(self, shape: tuple[int, int], rows: Sequence[Row]) -> Argument:
         """The page table; rows that are the same as in the last call are there already."""
-        table = self._arguments["page_ids", shape, np.int64]
+        table = self._arguments["page_ids"](shape, np.int64)
         for i in range(shape[0]):
             page_ids = rows[i].page_ids if i < len(rows) else ()
             if table.rows.get(i, ()) == page_ids:
@@ -208,19 +213,6 @@ class InputBuilder:
         num_tokens = config.prefill_batch_sizes[-1] * num_pages * page_size
         table = num_rows * self._width(2 * num_pages)  # of a prefill that ends with the context
         return buffer_bytes(max(pixels, num_tokens + embeds), table, *[num_rows] * 4)
-
-
-class _Arguments(dict[tuple[str, tuple[int, ...], type], Argument]):
-    """Arguments by name, shape and dtype; each is made at its first use."""
-
-    def __init__(self, device: Device) -> None:
-        super().__init__()
-        self._device = device
-
-    def __missing__(self, key: tuple[str, tuple[int, ...], type]) -> Argument:
-        _, shape, dtype = key
-        self[key] = Argument(self._device, shape, dtype)
-        return self[key]
 
 
 def _fitting_batch(sizes: Sequence[int], count: int) -> int:

@@ -1,6 +1,7 @@
 """What only loading or running can find: wrong files without artifact.json, wrong pages."""
 
 import asyncio
+import gc
 import json
 import shutil
 from collections.abc import Callable, Coroutine, Iterator
@@ -22,9 +23,12 @@ from sf_local.errors import (
     MismatchError,
     TargetError,
 )
+from sf_local.model.arrays import Argument
+from sf_local.model.inputs import MAX_SHAPES
 from sf_local.model.outputs import OutputSpec
 from sf_local.model.runner import ModelRunner
 from sf_local.request.batch import Row
+from sf_local.request.params import SamplingParams
 from tests.support.tiny import GPU_SIZES, TinyModel
 
 T = TypeVar("T")
@@ -259,3 +263,16 @@ def test_more_copies_than_a_device_can_wait_for_at_once(runner: ModelRunner) -> 
 
     first, copy = run(runner, copied())
     assert np.array_equal(first, copy)
+
+
+def test_few_arguments_are_kept(tiny: TinyModel) -> None:
+    """A page table is wider every few tokens, and a prompt's chunks have many lengths."""
+    gc.collect()
+    before = sum(isinstance(found, Argument) for found in gc.get_objects())
+    with Engine(tiny.artifact) as engine:
+        engine.generate([5], SamplingParams(max_new_tokens=250, ignore_eos=True))
+        for length in range(1, 250, 7):
+            engine.generate([length] * length, SamplingParams(max_new_tokens=0))
+        kept = [found for found in gc.get_objects() if isinstance(found, Argument)]
+        assert len(kept) - before <= 5 * MAX_SHAPES
+        assert sum(found.values.ndim == 2 for found in kept) - before <= 2 * MAX_SHAPES
