@@ -48,6 +48,7 @@ NOT_COPIED = shutil.ignore_patterns(".git", ".venv", ".*_cache", ".hypothesis", 
 COVERAGE_FILE = """\
 [run]
 parallel = true
+branch = true
 data_file = {record}/.coverage
 include = {tree}/*
 omit = {tree}/tests/*
