@@ -16,14 +16,14 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-from sf_local.artifact.open import Artifact, open_artifact
+from sf_local.artifact.open import Artifact, compiled_targets
 from sf_local.bench.engine_costs import batch, chat, choose, fork, grammar, outside, stream
 from sf_local.bench.harness import QUICK, ROWS, SHORT, Bench, Sizes
 from sf_local.bench.model_speed import constrained, context, decode, first_token, fresh, prefill
 from sf_local.bench.report import Figure, summary
 from sf_local.device.info import find_device
 from sf_local.engine.engine import Engine
-from sf_local.engine.kv_budget import num_kv_pages
+from sf_local.engine.placement import Place
 from sf_local.errors import RequestError
 
 MEASUREMENTS = (
@@ -58,8 +58,9 @@ def run(
     if rounds < 1:
         raise RequestError(f"rounds={rounds} must be at least 1")
     sizes, rounds = (QUICK, 1) if quick else (Sizes(), rounds)
-    opened, free = open_artifact(artifact), find_device("cpu").free_bytes()
-    pages = min(sizes.nodes, num_kv_pages(opened.config, "cpu", free, None, "50%"))
+    found = find_device(device, compiled_targets(artifact))
+    place = Place.of(found, artifact, None, "50%" if found.kind == "cpu" else None)
+    opened, pages = place.artifact, min(sizes.nodes, place.num_pages - 1)
     with Engine(artifact, device, kv_pages=pages) as engine:
         figures = [Figure("memory after load", _resident_megabytes(), "MB")]
         bench = Bench(engine, device, sizes, random.Random(0))

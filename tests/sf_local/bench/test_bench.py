@@ -10,10 +10,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from sf_local.artifact.open import open_artifact
+from sf_local.bench import measurements
 from sf_local.bench.measurements import MEASUREMENTS
 from sf_local.bench.report import Figure, check_plot, summary, table
 from sf_local.bench.roofline import (
@@ -24,7 +26,9 @@ from sf_local.bench.roofline import (
     read_bandwidth,
 )
 from sf_local.cli import main
-from sf_local.errors import RequestError
+from sf_local.device.info import DeviceInfo
+from sf_local.engine.kv_budget import GPU_SHARE
+from sf_local.errors import DeviceError, RequestError
 from tests.support.tiny import SeeingModel, TinyModel
 
 
@@ -59,6 +63,29 @@ def test_bench(tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[st
     counts = {name: figure["median"] for name, figure in figures.items() if ": c" in name}
     assert counts == pytest.approx(dict.fromkeys(counts, 1), abs=0.05) and len(counts) == 3
     assert all(f": {measurement.__name__}\n" in err for measurement in MEASUREMENTS)
+
+
+def test_pages_are_those_of_the_device(
+    make_tiny: Callable[..., TinyModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card's memory counts, and the code for its chip, of an artifact for several."""
+    model = make_tiny(target="gfx942,cpu", has_code=False)
+    card = DeviceInfo("hip:0", "gfx942", "Card", 8 << 20)
+    monkeypatch.setattr(DeviceInfo, "free_bytes", lambda _: 4 << 20)
+    monkeypatch.setattr(DeviceInfo, "try_out", lambda *_: None)
+    monkeypatch.setattr(measurements, "find_device", lambda *_: card)
+    opened: dict[str, Any] = {}
+
+    def engine(artifact: Path, device: str, **options: Any) -> None:
+        opened.update(options)
+        raise DeviceError("enough")
+
+    monkeypatch.setattr(measurements, "Engine", engine)
+    with pytest.raises(DeviceError, match="enough"):
+        measurements.run(model.artifact, "hip")
+    code = open_artifact(model.artifact, targets=["gfx942"])
+    left = (4 << 20) - code.num_weight_bytes
+    assert opened["kv_pages"] == int(left * GPU_SHARE) // code.config.page_bytes
 
 
 def test_plot(tiny: TinyModel, tmp_path: Path) -> None:
