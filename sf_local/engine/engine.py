@@ -18,7 +18,7 @@ from sf_local.artifact.open import compiled_targets
 from sf_local.device.info import check_name, find_device
 from sf_local.engine.generation import Generation
 from sf_local.engine.handle import AsyncStream, Handle
-from sf_local.engine.input_processor import InputProcessor, PromptInput, RequestOptions
+from sf_local.engine.input_processor import InputProcessor, PromptInput, RequestOptions, checked
 from sf_local.engine.kv_budget import memory_bytes
 from sf_local.engine.placement import MakeRunner, Place, open_places
 from sf_local.engine.scheduler import MAX_RUNNING, PREFILL_TOKENS
@@ -174,12 +174,11 @@ class Engine:
     ) -> list[Output]:
         """`params.n` answers to one prompt, whose KV pages they share; their seeds count up from
         `params.seed`. Arguments and errors as for `submit`."""
-        params = SamplingParams() if params is None else params
-        if "images" in options:
-            options["images"] = self.given(options["images"])
+        params = checked(params)
+        ready = self.prepare(prompt, options.get("images", ()))
         first = params.seed
         seeds = [None if first is None else (first + i) % 2**64 for i in range(params.n)]
-        handles = [self.submit(prompt, replace(params, seed=s, n=1), **options) for s in seeds]
+        handles = [self.submit(ready, replace(params, seed=seed, n=1)) for seed in seeds]
         return [handle.result() for handle in handles]
 
     def stream(
@@ -231,7 +230,7 @@ class Engine:
         Raises as `submit` does, and EngineError if the timeout passes.
         """
         images = options.get("images", ())
-        params = params or SamplingParams()
+        params = checked(params)
         return score(
             self._inputs, self.submit, prompt, continuations, unconditional, params, images
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from numbers import Integral
 from typing import TYPE_CHECKING, TypedDict, cast
 
@@ -57,6 +58,14 @@ def _eos_ids(artifact: Artifact, tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
 
 
+def checked(params: SamplingParams | None) -> SamplingParams:
+    """`params`, or those that hold without any; raises RequestError for anything else."""
+    params = SamplingParams() if params is None else params
+    if not isinstance(params, SamplingParams):
+        raise RequestError(f"params={shown(params)} must be SamplingParams")
+    return params
+
+
 class InputProcessor:
     """Makes generations that can be computed: whatever is refused is refused here.
 
@@ -101,9 +110,10 @@ class InputProcessor:
             return self._fitting(prompt)
         self._check_images(images)
         ids = self._prompt_ids(prompt)
+        ready = Prompt(ids, ids)
         if self._images is not None:
-            return self._fitting(self._images.expand(ids, images, self.max_tokens))
-        return self._fitting(Prompt(ids, ids))
+            ready = self._images.expand(ids, images, self.max_tokens)
+        return replace(self._fitting(ready), text=prompt if isinstance(prompt, str) else None)
 
     def _check_images(self, images: Sequence[object]) -> None:
         if not isinstance(images, Sequence) or isinstance(images, str | bytes | bytearray):
@@ -118,9 +128,7 @@ class InputProcessor:
         self, prompt: PromptInput, params: SamplingParams | None, images: Sequence[ImageInput] = ()
     ) -> Generation:
         """A request with all that its answer needs; raises as `Engine.submit` does."""
-        params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise RequestError(f"params={shown(params)} must be SamplingParams")
+        params = checked(params)
         if params.n != 1:
             raise RequestError(f"n={params.n}: several answers to one prompt come from `samples`")
         ready = self.prepare(prompt, images)
@@ -131,8 +139,8 @@ class InputProcessor:
         )
         grammar = self._grammar(params)
         generation = Generation(request, self.tokenizer, self._eos_ids, grammar)
-        if isinstance(prompt, str) and self._reuses_answer_tokens:
-            generation.remember = functools.partial(self._encode.remember, prompt, ready.plain)
+        if ready.text is not None and self._reuses_answer_tokens:
+            generation.remember = functools.partial(self._encode.remember, ready.text, ready.plain)
         return generation
 
     def _grammar(self, params: SamplingParams) -> Grammar | None:

@@ -42,13 +42,15 @@ class Prompt:
 
     ids: token ids, with image tokens where tiles are. keys: what the prefix cache compares: token
     ids, but for image tokens negative numbers that only the same pixels have. spans: where tiles
-    are. unexpanded: token ids with one marker an image; empty if there are no images.
+    are. unexpanded: token ids with one marker an image; empty if there are no images. text: what
+    was encoded; None for a prompt of token ids.
     """
 
     ids: list[int]
     keys: list[int]
     spans: list[Span] = field(default_factory=list)
     unexpanded: list[int] = field(default_factory=list)
+    text: str | None = None
 
     @property
     def plain(self) -> list[int]:

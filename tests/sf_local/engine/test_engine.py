@@ -443,6 +443,23 @@ def test_samples_are_remembered(tiny: TinyModel) -> None:
         assert known == [*engine.encode("abc"), *output.token_ids]
 
 
+def test_samples_encode_their_prompt_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[str] = []
+    encode = type(engine.tokenizer).encode
+    monkeypatch.setattr(
+        type(engine.tokenizer),
+        "encode",
+        lambda self, text: encoded.append(text) or encode(self, text),
+    )
+    engine.samples("abc", SamplingParams(max_new_tokens=2, n=8))
+    assert encoded == ["abc"]
+    for wrong in ({"n": 2}, 3):
+        with pytest.raises(RequestError, match=r"params=.* must be SamplingParams"):
+            engine.samples("abc", wrong)  # type: ignore[arg-type]
+        with pytest.raises(RequestError, match=r"params=.* must be SamplingParams"):
+            engine.score("abc", ["d"], params=wrong)  # type: ignore[arg-type]
+
+
 def test_samples_of_one_prompt(tiny: TinyModel) -> None:
     with Engine(tiny.artifact) as engine:
         params = SamplingParams(max_new_tokens=12, seed=5, n=4, ignore_eos=True)
