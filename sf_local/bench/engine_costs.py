@@ -110,6 +110,22 @@ def stream_gap(engine: Engine, prompt: PromptInput) -> float:
     return max(b - a for a, b in pairwise(times))
 
 
+def behind(bench: Bench) -> list[Figure]:
+    """Short prompts, one after another, behind a long one that is prefilled."""
+    length = min(bench.sizes.long, bench.engine.max_tokens - 1)
+    [alone], _ = bench.run([bench.prompt(length)], 1)
+    long = bench.engine.submit(bench.prompt(length), fixed_length(1))
+    waits: list[float] = []
+    while not waits or bench.engine.stats()["running"]:
+        [short], _ = bench.run([bench.prompt(SHORT)], 1)
+        waits.append(short.time_to_first_token)
+    ratio = long.result().time_to_first_token / alone.time_to_first_token
+    return [
+        Figure(f"first token of {SHORT} tokens behind {length}", 1e3 * median(waits), "ms"),
+        Figure(f"first token of {length} tokens, beside these / alone", ratio, "ratio", "<= 1.1"),
+    ]
+
+
 def outside(bench: Bench) -> list[Figure]:
     """The share of a step's time that is spent outside the compiled functions.
 

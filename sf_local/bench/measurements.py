@@ -17,7 +17,16 @@ from platform import python_version
 from typing import Any
 
 from sf_local.artifact.open import Artifact, compiled_targets
-from sf_local.bench.engine_costs import batch, chat, choose, fork, grammar, outside, stream
+from sf_local.bench.engine_costs import (
+    batch,
+    behind,
+    chat,
+    choose,
+    fork,
+    grammar,
+    outside,
+    stream,
+)  # fmt: skip
 from sf_local.bench.harness import QUICK, ROWS, SHORT, Bench, Sizes
 from sf_local.bench.model_speed import constrained, context, decode, first_token, fresh, prefill
 from sf_local.bench.report import Figure, summary
@@ -27,8 +36,8 @@ from sf_local.engine.placement import Place
 from sf_local.errors import RequestError
 
 MEASUREMENTS = (
-    prefill, decode, context, first_token, constrained, fork, batch, chat, stream, grammar, choose,
-    outside, fresh,
+    prefill, decode, context, first_token, constrained, fork, batch, chat, stream, behind, grammar,
+    choose, outside, fresh,
 )  # fmt: skip
 
 

@@ -167,6 +167,8 @@ class FakeRunner:
             assert len(request.pages) * self.page_size == self.num_slots(request.num_tokens)
         for group in step.prefills:
             self.check_prefill(group)
+        served = Counter(chunk.request for group in step.prefills for chunk in group)
+        assert not served or max(served.values()) == 1
         assert bool(step.prefills) == any(not r.is_decoding for r in self.scheduler.running)
         decoding = [chunk.request for group in step.decodes for chunk in group]
         assert decoding == [r for r in scheduler.running if r.is_decoding]
@@ -592,3 +594,50 @@ def test_prefills_start_where_the_model_can(
         runner.scheduler.commit([chunk])
         found.append(chunk)
     assert [chunk.start for chunk in found] == starts
+
+
+BEHIND = Limits((1, 3), (1, 4), prefill_tokens=256)
+
+
+def test_a_short_prompt_starts_soon_behind_long_ones() -> None:
+    runner = FakeRunner(300, 16, BEHIND)
+    longs = [make_request([i] * 2000, 1) for i in range(2)]
+    for request in longs:
+        runner.scheduler.add(request)
+    runner.step()
+    short = make_request([9] * 10, 1)
+    runner.scheduler.add(short)
+    for _ in range(3):
+        runner.step()
+    assert short.status is RequestStatus.FINISHED
+    assert not any(request.output_ids for request in longs)
+
+
+@pytest.mark.parametrize("length", [10, 200])
+def test_a_long_prompt_loses_little_to_those_behind_it(length: int) -> None:
+    """However many there are: they get less than a tenth of what it computes."""
+    runner = FakeRunner(300, 16, BEHIND)
+    long, beside, number = make_request([1] * 2000, 1), 0, 0
+    runner.scheduler.add(long)
+    while not long.output_ids:
+        if len(runner.scheduler.running) < 4:
+            number += 1
+            runner.scheduler.add(make_request([100 + number] * length, 1))
+        step = runner.step()
+        [first, *others] = step.prefills
+        assert first[0].request is long
+        beside += sum(runner.num_slots(c.end - c.start) * 3 for c in first[1:])
+        beside += sum(runner.num_slots(c.end - c.start) for call in others for c in call)
+    assert runner.num_steps == -(-2000 // 256)
+    assert 0 < beside <= 200
+
+
+def test_more_urgent_prompts_leave_nothing_to_others() -> None:
+    runner = FakeRunner(300, 16, BEHIND)
+    urgent, short = make_request([1] * 2000, 1, priority=1), make_request([2] * 10, 1)
+    runner.scheduler.add(urgent)
+    runner.step()
+    runner.scheduler.add(short)
+    while not urgent.output_ids:
+        assert not short.num_computed
+        runner.step()
