@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from compile.build import build
@@ -34,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
             max_seq_len=args.max_seq_len,
         )
         output = args.output or Path(f"{model_name(args.source)}-{args.target.replace(',', '-')}")
-        with progress_display() as progress:
+        with _terminated_as_interrupted(), progress_display() as progress:
             build(
                 args.source, output, options,
                 keep_mlir=args.keep_mlir, force=args.force, progress=progress,
@@ -46,6 +49,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     print(f"{output} is ready ({time.perf_counter() - start:.0f} s)")
     return 0
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, so that what is temporary is removed."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:

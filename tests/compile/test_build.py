@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from compile import BuildOptions, build
 from compile.__main__ import main, model_name
 from compile.build import CODE_FOLDERS, cache_key
 from compile.cache import cache_dir
+from compile.folder import check_output, staging
 from compile.target import HIP_CHIPS
 from sf_local import Engine, SamplingParams, cli
 from sf_local.artifact.manifest import WEIGHTS, file_sha256
@@ -83,11 +86,70 @@ def test_an_existing_folder_is_kept(tiny: TinyModel, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_force_replaces_only_artifacts(tiny: TinyModel, tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(OutputError, match="is no artifact"):
-        build(tiny.source, tmp_path, TINY_OPTIONS, force=True)
-    assert (tmp_path / "thesis.txt").read_text() == "precious"
+ARTIFACT = ("artifact.json", "model.vmfb", "weights.irpa", "config.json", "tokenizer.json")
+
+
+def make_files(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("precious")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "in_the_way"),
+    [
+        (["thesis.txt"], "thesis.txt"),
+        (["config.json", "tokenizer.json"], "config.json, tokenizer.json"),
+        ([*ARTIFACT, "thesis.txt"], "thesis.txt"),
+        ([*ARTIFACT, "weights.irpa/thesis.txt"], "weights.irpa"),
+        (["thesis.txt", *(f"cpu/{name}" for name in ARTIFACT)], "thesis.txt"),
+        ([f"cpu/{name}" for name in (*ARTIFACT, "notes/thesis.txt")], "cpu"),
+        ([f"{model}/{name}" for model in "ab" for name in ARTIFACT], "a, b"),
+        ([*(f"cpu/{name}" for name in ARTIFACT), "gfx942/thesis.txt"], "gfx942"),
+        ([f"{n}.txt" for n in range(9)], "0.txt, 1.txt, 2.txt, 3.txt, 4.txt and 4 more"),
+    ],
+)
+def test_force_replaces_only_artifacts(
+    tiny: TinyModel, tmp_path: Path, names: list[str], in_the_way: str
+) -> None:
+    names = [name for name in names if not any(n.startswith(f"{name}/") for n in names)]
+    output = make_files(tmp_path / "out", *names)
+    with pytest.raises(OutputError, match=re.escape(f"out holds {in_the_way}, which --force")):
+        build(tiny.source, output, TINY_OPTIONS, force=True)
+    assert all((output / name).read_text() == "precious" for name in names)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [[], [*ARTIFACT, "model.mlir"], [f"{t}/{n}" for t in ("cpu", "gfx942") for n in ARTIFACT]],
+)
+def test_force_replaces_artifacts(tmp_path: Path, names: list[str]) -> None:
+    output = make_files(tmp_path, *names)
+    check_output(output, force=True)
+    with pytest.raises(OutputError, match="exists already"):
+        check_output(output, force=False)
+
+
+def test_what_appears_during_a_build_is_kept(tmp_path: Path) -> None:
+    for force in (False, True):
+        output = tmp_path / f"out-{force}"
+        with pytest.raises(OutputError, match="--force"), staging(output, force):
+            make_files(output, "thesis.txt")
+        assert (output / "thesis.txt").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out-False", "out-True"]
+
+
+def test_a_terminated_run_leaves_nothing(tiny: TinyModel, tmp_path: Path) -> None:
+    """Neither what is temporary nor the compiler, which gets the signal on its own."""
+    command = [sys.executable, "-m", "compile", str(tiny.source), "-o", str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while not (found := list(tmp_path.glob(".sf-compile.out.*/new/model.mlir"))):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(60) == 130
+    assert found and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("limit", [1000, 100_000])
