@@ -187,6 +187,26 @@ def test_refusals_by_name(tmp_path: Path, config: dict[str, Any], words: list[st
     refused(folder, UnsupportedError, "config.json", *words)
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"rope_scaling": "linear"}, "an object for rope_parameters or rope_scaling"),
+        (
+            {
+                "rope_scaling": {
+                    "type": "llama3", "factor": 2.0, "low_freq_factor": 4.0,
+                    "high_freq_factor": 1.0, "original_max_position_embeddings": 8,
+                }
+            },
+            "0 < low_freq_factor < high_freq_factor",
+        ),
+        ({"eos_token_id": "2"}, "token ids for bos and eos"),
+    ],
+)  # fmt: skip
+def test_senseless_settings(tmp_path: Path, config: dict[str, Any], words: str) -> None:
+    refused(write_folder(tmp_path / "toy", **config), SourceError, "config.json", words)
+
+
 def test_tensors_refused_by_name(tmp_path: Path) -> None:
     bias = "model.layers.0.self_attn.q_proj.bias"
     folder = write_folder(tmp_path / "toy", hf_weights() | {bias: np.ones(4, np.float32)})

@@ -165,6 +165,15 @@ def test_bad_prompts(engine: Engine, prompt: Any, message: str) -> None:
         engine.submit(prompt)
 
 
+def test_what_a_prepared_prompt_or_one_answer_does_not_take(engine: Engine) -> None:
+    with pytest.raises(RequestError, match="images: the prompt was prepared with its own"):
+        engine.submit(engine.prepare("abc"), images=[b"image"])
+    with pytest.raises(RequestError, match=r"n=2: several answers .* from `samples`"):
+        engine.submit("abc", SamplingParams(n=2))
+    params = SamplingParams(max_new_tokens=1, logit_bias=None)  # type: ignore[arg-type]
+    assert engine.generate("abc", params).completion_tokens == 1
+
+
 @pytest.mark.parametrize("kv_pages", [0, -1, 1.5, True, "all"])
 def test_bad_kv_pages(tiny: TinyModel, kv_pages: Any) -> None:
     with pytest.raises(RequestError, match="kv_pages"):

@@ -206,7 +206,7 @@ class FakeRunner:
             assert requests == sorted(requests, key=lambda r: (-r.params.priority, r.sequence))
         for request in scheduler.waiting:
             assert request.status is RequestStatus.WAITING
-            assert not request.pages and request.num_computed == 0
+            assert not request.pages and request.num_computed == request.num_published == 0
 
     def check_end(self, requests: Sequence[Request]) -> None:
         """Everybody got the right answer once, and nobody owns a page."""

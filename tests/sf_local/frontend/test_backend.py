@@ -82,6 +82,7 @@ def test_chat_renders_the_models_own_template(backend: sf_local.ShortfinLocal) -
 
 
 def test_meta_info(backend: sf_local.ShortfinLocal) -> None:
+    backend.flush_cache()
     state = plain.run(max_tokens=5, temperature=0, ignore_eos=True)
     meta = state.get_meta_info("out")
     assert meta["finish_reason"] == {"type": "length", "length": 5}
