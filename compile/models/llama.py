@@ -60,7 +60,8 @@ def llama_config(path: Where, raw: dict[str, Any]) -> LlamaConfig:
 
     Raises SourceError, and UnsupportedError for other models.
     """
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, or older
+    # Of transformers before 5, and from it on, which reads them in this order as well
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise corrupt(path, "an object for rope_parameters or rope_scaling", repr(rope))
     found = {"hidden_act": "silu", "partial_rotary_factor": rope.get("partial_rotary_factor")} | raw

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
 
 from compile.models.registry import HuggingFaceFamily, find_hf_family
+from compile.models.spec import LlamaConfig
 from compile.reading import corrupt, map_file, read_json, unsupported
+from compile.sources.hf_tokenizer import open_tokenizer
 from compile.sources.source import Progress, Source, SourceTensor, check_bias
 from sf_local.artifact.manifest import file_sha256
 from sf_local.errors import SourceError
 
+log = logging.getLogger("sf_local.compile")
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")  # that old transformers stored
 
@@ -30,34 +34,35 @@ def open_folder(folder: Path, name: str, progress: Progress) -> Source:
     family = find_hf_family(path, raw)
     config, vision = family.hf_config(path, raw)
     files = _weight_files(folder)
-    tensors = {
-        name: tensor for name, tensor in _tensors(files, family).items()
-        if family.is_weight(name, config, vision)
-    }  # fmt: skip
-    tokenizer, tokenizer_config = _tokenizer(folder)
+    tensors = _tensors(files, family)
+    config = _untied(folder, config, tensors)
+    tensors = {n: t for n, t in tensors.items() if family.is_weight(n, config, vision)}
+    found = open_tokenizer(folder)
     text = raw["text_config"] if vision else {}
-    bos, eos = _special_ids(folder, text | raw, tokenizer, tokenizer_config)
-    settings = family.image_settings(folder, raw, vision, tokenizer)
+    bos, eos = _special_ids(folder, text | raw)
+    settings = family.image_settings(folder, raw, vision, found.tokenizer)
     files += sorted([*folder.glob("*.json"), *folder.glob("*.jinja")])
     progress(f"hashing {len(files)} files of {folder}")
     hashes = "".join(f"{file_sha256(path)}  {path.name}\n" for path in files)
     sha256 = hashlib.sha256(hashes.encode()).hexdigest()
-    tokenizer_json = (folder / "tokenizer.json").read_bytes()
     return Source(
-        name, config, tensors, sha256, tokenizer_json, tokenizer_config, bos, eos, vision, settings
-    )
+        name, config, tensors, sha256, found.tokenizer_json, found.config, bos, eos, vision,
+        settings,
+    )  # fmt: skip
 
 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
-    if not index.exists():
-        if not single.exists():
-            raise SourceError(
-                f"{folder}: no model.safetensors, nor an index of shards; download them, or "
-                "convert other weights with transformers' save_pretrained(safe_serialization=True)"
-            )
+    if single.exists():
+        if index.exists():
+            log.warning("%s: model.safetensors is read, and the shards beside it are not", folder)
         return [single]
+    if not index.exists():
+        raise SourceError(
+            f"{folder}: no model.safetensors, nor an index of shards; download them, or "
+            "convert other weights with transformers' save_pretrained(safe_serialization=True)"
+        )
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise corrupt(index, "an object weight_map", repr(shards))
@@ -73,6 +78,31 @@ def _tensors(files: list[Path], family: HuggingFaceFamily) -> dict[str, SourceTe
     for path in files:
         _add_tensors(path, family, tensors)
     return tensors
+
+
+def _untied(folder: Path, config: LlamaConfig, tensors: dict[str, SourceTensor]) -> LlamaConfig:
+    """The config, untied if there is a head with other weights than the embeddings, as in
+    transformers; a head without embeddings becomes these."""
+    head, embeddings = tensors.get("output.weight"), tensors.get("token_embd.weight")
+    if not config.tied_embeddings or head is None:
+        return config
+    if embeddings is None:
+        tensors["token_embd.weight"] = tensors.pop("output.weight")
+        return config
+    if _are_equal(head, embeddings):
+        return config
+    log.warning(
+        "%s: config.json says tie_word_embeddings, but lm_head.weight differs from the embeddings "
+        "and is used", folder,
+    )  # fmt: skip
+    return replace(config, tied_embeddings=False)
+
+
+def _are_equal(one: SourceTensor, other: SourceTensor, rows: int = 1024) -> bool:
+    parts = (slice(start, start + rows) for start in range(0, one.shape[0], rows))
+    return one.shape == other.shape and all(
+        np.array_equal(one.read(part), other.read(part)) for part in parts
+    )
 
 
 def _add_tensors(path: Path, family: HuggingFaceFamily, tensors: dict[str, SourceTensor]) -> None:
@@ -102,34 +132,8 @@ def _add_tensors(path: Path, family: HuggingFaceFamily, tensors: dict[str, Sourc
         tensors[canonical] = SourceTensor(shape, data.__getitem__)
 
 
-def _tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, Any]]:
-    """tokenizer.json, checked, and tokenizer_config.json with the chat template."""
-    path, template = folder / "tokenizer.json", folder / "chat_template.jinja"
-    old_template = folder / "chat_template.json"  # of models that take images
-    if not path.exists():
-        raise SourceError(
-            f"{path}: expected the model's tokenizer, found none; download it too, or make it of a "
-            "tokenizer.model: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise corrupt(path, "a tokenizer", error) from error
-    config = read_json(folder / "tokenizer_config.json")
-    if template.exists():
-        try:
-            config["chat_template"] = template.read_text(encoding="utf-8")
-        except ValueError as error:
-            raise corrupt(template, "UTF-8 text", error) from error
-    elif old_template.exists():
-        config["chat_template"] = read_json(old_template).get("chat_template")
-    return tokenizer, config
-
-
-def _special_ids(
-    folder: Path, raw: dict[str, Any], tokenizer: Tokenizer, tokenizer_config: dict[str, Any]
-) -> tuple[int | None, tuple[int, ...]]:
-    """bos, and every id that either config calls eos (else the tokenizer's)."""
+def _special_ids(folder: Path, raw: dict[str, Any]) -> tuple[int | None, tuple[int, ...]]:
+    """bos, and every id that either config calls eos."""
     path = folder / "generation_config.json"
     generation = read_json(path) if path.exists() else {}
 
@@ -143,8 +147,4 @@ def _special_ids(
     for token_id in [*bos, *eos]:
         if not isinstance(token_id, int):
             raise corrupt(folder / "config.json", "token ids for bos and eos", repr(token_id))
-    token = tokenizer_config.get("eos_token")
-    text = token.get("content") if isinstance(token, dict) else token  # a dict is an AddedToken
-    if not eos and isinstance(text, str) and text in tokenizer.get_vocab():
-        eos = [tokenizer.token_to_id(text)]
     return bos[0] if bos else None, tuple(dict.fromkeys(eos))

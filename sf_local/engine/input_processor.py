@@ -53,9 +53,9 @@ def _image_reader(
 
 
 def _eos_ids(artifact: Artifact, tokenizer: Tokenizer) -> frozenset[int]:
-    if artifact.manifest:
-        return frozenset(artifact.manifest.eos_token_ids)
-    return frozenset([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
+    """What ends an answer: all that config.json, generation_config.json and the tokenizer say."""
+    declared = artifact.manifest.eos_token_ids if artifact.manifest else ()
+    return tokenizer.end_ids | frozenset(declared)
 
 
 def checked(params: SamplingParams | None) -> SamplingParams:

@@ -16,6 +16,12 @@ import tokenizers
 from sf_local.errors import CorruptFileError, MissingFileError, RequestError
 
 MANY_CHARACTERS = 4096  # in a text, whose encoding then takes some milliseconds
+# Added tokens that end the model's turn, whatever its files declare; llama.cpp has such a list, too
+TURN_ENDS = (
+    "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "<|end|>",
+    "<end_of_turn>", "<end_of_utterance>", "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>",
+    "<EOT>", "_<EOT>", "< EOT >",
+)  # fmt: skip
 _REMEDY = "Copy the file from the model's own folder, or compile the model again."
 
 
@@ -26,6 +32,7 @@ class Tokenizer:
         vocab_size: number of tokens, added ones included.
         special_tokens: texts and ids of tokens such as BOS that `decode` leaves out.
         special_ids: the ids of these.
+        end_ids: of the tokens that end a text or a turn, as the model's files or their texts say.
         adds_bos: whether `encode` begins every prompt with the BOS token.
         strips_first_space: whether `decode` drops the space with which the first token begins.
         chat_template: the Jinja text of the model's chat template; None without one.
@@ -39,6 +46,7 @@ class Tokenizer:
     vocab_size: int
     special_tokens: dict[str, int]
     special_ids: frozenset[int]
+    end_ids: frozenset[int]
     adds_bos: bool
     strips_first_space: bool
 
@@ -58,11 +66,16 @@ class Tokenizer:
         self.bos_token, self.bos_token_id = self._declared_token(config, "bos_token", config_file)
         self.eos_token, self.eos_token_id = self._declared_token(config, "eos_token", config_file)
         self.chat_template = _read_chat_template(config.get("chat_template"), config_file)
+        first = self._first_token()
+        if self.bos_token is None and first is not None:
+            self.bos_token, self.bos_token_id = self._tokenizer.id_to_token(first), first
 
         added = self._tokenizer.get_added_tokens_decoder()
         self._added_ids = {token.content: token_id for token_id, token in added.items()}
         self.special_tokens = {t.content: i for i, t in added.items() if t.special}
         self.special_ids = frozenset(self.special_tokens.values())
+        ends = {self._added_ids.get(text) for text in TURN_ENDS} | {self.eos_token_id}
+        self.end_ids = frozenset(token_id for token_id in ends if token_id is not None)
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.adds_bos = self._should_add_bos(config.get("add_bos_token"))
         ctypes.CDLL(None).malloc_trim(0)  # returns 10 MB that reading the file took
@@ -147,7 +160,13 @@ class Tokenizer:
             return False
         if declared is not None:
             return bool(declared)
-        return self.bos_token_id in self._tokenizer.encode("").ids[:1]
+        return self.bos_token_id == self._first_token()
+
+    def _first_token(self) -> int | None:
+        """The special token that tokenizer.json puts before every text."""
+        ids = self._tokenizer.encode("a").ids
+        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
+        return ids[0] if ids[1 : 1 + len(plain)] == plain and ids[: len(plain)] != plain else None
 
 
 def _read_config(file: Path) -> dict[str, Any]:

@@ -70,6 +70,7 @@ def write_folder(folder: Path, weights: dict[str, np.ndarray] | None = None, **c
     (folder / "config.json").write_text(json.dumps(HF_CONFIG | config))
     save_file(hf_weights() if weights is None else weights, folder / "model.safetensors")
     tokenizer = Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "a": 2}, unk_token="a"))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer.save(str(folder / "tokenizer.json"))
     bos = {"content": "<s>", "lstrip": False}

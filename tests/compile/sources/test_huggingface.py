@@ -16,8 +16,6 @@ from sf_local.errors import SourceError, UnsupportedError
 from tests.support.toy_sources import (
     CONFIG,
     HEADS,
-    HIDDEN,
-    VOCAB,
     canonical_name,
     hf_weights,
     refused,
@@ -61,14 +59,11 @@ def test_every_eos_counts(tmp_path: Path) -> None:
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
     assert open_source(folder).eos_token_ids == (1, 5, 7)
     (folder / "generation_config.json").unlink()
-    write_folder(folder, eos_token_id=None)
-    assert open_source(folder).eos_token_ids == (1,)  # the tokenizer's
 
 
-def test_shards(tmp_path: Path) -> None:
+def test_shards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write_folder(tmp_path / "toy")
     whole_folder = open_source(folder)
-    (folder / "model.safetensors").unlink()
     names = list(hf_weights())
     parts = {"a.safetensors": names[:5], "b.safetensors": names[5:]}
     for file, part in parts.items():
@@ -76,6 +71,19 @@ def test_shards(tmp_path: Path) -> None:
     index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
     index_path = folder / "model.safetensors.index.json"
     index_path.write_text(json.dumps(index))
+    with caplog.at_level("WARNING"):
+        assert open_source(folder).sha256 != whole_folder.sha256
+    assert "the shards beside it are not" in caplog.text  # as transformers does
+    save_file(
+        {name: 0 * hf_weights()[name] for name in parts["a.safetensors"]}, folder / "a.safetensors"
+    )
+    np.testing.assert_array_equal(
+        whole(open_source(folder), "token_embd.weight"), whole(whole_folder, "token_embd.weight")
+    )
+    save_file(
+        {name: hf_weights()[name] for name in parts["a.safetensors"]}, folder / "a.safetensors"
+    )
+    (folder / "model.safetensors").unlink()
     sharded = open_source(folder)
     assert set(sharded.tensors) == set(whole_folder.tensors)
     for name in sharded.tensors:
@@ -98,15 +106,27 @@ def test_sha256_changes_with_any_file(tmp_path: Path) -> None:
     assert open_source(folder).sha256 != first
 
 
-def test_tied_and_untied(tmp_path: Path) -> None:
-    head = {"lm_head.weight": np.ones((VOCAB, HIDDEN), np.float32)}
-    folder = write_folder(tmp_path / "toy", hf_weights() | head)
-    assert "output.weight" not in open_source(folder).tensors
-    write_folder(folder, hf_weights() | head, tie_word_embeddings=False)
+def test_tied_and_untied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As transformers does it: other weights are used, whatever the config says."""
+    embeddings = hf_weights()["model.embed_tokens.weight"]
+    same, other = {"lm_head.weight": embeddings}, {"lm_head.weight": np.ones_like(embeddings)}
+    folder = write_folder(tmp_path / "toy", hf_weights() | same)
     source = open_source(folder)
-    assert not source.config.tied_embeddings and (whole(source, "output.weight") == 1).all()
+    assert source.config.tied_embeddings and "output.weight" not in source.tensors
+    assert not caplog.text
+    for is_tied in (True, False):
+        write_folder(folder, hf_weights() | other, tie_word_embeddings=is_tied)
+        source = open_source(folder)
+        assert not source.config.tied_embeddings and (whole(source, "output.weight") == 1).all()
+        assert ("lm_head.weight differs from the embeddings" in caplog.text) == is_tied
+        caplog.clear()
     write_folder(folder, tie_word_embeddings=False)
     refused(folder, SourceError, "missing: output.weight")
+    weights = hf_weights() | same
+    del weights["model.embed_tokens.weight"]
+    source = open_source(write_folder(folder, weights))
+    assert source.config.tied_embeddings
+    np.testing.assert_array_equal(whole(source, "token_embd.weight"), embeddings)
 
 
 def test_names_that_do_not_belong(tmp_path: Path) -> None:
@@ -122,6 +142,14 @@ def test_names_that_do_not_belong(tmp_path: Path) -> None:
         ({"rope_scaling": None}, 500.0, None),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 500.0, RopeScaling("linear", 2.0)),
         ({"rope_theta": None}, 10000.0, None),
+        (
+            {
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+                "rope_parameters": {"rope_type": "default", "rope_theta": 7.0},
+            },
+            500.0,
+            RopeScaling("linear", 2.0),
+        ),
         (
             {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
             7.0,

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, processors
+from transformers import PreTrainedTokenizerFast
 
 from sf_local.errors import CorruptFileError, MissingFileError, RequestError
 from sf_local.text.detokenizer import Detokenizer, StopChecker
@@ -118,6 +119,33 @@ def test_one_bos(byte_level: Tokenizer, sentencepiece: Tokenizer) -> None:
     assert 1 not in byte_level.encode("Hello")
     assert byte_level.encode("<|im_start|>Hello") == [1, *byte_level.encode("Hello")]
     assert sentencepiece.encode("a</s><s>b").count(1) == 2  # inside a prompt it is content
+
+
+@pytest.mark.parametrize("single", ["<s> $A", "<s> $A </s>", "$A </s>", "$A"])
+def test_bos_that_only_the_post_processor_adds(tmp_path: Path, single: str) -> None:
+    """As transformers does, which has no BOS of another kind then."""
+    library = byte_level_tokenizer()
+    library.add_special_tokens(["<s>", "</s>"])
+    library.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[(t, library.token_to_id(t)) for t in ("<s>", "</s>")]
+    )
+    ours = save(tmp_path, library)
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    for text in ("Hello", "", "<s>Hello"):
+        expected = [i for i in theirs(text).input_ids if i != library.token_to_id("</s>")]
+        assert ours.encode(text) == list(dict.fromkeys(expected[:1])) + [
+            i for n, i in enumerate(expected) if n and not i == expected[0] == ours.bos_token_id
+        ]
+    assert (ours.bos_token == "<s>") == single.startswith("<s>")
+
+
+def test_what_ends_a_turn(tmp_path: Path) -> None:
+    """Declared or not, as llama.cpp does it."""
+    library = byte_level_tokenizer()
+    library.add_special_tokens(["<|eot_id|>", "<|other|>"])
+    ends = save(tmp_path, library, eos_token="<|im_start|>").end_ids
+    names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>")
+    assert ends == {library.token_to_id(name) for name in names}
 
 
 def test_config_decides_whether_bos_is_added(tmp_path: Path) -> None:
