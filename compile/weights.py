@@ -6,7 +6,7 @@ a time, so memory does not grow with the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compile.formats.layout import DTYPES, Parameter
-from compile.formats.quantize import GROUP, ZERO, Groups, packed, quantized, with_bits
+from compile.formats.quantize import GROUP, ZERO, Groups, all_finite, packed, quantized, with_bits
 from compile.models.rope import ROPE_BLOCK, rope_table
 from compile.models.tensors import ModelTensor, model_tensors, source_shapes
 from compile.sources.source import Source, SourceTensor
@@ -29,8 +29,12 @@ Array = NDArray[np.generic]
 
 @dataclass(frozen=True)
 class Segment:
-    """`num_rows` rows of a matrix: those of a source tensor from `start` on, then zeros."""
+    """`num_rows` rows of a matrix: those of a source tensor from `start` on, then zeros.
 
+    name: of the tensor and its source, for errors.
+    """
+
+    name: str
     tensor: SourceTensor
     start: int
     num_rows: int
@@ -65,7 +69,8 @@ def write_weights(
 ) -> None:
     """Write an archive of all parameters, in their order, and of WHOLE, which spans them all.
 
-    `progress(done, total)` counts bytes. Raises OSError.
+    `progress(done, total)` counts bytes. Raises OSError, and SourceError for weights that are NaN
+    or infinite, in the source or as parameters.
     """
     entries = [(p.name, type_name(p), p.num_bytes) for p in parameters]
     total = sum(num_bytes for _, _, num_bytes in entries)
@@ -94,28 +99,27 @@ def _parameter_blocks(source: Source, tensor: ModelTensor, parameter: Parameter)
         for start in range(0, parameter.shape[0], ROPE_BLOCK):
             yield rope_table(source.config, start, min(start + ROPE_BLOCK, parameter.shape[0]))
         return
-    segments = _segments(source.tensors, tensor, parameter.block)
+    segments = _segments(source, tensor, parameter.block)
     if len(parameter.shape) == 1:
-        parts = [segment.tensor.read(slice(None)).astype(np.float32) for segment in segments]
-        vector = np.concatenate(parts)
+        vector = np.concatenate([s.tensor.read(slice(None)).astype(np.float32) for s in segments])
+        if not all_finite(vector):
+            raise _refusal(segments[0], "f32")
         yield np.pad(vector, (0, parameter.shape[0] - len(vector)))
         return
     yield from _matrix_blocks(segments, parameter)
 
 
-def _segments(
-    tensors: Mapping[str, SourceTensor], tensor: ModelTensor, block: int
-) -> list[Segment]:
+def _segments(source: Source, tensor: ModelTensor, block: int) -> list[Segment]:
     """The rows of source tensors that make up a parameter, one after the other.
 
     Of an interleaved one each block has as many rows of every part: half are gates, half are ups.
     """
-    parts = [tensors[name] for name in tensor.sources]
+    parts = [(f"{source.name}: {name}", source.tensors[name]) for name in tensor.sources]
     if not (tensor.is_interleaved and block):
-        return [Segment(part, 0, part.shape[0]) for part in parts]
+        return [Segment(name, part, 0, part.shape[0]) for name, part in parts]
     step = block // len(parts)
-    starts = range(0, parts[0].shape[0], step)
-    return [Segment(part, start, step) for start in starts for part in parts]
+    starts = range(0, parts[0][1].shape[0], step)
+    return [Segment(name, part, start, step) for start in starts for name, part in parts]
 
 
 def _matrix_blocks(segments: Sequence[Segment], parameter: Parameter) -> Iterator[Array]:
@@ -130,7 +134,7 @@ def _matrix_blocks(segments: Sequence[Segment], parameter: Parameter) -> Iterato
             yield packed(groups, parameter.block, parameter.unit)
             continue
         values = np.zeros((count, cols), DTYPES[parameter.dtype])
-        _read_rows(segments, start, values)
+        _read_rows(segments, start, values, parameter.dtype)
         if parameter.block:
             unit = parameter.unit
             values = values.reshape(count // block, block, cols // unit, unit).swapaxes(1, 2)
@@ -144,29 +148,56 @@ def _read_groups(
     rows, num_groups = shape[0], shape[1] // GROUP
     codes = np.full(shape, ZERO if bits == 8 else 0, np.uint8)
     numbers = [np.zeros((rows, num_groups), np.float16) for _ in range(1 if bits == 8 else 2)]
-    for tensor, source, to in _overlaps(segments, start, rows):
-        groups = tensor.groups(source) if tensor.groups else None
+    for segment, source, to in _overlaps(segments, start, rows):
+        groups = segment.tensor.groups(source) if segment.tensor.groups else None
         if groups is None:
-            values = tensor.read(source).astype(np.float32)
+            values = segment.tensor.read(source).astype(np.float32)
+            if not all_finite(values):
+                raise _refusal(segment, f"int{bits}")
             groups = quantized(np.pad(values, ((0, 0), (0, -values.shape[1] % GROUP))), bits)
         groups = with_bits(groups, bits)
         width = groups.codes.shape[1]
         codes[to, :width] = groups.codes
         for kept, found in zip(numbers, (groups.scales, groups.minima), strict=False):
+            if found is not None and not all_finite(found):
+                raise _refusal(segment, f"int{bits}")
             kept[to, : width // GROUP] = found
     return Groups(codes, *numbers)
 
 
-def _read_rows(segments: Sequence[Segment], start: int, out: Array) -> None:
+def _read_rows(segments: Sequence[Segment], start: int, out: Array, dtype: str) -> None:
     """Fill `out` with rows from `start` on; what no tensor covers stays zero."""
-    for tensor, source, to in _overlaps(segments, start, len(out)):
-        rows = tensor.read(source)
-        out[to, : rows.shape[1]] = rows.astype(out.dtype)
+    for segment, source, to in _overlaps(segments, start, len(out)):
+        rows = segment.tensor.read(source)
+        with np.errstate(over="ignore"):
+            out[to, : rows.shape[1]] = rows.astype(out.dtype)
+        if not all_finite(out[to]):
+            raise _refusal(segment, dtype)
+
+
+def _refusal(segment: Segment, dtype: str) -> SourceError:
+    """Why a tensor cannot be converted, with the number of its weights that are at fault."""
+    rows = range(0, segment.tensor.shape[0], 1024)
+    parts = [segment.tensor.read(slice(start, start + 1024)).astype(np.float32) for start in rows]
+    count = sum(int(part.size - np.isfinite(part).sum()) for part in parts)
+    if count:
+        return SourceError(
+            f"{segment.name} has {count} weights that are NaN or infinite, from which no model can "
+            "compute; get the file again, or from another source"
+        )
+    largest = max(float(np.abs(part).max()) for part in parts)
+    most = 65504 * (127 if dtype == "int8" else 15 if dtype == "int4" else 1)
+    count = sum(int((np.abs(part) > most).sum()) for part in parts)
+    of_groups = " of a group" if dtype.startswith("int") else ""
+    return SourceError(
+        f"{segment.name} has {count} weights too large for {dtype}: up to {largest:.3g}, where the "
+        f"scale{of_groups} ends at 65504; compile with --weights bf16 or f32"
+    )
 
 
 def _overlaps(
     segments: Sequence[Segment], start: int, count: int
-) -> Iterator[tuple[SourceTensor, slice, slice]]:
+) -> Iterator[tuple[Segment, slice, slice]]:
     """Which rows of which tensors make up `count` rows from `start` on, and where they go."""
     base = 0
     for segment in segments:
@@ -174,11 +205,7 @@ def _overlaps(
         first, last = max(start, base), min(start + count, base + num_rows)
         if first < last:
             skip = segment.start - base
-            yield (
-                segment.tensor,
-                slice(first + skip, last + skip),
-                slice(first - start, last - start),
-            )
+            yield segment, slice(first + skip, last + skip), slice(first - start, last - start)
         base += segment.num_rows
 
 

@@ -7,6 +7,7 @@ scale * (code - 128) with 8 bits and scale * code + minimum with 4, as in GGUF's
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,10 +43,21 @@ class Groups:
         return values.reshape(self.codes.shape)
 
 
+def all_finite(values: NDArray[Any]) -> bool:
+    """Whether no number of an f32, f16 or bf16 array is NaN or infinite."""
+    exponent = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}[values.dtype.name]
+    bits: NDArray[Any] = values.view(np.uint32 if values.itemsize == 4 else np.uint16)
+    return not ((bits & exponent) == exponent).any()
+
+
 def quantized(rows: Floats, bits: int) -> Groups:
-    """Quantize rows [n, K] f32, K a multiple of 32, to 8 or 4 bits."""
+    """Quantize finite rows [n, K] f32, K a multiple of 32, to 8 or 4 bits.
+
+    A scale is infinite where a group's weights are too large for f16 scales.
+    """
     groups = rows.reshape(len(rows), -1, GROUP)
-    codes, scales, minima = _int8(groups) if bits == 8 else _int4(groups)
+    with np.errstate(over="ignore", invalid="ignore"):
+        codes, scales, minima = _int8(groups) if bits == 8 else _int4(groups)
     return Groups(codes.reshape(rows.shape), scales, minima)
 
 
@@ -69,7 +81,9 @@ def _int4(
     low, high = groups.min(axis=-1), groups.max(axis=-1)
     importance = np.abs(groups) + np.sqrt(np.mean(groups**2, axis=-1, keepdims=True))
     best_error = np.full(low.shape, np.inf, np.float32)
-    best = [np.zeros(groups.shape, np.uint8), *(np.zeros(low.shape, np.float16) for _ in range(2))]
+    best: list[NDArray[Any]] = [
+        np.zeros(groups.shape, np.uint8), *(np.full(low.shape, np.inf, np.float16) for _ in "sm")
+    ]  # fmt: skip
     for steps in _STEPS:
         codes = _codes(groups, low, _inverse((high - low) / np.float32(steps)))
         for _ in range(2):

@@ -8,15 +8,32 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import ml_dtypes
 import numpy as np
 import pytest
 
+from compile import BuildOptions
+from compile.emitters import find_emitter
 from compile.models.rope import rope_frequencies, rope_table
 from compile.models.spec import RopeScaling
+from compile.sources.open import open_source
+from compile.target import resolve_target
+from compile.weights import write_weights
 from sf_local.artifact.irpa import read_table
+from sf_local.errors import SourceError
 from tests.support.reference import rope_frequencies as reference_frequencies
 from tests.support.tiny import TINY, TinyModel
+from tests.support.toy_sources import (
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    LAYERS,
+    canonical_name,
+    hf_weights,
+    write_folder,
+    write_gguf,
+)
 
 DTYPES = {"f32": np.float32, "bf16": ml_dtypes.bfloat16}
 
@@ -116,3 +133,73 @@ else:
     )
     assert done.returncode == 0, done.stderr
     assert 0 < int(done.stdout) < 300
+
+
+def convert(source: Path, weight_dtype: str, out: Path) -> None:
+    opened = open_source(source)
+    target = resolve_target("cpu", "host")
+    emitter = find_emitter(opened, BuildOptions(weight_dtype=weight_dtype), target)
+    write_weights(out, opened, list(emitter.parameters.values()), lambda done, total: None)
+
+
+def wide_weights() -> dict[str, np.ndarray]:
+    """Of heads of 32, as int8 and int4 need them."""
+    weights, rows = hf_weights(), {"q": 32 * HEADS, "k": 32 * KV_HEADS, "v": 32 * KV_HEADS}
+    rng = np.random.default_rng(1)
+    for i in range(LAYERS):
+        for name, count in rows.items():
+            shape = (count, HIDDEN)
+            values = rng.standard_normal(shape).astype(np.float32)
+            weights[f"model.layers.{i}.self_attn.{name}_proj.weight"] = values
+        name = f"model.layers.{i}.self_attn.o_proj.weight"
+        weights[name] = rng.standard_normal((HIDDEN, 32 * HEADS)).astype(np.float32)
+    return weights
+
+
+Q_PROJ, NORM = "model.layers.1.self_attn.q_proj.weight", "model.norm.weight"
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "int8", "int4"])
+@pytest.mark.parametrize(("name", "ours"), [(Q_PROJ, "blk.1.attn_q"), (NORM, "output_norm")])
+def test_weights_that_are_no_numbers(tmp_path: Path, dtype: str, name: str, ours: str) -> None:
+    for value in (np.nan, np.inf, -np.inf):
+        weights = wide_weights()
+        weights[name].reshape(-1)[[3, 5]] = value
+        folder = write_folder(tmp_path / "toy", weights, head_dim=32)
+        with pytest.raises(SourceError, match=rf"toy: {ours}.weight has 2 weights that are NaN or"):
+            convert(folder, dtype, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "is_refused"),
+    [
+        ("f16", 65504, False), ("f16", -65536, True), ("bf16", 1e30, False), ("f32", 1e30, False),
+        ("int8", 1e6, False), ("int8", -1e8, True), ("int4", 1e4, False), ("int4", 1e8, True),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("error")
+def test_weights_that_are_too_large(
+    tmp_path: Path, dtype: str, value: float, is_refused: bool
+) -> None:
+    weights = wide_weights()
+    weights[Q_PROJ][7, 9] = value
+    folder = write_folder(tmp_path / "toy", weights, head_dim=32)
+    if is_refused:
+        with pytest.raises(SourceError, match=f"has 1 weights too large for {dtype}"):
+            convert(folder, dtype, tmp_path / "out")
+    else:
+        convert(folder, dtype, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("Q8_0", 8), ("Q4_1", 4), ("Q4_0", 4)])
+def test_blocks_whose_scale_is_no_number(tmp_path: Path, kind: str, bits: int) -> None:
+    """They are carried over as they are, so that nothing else would look at them."""
+    quant = gguf.GGMLQuantizationType[kind]
+    tensors = {canonical_name(name): value for name, value in wide_weights().items()}
+    sizes = {"llama__attention__key_length": 32, "llama__attention__value_length": 32}
+    path = write_gguf(tmp_path / "toy.gguf", quant, extra_tensors=tensors, **sizes)
+    data = path.read_bytes()
+    at = data.index(gguf.quantize(tensors["blk.1.attn_q.weight"], quant).tobytes())
+    path.write_bytes(data[:at] + np.float16(np.inf).tobytes() + data[at + 2 :])
+    with pytest.raises(SourceError, match=r"attn_q.weight has \d+ weights that are NaN or inf"):
+        convert(path, f"int{bits}", tmp_path / "out")
