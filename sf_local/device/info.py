@@ -8,11 +8,11 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sf_local.device import host_memory
 from sf_local.errors import DeviceError, TargetError
 
 ALLOWED = '"cpu", "hip", "hip:N" for the N-th AMD GPU, "hip:GPU-<uuid>" or "auto"'
@@ -50,9 +50,10 @@ class DeviceInfo:
         return int(self.name.partition(":")[2] or 0)
 
     def free_bytes(self) -> int | None:
-        """Bytes that can be allocated now; None if the driver does not say."""
+        """Bytes that can be allocated now; None if the driver does not say. Of the host's memory
+        some is left to the program."""
         if self.kind == "cpu":
-            return _meminfo("MemAvailable")
+            return host_memory.free_bytes()
         hip, free, total = _hip(), ctypes.c_size_t(), ctypes.c_size_t()
         failed = hip.hipSetDevice(self.index) or hip.hipMemGetInfo(
             ctypes.byref(free), ctypes.byref(total)
@@ -144,12 +145,7 @@ def _listed(found: Sequence[DeviceInfo]) -> str:
 def _cpu() -> DeviceInfo:
     model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     name = model[1] if model else "CPU"
-    return DeviceInfo("cpu", "cpu", name, _meminfo("MemTotal"))
-
-
-def _meminfo(name: str) -> int:
-    match = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    return int(match[1]) * 1024 if match else sys.maxsize
+    return DeviceInfo("cpu", "cpu", name, host_memory.total_bytes())
 
 
 def _gpus() -> list[DeviceInfo]:

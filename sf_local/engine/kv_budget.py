@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 
 from sf_local.artifact.manifest import ModelConfig
+from sf_local.device.host_memory import ROOM
 from sf_local.device.info import DeviceInfo
 from sf_local.errors import DeviceError, RequestError
 
@@ -42,7 +43,9 @@ def num_kv_pages(
     if not isinstance(pages, int) or isinstance(pages, bool) or pages < 1:
         raise RequestError(f"{name} must be at least {low}")
     if available is not None and pages * config.page_bytes > available:
-        beside = "" if device == "cpu" else f" beside weights of {weight_bytes / 2**30:.1f} GiB"
+        beside = f" beside weights of {weight_bytes / 2**30:.1f} GiB"
+        if device == "cpu":
+            beside = f" beside {ROOM >> 20} MiB that are left to the program"
         raise RequestError(
             f"{name}: {pages * config.page_bytes / 2**30:.1f} GiB of KV pages, but "
             f"{available / 2**30:.1f} GiB are free{beside}; use at most "

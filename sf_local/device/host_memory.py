@@ -1,0 +1,66 @@
+"""The host's memory: the machine's, or less where a container's limit is smaller.
+
+Linux ends a process without a word that goes beyond the limit of any cgroup above it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+MEMINFO = Path("/proc/meminfo")
+ROOM = 256 << 20  # bytes that are left to the program: Python, the tokenizer, a step's activations
+
+# Files with the limit and the use in bytes, and the field of memory.stat that tells how much of the
+# use is files which Linux drops when it needs room; of version 2, and of version 1
+_V2 = "memory.max", "memory.current", "inactive_file"
+_V1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+
+
+def total_bytes() -> int:
+    """What this process may use at most, with what others use now."""
+    return min([_meminfo("MemTotal"), *(limit for limit, _ in _limits())])
+
+
+def free_bytes() -> int:
+    """What this process may allocate now, less ROOM."""
+    free = min([_meminfo("MemAvailable"), *(limit - used for limit, used in _limits())])
+    return max(0, free - ROOM)
+
+
+def _limits() -> Iterator[tuple[int, int]]:
+    """Limit and use of the cgroups above this process, as far as they can be read."""
+    try:
+        lines = OWN_CGROUPS.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        # Inside a container the path may be the host's, and only the root can be seen
+        names = [name for name in PurePosixPath(path).parts if name not in ("/", "..")]
+        if controllers == "":
+            for mount in (CGROUPS, CGROUPS / "unified"):
+                yield from _limits_of(mount, names, *_V2)
+        elif "memory" in controllers.split(","):
+            yield from _limits_of(CGROUPS / "memory", names, *_V1)
+
+
+def _limits_of(
+    mount: Path, names: list[str], limit: str, use: str, droppable: str
+) -> Iterator[tuple[int, int]]:
+    for count in range(len(names) + 1):
+        folder = mount.joinpath(*names[:count])
+        try:
+            most, used = int((folder / limit).read_text()), int((folder / use).read_text())
+            files = re.search(rf"^{droppable} (\d+)$", (folder / "memory.stat").read_text(), re.M)
+        except (OSError, ValueError):  # it is not there, or says "max"
+            continue
+        yield most, used - (int(files[1]) if files else 0)
+
+
+def _meminfo(name: str) -> int:
+    match = re.search(rf"{name}:\s+(\d+) kB", MEMINFO.read_text())
+    return int(match[1]) * 1024 if match else sys.maxsize
