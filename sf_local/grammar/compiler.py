@@ -10,13 +10,14 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from sf_local.errors import GrammarError
 from sf_local.grammar.json_schema import schema_grammar, schema_text
 from sf_local.grammar.lark import ebnf_grammar
 from sf_local.grammar.limits import Refused, shown
-from sf_local.grammar.matcher import Grammar
+from sf_local.grammar.matcher import Grammar, new_memory
 from sf_local.grammar.regex import regex_grammar
 from sf_local.grammar.vocabulary import Vocabulary
 from sf_local.text.tokenizer import Tokenizer
@@ -27,14 +28,17 @@ if TYPE_CHECKING:
 MAX_TEXT = {"regex": 64 << 10, "json_schema": 128 << 10, "ebnf": 32 << 10}  # characters
 LIMITS: dict[str, Any] = {
     "verbose_errors": False,
-    "max_items_in_row": 5_000,
+    # Items of one token's row and of one mask: together they bound how long a mask takes, which for
+    # ambiguous grammars grows with the square of a row. No other request waits longer.
+    "max_items_in_row": 2_000,
+    "step_max_items": 20_000,
     # Lexer states are shared by all generations of one grammar and kept: this bounds its memory
     # (about 1 KiB each) and how long one step can take.
     "max_lexer_states": 50_000,
 }
 EBNF_LIMITS = {**LIMITS, "initial_lexer_fuel": 50_000}  # its regexes are not read here
 
-CACHE_BYTES = 64 << 20
+CACHE_BYTES = 256 << 20
 MATCHER_BYTES = 64 << 10  # of any compiled grammar: its parser and first lexer states
 BYTES_PER_CHARACTER = 128  # of a compiled grammar's text, measured on enums and schemas of 100 kB
 
@@ -96,58 +100,96 @@ class GrammarCompiler:
 
     def _compile(self, kind: str, text: str, translate: Callable[[str], str]) -> Grammar:
         _check_text(kind, text)
-        key = (kind, text)
-        matcher = self._cache.get(key)
-        if matcher is None:
+
+        def make() -> LLMatcher:
             try:
                 limits = EBNF_LIMITS if kind == "ebnf" else LIMITS
-                matcher = self._vocabulary.matcher(translate(text), limits)
+                return self._vocabulary.matcher(translate(text), limits)
             except Refused as error:
                 raise GrammarError(f"{kind}={shown(text)} {error}") from None
             except RecursionError:
                 raise GrammarError(
                     f"{kind}={shown(text)} is nested too deeply. Flatten it."
                 ) from None
-            self._cache.put(key, matcher)
-        return Grammar(matcher.deep_copy(), self._vocabulary, lambda: self._cache.drop(key))
+
+        entry = self._cache.get((kind, text), make)
+        return Grammar(entry.matcher.deep_copy(), self._vocabulary, entry)
+
+
+class _Entry:
+    """A compiled grammar in the cache, and what it takes there."""
+
+    matcher: LLMatcher
+
+    def __init__(self, cache: _Cache, key: tuple[str, str]) -> None:
+        self._cache, self._key = cache, key
+        self.num_bytes = MATCHER_BYTES + BYTES_PER_CHARACTER * len(key[1])
+        self.made: Future[None] = Future()
+
+    def grow(self, num_bytes: int) -> None:
+        """Its lexer, which all generations share, took more memory."""
+        self._cache.grow(self._key, self, num_bytes)
+
+    def drop(self) -> None:
+        """Take it out of the cache."""
+        self._cache.drop(self._key, self)
 
 
 class _Cache:
     """Compiled grammars, of which the least recently used go first; usable from any thread.
 
-    llguidance does not tell what a grammar takes, so sizes are estimates: a constant, and a
-    multiple of the text's length, since a grammar is as large as its text.
+    llguidance does not tell what a grammar takes, and lexers grow while they are used. What counts
+    is an estimate at first, and then the memory that is new to the process after native calls.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self._matchers: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: tuple[str, str]) -> LLMatcher | None:
+    def get(self, key: tuple[str, str], make: Callable[[], LLMatcher]) -> _Entry:
+        """The entry of `key`, which is made once, also for threads that ask at the same time.
+        Raises what `make` raises."""
         with self._lock:
-            if key in self._matchers:
-                self._matchers.move_to_end(key)
-            return self._matchers.get(key)
+            entry, is_new = self._entries.get(key), key not in self._entries
+            if entry is None:
+                entry = self._entries[key] = _Entry(self, key)
+                self.num_bytes += entry.num_bytes
+            self._entries.move_to_end(key)
+        if is_new:
+            self._make(entry, make)
+        elif isinstance(error := entry.made.exception(), GrammarError):
+            raise GrammarError(*error.args)
+        elif error is not None:  # such as the Ctrl-C of the thread that compiled it
+            return self.get(key, make)
+        return entry
 
-    def put(self, key: tuple[str, str], matcher: LLMatcher) -> None:
+    def _make(self, entry: _Entry, make: Callable[[], LLMatcher]) -> None:
+        before = new_memory()
+        try:
+            entry.matcher = make()
+        except BaseException as error:
+            entry.drop()
+            entry.made.set_exception(error)
+            raise
+        entry.made.set_result(None)
+        entry.grow(new_memory() - before)
+
+    def grow(self, key: tuple[str, str], entry: _Entry, num_bytes: int) -> None:
         with self._lock:
-            if key not in self._matchers:
-                self.num_bytes += _estimated_bytes(key)
-            self._matchers[key] = matcher
-            while self.num_bytes > self.max_bytes:
-                oldest, _ = self._matchers.popitem(last=False)
-                self.num_bytes -= _estimated_bytes(oldest)
+            if self._entries.get(key) is entry:
+                entry.num_bytes += num_bytes
+                self.num_bytes += num_bytes
+            while self.num_bytes > self.max_bytes and len(self._entries) > 1:
+                _, oldest = self._entries.popitem(last=False)
+                self.num_bytes -= oldest.num_bytes
 
-    def drop(self, key: tuple[str, str]) -> None:
+    def drop(self, key: tuple[str, str], entry: _Entry) -> None:
         with self._lock:
-            if self._matchers.pop(key, None) is not None:
-                self.num_bytes -= _estimated_bytes(key)
-
-
-def _estimated_bytes(key: tuple[str, str]) -> int:
-    return MATCHER_BYTES + BYTES_PER_CHARACTER * len(key[1])
+            if self._entries.get(key) is entry:
+                del self._entries[key]
+                self.num_bytes -= entry.num_bytes
 
 
 def _check_text(kind: str, text: object) -> None:

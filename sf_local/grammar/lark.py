@@ -36,6 +36,10 @@ _LARK = re.compile(
     |(?P<and>&)""",
     re.VERBOSE,
 )
+# llguidance looks for text that must follow, and never ends where a terminal takes all that its
+# rule then asks for: with WS: /[ ]*/ and start: "x" WS " y" blanks must follow for ever. Meanwhile
+# it holds the GIL. So it does not look for such text in grammars that users write.
+_NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
 _OPTIONAL = re.compile(r"\\.|(?P<optional>[*?]|\{0?,)", re.DOTALL)
 
 
@@ -47,7 +51,7 @@ def ebnf_grammar(text: str) -> str:
     """
     if _GBNF_RULE.search(text):
         text = _gbnf_to_lark(text)
-    return lark_grammar("".join(_LarkCheck(text).pieces()))
+    return lark_grammar("".join(_LarkCheck(text).pieces()) + _NO_FORCING)
 
 
 def _gbnf_to_lark(text: str) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import mmap
+import resource
+import time
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,26 @@ from sf_local.grammar.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
+MAX_MASK_SECONDS = 0.25  # of CPU time: all other requests wait for a mask
+
+
+class Compiled(Protocol):
+    """What a generation tells the cached grammar that it is a copy of."""
+
+    def grow(self, num_bytes: int) -> None:
+        """Its lexer, which all copies share, took more memory."""
+
+    def drop(self) -> None:
+        """It should not be used again."""
+
+
+def new_memory() -> int:
+    """Bytes that the calling thread has made part of the process's memory so far.
+
+    Counted by page faults, so that memory which was freed before and is used again costs nothing.
+    """
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt * mmap.PAGESIZE
+
 
 class Grammar:
     """What one generation may still write. Used by one thread at a time.
@@ -25,13 +47,11 @@ class Grammar:
         num_words: the length of a mask, ceil(vocab_size / 32).
     """
 
-    def __init__(
-        self, matcher: LLMatcher, vocabulary: Vocabulary, forget: Callable[[], None]
-    ) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary, compiled: Compiled) -> None:
+        self._matcher, self._compiled = matcher, compiled
+        self._vocabulary = vocabulary  # which the matcher calls
         self._vocab_size = vocabulary.vocab_size
         self.num_words = (vocabulary.vocab_size + 31) // 32
-        self._forget = forget
         self._native: NDArray[np.int32] | None = None  # llguidance's mask, if that is wider
         if vocabulary.native_size != vocabulary.vocab_size:
             self._native = np.zeros((vocabulary.native_size + 31) // 32, np.int32)
@@ -51,8 +71,17 @@ class Grammar:
         assert mask.dtype == np.int32 and mask.shape == (self.num_words,), mask.shape
         assert mask.flags.c_contiguous
         row = mask if self._native is None else self._native
+        memory, started_at = new_memory(), time.thread_time()
         self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         self._check()
+        if (grown := new_memory() - memory) > 0:
+            self._compiled.grow(grown)
+        if time.thread_time() - started_at > MAX_MASK_SECONDS:
+            self._compiled.drop()
+            raise GrammarError(
+                "The grammar is too complex to follow further: which tokens may come next took "
+                f"more than {1e3 * MAX_MASK_SECONDS:.0f} ms to compute. Simplify it."
+            )
         if row is not mask:
             mask[:] = row[: self.num_words]
             if self._vocab_size % 32:
@@ -91,7 +120,7 @@ class Grammar:
         """Raise what ended the matcher, if anything did."""
         if not self._matcher.is_error():
             return
-        self._forget()  # the cached grammar shares this one's lexer, whose limits may be used up
+        self._compiled.drop()  # it shares this one's lexer, whose limits may be used up
         why = cleaned(self._matcher.get_error())
         if token is not None and "doesn't satisfy the grammar" in why:
             raise EngineError(f"Token {token} does not fit the grammar: {why}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,8 +69,15 @@ class Vocabulary:
         native = LLTokenizer(wrapper, eos_token=eos_ids)
         assert native.is_canonical and native.vocab_size == self.native_size
         wrapper.tokens = encoder.tokens = ()  # llguidance has its own copy
-        encoder.greedy = native.greedy_tokenize
+        # Not `native` itself, which holds the encoder: garbage collection does not see that.
+        encoder.vocabulary = weakref.ref(self)
         return native
+
+    def greedy(self, text: str) -> list[int]:
+        """The tokens of a text that the tokenizer does not give back, the longest ones first."""
+        assert self._llguidance is not None
+        ids: list[int] = self._llguidance.greedy_tokenize(text)
+        return ids
 
     def _try(self, matcher: LLMatcher) -> None:
         """Compute the first masks: much of llguidance's work, and most failures, come only then."""
@@ -100,7 +108,7 @@ class _Encoder:
         self.special_token_ids = sorted(tokenizer.special_ids | set(eos_ids))
         self.tokens: Sequence[bytes] = [tokenizer.written_bytes(i) for i in range(num_tokens)]
         self.tokens += [b""] * (native_size - num_tokens)
-        self.greedy: Callable[[str], list[int]] | None = None
+        self.vocabulary: weakref.ref[Vocabulary] | None = None
         self._tokenizer = tokenizer
         self._num_tokens = num_tokens
         # SentencePiece puts a space before every text, so texts are encoded after a character that
@@ -113,8 +121,9 @@ class _Encoder:
         ids = self._encode(self._before + text)[len(self._before_ids) :]
         if self._bytes(ids) == text.encode():
             return ids
-        assert self.greedy is not None
-        return self.greedy(text)
+        vocabulary = None if self.vocabulary is None else self.vocabulary()
+        assert vocabulary is not None
+        return vocabulary.greedy(text)
 
     def _encode(self, text: str) -> list[int]:
         ids = self._tokenizer.encode(text)

@@ -1,10 +1,16 @@
 import copy
+import gc
+import itertools
 import json
+import mmap
 import re
 import subprocess
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +25,7 @@ from tokenizers import normalizers
 
 from sf_local.errors import EngineError, GrammarError
 from sf_local.grammar import compiler as module
+from sf_local.grammar import matcher as matcher_module
 from sf_local.grammar.compiler import GrammarCompiler
 from sf_local.grammar.json_schema import REFUSED_KEYWORDS
 from sf_local.grammar.matcher import Grammar
@@ -548,12 +555,61 @@ def test_hostile(tokenizer: Tokenizer, compiler: GrammarCompiler, kind: str, tex
         assert len(str(error)) < 700
 
 
+AMBIGUOUS = 'start: (("a" "b"?){1,200}){1,200}'  # rows of items that grow with every token
+
+
+def test_a_mask_that_takes_too_long_ends_its_generation(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock of CPU time, as all others wait for it."""
+    compiler, clock = new_compiler(tokenizer), itertools.count(0, 0.3)
+    grammar = compiler.regex("[ab]+")
+    monkeypatch.setattr(matcher_module.time, "thread_time", lambda: next(clock))
+    with pytest.raises(GrammarError, match="took more than 250 ms"):
+        allowed(grammar)
+    assert compiler._cache.num_bytes == 0
+
+
+GREEDY = """
+import random, sys
+from pathlib import Path
+from sf_local.errors import GrammarError
+from sf_local.text.tokenizer import Tokenizer
+from tests.sf_local.grammar.test_grammar import Walk, new_compiler
+
+tokenizer = Tokenizer(Path(sys.argv[1]))
+compiler = new_compiler(tokenizer)
+chance = random.Random(1)
+grammars = ['root ::= "x" ws " y"\\nws ::= [ ]*', 'start: "x" WS " y"\\nWS: /[ ]*/']
+for _ in range(40):
+    few, more, end = (chance.choice(["a", "[ab]", " ", "[^c]", "(ab)"]) for _ in range(3))
+    text = few.strip("[]()^")[:1] + chance.choice(["", "y", "ab"])
+    grammars.append(f'start: "x" T "{text}"\\nT: /{few}*/')
+    grammars.append(f'start: U T "{text}"\\nT: /{few}+/\\nU: /{more}*/')
+    grammars.append(f'root ::= "x" t "{text}" e\\nt ::= [{few.strip("[]()")}]*\\ne ::= "{text}"+')
+for number, text in enumerate(grammars):
+    try:
+        Walk(tokenizer, compiler.ebnf(text), seed=number, jump=True, limit=30)
+    except GrammarError:
+        pass
+print(len(grammars))
+"""
+
+
+def test_terminals_that_take_what_must_follow(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """llguidance must come back from each. In a process of its own, which can be ended."""
+    save(tmp_path, byte_level_tokenizer(), eos_token="<|im_end|>")
+    done = subprocess.run(
+        [sys.executable, "-c", GREEDY, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == "122", done.stderr
+
+
 def test_a_grammar_that_gives_up_is_not_kept(tokenizer: Tokenizer) -> None:
     compiler = new_compiler(tokenizer)
-    grammar = compiler.ebnf('start: A | "y"\nA: B{1000}\nB: C{1000}\nC: "x"')
-    spell(tokenizer, grammar, "x")
-    with pytest.raises(GrammarError, match="too complex to follow"):
-        spell(tokenizer, grammar, "xxx")
+    grammar = compiler.ebnf(AMBIGUOUS)
+    with pytest.raises(GrammarError, match=r"too complex to follow.*items"):
+        spell(tokenizer, grammar, "a" * 60)
     with pytest.raises(GrammarError, match="too complex to follow"):
         grammar.forced()
     assert not grammar.is_complete
@@ -734,14 +790,80 @@ def test_equal_texts_are_compiled_once(
 
 def test_cache_is_bounded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CACHE_BYTES", 4 * module.MATCHER_BYTES)
+    monkeypatch.setattr(module, "new_memory", lambda: 0)
     compiler = new_compiler(tokenizer)
     for i in range(8):
         compiler.regex("first")
         compiler.regex(f"a{i}")
         assert compiler._cache.num_bytes <= 4 * module.MATCHER_BYTES
-    assert [text for _, text in compiler._cache._matchers] == ["a6", "first", "a7"]
-    compiler.regex("b" * 9000)  # too large to keep, and nothing else fits beside it
-    assert compiler._cache.num_bytes == 0
+    assert [text for _, text in compiler._cache._entries] == ["a6", "first", "a7"]
+    compiler.regex("b" * 9000)  # nothing else fits beside it
+    assert len(compiler._cache._entries) == 1
+
+
+def test_what_lexers_grow_counts(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both when a grammar is compiled, and with the masks of its generations."""
+    memory = itertools.count(0, 1 << 20)
+    for where in (module, matcher_module):
+        monkeypatch.setattr(where, "new_memory", lambda: next(memory))
+    monkeypatch.setattr(module, "CACHE_BYTES", 6 << 20)
+    compiler = new_compiler(tokenizer)
+    compiler.regex("other")
+    grammar = compiler.regex("[ab]{9}")
+    assert 2 << 20 < compiler._cache.num_bytes < 3 << 20
+    spell(tokenizer, grammar, "ab")
+    assert 4 << 20 < compiler._cache.num_bytes < 5 << 20
+    spell(tokenizer, grammar, "ab")  # for which the other one makes room
+    assert [text for _, text in compiler._cache._entries] == ["[ab]{9}"]
+    spell(tokenizer, grammar, "abab")
+    other = compiler.regex("another")
+    spell(tokenizer, grammar, "a")  # which is no longer in the cache, but goes on
+    spell(tokenizer, other, "a")
+    assert compiler._cache.num_bytes < 6 << 20
+
+
+def test_page_faults_tell_what_is_new() -> None:
+    block, before = mmap.mmap(-1, 8 << 20), matcher_module.new_memory()
+    block.madvise(mmap.MADV_NOHUGEPAGE)
+    for page in range(0, len(block), mmap.PAGESIZE):
+        block[page] = 1
+    grown = matcher_module.new_memory() - before
+    block[0] = 2
+    assert len(block) <= grown < 2 * len(block)
+
+
+def test_many_threads_compile_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler, compiled = new_compiler(tokenizer), list[str]()
+    make, start = compiler._vocabulary.matcher, threading.Barrier(8)
+
+    def counting(grammar: str, limits: Any) -> Any:
+        compiled.append(grammar)
+        time.sleep(0.05)
+        return make(grammar, limits)
+
+    def work(text: str) -> str:
+        start.wait()
+        try:
+            return str(compiler.ebnf(text).is_complete)
+        except GrammarError as error:
+            return str(error)
+
+    monkeypatch.setattr(compiler._vocabulary, "matcher", counting)
+    for text in ('start: "ab"', "start: unknown"):
+        with ThreadPoolExecutor(8) as pool:
+            results = set(pool.map(work, [text] * 8))
+        assert len(results) == 1
+    assert len(compiled) == 2
+
+
+def test_a_compiler_that_was_used_is_freed(tmp_path: Path) -> None:
+    tokenizer = save(tmp_path, byte_level_tokenizer(), eos_token="<|im_end|>")
+    compiler = new_compiler(tokenizer)
+    Walk(tokenizer, compiler.json_schema(POINT), seed=1, jump=True)
+    freed = weakref.ref(tokenizer)
+    del tokenizer, compiler
+    gc.collect()
+    assert freed() is None
 
 
 def test_grammars_from_many_threads(tokenizer: Tokenizer) -> None:
