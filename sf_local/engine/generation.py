@@ -42,7 +42,9 @@ class Generation:
         tokenizer: Tokenizer,
         eos_ids: frozenset[int],
         grammar: Grammar | None = None,
+        started_at: float | None = None,
     ) -> None:
+        """started_at: a `time.perf_counter()` from which timeout and latency count; by default now."""
         self.request, self.grammar, params = request, grammar, request.params
         self.deliver: Callable[[Delivery], object] = lambda item: None
         self.remember: Callable[[Sequence[int], str], None] | None = None
@@ -60,7 +62,7 @@ class Generation:
         self._text: list[str] = []
         self._num_delivered = 0  # parts of the text
         self._matched: str | int | None = None
-        self._started_at = time.perf_counter()
+        self._started_at = time.perf_counter() if started_at is None else started_at
         self._first_token_at = self._started_at
         self.deadline = None if params.timeout is None else self._started_at + params.timeout
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from numbers import Integral
@@ -96,10 +97,13 @@ class InputProcessor:
         self._check_images(images)
         return [self._images.given(image) for image in images] if self._images else []
 
-    def prepare(self, prompt: PromptInput, images: Sequence[ImageInput] = ()) -> Prompt:
+    def prepare(
+        self, prompt: PromptInput, images: Sequence[ImageInput] = (), deadline: float | None = None
+    ) -> Prompt:
         """A prompt that can be submitted many times, and is encoded only here.
 
-        Raises RequestError as `submit` does, ImageError for an image that cannot be used.
+        deadline: a `time.perf_counter()`. Raises RequestError as `submit` does, and once it has
+        passed while images wait for others; ImageError for an image that cannot be used.
         """
         if isinstance(prompt, Prompt):
             if images:
@@ -112,7 +116,7 @@ class InputProcessor:
         ids = self._prompt_ids(prompt)
         ready = Prompt(ids, ids)
         if self._images is not None:
-            ready = self._images.expand(ids, images, self.max_tokens)
+            ready = self._images.expand(ids, images, self.max_tokens, deadline)
         return replace(self._fitting(ready), text=prompt if isinstance(prompt, str) else None)
 
     def _check_images(self, images: Sequence[object]) -> None:
@@ -131,14 +135,16 @@ class InputProcessor:
         params = checked(params)
         if params.n != 1:
             raise RequestError(f"n={params.n}: several answers to one prompt come from `samples`")
-        ready = self.prepare(prompt, images)
+        started_at = time.perf_counter()
+        deadline = None if params.timeout is None else started_at + params.timeout
+        ready = self.prepare(prompt, images, deadline)
         self._check_params(params, len(ready.ids))
         max_new_tokens = min(params.max_new_tokens, self.max_tokens - len(ready.ids))
         request = Request(
             ready.ids, params, max_new_tokens, spans=ready.spans, prompt_keys=ready.keys
         )
         grammar = self._grammar(params)
-        generation = Generation(request, self.tokenizer, self._eos_ids, grammar)
+        generation = Generation(request, self.tokenizer, self._eos_ids, grammar, started_at)
         if ready.text is not None and self._reuses_answer_tokens:
             generation.remember = functools.partial(self._encode.remember, ready.text, ready.plain)
         return generation

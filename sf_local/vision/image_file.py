@@ -7,7 +7,6 @@ Pillow runs other programs. Pillow itself is imported with the first image.
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
 import io
 import os
@@ -35,6 +34,8 @@ ImageInput: TypeAlias = (
 
 MAX_PIXELS = 64_000_000
 MAX_ASPECT = 200  # the longer side, divided by the shorter one
+MAX_SCANS = 100  # passes over a progressive JPEG, each over all of its pixels
+MAX_SCANNED = 20 * MAX_PIXELS  # pixels of all passes together
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _REMEDY = (
     "Give a path, the bytes of a file, a PIL image or a base64 data URL; of a whole image in one "
@@ -61,14 +62,22 @@ class GivenImage:
 
     def __init__(self, image: ImageInput, allow_urls: bool = False) -> None:
         self._image, self._allow_urls = image, allow_urls
+        # Not a cached_property: in Python 3.11 it has one lock for all objects, so that a slow URL
+        # would hold up every image of the process.
+        self._key = b""
+        self._read_content: bytes | NDArray[np.uint8] | None = None
 
-    @functools.cached_property
+    @property
     def key(self) -> bytes:
         """16 bytes that only images of the same content share.
 
         A hash of the file's bytes, or of a PIL image's pixels, so the same picture has different
         keys in different formats.
         """
+        self._key = self._key or self._hash()
+        return self._key
+
+    def _hash(self) -> bytes:
         digest, content = hashlib.blake2b(digest_size=16), self._content
         if not isinstance(content, bytes):
             digest.update(repr(content.shape).encode())
@@ -86,11 +95,13 @@ class GivenImage:
         with _refusals(self._image):
             return _decoded(self._content, _shown(self._image))
 
-    @functools.cached_property
+    @property
     def _content(self) -> bytes | NDArray[np.uint8]:
         """The bytes of a file, or the pixels of a PIL image."""
-        with _refusals(self._image):
-            return _read(self._image, self._allow_urls)
+        if self._read_content is None:
+            with _refusals(self._image):
+                self._read_content = _read(self._image, self._allow_urls)
+        return self._read_content
 
 
 @contextmanager
@@ -189,6 +200,8 @@ def _read_file(file: Path) -> bytes:
 def _decoded(data: bytes, name: str) -> NDArray[np.uint8]:
     """The pixels of a file's bytes, uint8 [height, width, 3]."""
     image = _identified(data)
+    if image.format in ("JPEG", "MPO"):
+        _check_scans(data, image.size[0] * image.size[1])
     pixels = _rgb(image)
     # The other images of an MPO file, a kind of JPEG, are previews and depth maps.
     if image.format != "MPO" and getattr(image, "is_animated", False):
@@ -223,6 +236,14 @@ def _rgb(image: PIL.Image.Image) -> NDArray[np.uint8]:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _check_scans(data: bytes, num_pixels: int) -> None:
+    """Raise ValueError for a JPEG that takes minutes to decode. Begins of scans are marked by two
+    bytes that cannot be part of compressed data."""
+    count = data.count(b"\xff\xda")
+    if count > MAX_SCANS or count * num_pixels > MAX_SCANNED:
+        raise ValueError(f"it has {count} scans of {num_pixels / 1e6:.1f} megapixels each")
 
 
 def _check(image: PIL.Image.Image) -> None:

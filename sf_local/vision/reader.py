@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from weakref import WeakValueDictionary
 
 from sf_local.artifact.manifest import ImageSettings
@@ -82,11 +84,15 @@ class ImageReader:
         """An image that can be given to several prompts, and is read once for all of them."""
         return image if isinstance(image, GivenImage) else GivenImage(image, self._allow_urls)
 
-    def expand(self, ids: list[int], images: Sequence[ImageInput], max_tokens: int) -> Prompt:
+    def expand(
+        self, ids: list[int], images: Sequence[ImageInput], max_tokens: int,
+        deadline: float | None = None,
+    ) -> Prompt:  # fmt: skip
         """The Prompt of token ids, with the tiles of `images` in the place of the markers.
 
         Raises ImageError for an image that cannot be used, and RequestError unless there is one
-        image for each marker, and they fit into `max_tokens`.
+        image for each marker, they fit into `max_tokens`, and all are cut before the deadline, a
+        `time.perf_counter()`.
         """
         token = self._settings.image_token_id
         num_markers = ids.count(token)
@@ -97,7 +103,7 @@ class ImageReader:
             )
         if not images:
             return Prompt(ids, ids)
-        cut = self._cut_all(images, max_tokens)
+        cut = self._cut_all(images, max_tokens, deadline)
         prompt, markers = Prompt([], [], unexpanded=ids), iter(cut)
         for part in ids:
             if part == token:
@@ -107,12 +113,14 @@ class ImageReader:
                 prompt.keys.append(part)
         return prompt
 
-    def _cut_all(self, images: Sequence[ImageInput], max_tokens: int) -> list[CutImage]:
+    def _cut_all(
+        self, images: Sequence[ImageInput], max_tokens: int, deadline: float | None
+    ) -> list[CutImage]:
         """Cut images, but not those after the first that does not fit."""
         cut: list[CutImage] = []
         for image in images:
             self._check_room(cut, images, max_tokens)
-            cut.append(self._cut(image))
+            cut.append(self._cut(image, deadline))
         self._check_room(cut, images, max_tokens)
         return cut
 
@@ -155,12 +163,12 @@ class ImageReader:
         ids = self._tokenizer.encode(text)
         return ids[1:] if ids[0] == self._tokenizer.bos_token_id else ids
 
-    def _cut(self, image: ImageInput) -> CutImage:
+    def _cut(self, image: ImageInput, deadline: float | None) -> CutImage:
         """The tiles of an image, cut unless they are in the cache."""
         given = self.given(image)
         if (found := self._cache.get(given.key)) is not None:
             return found
-        with self._cutting:
+        with self._permit(deadline):
             if (found := self._cache.get(given.key)) is not None:
                 return found
             tiles = self._processor.tiles(given.pixels())
@@ -168,3 +176,17 @@ class ImageReader:
             # Copied, so that each tile's memory is freed on its own.
             parts = tuple(Tile(pixels.copy()) for pixels in tiles.pixels)
             return self._cache.add(given.key, CutImage(tiles.rows, tiles.columns, parts, number))
+
+    @contextmanager
+    def _permit(self, deadline: float | None) -> Iterator[None]:
+        """One of the places for images that are cut; raises RequestError at the deadline."""
+        seconds = None if deadline is None else max(0.0, deadline - time.perf_counter())
+        if not self._cutting.acquire(timeout=seconds):
+            raise RequestError(
+                "timeout: it passed while an image waited for others to be decoded; give more "
+                "time, or fewer or smaller images at once"
+            )
+        try:
+            yield
+        finally:
+            self._cutting.release()

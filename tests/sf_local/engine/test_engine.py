@@ -9,6 +9,7 @@ import inspect
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -491,6 +492,22 @@ def test_preempted_requests_lose_nothing(tiny: TinyModel) -> None:
             assert handle.result().text == deltas
         assert engine.stats()["preemptions"] > 0
         assert_idle(engine)
+
+
+def test_a_timeout_counts_from_the_call(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not from when the prompt has been encoded, its grammar compiled, its images decoded."""
+    encode, clock = type(engine.tokenizer).encode, [0.0]
+
+    def slow(tokenizer: Any, text: str) -> list[int]:
+        clock[0] += 100
+        return encode(tokenizer, text)
+
+    real = time.perf_counter
+    monkeypatch.setattr(type(engine.tokenizer), "encode", slow)
+    monkeypatch.setattr(time, "perf_counter", lambda: real() + clock[0])
+    output = engine.generate("abc", greedy(240, timeout=50.0))
+    assert (output.finish_reason, output.token_ids) == ("timeout", [])
+    assert output.latency >= 100
 
 
 def test_a_timeout_ends_with_the_text_so_far(engine: Engine) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -301,6 +302,37 @@ def test_urls(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(url, "more than 0 MiB", allow_urls=True)
     monkeypatch.setattr("sf_local.vision.image_file._URL_SECONDS", 0.5)
     refused(f"{web}/slow", r"more than 0\.5 s", allow_urls=True)
+
+
+def test_a_slow_url_holds_up_no_other_image(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sf_local.vision.image_file._fetch", lambda url: fetched.get(timeout=60))
+    fetched: SimpleQueue[bytes] = SimpleQueue()
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(lambda: GivenImage(f"{web}/slow", allow_urls=True).key)
+        other = GivenImage(encoded(picture())).key
+        assert not slow.done()
+        fetched.put(encoded(picture()))
+        assert slow.result() == other
+
+
+def with_scans(count: int, side: int) -> bytes:
+    """A progressive JPEG whose last scan, an empty one of a few bytes, is there `count` times."""
+    data = encoded(picture(side, side), "JPEG", progressive=True)
+    start = data.rindex(b"\xff\xda")
+    return data[:start] + data[start:-2] * count + data[-2:]
+
+
+def test_jpegs_of_many_scans() -> None:
+    usual = encoded(picture(64, 64), "JPEG", progressive=True)
+    assert usual.count(b"\xff\xda") > 5
+    assert GivenImage(usual).pixels().shape == (64, 64, 3)
+    refused(with_scans(9000, 64), r"it has 90\d\d scans of 0.0 megapixels")
+
+
+def test_jpegs_of_many_scans_of_many_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sf_local.vision.image_file.MAX_SCANNED", 64 * 64 * 8)
+    assert GivenImage(encoded(picture(64, 64), "JPEG")).pixels().shape == (64, 64, 3)
+    refused(encoded(picture(64, 64), "JPEG", progressive=True), "scans of 0.0 megapixels")
 
 
 def test_threads() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -107,6 +108,13 @@ def test_refusals(
 ) -> None:
     with pytest.raises(RequestError, match=message):
         reader(tokenizer).expand(ids, [picture(i) for i in range(num_images)], most)
+
+
+def test_a_timeout_passes_while_others_are_decoded(tokenizer: Tokenizer) -> None:
+    full, late = reader(tokenizer), pytest.raises(RequestError, match="timeout: it passed while")
+    with full._permit(None), full._permit(None), late:
+        full.expand([IMAGE_TOKEN], [picture(0)], MOST, deadline=time.perf_counter() - 1)
+    assert shown(full.expand([IMAGE_TOKEN], [picture(0)], MOST, time.perf_counter() + 60))
 
 
 def test_a_tokenizer_of_another_model(tokenizer: Tokenizer) -> None:
