@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from compile import BuildOptions, demo
 from compile.folder import MLIR
@@ -32,8 +33,13 @@ MACHINE_CODE = "hip/test_machine_code.py"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compile nothing twice, in any process of the run; `--cache-clear` begins anew."""
+    """Compile nothing twice, in any process of the run; `--cache-clear` begins anew.
+
+    And no test of properties fails because the machine is busy.
+    """
     compile_once.install(config.cache.mkdir("compiled"))
+    settings.register_profile("without deadlines", deadline=None)
+    settings.load_profile("without deadlines")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -44,7 +44,7 @@ class Generation:
         grammar: Grammar | None = None,
         started_at: float | None = None,
     ) -> None:
-        """started_at: a `time.perf_counter()` from which timeout and latency count; by default now."""
+        """started_at: `time.perf_counter()` from which timeout and latency count; else now."""
         self.request, self.grammar, params = request, grammar, request.params
         self.deliver: Callable[[Delivery], object] = lambda item: None
         self.remember: Callable[[Sequence[int], str], None] | None = None

@@ -304,14 +304,14 @@ def check_random_schedule(chance: random.Random, num_requests: int, page_size: i
     runner.check_end(requests)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.randoms(use_true_random=True), st.integers(1, 14), st.integers(1, 4))
 def test_random_schedules(chance: random.Random, num_requests: int, page_size: int) -> None:
     check_random_schedule(chance, num_requests, page_size)
 
 
 @pytest.mark.slow
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(st.randoms(use_true_random=True), st.integers(1, 14), st.integers(1, 4))
 def test_many_random_schedules(chance: random.Random, num_requests: int, page_size: int) -> None:
     check_random_schedule(chance, num_requests, page_size)

@@ -161,7 +161,7 @@ _regexes = st.recursive(
 
 
 @pytest.mark.filterwarnings("ignore:Possible (nested|set):FutureWarning")
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(regex=_regexes, seed=st.integers(0, 99))
 def test_any_regex(tokenizer: Tokenizer, compiler: GrammarCompiler, regex: str, seed: int) -> None:
     try:

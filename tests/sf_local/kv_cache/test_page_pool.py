@@ -61,14 +61,14 @@ def check_random_operations(data: st.DataObject, num_pages: int) -> None:
     assert pool.num_free == num_pages - 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data(), st.integers(2, 12))
 def test_behaves_like_the_model(data: st.DataObject, num_pages: int) -> None:
     check_random_operations(data, num_pages)
 
 
 @pytest.mark.slow
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(st.data(), st.integers(2, 12))
 def test_behaves_like_the_model_many_times(data: st.DataObject, num_pages: int) -> None:
     check_random_operations(data, num_pages)

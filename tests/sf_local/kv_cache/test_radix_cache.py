@@ -218,14 +218,14 @@ def check_random_operations(chance: random.Random, page_size: int, num_steps: in
     assert world.pool.num_free == world.pool.num_pages - 1
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.randoms(use_true_random=True), st.integers(1, 4), st.integers(1, 120))
 def test_behaves_like_the_oracle(chance: random.Random, page_size: int, num_steps: int) -> None:
     check_random_operations(chance, page_size, num_steps)
 
 
 @pytest.mark.slow
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=2000)
 @given(st.randoms(use_true_random=True), st.integers(1, 4), st.integers(1, 120))
 def test_behaves_like_the_oracle_many_times(
     chance: random.Random, page_size: int, num_steps: int

@@ -152,7 +152,7 @@ def test_params_are_values() -> None:
         params.seed = 3  # type: ignore[misc]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers()), st.lists(st.integers()), st.integers(0, 30), st.integers(0, 30))
 def test_tokens_slices_like_a_list(
     prompt: list[int], output: list[int], start: int, end: int

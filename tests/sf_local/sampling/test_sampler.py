@@ -88,7 +88,7 @@ distinct_logits = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     distinct_logits,
     st.floats(0.05, 10),
@@ -109,7 +109,7 @@ def test_candidates_match_the_oracle(
         assert found.get(token, 0) == pytest.approx(probability, rel=1e-4, abs=1e-30)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.integers(-3, 3), min_size=1, max_size=30),
     st.integers(1, 40),

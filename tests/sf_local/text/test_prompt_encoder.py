@@ -69,7 +69,7 @@ def test_a_trimmed_stop_string_and_an_end_token(tokenizer: Tokenizer) -> None:
     assert encode("dab</s>" + "d") == [*prompt, *ended, *tokenizer.encode("d")]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.integers(0, 11), max_size=8), st.text("abcdé ", max_size=12), st.data())
 def test_the_text_is_always_the_same(
     tokenizer: Tokenizer, ids: list[int], rest: str, data: st.DataObject

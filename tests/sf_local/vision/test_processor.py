@@ -86,7 +86,7 @@ def test_llava(size: tuple[int, int], family: type, resize_to: int) -> None:
 
 
 @given(st.integers(1, 400), st.integers(1, 400), st.sampled_from([16, 40, 64, 100]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_size(height: int, width: int, resize_to: int) -> None:
     wanted = replace(SMALL_SMOLVLM, resize_to=resize_to)
     check_idefics3(wanted, height, width, Idefics3ImageProcessorPil)
