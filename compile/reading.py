@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sf_local.artifact.json_file import check_regular, read_object
 from sf_local.errors import SourceError, UnsupportedError
 
 Where = Path | str  # a file, or a part of one
+# The most that keys may say: larger numbers keep a conversion busy for ever
+MOST = {
+    "num_hidden_layers": 4096, "block_count": 4096,
+    "max_position_embeddings": 1 << 24, "context_length": 1 << 24,
+}  # fmt: skip
 Supported = dict[str, tuple[list[Any], str]]  # by key: allowed values (None: absent), and in words
 
 
@@ -35,9 +40,11 @@ class Numbers:
 
     def integer(self, key: str, default: int | None = None) -> int:
         """A positive whole number."""
-        value = self.number(key, default)
+        value, most = self.number(key, default), MOST.get(key)
         if value != int(value):
             raise corrupt(self.path, f"a whole number for {key}", value)
+        if most is not None and value > most:
+            raise corrupt(self.path, f"at most {most} for {key}", f"{value:.0f}")
         return int(value)
 
     def heads(self, hidden: int, heads: str, kv_heads: str, size: str) -> dict[str, int]:
@@ -76,16 +83,22 @@ def check_supported(path: Where, values: Mapping[str, Any], supported: Supported
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; raises SourceError, and OSError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise corrupt(path, "JSON", error) from error
-    if not isinstance(value, dict):
-        raise corrupt(path, "a JSON object", type(value).__name__)
-    return value
+        return read_object(path)
+    except ValueError as error:
+        raise corrupt(path, "a JSON object", error) from error
+
+
+def check_file(path: Path, what: str, max_bytes: int | None = None) -> None:
+    """Raise SourceError unless the path is a regular file; OSError if it is not there."""
+    try:
+        check_regular(path, max_bytes)
+    except ValueError as error:
+        raise corrupt(path, what, error) from None
 
 
 def map_file(path: Path) -> mmap.mmap:
     """The file mapped into memory, where it is read as it is touched; raises SourceError."""
+    check_file(path, "a model file")
     with path.open("rb") as file:
         try:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -10,7 +10,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from compile.reading import corrupt, read_json
+from compile.reading import check_file, corrupt, read_json
+from sf_local.artifact.json_file import MAX_BYTES
 from sf_local.errors import SourceError
 
 log = logging.getLogger("sf_local.compile")
@@ -37,6 +38,7 @@ def open_tokenizer(folder: Path) -> HFTokenizer:
             f"{path}: expected the model's tokenizer, found none; download it too, or make it of a "
             "tokenizer.model: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
+    check_file(path, "a tokenizer", MAX_BYTES)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
@@ -58,6 +60,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if "added_tokens_decoder" not in config and special.exists():
         config |= read_json(special)
     if template.exists():
+        check_file(template, "a chat template", MAX_BYTES)
         try:
             config["chat_template"] = template.read_text(encoding="utf-8")
         except ValueError as error:

@@ -67,7 +67,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if not isinstance(shards, dict) or not shards:
         raise corrupt(index, "an object weight_map", repr(shards))
     for name in shards.values():
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
             raise corrupt(index, "file names in weight_map", repr(name))
     return [folder / name for name in sorted(set(shards.values()))]
 

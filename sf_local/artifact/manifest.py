@@ -130,14 +130,21 @@ class Manifest:
     def check(self) -> None:
         """Raise TypeError, KeyError or ValueError for a value that is missing or not allowed."""
         for name, file in self.files.items():
+            if Path(name).name != name or "\0" in name:
+                raise ValueError(f"files has {name!r}, which is no name of a file")
             _instance(f"files/{name}/size", file["size"], int)
             _instance(f"files/{name}/sha256", file["sha256"], str)
-        for name in ("functions", "cpu_features", "eos_token_ids"):
+        for name in ("target", "device", "weight_dtype", "kv_dtype", "parameters_sha256"):
+            _instance(name, getattr(self, name), str)
+        for name, kind in (("functions", str), ("cpu_features", str), ("eos_token_ids", int)):
             _instance(name, getattr(self, name), list)
+            for value in getattr(self, name):
+                _instance(name, value, kind)
         _positive_int("vocab_size", self.vocab_size)
         _positive_int("hidden_size", self.hidden_size)
         _instance("source", self.source["name"], str)
         _instance("config", self.config, dict)
+        _instance("config/paged_kv_cache", self.config["paged_kv_cache"], dict)
         if self.images is not None:
             ImageSettings(**self.images).check()
 

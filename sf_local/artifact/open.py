@@ -7,7 +7,6 @@ all files are compared with the manifest, and the hashes of small ones; `verify`
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sf_local.artifact import irpa
+from sf_local.artifact.json_file import read_object
 from sf_local.artifact.manifest import (
     COMPILER_VERSION,
     CONFIG,
@@ -289,12 +289,9 @@ def _existing(path: Path) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(_existing(path).read_text())
+        return read_object(_existing(path))
     except (ValueError, OSError) as error:
         raise CorruptFileError(f"{path}: not readable as JSON ({error}); {REPAIR}") from error
-    if not isinstance(data, dict):
-        raise CorruptFileError(f"{path}: a JSON object was expected; {REPAIR}")
-    return data
 
 
 def _from_dict(kind: Callable[..., T], data: Any) -> T:

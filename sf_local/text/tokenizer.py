@@ -13,6 +13,7 @@ from typing import Any
 
 import tokenizers
 
+from sf_local.artifact.json_file import read_object
 from sf_local.errors import CorruptFileError, MissingFileError, RequestError
 
 MANY_CHARACTERS = 4096  # in a text, whose encoding then takes some milliseconds
@@ -172,12 +173,9 @@ class Tokenizer:
 def _read_config(file: Path) -> dict[str, Any]:
     _check_exists(file)
     try:
-        config = json.loads(file.read_bytes())
+        return read_object(file)
     except (OSError, ValueError) as error:
         raise CorruptFileError(f"{file} is not readable JSON: {error}. {_REMEDY}") from error
-    if not isinstance(config, dict):
-        raise CorruptFileError(f"{file} holds a {type(config).__name__}, not an object. {_REMEDY}")
-    return config
 
 
 def _read_tokenizer(file: Path) -> tokenizers.Tokenizer:

@@ -152,6 +152,8 @@ def test_type_unknown_to_gguf(tmp_path: Path) -> None:
     [
         ({"llama__block_count": None}, "block_count"),
         ({"llama__context_length": "long"}, "context_length"),
+        ({"llama__context_length": 2**31}, "at most 16777216 for context_length"),
+        ({"llama__block_count": 2**31}, "at most 4096 for block_count"),
         ({"tokenizer__ggml__model": None}, "tokenizer.ggml.model"),
         ({"tokenizer__ggml__token_type": [1]}, "token_type"),
     ],

@@ -1,6 +1,7 @@
 """Hugging Face folders, whole and damaged, with toy weights."""
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -250,11 +251,41 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 100_000, "\0\1", '{"a": "\\ud800"'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[1]", "[" * 100_000, "\0\1", '{"a": "\\ud800"}', '{"a":' * 990 + "1" + "}" * 990],
+    ids=range(7),
+)
 def test_damaged_json(tmp_path: Path, file: str, text: str) -> None:
     folder = write_folder(tmp_path / "toy")
     (folder / file).write_text(text)
     refused(folder, SourceError, file, "download it again")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors",
+     "generation_config.json", "chat_template.jinja", "special_tokens_map.json"],
+)  # fmt: skip
+def test_files_that_never_end(tmp_path: Path, name: str) -> None:
+    folder = write_folder(tmp_path / "toy")
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+        refused(folder, SourceError, name, "no regular file")
+
+
+def test_a_shard_whose_name_is_none(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "toy")
+    (folder / "model.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "a\0b"}}))
+    refused(folder, SourceError, "file names in weight_map")
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "max_position_embeddings"])
+def test_numbers_that_would_never_be_done(tmp_path: Path, key: str) -> None:
+    refused(write_folder(tmp_path / "toy", **{key: 1 << 32}), SourceError, f"for {key}", "at most")
 
 
 @pytest.mark.parametrize("value", [None, 0, -1, 1.5, "32", True, [32], 10**400, float("nan")])

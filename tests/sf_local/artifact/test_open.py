@@ -1,6 +1,7 @@
 """Every way in which an artifact can be wrong, and the error that says so before anything loads."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -199,13 +200,27 @@ def test_verify_needs_all_files(folder: Path) -> None:
         (b"{", "not readable as JSON"),
         (b"\xff\xfe\x00", "not readable as JSON"),
         (b"\x00" * 500, "not readable as JSON"),
-        (b"[]", "a JSON object was expected"),
-        (b"null", "a JSON object was expected"),
+        (b"[]", "it holds a list, not an object"),
+        (b"null", "it holds a NoneType, not an object"),
+        (b'{"a":' * 990 + b"1" + b"}" * 990, "nested"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+        (b'{"a": ["\\ud800"]}', "half of a surrogate pair"),
+        (b'{"\\udc00": 1}', "half of a surrogate pair"),
     ],
 )
 def test_garbage_for_json(folder: Path, name: str, data: bytes, found: str) -> None:
     (folder / name).write_bytes(data)
     fails(CorruptFileError, folder / name, found, vmfb=folder)
+
+
+@pytest.mark.parametrize("name", [CONFIG, MANIFEST])
+def test_files_that_never_end(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        make(folder / name)
+        with pytest.raises(ArtifactError, match=name):
+            open_artifact(folder)
+        (folder / name).unlink()
 
 
 BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
@@ -367,8 +382,17 @@ def test_unknown_and_missing_keys_of_the_manifest(folder: Path) -> None:
         {"files": []},
         {"files": {CONFIG: {}}},
         {"files": {CONFIG: 5}},
+        {"files": {"../config.json": {"size": 1, "sha256": ""}}},
+        {"files": {"a\0b": {"size": 1, "sha256": ""}}},
         {"functions": None},
         {"functions": 5},
+        {"functions": [5]},
+        {"cpu_features": [5]},
+        {"cpu_features": [["avx2"]]},
+        {"eos_token_ids": ["2"]},
+        {"target": 5},
+        {"config": {}},
+        {"config": {"paged_kv_cache": 5}},
     ],
     ids=str,
 )

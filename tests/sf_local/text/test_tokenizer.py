@@ -203,7 +203,12 @@ def test_missing_and_corrupt_files(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
     with pytest.raises(CorruptFileError, match=r"tokenizer\.json is not a readable tokenizer"):
         Tokenizer(tmp_path)
-    for content, message in (("[]", "holds a list"), ("{", "not readable JSON")):
+    for content, message in (
+        ("[]", "holds a list"),
+        ("{", "not readable JSON"),
+        ('{"a": "\\ud800"}', "half of a surrogate pair"),
+        ('{"a":' * 200 + "1" + "}" * 200, "nested more than 100 deep"),
+    ):
         (tmp_path / "tokenizer_config.json").write_text(content)
         with pytest.raises(CorruptFileError, match=message):
             Tokenizer(tmp_path)
