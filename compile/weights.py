@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from compile.formats.layout import DTYPES, Parameter
+from compile.formats.layout import DTYPES, QUANTIZED, Parameter
 from compile.formats.quantize import GROUP, ZERO, Groups, all_finite, packed, quantized, with_bits
 from compile.models.rope import ROPE_BLOCK, rope_table
 from compile.models.tensors import ModelTensor, model_tensors, source_shapes
@@ -23,6 +23,7 @@ from sf_local.errors import SourceError
 
 WHOLE = "model"  # the name of the whole archive as one parameter, which CPU code reads
 BLOCK_ELEMENTS = 16 << 20  # elements that are converted at once; 64 MiB in f32
+REFUSED_ROWS = 1024  # that are read at once to count what is wrong with a tensor
 
 Array = NDArray[np.generic]
 
@@ -149,20 +150,25 @@ def _read_groups(
     codes = np.full(shape, ZERO if bits == 8 else 0, np.uint8)
     numbers = [np.zeros((rows, num_groups), np.float16) for _ in range(1 if bits == 8 else 2)]
     for segment, source, to in _overlaps(segments, start, rows):
-        groups = segment.tensor.groups(source) if segment.tensor.groups else None
-        if groups is None:
-            values = segment.tensor.read(source).astype(np.float32)
-            if not all_finite(values):
-                raise _refusal(segment, f"int{bits}")
-            groups = quantized(np.pad(values, ((0, 0), (0, -values.shape[1] % GROUP))), bits)
-        groups = with_bits(groups, bits)
+        groups = _as_groups(segment.tensor, source, bits)
+        if groups is None or not groups.is_finite.all():
+            raise _refusal(segment, f"int{bits}")
         width = groups.codes.shape[1]
         codes[to, :width] = groups.codes
         for kept, found in zip(numbers, (groups.scales, groups.minima), strict=False):
-            if found is not None and not all_finite(found):
-                raise _refusal(segment, f"int{bits}")
             kept[to, : width // GROUP] = found
     return Groups(codes, *numbers)
+
+
+def _as_groups(tensor: SourceTensor, rows: slice, bits: int) -> Groups | None:
+    """Some rows, quantized; None if they hold what is NaN or infinite."""
+    groups = tensor.groups(rows) if tensor.groups else None
+    if groups is None:
+        values = tensor.read(rows).astype(np.float32)
+        if not all_finite(values):
+            return None
+        groups = quantized(np.pad(values, ((0, 0), (0, -values.shape[1] % GROUP))), bits)
+    return with_bits(groups, bits)
 
 
 def _read_rows(segments: Sequence[Segment], start: int, out: Array, dtype: str) -> None:
@@ -176,23 +182,36 @@ def _read_rows(segments: Sequence[Segment], start: int, out: Array, dtype: str) 
 
 
 def _refusal(segment: Segment, dtype: str) -> SourceError:
-    """Why a tensor cannot be converted, with the number of its weights that are at fault."""
-    rows = range(0, segment.tensor.shape[0], 1024)
-    parts = [segment.tensor.read(slice(start, start + 1024)).astype(np.float32) for start in rows]
-    count = sum(int(part.size - np.isfinite(part).sum()) for part in parts)
-    if count:
+    """Why a tensor cannot be converted, with the number of its weights or groups at fault."""
+    num_lost = num_too_large = 0
+    largest = 0.0
+    for start in range(0, segment.tensor.shape[0], REFUSED_ROWS):
+        rows = slice(start, start + REFUSED_ROWS)
+        values = segment.tensor.read(rows).astype(np.float32)
+        num_lost += int(np.count_nonzero(~np.isfinite(values)))
+        if not num_lost:
+            largest = max(largest, float(np.abs(values).max()))
+            num_too_large += _num_too_large(segment.tensor, rows, values, dtype)
+    if num_lost:
         return SourceError(
-            f"{segment.name} has {count} weights that are NaN or infinite, from which no model can "
-            "compute; get the file again, or from another source"
+            f"{segment.name} has {num_lost} weights that are NaN or infinite, from which no model "
+            "can compute; get the file again, or from another source"
         )
-    largest = max(float(np.abs(part).max()) for part in parts)
-    most = 65504 * (127 if dtype == "int8" else 15 if dtype == "int4" else 1)
-    count = sum(int((np.abs(part) > most).sum()) for part in parts)
-    of_groups = " of a group" if dtype.startswith("int") else ""
+    what = f"groups of {GROUP} weights" if dtype in QUANTIZED else "weights"
+    remedy = "f32" if dtype == "bf16" else "bf16 or f32"
     return SourceError(
-        f"{segment.name} has {count} weights too large for {dtype}: up to {largest:.3g}, where the "
-        f"scale{of_groups} ends at 65504; compile with --weights bf16 or f32"
+        f"{segment.name} has {num_too_large} {what} too large for {dtype}: up to {largest:.3g}; "
+        f"compile with --weights {remedy}"
     )
+
+
+def _num_too_large(tensor: SourceTensor, rows: slice, values: Array, dtype: str) -> int:
+    """How many weights, or groups of quantized ones, are not finite as `dtype`."""
+    if dtype not in QUANTIZED:
+        with np.errstate(over="ignore"):
+            return int(np.count_nonzero(~np.isfinite(values.astype(DTYPES[dtype]))))
+    groups = _as_groups(tensor, rows, int(dtype[3:]))
+    return 0 if groups is None else int(np.count_nonzero(~groups.is_finite))
 
 
 def _overlaps(

@@ -32,6 +32,12 @@ class Groups:
         """8 or 4, of a code."""
         return 8 if self.minima is None else 4
 
+    @property
+    def is_finite(self) -> NDArray[np.bool_]:
+        """Of which groups the scale, and the minimum, is a number: [rows, K / 32]."""
+        is_finite = np.isfinite(self.scales)
+        return is_finite if self.minima is None else is_finite & np.isfinite(self.minima)
+
     def dequantized(self) -> Floats:
         """The weights [rows, K] f32."""
         codes = self.codes.reshape(len(self.codes), -1, GROUP).astype(np.float32)
@@ -79,6 +85,7 @@ def _int4(
     As llama.cpp's k-quants do; larger weights count for more. groups: [n, K / 32, 32].
     """
     low, high = groups.min(axis=-1), groups.max(axis=-1)
+    is_too_large = np.maximum(np.abs(low), (high - low) / 15) > np.finfo(np.float16).max
     importance = np.abs(groups) + np.sqrt(np.mean(groups**2, axis=-1, keepdims=True))
     best_error = np.full(low.shape, np.inf, np.float32)
     best: list[NDArray[Any]] = [
@@ -96,7 +103,8 @@ def _int4(
         best[0] = np.where(is_better[..., None], codes.astype(np.uint8), best[0])
         best[1] = np.where(is_better, scales, best[1])
         best[2] = np.where(is_better, minima, best[2])
-    return best[0], best[1], best[2]
+    # Overflow on the way can end in a fit that is finite, and far from the weights.
+    return best[0], np.where(is_too_large, np.float16(np.inf), best[1]), best[2]
 
 
 def _codes(groups: Floats, minima: Floats, inverse: Floats) -> Floats:
@@ -136,7 +144,8 @@ def from_gguf(raw: NDArray[np.uint8], kind: str) -> Groups | None:
     if kind == "Q8_0":
         codes = blocks[..., 2:] ^ np.uint8(ZERO)  # two's complement to an offset of 128
         return Groups(codes.reshape(len(raw), -1), scales)
-    minima = scales * np.float16(-8)
+    with np.errstate(over="ignore"):
+        minima = scales * np.float16(-8)
     if kind == "Q4_1":
         minima = blocks[..., 2:4].copy().view(np.float16)[..., 0]
     packed = blocks[..., -16:]

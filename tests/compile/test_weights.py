@@ -170,25 +170,34 @@ def test_weights_that_are_no_numbers(tmp_path: Path, dtype: str, name: str, ours
             convert(folder, dtype, tmp_path / "out")
 
 
+WEIGHTS, SHIFTED = (7, 9), (slice(5, 7), slice(0, 32))  # one; all of two groups
+
+
 @pytest.mark.parametrize(
-    ("dtype", "value", "is_refused"),
+    ("dtype", "where", "value", "refused"),
     [
-        ("f16", 65504, False), ("f16", -65536, True), ("bf16", 1e30, False), ("f32", 1e30, False),
-        ("int8", 1e6, False), ("int8", -1e8, True), ("int4", 1e4, False), ("int4", 1e8, True),
+        ("f16", WEIGHTS, 65504, ""), ("f16", WEIGHTS, -65536, "1 weights"),
+        ("bf16", WEIGHTS, 1e30, ""), ("bf16", WEIGHTS, 3.4e38, "1 weights"),
+        ("f32", WEIGHTS, 3.4e38, ""), ("f16", SHIFTED, 1e5, "64 weights"),
+        ("int8", WEIGHTS, 1e6, ""), ("int8", WEIGHTS, -1e8, "1 groups"),
+        ("int4", WEIGHTS, 1e4, ""), ("int4", WEIGHTS, 9e5, ""), ("int4", WEIGHTS, 1e8, "1 groups"),
+        ("int4", WEIGHTS, -1e5, "1 groups"), ("int4", SHIFTED, 1e5, "2 groups"),
+        ("int4", SHIFTED, -1e5, "2 groups"), ("int8", SHIFTED, 1e5, ""),
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("error")
 def test_weights_that_are_too_large(
-    tmp_path: Path, dtype: str, value: float, is_refused: bool
+    tmp_path: Path, dtype: str, where: tuple[int | slice, ...], value: float, refused: str
 ) -> None:
     weights = wide_weights()
-    weights[Q_PROJ][7, 9] = value
+    weights[Q_PROJ][where] = value
     folder = write_folder(tmp_path / "toy", weights, head_dim=32)
-    if is_refused:
-        with pytest.raises(SourceError, match=f"has 1 weights too large for {dtype}"):
-            convert(folder, dtype, tmp_path / "out")
-    else:
+    if not refused:
         convert(folder, dtype, tmp_path / "out")
+        return
+    with pytest.raises(SourceError, match=f"{refused}.* too large for {dtype}: up to") as caught:
+        convert(folder, dtype, tmp_path / "out")
+    assert str(caught.value).endswith("--weights f32" if dtype == "bf16" else "bf16 or f32")
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("Q8_0", 8), ("Q4_1", 4), ("Q4_0", 4)])

@@ -45,6 +45,19 @@ def test_flat_groups_and_zeros(bits: int, level: float, step: float) -> None:
     assert not quantized(np.zeros((1, GROUP), np.float32), bits).dequantized().any()
 
 
+@example(4, -1e5, 0.0)  # overflow on the way, of which a finite fit came out that was far off
+@example(4, -2e5, 3.0)
+@given(st.sampled_from([8, 4]), st.floats(-1e7, 1e7), st.floats(-1e7, 1e7))
+def test_large_weights_are_near_or_not_finite(bits: int, one: float, other: float) -> None:
+    x = weights(1, GROUP)
+    x[0, [3, 9]] = one, other
+    groups, span = quantized(x, bits), float(x.max() - x.min())
+    if groups.is_finite.all():
+        assert np.abs(groups.dequantized() - x).max() <= span / 14 + 0.01 * np.abs(x).max()
+    else:
+        assert np.abs(x).max() > 65504
+
+
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
 def test_gguf_blocks_are_carried_over(kind: str) -> None:
     """The very weights that gguf dequantizes."""
