@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
             max_seq_len=args.max_seq_len,
         )
         output = args.output or Path(f"{model_name(args.source)}-{args.target.replace(',', '-')}")
-        with _terminated_as_interrupted(), progress_display() as progress:
+        with _ended_as_interrupted(), progress_display() as progress:
             build(
                 args.source, output, options,
                 keep_mlir=args.keep_mlir, force=args.force, progress=progress,
@@ -52,13 +52,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 @contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, so that what is temporary is removed."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _ended_as_interrupted() -> Iterator[None]:
+    """SIGTERM, and the end of the terminal, raise KeyboardInterrupt, so that what is temporary is
+    removed; not if the caller ignores them, as nohup does."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -45,16 +45,19 @@ def check_output(output: Path, force: bool) -> None:
 
     Nothing is replaced without `force`, and with it only a folder in which all is an artifact's.
     """
-    if not output.exists():
-        return
-    if not force:
-        raise OutputError(f"{output} exists already; use --force to replace it, or another folder")
-    if not output.is_dir() or (others := _no_artifacts(output)):
-        what = f"holds {_listed(others)}" if output.is_dir() else "is a file"
-        raise OutputError(
-            f"{output} {what}, which --force does not remove; choose another folder, or move that "
-            "out of the way"
-        )
+    with _named_errors(output):
+        if not output.exists():
+            return
+        if not force:
+            raise OutputError(
+                f"{output} exists already; use --force to replace it, or another folder"
+            )
+        if not output.is_dir() or (others := _no_artifacts(output)):
+            what = f"holds {_listed(others)}" if output.is_dir() else "is a file"
+            raise OutputError(
+                f"{output} {what}, which --force does not remove; choose another folder, or move "
+                "that out of the way"
+            )
 
 
 def is_artifact(folder: Path) -> bool:
@@ -90,15 +93,30 @@ def staging(output: Path, force: bool) -> Iterator[Path]:
     If the body raises, it vanishes. Raises OutputError for what cannot be written, or must not be
     replaced.
     """
+    with _named_errors(output), scratch_folder(output.parent) as temporary:
+        new = temporary / "new"
+        new.mkdir()
+        yield new
+        check_output(output, force)  # again: it has been minutes
+        _replace(output, new, temporary / "old")
+
+
+def _replace(output: Path, new: Path, old: Path) -> None:
+    """Move `new` to `output`, and what was there to `old`; nothing has moved if that raises."""
     try:
-        with scratch_folder(output.parent, output.name) as temporary:
-            new = temporary / "new"
-            new.mkdir()
-            yield new
-            check_output(output, force)  # again: it has been minutes
-            if output.exists():
-                os.replace(output, temporary / "old")
-            os.replace(new, output)
+        if output.exists():
+            os.replace(output, old)
+        os.replace(new, output)
+    except BaseException:
+        if old.exists() and not output.exists():
+            os.replace(old, output)
+        raise
+
+
+@contextmanager
+def _named_errors(output: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise OutputError(
             f"{output}: cannot be written ({error.strerror or error}); free some space, or choose "

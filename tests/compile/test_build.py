@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -140,14 +142,31 @@ def test_what_appears_during_a_build_is_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out-False", "out-True"]
 
 
-def test_a_terminated_run_leaves_nothing(tiny: TinyModel, tmp_path: Path) -> None:
+def test_what_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C between the two renames, after which the old artifact was removed as temporary."""
+    output, replace_file = make_files(tmp_path / "out", *ARTIFACT), os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        replace_file(source, target)
+        if target.name == "old":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), staging(output, force=True):
+        pass
+    assert all((output / name).read_text() == "precious" for name in ARTIFACT)
+    assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_terminated_run_leaves_nothing(tiny: TinyModel, tmp_path: Path, number: int) -> None:
     """Neither what is temporary nor the compiler, which gets the signal on its own."""
     command = [sys.executable, "-m", "compile", str(tiny.source), "-o", str(tmp_path / "out")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        while not (found := list(tmp_path.glob(".sf-compile.out.*/new/model.mlir"))):
+        while not (found := list(tmp_path.glob(".sf-compile.*/new/model.mlir"))):
             assert process.poll() is None
             time.sleep(0.02)
-        process.terminate()
+        process.send_signal(number)
         assert process.wait(60) == 130
     assert found and list(tmp_path.iterdir()) == []
 
@@ -170,7 +189,7 @@ raise SystemExit(main([{str(tiny.source)!r}, "-o", {str(tmp_path / "out")!r}]))
 
 def test_an_unwritable_folder(tiny: TinyModel, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for output in (tmp_path / "file" / "out", Path("/proc/sf_local/out")):
+    for output in (tmp_path / "file" / "out", Path("/proc/sf_local/out"), tmp_path / ("x" * 300)):
         with pytest.raises(OutputError, match="cannot be written"):
             build(tiny.source, output, TINY_OPTIONS)
 
