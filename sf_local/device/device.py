@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import re
 import threading
 import time
@@ -16,6 +17,8 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
+# shortfin imports it with its first worker; a child that is forked meanwhile would wait for ever
+import _shortfin.asyncio_bridge  # noqa: F401
 import shortfin as sf
 
 from sf_local.device.cpu_threads import usable_cores, workers_on
@@ -33,6 +36,15 @@ _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 T = TypeVar("T")
 
 _flags_parsed = False
+# Held while the process's flags and libshortfin's slots change: systems that are created meanwhile
+# would get the other's cores, and slots be restored to code that is freed. A fork waits for it,
+# since a child that inherits it locked could open no device.
+_process_lock = threading.Lock()
+os.register_at_fork(
+    before=_process_lock.acquire,
+    after_in_parent=_process_lock.release,
+    after_in_child=_process_lock.release,
+)
 
 
 class Device:
@@ -50,7 +62,6 @@ class Device:
         info = find_device(spec)
         self.kind, self.index, self.chip = info.kind, info.index, info.chip
         self.shares_memory = self.kind == "cpu"
-        _parse_iree_flags()
         self.system = _cpu_system() if self.kind == "cpu" else _hip_system(self.index)
         self.worker = self.system.create_worker("sf_local")
         self._is_lost = False  # a call took too long, and the worker may wait for ever
@@ -148,14 +159,18 @@ class Device:
 
 def _cpu_system() -> Any:
     library = libshortfin()
-    with workers_on(ctypes.CDLL(str(library)), library, usable_cores()):
-        return sf.host.CPUSystemBuilder().create_system()
+    with _process_lock:
+        _parse_iree_flags()
+        with workers_on(ctypes.CDLL(str(library)), library, usable_cores()):
+            return sf.host.CPUSystemBuilder().create_system()
 
 
 def _hip_system(index: int) -> Any:
     """A system of one GPU."""
     library = libshortfin()
-    keep_joined_statuses(ctypes.CDLL(str(library)), library)
+    with _process_lock:
+        _parse_iree_flags()
+        keep_joined_statuses(ctypes.CDLL(str(library)), library)
     try:
         builder = sf.amdgpu.SystemBuilder()
         available = list(builder.available_devices)
