@@ -244,7 +244,7 @@ def test_a_missing_tensor_and_a_left_over_one(tiny: TinyModel, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("tokenizer_config.json", {"eos_token": "<nope>"}, "<nope>"),
+        ("tokenizer_config.json", {"chat_template": 5}, "chat_template of type int"),
         ("config.json", {"eos_token_id": 1_000_000}, "1000000 is not in the vocabulary"),
         ("config.json", {"bos_token_id": -1}, "-1 is not in the vocabulary"),
     ],
