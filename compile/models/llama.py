@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from compile.models.spec import LlamaConfig, RopeScaling, VisionConfig
 from compile.models.tensors import DECODER, Shape, hf_names
 from compile.reading import Numbers, Supported, Where, check_supported, corrupt, unsupported
 
+log = logging.getLogger("sf_local.compile")
 NAMES = hf_names(DECODER)
 ROPE_FACTORS = "rope_freqs.weight"  # the tensor by which GGUF stores Llama 3's scaling of RoPE
 
@@ -62,6 +64,8 @@ def llama_config(path: Where, raw: dict[str, Any]) -> LlamaConfig:
     """
     # Of transformers before 5, and from it on, which reads them in this order as well
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if rope != (raw.get("rope_parameters") or rope):
+        log.warning("%s: rope_scaling is used, and rope_parameters beside it are not", path)
     if not isinstance(rope, dict):
         raise corrupt(path, "an object for rope_parameters or rope_scaling", repr(rope))
     found = {"hidden_act": "silu", "partial_rotary_factor": rope.get("partial_rotary_factor")} | raw

@@ -15,6 +15,7 @@ from sf_local.artifact.json_file import MAX_BYTES
 from sf_local.errors import SourceError
 
 log = logging.getLogger("sf_local.compile")
+LISTS = ("extra_special_tokens", "additional_special_tokens")  # the newer and the older name
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     special, template = folder / "special_tokens_map.json", folder / "chat_template.jinja"
     old_template = folder / "chat_template.json"  # of models that take images
     if "added_tokens_decoder" not in config and special.exists():
-        config |= read_json(special)
+        lists = {key: value for key, value in config.items() if key in LISTS}
+        config |= read_json(special) | lists
     if template.exists():
         check_file(template, "a chat template", MAX_BYTES)
         try:
@@ -101,13 +103,14 @@ def _declared_tokens(
 
 def _special_tokens(config: dict[str, Any]) -> Iterator[AddedToken]:
     """Tokens that are named, such as "bos_token", or listed as special."""
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    extra = extra.values() if isinstance(extra, dict) else extra
+    extra, listed = (config.get(key) or [] for key in LISTS)
+    if isinstance(extra, dict):  # by name, and so beside a list
+        extra = [*extra.values(), *listed]
     names = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
     others = [key for key in config if key.endswith("_token") and key not in names]
     for value in (
         *(config.get(name) for name in (*names, *others)),
-        *(extra.values() if isinstance(extra, dict) else extra),
+        *(extra or listed),
     ):
         if isinstance(value, str):
             yield AddedToken(value, special=True, normalized=False)

@@ -36,6 +36,17 @@ FILES: dict[str, dict[str, Any]] = {
             ]
         }
     },
+    "extra_by_name_and_additional": {
+        "tokenizer_config.json": NAMED
+        | {
+            "extra_special_tokens": {"image_token": "<tool>"},
+            "additional_special_tokens": ["<|turn|>"],
+        }
+    },
+    "additional_of_two_files": {
+        "tokenizer_config.json": NAMED | {"additional_special_tokens": ["<|turn|>"]},
+        "special_tokens_map.json": NAMED | {"additional_special_tokens": ["<tool>"]},
+    },
     "named": {"tokenizer_config.json": NAMED | {"image_token": "<tool>", "unk_token": "<unk>"}},
     "special_tokens_map": {
         "tokenizer_config.json": {},

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from transformers import LlamaConfig
 
 from compile.models.spec import RopeScaling
 from compile.sources.open import open_source
@@ -152,6 +153,19 @@ def test_names_that_do_not_belong(tmp_path: Path) -> None:
             RopeScaling("linear", 2.0),
         ),
         (
+            {
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 9.0},
+                "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 9.0},
+            },
+            9.0,
+            RopeScaling("linear", 2.0),
+        ),
+        (
+            {"rope_scaling": {}, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+            500.0,
+            RopeScaling("linear", 2.0),
+        ),
+        (
             {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
             7.0,
             None,
@@ -174,10 +188,18 @@ def test_names_that_do_not_belong(tmp_path: Path) -> None:
     ],
 )
 def test_rope_spellings(
-    tmp_path: Path, config: dict[str, Any], theta: float, scaling: RopeScaling | None
-) -> None:
-    found = open_source(write_folder(tmp_path / "toy", **config)).config
+    tmp_path: Path, config: dict[str, Any], theta: float, scaling: RopeScaling | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """As transformers reads them; what is left out is said."""
+    folder = write_folder(tmp_path / "toy", **config)
+    found = open_source(folder).config
     assert (found.rope_theta, found.rope_scaling) == (theta, scaling)
+    theirs = LlamaConfig.from_pretrained(folder).rope_parameters
+    assert theirs["rope_type"] == (scaling.kind if scaling else "default")
+    assert theirs["rope_theta"] in (theta, None)
+    both = config.get("rope_scaling"), config.get("rope_parameters")
+    assert ("rope_parameters beside it" in caplog.text) == (all(both) and both[0] != both[1])
 
 
 def test_explicit_head_dim_and_old_defaults(tmp_path: Path) -> None:
