@@ -9,7 +9,7 @@ step, and not by all of itself; and every third step has a short call for prompt
 from __future__ import annotations
 
 import itertools
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -93,7 +93,7 @@ class Scheduler:
         if request.status is RequestStatus.RUNNING:
             self._stop(request)
         else:
-            self.waiting.remove(request)
+            _take_out(self.waiting, request)
         request.status, request.finish_reason = RequestStatus.FINISHED, reason
 
     def reset(self) -> None:
@@ -106,7 +106,7 @@ class Scheduler:
 
     def _stop(self, request: Request) -> None:
         """Take a running request off its pages."""
-        self.running.remove(request)
+        _take_out(self.running, request)
         self._publish(request)
         self.pool.release(request.pages)
         request.pages, request.num_computed, request.num_published = [], 0, 0
@@ -181,15 +181,18 @@ class Scheduler:
 
     def _find_leader(self, request: Request, match: Match) -> bool:
         """Look for a running request that is about to compute a longer prefix than is cached."""
-        have = len(match.pages) * self.cache.page_size + match.num_partial
-        tokens = request.keys(request.num_reusable)
         if self.limits.reuse == "nothing":
             return False
+        have = len(match.pages) * self.cache.page_size + match.num_partial
+        more = have + self.cache.page_size
+        tokens = request.keys(request.num_reusable)
         for other in self.running:
             if other.is_decoding or _rank(other) > _rank(request):  # those are served later
                 continue
+            if len(tokens) < more or other.keys(more, have) != tokens[have:more]:
+                continue  # told by a page, as a whole prompt for each pair would take seconds
             shared = common_prefix_len(tokens, other.keys(other.num_tokens))
-            if shared >= have + self.cache.page_size and shared > other.num_published:
+            if shared >= more and shared > other.num_published:
                 request.prefix_leader = other
                 request.prefix_len = shared
                 return True
@@ -212,7 +215,7 @@ class Scheduler:
             request.num_computed += match.num_partial
         if request.num_cached is None:
             request.num_cached = min(request.num_computed, len(request.prompt_ids))
-        self.waiting.remove(request)
+        _take_out(self.waiting, request)
         request.status, request.prefix_leader = RequestStatus.RUNNING, None
         request.num_published = request.num_computed
         insort(self.running, request, key=_rank)
@@ -292,6 +295,11 @@ class Scheduler:
 
 def _rank(request: Request) -> tuple[int, int]:
     return (-request.params.priority, request.sequence)
+
+
+def _take_out(requests: list[Request], request: Request) -> None:
+    """Remove a request from a list in order of `rank`, without looking at all of them."""
+    del requests[bisect_left(requests, _rank(request), key=_rank)]
 
 
 def _prefill_chunk(request: Request, end: int) -> Chunk:

@@ -184,7 +184,13 @@ class RadixCache:
 
 def common_prefix_len(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two sequences have in common at their beginnings."""
-    length = min(len(a), len(b))
-    if a[:length] == b[:length]:
-        return length
-    return next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    same, end = 0, min(len(a), len(b))
+    if a[:end] == b[:end]:
+        return end
+    while same + 1 < end:  # a[:same] is common, a[:end] is not; slices compare without Python
+        middle = (same + end) // 2
+        if a[same:middle] == b[same:middle]:
+            same = middle
+        else:
+            end = middle
+    return same

@@ -90,7 +90,8 @@ class Request:
             return self.output_ids[start - num_prompt : max(end - num_prompt, 0)]
         return [*self.prompt_ids[start:end], *self.output_ids[: max(end - num_prompt, 0)]]
 
-    def keys(self, count: int) -> list[int]:
-        """What the prefix cache knows the first `count` tokens by."""
-        prompt = self.prompt_keys or self.prompt_ids
-        return [*prompt[:count], *self.output_ids[: max(count - len(prompt), 0)]]
+    def keys(self, end: int, start: int = 0) -> list[int]:
+        """What the prefix cache knows the tokens at positions start .. end - 1 by."""
+        prompt, num_prompt = self.prompt_keys or self.prompt_ids, len(self.prompt_ids)
+        answer = self.output_ids[max(start - num_prompt, 0) : max(end - num_prompt, 0)]
+        return [*prompt[start:end], *answer]

@@ -641,3 +641,43 @@ def test_more_urgent_prompts_leave_nothing_to_others() -> None:
     while not urgent.output_ids:
         assert not short.num_computed
         runner.step()
+
+
+def test_newcomers_with_a_common_prefix_are_not_compared_in_pairs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """64 that share 2,000 cached tokens: what is walked of them grows with their number only."""
+    runner = FakeRunner(2200, 16, Limits((1, 3), (1, 4), prefill_tokens=256))
+    runner.serve(make_request([1] * 2000, 1))
+    for i in range(64):
+        runner.scheduler.add(make_request([*[1] * 2000, *[100 + i] * 40], 1))
+    walked, keys = [0], Request.keys
+
+    def counting(request: Request, end: int, start: int = 0) -> list[int]:
+        found = keys(request, end, start)
+        walked[0] += len(found)
+        return found
+
+    monkeypatch.setattr(Request, "keys", counting)
+    step = runner.scheduler.next_step()
+    assert step.prefills and len(runner.scheduler.running) == 64
+    assert walked[0] < 5 * 64 * 2040
+
+
+def test_requests_leave_the_queue_without_a_search() -> None:
+    class Queue(list[Request]):
+        def remove(self, value: Request) -> None:
+            raise AssertionError("looks at all of them")
+
+        index = remove  # type: ignore[assignment]
+
+    runner = FakeRunner(40, 16, BEHIND)
+    runner.scheduler.waiting, runner.scheduler.running = Queue(), Queue()
+    requests = [make_request([i] * 20, 3, priority=i % 3) for i in range(50)]
+    for request in requests:
+        runner.scheduler.add(request)
+    for request in requests[::2]:
+        runner.scheduler.finish(request, "abort")
+    while runner.step():
+        pass
+    assert {r.finish_reason for r in requests[1::2]} == {"length"}
