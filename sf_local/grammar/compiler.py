@@ -7,6 +7,7 @@ minutes.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -28,14 +29,13 @@ if TYPE_CHECKING:
 MAX_TEXT = {"regex": 64 << 10, "json_schema": 128 << 10, "ebnf": 32 << 10}  # characters
 LIMITS: dict[str, Any] = {
     "verbose_errors": False,
-    # Items of one token's row and of one mask: together they bound how long a mask takes, which for
-    # ambiguous grammars grows with the square of a row. No other request waits longer.
-    "max_items_in_row": 2_000,
-    "step_max_items": 20_000,
     # Lexer states are shared by all generations of one grammar and kept: this bounds its memory
     # (about 1 KiB each) and how long one step can take.
     "max_lexer_states": 50_000,
 }
+# Of a row of items, with one more for every 4 characters: a choice among n texts has n items. The
+# time of a mask grows with the square of a row, and rows of ambiguous grammars grow with the text.
+MAX_ITEMS = 2_000
 EBNF_LIMITS = {**LIMITS, "initial_lexer_fuel": 50_000}  # its regexes are not read here
 
 CACHE_BYTES = 256 << 20
@@ -103,7 +103,8 @@ class GrammarCompiler:
 
         def make() -> LLMatcher:
             try:
-                limits = EBNF_LIMITS if kind == "ebnf" else LIMITS
+                limits = {**(EBNF_LIMITS if kind == "ebnf" else LIMITS)}
+                limits["max_items_in_row"] = MAX_ITEMS + len(text) // 4
                 return self._vocabulary.matcher(translate(text), limits)
             except Refused as error:
                 raise GrammarError(f"{kind}={shown(text)} {error}") from None
@@ -112,6 +113,7 @@ class GrammarCompiler:
                     f"{kind}={shown(text)} is nested too deeply. Flatten it."
                 ) from None
 
+        self._vocabulary.build()  # which is not the grammar's memory
         entry = self._cache.get((kind, text), make)
         return Grammar(entry.matcher.deep_copy(), self._vocabulary, entry)
 
@@ -181,9 +183,19 @@ class _Cache:
             if self._entries.get(key) is entry:
                 entry.num_bytes += num_bytes
                 self.num_bytes += num_bytes
-            while self.num_bytes > self.max_bytes and len(self._entries) > 1:
-                _, oldest = self._entries.popitem(last=False)
-                self.num_bytes -= oldest.num_bytes
+            evicted = self._evict() if self.num_bytes > self.max_bytes else []
+        if evicted:
+            evicted.clear()
+            # Else what others take of it would not be new to the process, and not count.
+            ctypes.CDLL(None).malloc_trim(0)
+
+    def _evict(self) -> list[_Entry]:
+        """Take out old entries until a quarter is free: giving memory back takes milliseconds."""
+        evicted = []
+        while self.num_bytes > 3 / 4 * self.max_bytes and len(self._entries) > 1:
+            evicted.append(self._entries.popitem(last=False)[1])
+            self.num_bytes -= evicted[-1].num_bytes
+        return evicted
 
     def drop(self, key: tuple[str, str], entry: _Entry) -> None:
         with self._lock:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import mmap
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -17,7 +19,7 @@ from sf_local.grammar.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-MAX_MASK_SECONDS = 0.25  # of CPU time: all other requests wait for a mask
+MAX_SECONDS = 0.25  # of CPU time for one call of llguidance: all other requests wait for it
 
 
 class Compiled(Protocol):
@@ -71,17 +73,8 @@ class Grammar:
         assert mask.dtype == np.int32 and mask.shape == (self.num_words,), mask.shape
         assert mask.flags.c_contiguous
         row = mask if self._native is None else self._native
-        memory, started_at = new_memory(), time.thread_time()
-        self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-        self._check()
-        if (grown := new_memory() - memory) > 0:
-            self._compiled.grow(grown)
-        if time.thread_time() - started_at > MAX_MASK_SECONDS:
-            self._compiled.drop()
-            raise GrammarError(
-                "The grammar is too complex to follow further: which tokens may come next took "
-                f"more than {1e3 * MAX_MASK_SECONDS:.0f} ms to compute. Simplify it."
-            )
+        with self._native_call():
+            self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         if row is not mask:
             mask[:] = row[: self.num_words]
             if self._vocab_size % 32:
@@ -89,9 +82,8 @@ class Grammar:
 
     def allows(self, token: int) -> bool:
         """Whether `token` may follow, without computing the whole mask."""
-        allowed = self._matcher.validate_tokens([token]) == 1
-        self._check()
-        return allowed
+        with self._native_call():
+            return bool(self._matcher.validate_tokens([token]) == 1)
 
     def accept(self, token: int) -> None:
         """Add a sampled token to the text.
@@ -99,8 +91,8 @@ class Grammar:
         Raises:
             EngineError: it was not in the mask.
         """
-        if not self._matcher.consume_token(token):
-            self._check(token)
+        with self._native_call(token):
+            self._matcher.consume_token(token)
 
     def forced(self) -> list[int]:
         """Add the tokens that must follow to the text and return them; never an end token.
@@ -108,13 +100,33 @@ class Grammar:
         They are the tokens into which the tokenizer splits the forced text. Its last characters
         are left out while what follows them may still change how they are split.
         """
-        if self._matcher.is_stopped():
-            self._check()
-            return []
-        tokens = self._matcher.compute_ff_tokens()
-        if tokens and not self._matcher.consume_tokens(tokens):
-            self._check()
-        return tokens
+        with self._native_call():
+            if self._matcher.is_stopped():
+                return []
+            tokens = self._matcher.compute_ff_tokens()
+            if tokens:
+                self._matcher.consume_tokens(tokens)
+            return tokens
+
+    @contextmanager
+    def _native_call(self, token: int | None = None) -> Iterator[None]:
+        """Around calls of llguidance: count the memory and the time that they take.
+
+        Raises:
+            EngineError: it did not allow `token`.
+            GrammarError: it gave up, or took too long.
+        """
+        memory, started_at = new_memory(), time.thread_time()
+        yield
+        self._check(token)
+        if (grown := new_memory() - memory) > 0:
+            self._compiled.grow(grown)
+        if time.thread_time() - started_at > MAX_SECONDS:
+            self._compiled.drop()
+            raise GrammarError(
+                "The grammar is too complex to follow further: finding out what may come next took "
+                f"more than {1e3 * MAX_SECONDS:.0f} ms. Simplify it."
+            )
 
     def _check(self, token: int | None = None) -> None:
         """Raise what ended the matcher, if anything did."""

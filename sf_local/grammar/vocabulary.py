@@ -46,7 +46,7 @@ class Vocabulary:
 
         native_limits = LLParserLimits(**limits)
         try:
-            matcher = LLMatcher(self._build(), grammar, log_level=0, limits=native_limits)
+            matcher = LLMatcher(self.build(), grammar, log_level=0, limits=native_limits)
         except BaseException as error:  # a Rust panic is not an Exception
             if type(error).__name__ != "PanicException":
                 raise
@@ -54,7 +54,8 @@ class Vocabulary:
         self._try(matcher)
         return matcher
 
-    def _build(self) -> LLTokenizer:
+    def build(self) -> LLTokenizer:
+        """llguidance's own tokenizer, made by the first call."""
         with self._lock:
             if self._llguidance is None:
                 self._llguidance = self._new_tokenizer()

@@ -558,16 +558,36 @@ def test_hostile(tokenizer: Tokenizer, compiler: GrammarCompiler, kind: str, tex
 AMBIGUOUS = 'start: (("a" "b"?){1,200}){1,200}'  # rows of items that grow with every token
 
 
-def test_a_mask_that_takes_too_long_ends_its_generation(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("method", ["fill_mask", "allows", "accept", "forced"])
+def test_what_takes_too_long_ends_its_generation(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     """By a clock of CPU time, as all others wait for it."""
     compiler, clock = new_compiler(tokenizer), itertools.count(0, 0.3)
     grammar = compiler.regex("[ab]+")
+    token = allowed(grammar)[0]
+    arguments = {"fill_mask": [np.empty(grammar.num_words, np.int32)], "forced": []}
     monkeypatch.setattr(matcher_module.time, "thread_time", lambda: next(clock))
     with pytest.raises(GrammarError, match="took more than 250 ms"):
-        allowed(grammar)
+        getattr(grammar, method)(*arguments.get(method, [token]))
     assert compiler._cache.num_bytes == 0
+
+
+_WORDS = [f"w{i}" for i in range(3000)]
+LARGE: list[tuple[str, Any, str]] = [
+    ("ebnf", "start: " + "|".join(f'"{word}"' for word in _WORDS), "w2999"),
+    ("ebnf", "root ::= " + "|".join(f'"{word}"' for word in _WORDS), "w2999"),
+    ("ebnf", 'root ::= [^x]{1,300} "x"', "abcdefghijklmnopqrstuvwx"),
+    ("json_schema", {"properties": {w: {"const": 1} for w in _WORDS[:1000]}, "type": "object"},
+     '{"w1": 1, "w998": 1}'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "grammar", "text"), LARGE)
+def test_limits_of_work_leave_room_for_large_grammars(
+    tokenizer: Tokenizer, compiler: GrammarCompiler, kind: str, grammar: Any, text: str
+) -> None:
+    spell(tokenizer, getattr(compiler, kind)(grammar), text)
 
 
 GREEDY = """
@@ -811,15 +831,51 @@ def test_what_lexers_grow_counts(tokenizer: Tokenizer, monkeypatch: pytest.Monke
     compiler.regex("other")
     grammar = compiler.regex("[ab]{9}")
     assert 2 << 20 < compiler._cache.num_bytes < 3 << 20
-    spell(tokenizer, grammar, "ab")
+    spell(tokenizer, grammar, "a")  # a mask and a token
     assert 4 << 20 < compiler._cache.num_bytes < 5 << 20
-    spell(tokenizer, grammar, "ab")  # for which the other one makes room
+    spell(tokenizer, grammar, "a")  # for which the other one makes room
     assert [text for _, text in compiler._cache._entries] == ["[ab]{9}"]
     spell(tokenizer, grammar, "abab")
     other = compiler.regex("another")
     spell(tokenizer, grammar, "a")  # which is no longer in the cache, but goes on
     spell(tokenizer, other, "a")
     assert compiler._cache.num_bytes < 6 << 20
+
+
+MANY = """
+import sys
+from pathlib import Path
+import numpy as np
+from sf_local.grammar import compiler as module
+from sf_local.text.tokenizer import Tokenizer
+from tests.sf_local.grammar.test_grammar import new_compiler
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+module.CACHE_BYTES = 4 << 20
+tokenizer = Tokenizer(Path(sys.argv[1]))
+compiler, random = new_compiler(tokenizer), np.random.default_rng(0)
+letters = [tokenizer.encode(letter)[-1] for letter in "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLM"]
+for number in range(60):
+    grammar = compiler.regex("(.*a.{%d})+" % (99 + number))  # its lexer grows with every token
+    mask = np.empty(grammar.num_words, np.int32)
+    for token in random.choice(letters, 300).tolist():
+        grammar.fill_mask(mask)
+        grammar.accept(token)
+    if number == 3:
+        before = resident()
+print(resident() - before >> 20)
+"""
+
+
+def test_many_grammars_take_no_more_memory_than_the_cache_may(tmp_path: Path) -> None:
+    """Also where they take what evicted ones gave back, as the kernel counts it."""
+    save(tmp_path, byte_level_tokenizer(), eos_token="<|im_end|>")
+    done = subprocess.run(
+        [sys.executable, "-c", MANY, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert int(done.stdout) < 6, done.stderr
 
 
 def test_page_faults_tell_what_is_new() -> None:
