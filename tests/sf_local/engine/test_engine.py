@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import inspect
 import subprocess
 import sys
 import threading
@@ -20,7 +19,6 @@ import numpy as np
 import pytest
 
 from sf_local import Engine, Output, SamplingParams
-from sf_local.engine.engine import EngineOptions
 from sf_local.errors import DeviceError, EngineError, RequestError
 from tests.support.reference import forward
 from tests.support.running import Runners, lose
@@ -434,15 +432,6 @@ def test_tokens_of_answers_are_reused_on_demand(tiny: TinyModel) -> None:
             encoded = [engine.encode(prompt) for prompt in prompts]
             afresh = [engine.tokenizer.encode(prompt) for prompt in prompts]
             assert (encoded != afresh) == is_reused
-
-
-def test_engine_options_are_those_of_the_engine() -> None:
-    parameters = inspect.signature(Engine).parameters.values()
-    options = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
-    del options["_make_runner"]
-    assert {
-        name: ref.__forward_arg__ for name, ref in EngineOptions.__annotations__.items()
-    } == options
 
 
 def test_samples_are_remembered(tiny: TinyModel) -> None:
