@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import pkgutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 import compile
 import sf_local
+from sf_local.engine.engine import Engine, EngineOptions
 from tests.support.tiny import TinyModel
 from tests.tools.newest_sglang import readme_commands
 
@@ -119,3 +121,12 @@ def modules_in(folder: Path) -> set[str]:
         if module.ispkg:
             names |= {f"{module.name}.{name}" for name in modules_in(folder / module.name)}
     return names
+
+
+def test_engine_options_are_those_of_the_engine() -> None:
+    parameters = inspect.signature(Engine).parameters.values()
+    options = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
+    del options["_make_runner"]
+    assert {
+        name: ref.__forward_arg__ for name, ref in EngineOptions.__annotations__.items()
+    } == options

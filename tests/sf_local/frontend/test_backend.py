@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import json
 import shutil
 import subprocess
@@ -18,8 +17,6 @@ from sglang.lang.choices import ChoicesSamplingMethod
 from sglang.lang.ir import SglSamplingParams
 
 import sf_local
-from sf_local import Engine
-from sf_local.engine.engine import EngineOptions
 from sf_local.errors import ChatTemplateError, RequestError
 from sf_local.frontend.backend import to_params
 from tests.support.tiny import TinyModel
@@ -586,12 +583,3 @@ def test_defaults_are_checked_and_their_stops_added(
     defaults = sf_local.SamplingParams(stop=["a"], stop_token_ids=[5])
     params = to_params(SglSamplingParams(stop="b", stop_token_ids=[6]), defaults)
     assert (params.stop, params.stop_token_ids) == (("a", "b"), (5, 6))
-
-
-def test_engine_options_are_those_of_the_engine() -> None:
-    parameters = inspect.signature(Engine).parameters.values()
-    options = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
-    del options["_make_runner"]
-    assert {
-        name: ref.__forward_arg__ for name, ref in EngineOptions.__annotations__.items()
-    } == options
