@@ -88,9 +88,8 @@ def _int4(
     is_too_large = np.maximum(np.abs(low), (high - low) / 15) > np.finfo(np.float16).max
     importance = np.abs(groups) + np.sqrt(np.mean(groups**2, axis=-1, keepdims=True))
     best_error = np.full(low.shape, np.inf, np.float32)
-    best: list[NDArray[Any]] = [
-        np.zeros(groups.shape, np.uint8), *(np.full(low.shape, np.inf, np.float16) for _ in "sm")
-    ]  # fmt: skip
+    best: list[NDArray[Any]] = [np.zeros(groups.shape, np.uint8)]
+    best += [np.full(low.shape, np.inf, np.float16) for _ in range(2)]
     for steps in _STEPS:
         codes = _codes(groups, low, _inverse((high - low) / np.float32(steps)))
         for _ in range(2):

@@ -19,6 +19,7 @@ from compile.models.spec import LlamaConfig
 from compile.reading import corrupt, map_file, read_json, unsupported
 from compile.sources.hf_tokenizer import open_tokenizer
 from compile.sources.source import Progress, Source, SourceTensor, check_bias
+from sf_local.artifact.json_file import is_file_name
 from sf_local.artifact.manifest import file_sha256
 from sf_local.errors import SourceError
 
@@ -67,7 +68,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if not isinstance(shards, dict) or not shards:
         raise corrupt(index, "an object weight_map", repr(shards))
     for name in shards.values():
-        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+        if not is_file_name(name):
             raise corrupt(index, "file names in weight_map", repr(name))
     return [folder / name for name in sorted(set(shards.values()))]
 

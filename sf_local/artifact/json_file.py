@@ -34,6 +34,11 @@ def check_regular(path: Path, max_bytes: int | None = None) -> None:
         raise ValueError(f"it has more than {max_bytes >> 20} MiB")
 
 
+def is_file_name(name: object) -> bool:
+    """Whether a value of a JSON file is the name of a file, and of none in another folder."""
+    return isinstance(name, str) and Path(name).name == name and "\0" not in name
+
+
 def _check_values(value: Any) -> None:
     """Raise ValueError for too deep a nesting, and for strings that are no Unicode text."""
     level = [value]

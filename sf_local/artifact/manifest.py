@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sf_local.artifact.json_file import is_file_name
+
 FORMAT_VERSION = 4  # until 3, the best token of AMD code was -1 in every row
 COMPILER_VERSION = "3.9.0"  # of iree-compile, whose bytecode shortfin reads
 VMFB, WEIGHTS, CONFIG, MANIFEST = "model.vmfb", "weights.irpa", "config.json", "artifact.json"
@@ -130,7 +132,7 @@ class Manifest:
     def check(self) -> None:
         """Raise TypeError, KeyError or ValueError for a value that is missing or not allowed."""
         for name, file in self.files.items():
-            if Path(name).name != name or "\0" in name:
+            if not is_file_name(name):
                 raise ValueError(f"files has {name!r}, which is no name of a file")
             _instance(f"files/{name}/size", file["size"], int)
             _instance(f"files/{name}/sha256", file["sha256"], str)

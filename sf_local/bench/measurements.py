@@ -26,7 +26,7 @@ from sf_local.bench.engine_costs import (
     grammar,
     outside,
     stream,
-)  # fmt: skip
+)
 from sf_local.bench.harness import QUICK, ROWS, SHORT, Bench, Sizes
 from sf_local.bench.model_speed import constrained, context, decode, first_token, fresh, prefill
 from sf_local.bench.report import Figure, summary

@@ -21,7 +21,7 @@ _V1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
 
 
 def total_bytes() -> int:
-    """What this process may use at most, with what others use now."""
+    """The machine's memory, or the smallest limit of the cgroups above this process."""
     return min([_meminfo("MemTotal"), *(limit for limit, _ in _limits())])
 
 

@@ -21,7 +21,8 @@ from sf_local.request.batch import Chunk, Step
 from sf_local.request.request import Request, RequestStatus
 
 PREFILL_TOKENS, MAX_RUNNING = 256, 64  # defaults of Engine
-SIDE_CALL_EVERY, SIDE_CALL_SHARE = 3, 5  # of a fifth of prefill_tokens: a 15th of the speed
+# Every third step has a side call of a fifth of prefill_tokens, a 15th of what the steps prefill
+SIDE_CALL_EVERY, SIDE_CALL_SHARE = 3, 5
 MAX_EXAMINED = 64  # waiting requests looked at in one step
 
 
@@ -58,7 +59,7 @@ class Scheduler:
         self.running: list[Request] = []  # the same
         self.num_preemptions = 0
         self._arrivals = itertools.count()
-        self._num_passed = 0  # steps since prompts wait for which no step had room
+        self._num_passed = 0  # steps in a row that left prompts out
 
     def add(self, request: Request) -> None:
         """Let a request wait: a new one behind all others of its priority, another where it was."""
@@ -186,11 +187,14 @@ class Scheduler:
         have = len(match.pages) * self.cache.page_size + match.num_partial
         more = have + self.cache.page_size
         tokens = request.keys(request.num_reusable)
+        if len(tokens) < more:
+            return False
         for other in self.running:
             if other.is_decoding or _rank(other) > _rank(request):  # those are served later
                 continue
-            if len(tokens) < more or other.keys(more, have) != tokens[have:more]:
-                continue  # told by a page, as a whole prompt for each pair would take seconds
+            # One page first: comparing whole prompts of all pairs would take seconds
+            if other.keys(more, have) != tokens[have:more]:
+                continue
             shared = common_prefix_len(tokens, other.keys(other.num_tokens))
             if shared >= more and shared > other.num_published:
                 request.prefix_leader = other
@@ -243,17 +247,17 @@ class Scheduler:
         """Calls for forced tokens until the budget is spent, then one call for prompts."""
         calls, num_slots = [], 0
         while jumping and num_slots < self.limits.prefill_tokens:
-            chunks, slots = self._prefill_call(jumping)
+            chunks, slots = self._prefill_call(jumping, self.limits.prefill_tokens)
             calls.append(chunks)
             jumping, num_slots = jumping[len(chunks) :], num_slots + slots
         if prompts:
-            chunks, _ = self._prefill_call(prompts)
+            chunks, _ = self._prefill_call(prompts, self.limits.prefill_tokens)
             calls += [chunks, *self._side_calls(prompts, {chunk.request for chunk in chunks})]
         return calls
 
     def _side_calls(self, prompts: Sequence[Request], served: set[Request]) -> list[list[Chunk]]:
-        """Now and then a short call for prompts behind long ones of their priority, those with the
-        least to do first."""
+        """In every third step that leaves prompts out, a short call for those of the first one's
+        priority, the ones with the least to compute first."""
         priority = prompts[0].params.priority
         passed = [r for r in prompts if r not in served and r.params.priority == priority]
         self._num_passed = self._num_passed + 1 if passed and self.limits.reuse != "nothing" else 0
@@ -265,12 +269,8 @@ class Scheduler:
         budget = min(most, max(1, most // SIDE_CALL_SHARE // page) * page)
         return [self._prefill_call(passed, budget)[0]]
 
-    def _prefill_call(
-        self, requests: Sequence[Request], budget: int | None = None
-    ) -> tuple[list[Chunk], int]:
-        """Chunks of the first requests, while the padded call keeps to the budget, by default
-        `prefill_tokens`; and its size."""
-        budget = budget or self.limits.prefill_tokens
+    def _prefill_call(self, requests: Sequence[Request], budget: int) -> tuple[list[Chunk], int]:
+        """Chunks of the first requests, while the padded call keeps to the budget, and its size."""
         page, sizes = self.cache.page_size, self.limits.prefill_batch_sizes
         chunks: list[Chunk] = []
         longest = num_slots = 0

@@ -53,7 +53,8 @@ class StopChecker:
     def __init__(self, stops: Sequence[str], special_tokens: Mapping[str, int]) -> None:
         """`special_tokens` are the model's: their texts and ids."""
         self._has_stops = any(stops)
-        within = [text for text in special_tokens if any(text in stop for stop in stops)]
+        looked_at = special_tokens if self._has_stops else ()  # of which some models have thousands
+        within = [text for text in looked_at if any(text in stop for stop in stops)]
         within.sort(key=len, reverse=True)  # of two that begin alike the longer one is meant
         marks = {text: chr(0xD800 + number) for number, text in enumerate(within)}
         pattern = re.compile("|".join(map(re.escape, within)) or "(?!)")

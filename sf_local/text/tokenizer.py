@@ -78,7 +78,7 @@ class Tokenizer:
         ends = {self._added_ids.get(text) for text in TURN_ENDS} | {self.eos_token_id}
         self.end_ids = frozenset(token_id for token_id in ends if token_id is not None)
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        self.adds_bos = self._should_add_bos(config.get("add_bos_token"))
+        self.adds_bos = self._should_add_bos(config.get("add_bos_token"), first)
         ctypes.CDLL(None).malloc_trim(0)  # returns 10 MB that reading the file took
 
     def encode(self, text: str) -> list[int]:
@@ -155,13 +155,13 @@ class Tokenizer:
         self._tokenizer.add_special_tokens([text])
         return text, token_id
 
-    def _should_add_bos(self, declared: bool | None) -> bool:
+    def _should_add_bos(self, declared: bool | None, first: int | None) -> bool:
         """`add_bos_token` decides if it is set, as in transformers; else tokenizer.json does."""
         if self.bos_token_id is None:
             return False
         if declared is not None:
             return bool(declared)
-        return self.bos_token_id == self._first_token()
+        return self.bos_token_id == first
 
     def _first_token(self) -> int | None:
         """The special token that tokenizer.json puts before every text."""

@@ -143,9 +143,8 @@ class Suite:
             try:
                 verdict, by = self._judge(tests, time_limit)
                 while by in tests and self._judge([by], time_limit)[0] != "caught":
-                    tests.remove(
-                        by
-                    )  # it fails only after others, perhaps without the fault as well
+                    # It fails only after others, perhaps without the fault as well
+                    tests.remove(by)
                     verdict, by = self._judge(tests, time_limit)
             finally:
                 path.write_bytes(source)

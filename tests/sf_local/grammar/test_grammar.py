@@ -30,6 +30,7 @@ from sf_local.grammar.compiler import GrammarCompiler
 from sf_local.grammar.json_schema import REFUSED_KEYWORDS
 from sf_local.grammar.matcher import Grammar
 from sf_local.text.tokenizer import Tokenizer
+from tests.support.child import run_program
 from tests.support.toy_tokenizers import byte_level_tokenizer, save, sentencepiece_tokenizer
 
 EOS = 2
@@ -616,13 +617,10 @@ print(len(grammars))
 """
 
 
-def test_terminals_that_take_what_must_follow(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_terminals_that_take_what_must_follow(tmp_path: Path) -> None:
     """llguidance must come back from each. In a process of its own, which can be ended."""
     save(tmp_path, byte_level_tokenizer(), eos_token="<|im_end|>")
-    done = subprocess.run(
-        [sys.executable, "-c", GREEDY, str(tmp_path)], capture_output=True, text=True, timeout=120
-    )
-    assert done.stdout.strip() == "122", done.stderr
+    assert run_program(GREEDY, tmp_path, timeout=120).strip() == "122"
 
 
 def test_a_grammar_that_gives_up_is_not_kept(tokenizer: Tokenizer) -> None:
@@ -872,10 +870,7 @@ print(resident() - before >> 20)
 def test_many_grammars_take_no_more_memory_than_the_cache_may(tmp_path: Path) -> None:
     """Also where they take what evicted ones gave back, as the kernel counts it."""
     save(tmp_path, byte_level_tokenizer(), eos_token="<|im_end|>")
-    done = subprocess.run(
-        [sys.executable, "-c", MANY, str(tmp_path)], capture_output=True, text=True, timeout=120
-    )
-    assert int(done.stdout) < 6, done.stderr
+    assert int(run_program(MANY, tmp_path, timeout=120)) < 6
 
 
 def test_page_faults_tell_what_is_new() -> None:
