@@ -41,13 +41,13 @@ class Detokenizer:
 class StopChecker:
     """Cuts a streamed text at its earliest stop string, which may span several deltas.
 
-    Special tokens are no text, but a stop string may hold some, such as "<|im_end|>\\n". Each of
-    those tokens is pushed as a mark, a lone surrogate, which no decoded text has. First the text
+    Special tokens are no text, but a stop string may hold some, such as "<|im_end|>\\n". Then every
+    special token is pushed as a mark, a lone surrogate, which no decoded text has. First the text
     with marks is searched for the stop strings with marks, then what remains of it without them for
     all stop strings as they were given.
 
     Attributes:
-        marks: by token id, the mark to push for a special token that is in a stop string.
+        marks: by token id, the mark to push for a special token; empty if no stop string has any.
     """
 
     def __init__(self, stops: Sequence[str], special_tokens: Mapping[str, int]) -> None:
@@ -60,8 +60,9 @@ class StopChecker:
         pattern = re.compile("|".join(map(re.escape, within)) or "(?!)")
         marked = {pattern.sub(lambda found: marks[found[0]], stop): stop for stop in stops}
         self._unmarked = {text: stop for text, stop in marked.items() if text != stop}
-        self.marks = {special_tokens[text]: mark for text, mark in marks.items()}
-        self._remove_marks = dict.fromkeys(map(ord, marks.values()))
+        other = chr(0xD800 + len(within))  # for all that are in no stop string
+        self.marks = {i: marks.get(text, other) for text, i in special_tokens.items() if within}
+        self._remove_marks = dict.fromkeys(map(ord, self.marks.values()))
         self._with_marks, self._plain = _TextCutter(self._unmarked), _TextCutter(stops)
 
     @property

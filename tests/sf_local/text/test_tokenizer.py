@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, processors
 from transformers import PreTrainedTokenizerFast
@@ -311,10 +311,12 @@ def test_nothing_is_held_back_that_cannot_become_a_stop(text: str, stops: list[s
         assert not held or any(stop.startswith(held) for stop in stops)
 
 
+@example(tokens=["</s>", "a", "<s>", "a"], stops=["</s>aa"])
 @given(
     tokens=st.lists(TOKENS),
     stops=st.lists(st.lists(TOKENS, max_size=3).map("".join), max_size=3),
 )
+@settings(max_examples=300)
 def test_special_tokens_in_stop_strings(tokens: list[str], stops: list[str]) -> None:
     checker, text = StopChecker(stops, SPECIAL), ""
     for token in tokens:
