@@ -6,6 +6,7 @@ The engine runs on that worker. Sets IREE's process-wide flags. Only this module
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import os
@@ -36,15 +37,12 @@ _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 T = TypeVar("T")
 
 _flags_parsed = False
+_open: set[Device] = set()
+_of_parent: list[Device] = []  # open devices of the process that forked this one
 # Held while the process's flags and libshortfin's slots change: systems that are created meanwhile
 # would get the other's cores, and slots be restored to code that is freed. A fork waits for it,
 # since a child that inherits it locked could open no device.
 _process_lock = threading.Lock()
-os.register_at_fork(
-    before=_process_lock.acquire,
-    after_in_parent=_process_lock.release,
-    after_in_child=_process_lock.release,
-)
 
 
 class Device:
@@ -62,7 +60,10 @@ class Device:
         info = find_device(spec)
         self.kind, self.index, self.chip = info.kind, info.index, info.chip
         self.shares_memory = self.kind == "cpu"
-        self.system = _cpu_system() if self.kind == "cpu" else _hip_system(self.index)
+        with _process_lock:
+            _parse_iree_flags()
+            self.system = _cpu_system() if self.kind == "cpu" else _hip_system(self.index)
+            _open.add(self)
         self.worker = self.system.create_worker("sf_local")
         self._is_lost = False  # a call took too long, and the worker may wait for ever
         self._pending_since: float | None = None  # when the call under way began, for the watch
@@ -125,9 +126,8 @@ class Device:
         for leaked in (self, *objects):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(leaked))
 
-    def leak_in_child(self, *objects: object) -> None:
-        """`leak` in a forked child, and keep shortfin's exit handler from waiting for it."""
-        self.leak(*objects)
+    def _keep_from_exit(self) -> None:
+        """Let shortfin's exit handler not wait for this device."""
         for reference in weakref.getweakrefs(self.system):
             for owner in gc.get_referrers(reference):
                 if isinstance(owner, set):  # inside the WeakSet of systems to shut down at exit
@@ -139,7 +139,8 @@ class Device:
         The worker cannot be ended, and would otherwise take the GIL after interpreter shutdown.
         """
         self._is_closed.set()
-        self.leak_in_child(*objects)
+        self.leak(*objects)
+        self._keep_from_exit()
         asleep, never = threading.Event(), threading.Event()
 
         def sleep() -> None:
@@ -154,23 +155,42 @@ class Device:
         self._is_closed.set()
         del self.scoped, self.fiber, self.worker
         self.system.shutdown()
+        _open.discard(self)
         del self.system
+
+
+def _leak_all() -> None:
+    """In a forked child: what is open belongs to the parent."""
+    _process_lock.release()
+    _of_parent.extend(_open)
+    _open.clear()
+    for device in _of_parent:
+        device.leak()
+
+
+@atexit.register  # behind shortfin's own handler, so run before it
+def _keep_all_from_exit() -> None:
+    for device in _of_parent:
+        device._keep_from_exit()
+
+
+os.register_at_fork(
+    before=_process_lock.acquire,
+    after_in_parent=_process_lock.release,
+    after_in_child=_leak_all,
+)
 
 
 def _cpu_system() -> Any:
     library = libshortfin()
-    with _process_lock:
-        _parse_iree_flags()
-        with workers_on(ctypes.CDLL(str(library)), library, usable_cores()):
-            return sf.host.CPUSystemBuilder().create_system()
+    with workers_on(ctypes.CDLL(str(library)), library, usable_cores()):
+        return sf.host.CPUSystemBuilder().create_system()
 
 
 def _hip_system(index: int) -> Any:
     """A system of one GPU."""
     library = libshortfin()
-    with _process_lock:
-        _parse_iree_flags()
-        keep_joined_statuses(ctypes.CDLL(str(library)), library)
+    keep_joined_statuses(ctypes.CDLL(str(library)), library)
     try:
         builder = sf.amdgpu.SystemBuilder()
         available = list(builder.available_devices)

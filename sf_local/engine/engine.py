@@ -20,9 +20,10 @@ from sf_local.engine.generation import Generation
 from sf_local.engine.handle import AsyncStream, Handle
 from sf_local.engine.input_processor import InputProcessor, PromptInput, RequestOptions, checked
 from sf_local.engine.kv_budget import memory_bytes
-from sf_local.engine.placement import MakeRunner, Place, open_places
+from sf_local.engine.placement import MakeRunner, Place, place_workers
 from sf_local.engine.scheduler import MAX_RUNNING, PREFILL_TOKENS
 from sf_local.engine.scoring import score
+from sf_local.engine.worker import finish_closing
 from sf_local.errors import DeviceError, RequestError
 from sf_local.model.runner import ModelRunner
 from sf_local.request.checks import check_bool, check_int
@@ -109,6 +110,7 @@ class Engine:
             raise DeviceError(f"device={device!r} must be a name, or a list of them")
         for name in names:
             check_name(name)
+        finish_closing()
         devices = [find_device(name, compiled_targets(vmfb)) for name in names]
         places = [
             Place.of(
@@ -126,11 +128,17 @@ class Engine:
             reuse_answer_tokens,
         )  # fmt: skip
         self.vocab_size = self._inputs.vocab_size
-        self._replicas = open_places(
+        self._replicas = place_workers(
             places, prefill_tokens=prefill_tokens, max_running=max_running,
             jump_forward=jump_forward, make_runner=_make_runner,
         )  # fmt: skip
-        self._finalizer = weakref.finalize(self, self._replicas.close)
+        # Garbage collection would drop a KeyboardInterrupt that is raised while it waits
+        self._finalizer = weakref.finalize(self, self._replicas.ask_to_close)
+        try:
+            self._replicas.start()
+        except BaseException:
+            self._replicas.close()
+            raise
 
     @property
     def image_token(self) -> str | None:
@@ -268,6 +276,7 @@ class Engine:
         if drain:
             self._replicas.drain()
         self._replicas.close()
+        self._finalizer.detach()
         self._finalizer.detach()
 
     def __enter__(self) -> Engine:

@@ -32,6 +32,16 @@ class Failures:
         lost.__cause__ = error
         return lost
 
+    def at_start(self, error: BaseException) -> BaseException:
+        """What to raise for an error while the device and the core were opened."""
+        if self.is_known(error) or not isinstance(error, Exception):
+            return error
+        return self.lost("failed at start", error)
+
+    def is_known(self, error: BaseException) -> bool:
+        """Whether it says what is wrong, and the device is whole."""
+        return isinstance(error, SfLocalError) and not isinstance(error, DeviceError)
+
     def closed(self, cause: BaseException | None) -> SfLocalError:
         """The engine is closed: by its owner, or because of an error."""
         if isinstance(cause, DeviceError) and cause.__cause__ is not None:

@@ -8,6 +8,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from sf_local.engine.generation import Generation
+from sf_local.engine.interrupts import take
 from sf_local.engine.replicas import Replicas
 from sf_local.request.output import Delivery, Output
 
@@ -37,7 +38,7 @@ class Handle:
         self._replicas.check_process()
         try:
             while self._output is None:
-                item = self._deliveries.get()
+                item = take(self._deliveries)
                 if isinstance(item, BaseException):
                     self._deliveries.put(item)  # for whoever asks again
                     raise item

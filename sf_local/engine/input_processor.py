@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypedDict, cast
 from sf_local.artifact.manifest import ImageSettings
 from sf_local.artifact.open import Artifact
 from sf_local.engine.generation import Generation
+from sf_local.engine.interrupts import uninterrupted
 from sf_local.errors import RequestError
 from sf_local.request.checks import shown
 from sf_local.request.params import SamplingParams
@@ -143,18 +144,21 @@ class InputProcessor:
         request = Request(
             ready.ids, params, max_new_tokens, spans=ready.spans, prompt_keys=ready.keys
         )
-        grammar = self._grammar(params)
+        grammar = None
+        if params.is_constrained:  # llguidance calls Python, and drops or renames what raises there
+            grammar = uninterrupted(functools.partial(self._grammar, params))
         generation = Generation(request, self.tokenizer, self._eos_ids, grammar, started_at)
         if ready.text is not None and self._reuses_answer_tokens:
             generation.remember = functools.partial(self._encode.remember, ready.text, ready.plain)
         return generation
 
-    def _grammar(self, params: SamplingParams) -> Grammar | None:
+    def _grammar(self, params: SamplingParams) -> Grammar:
+        """Of parameters that have one."""
         if params.regex is not None:
             return self._grammars.regex(params.regex)
         if params.json_schema is not None:
             return self._grammars.json_schema(params.json_schema)
-        return None if params.ebnf is None else self._grammars.ebnf(params.ebnf)
+        return self._grammars.ebnf(cast(str, params.ebnf))
 
     def _check_params(self, params: SamplingParams, prompt_len: int) -> None:
         """What depends on the model or the prompt; the rest was checked when they were made."""

@@ -54,7 +54,7 @@ class Place:
         return min(artifact.max_tokens, (self.num_pages - 1) * artifact.config.page_size)
 
 
-def open_places(
+def place_workers(
     places: Sequence[Place],
     *,
     prefill_tokens: int,
@@ -62,24 +62,23 @@ def open_places(
     jump_forward: bool,
     make_runner: MakeRunner = ModelRunner,
 ) -> Replicas:
-    """Open a worker on every device, or none if one raises.
+    """A worker for every device; `Replicas.start` opens them.
 
     make_runner: called once a device, with the artifact, the open device, the number of pages, and
     the tokens that are prefilled in one step. Tests pass runners that fail or wait.
     """
-    workers: list[Worker[Core]] = []
-    try:
-        for place in places:
-            limits = limits_of(place.artifact, prefill_tokens, max_running)
-            workers.append(_open_worker(place, limits, jump_forward, make_runner))
-    except BaseException:
-        for worker in workers:
-            worker.close()
-        raise
-    return Replicas(workers)
+    return Replicas(
+        [
+            _worker(
+                place, limits_of(place.artifact, prefill_tokens, max_running), jump_forward,
+                make_runner,
+            )
+            for place in places
+        ]
+    )  # fmt: skip
 
 
-def _open_worker(
+def _worker(
     place: Place, limits: Limits, jump_forward: bool, make_runner: MakeRunner
 ) -> Worker[Core]:
     def open_core(device: Device, failures: Failures) -> Core:

@@ -82,6 +82,11 @@ class Replicas:
         self.workers = workers
         self._router, self._lock = Router(), threading.Lock()
 
+    def start(self) -> None:
+        """Open all devices; raises what `Worker.start` does. Close them if this raises."""
+        for worker in self.workers:
+            worker.start()
+
     def submit(self, generation: Generation) -> None:
         """Start a generation; raises as `check_usable` does."""
         worker = self._choose(generation.request)
@@ -113,8 +118,14 @@ class Replicas:
         for worker in self.workers:
             worker.drain()
 
+    def ask_to_close(self) -> None:
+        """Fail what is under way and free the devices, without waiting for it."""
+        for worker in self.workers:
+            worker.ask_to_close()
+
     def close(self) -> None:
-        """Fail what is under way and free the devices."""
+        """`ask_to_close`, and return when it is done."""
+        self.ask_to_close()
         with ExitStack() as closing:  # all of them, also if one raises
             for worker in self.workers:
                 closing.callback(worker.close)

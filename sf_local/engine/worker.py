@@ -10,13 +10,13 @@ import contextlib
 import os
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 from sf_local.device.device import Device
 from sf_local.engine.failures import Failures
+from sf_local.engine.interrupts import Latch, start_thread
 from sf_local.errors import DeviceError, EngineError, SfLocalError
 from sf_local.model.runner import ModelRunner
 
@@ -46,34 +46,35 @@ Core = TypeVar("Core", bound=Work)
 class Worker(Generic[Core]):
     """Opens a device and runs a core on its thread until closed.
 
-    Public methods may be called from any thread.
+    Public methods may be called from any thread. Ctrl-C interrupts them at any moment, and may
+    interrupt nothing that is done to the device, half of which cannot be undone: it is opened and
+    closed on a thread of its own, as signals reach only the main one.
     """
 
     def __init__(self, device: str, open_core: Callable[[Device, Failures], Core]) -> None:
-        """Raises what `open_core` raises, and DeviceError for a device that fails at start.
-
-        device: its name. open_core: makes the core, once, on the open device.
-        """
+        """device: its name. open_core: makes the core on the open device, once."""
+        self._name, self._open_core = device, open_core
         self._inbox: deque[Callable[[], None]] = deque()
         self._idle: Any = None  # the future that the thread waits on when it has no work
         self._is_closing = self._is_draining = False
         self._failure: BaseException | None = None
-        self._started, self._ended = threading.Event(), threading.Event()
-        self._close_lock, self._fail_lock = threading.Lock(), threading.Lock()
-        self._process_id, self._thread_id = os.getpid(), 0
-        self._device = Device(device)
-        self._failures = Failures(f"device={device!r}", self._device.shares_memory)
-        try:
-            self.core = open_core(self._device, self._failures)
-        except BaseException as error:
-            raise self._not_started(error) from error
-        _open.add(self)
-        self._device.watch(self._give_up)
-        self._device.run(self._run())
+        self._started, self._ended = Latch(), Latch()
+        self._asked_to_close, self._closed = Latch(), Latch()
+        self._opener: dict[str, str] = {}  # filled once: what came first, `start` or `close`
+        self._fail_lock = threading.Lock()
+        self._failures = Failures(f"device={device!r}", shares_memory=device == "cpu")
+        self._process_id = os.getpid()
+        self._threads: set[int] = set()  # those that must not wait for its end
+        self._device: Device = None  # type: ignore[assignment]  # until it is open
+
+    def start(self) -> None:
+        """Open the device and the core, and run it. Raises what `open_core` raises, and DeviceError
+        for a device that fails; it is closed then. Close it if this is interrupted."""
+        start_thread(self._own_device, "sf_local-device", daemon=True)
         self._started.wait()
         if self._failure is not None:
             self.close()
-            raise self._not_started(self._failure) from self._failure
+            raise self._failure
 
     def ask(self, action: Callable[[], None]) -> None:
         """Call a function on the worker's thread, between two steps. Raises as `check_usable`
@@ -91,9 +92,8 @@ class Worker(Generic[Core]):
             self._put(action)
 
     def ask_and_wait(self, action: Callable[[], None]) -> None:
-        """`ask`, and return once the function has returned, or the worker has ended."""
-        self.check_usable()
-        done = threading.Event()
+        """`ask`, and return once the function has returned or raised."""
+        done = Latch()
 
         def act() -> None:
             try:
@@ -101,9 +101,8 @@ class Worker(Generic[Core]):
             finally:
                 done.set()
 
-        self._put(act)
-        while not done.wait(0.1) and not self._ended.is_set():
-            pass
+        self.ask(act)
+        done.wait()
 
     @property
     def is_usable(self) -> bool:
@@ -120,36 +119,30 @@ class Worker(Generic[Core]):
         self._is_draining = True
         if os.getpid() != self._process_id:
             return
-        while self.num_requests:
-            if self._ended.wait(0.005):
-                break
+        while self.num_requests and not self._ended.is_set():
+            time.sleep(0.005)
+
+    def ask_to_close(self) -> None:
+        """Stop after the current step, fail the requests that have not ended, free the device; this
+        does not wait for it."""
+        if os.getpid() != self._process_id:
+            return
+        self._is_closing = True
+        self._asked_to_close.set()
+        if self._opener.setdefault("is", "close") == "close":
+            self._closed.set()
+        self._wake()
 
     def close(self) -> None:
-        """Stop after the current step, fail the requests that have not ended, free the device."""
-        if os.getpid() != self._process_id:
-            self._device.leak_in_child(self.core.runner)
-            return
-        if threading.get_ident() == self._thread_id:  # the engine was garbage collected here
-            threading.Thread(target=self.close, name="sf_local-close").start()
-            return
-        with self._close_lock:
-            if self._device is None:
-                return
-            self._is_closing = True
-            self._device.worker.call_threadsafe(self._end_idling)
-            self._ended.wait()
-            self._close_device(self.core.runner)
-            del self.core.runner
-            self._device = None  # type: ignore[assignment]
+        """`ask_to_close`, and return when it is done."""
+        self.ask_to_close()
+        if os.getpid() == self._process_id and threading.get_ident() not in self._threads:
+            self._closed.wait()  # else the engine was garbage collected on a thread of its own
 
-    def _close_device(self, runner: ModelRunner) -> None:
-        if not runner.has_ever_failed:
-            runner.close()
-            self._device.close()
-        elif self._device.shares_memory:
-            self._device.leak(runner)
-        else:
-            self._device.leak_and_park(runner)
+    def leak(self) -> None:
+        """Never free what lies on the device, in a forked child."""
+        if self._device is not None:
+            self._device.leak(self)
 
     def check_process(self) -> None:
         """Raise EngineError in a forked child, which does not have the thread."""
@@ -169,24 +162,67 @@ class Worker(Generic[Core]):
     def _put(self, action: Callable[[], None]) -> None:
         self._inbox.append(action)
         if not self._is_closing:
-            with contextlib.suppress(AttributeError):  # it closed meanwhile: nobody to wake
-                self._device.worker.call_threadsafe(self._end_idling)
+            self._wake()
 
-    def _not_started(self, error: BaseException) -> BaseException:
-        """Close the device, and return the error to raise."""
-        is_known = isinstance(error, SfLocalError) and not isinstance(error, DeviceError)
-        if self._device is not None and (self._device.shares_memory or is_known):
+    def _wake(self) -> None:
+        with contextlib.suppress(AttributeError):  # it is not open, or closed: nobody to wake
+            self._device.worker.call_threadsafe(self._end_idling)
+
+    # On the thread that opens and closes the device
+
+    def _own_device(self) -> None:
+        if self._opener.setdefault("is", "start") == "close":
+            return
+        _open.add(self)
+        self._threads.add(threading.get_ident())
+        try:
+            self._open()
+        except BaseException as error:
+            is_open = self._device is not None
+            self._failure = self._failures.at_start(error) if is_open else error
+        else:
+            self._asked_to_close.wait()
+            self._ended.wait()
+            self._close()
+        finally:
+            _open.discard(self)
+            self._ended.set()
+            self._started.set()
+            self._closed.set()
+
+    def _open(self) -> None:
+        self._device = Device(self._name)
+        try:
+            self.core = self._open_core(self._device, self._failures)
+        except BaseException as error:
+            self._discard(error)
+            raise
+        self._device.watch(self._give_up)
+        self._device.run(self._run())
+
+    def _discard(self, error: BaseException) -> None:
+        """Close a device on which no core could be opened."""
+        if self._device.shares_memory or self._failures.is_known(error):
             self._device.close()
-        elif self._device is not None:
+        else:
             self._device.leak_and_park(error)  # whose traceback holds what lies on it
-        if is_known or not isinstance(error, Exception):
-            return error
-        return self._failures.lost("failed at start", error)
+
+    def _close(self) -> None:
+        runner = self.core.runner
+        if not runner.has_ever_failed:
+            runner.close()
+            self._device.close()
+        elif self._device.shares_memory:
+            self._device.leak(runner)
+        else:
+            self._device.leak_and_park(runner)
+        del self.core.runner
+        self._device = None  # type: ignore[assignment]
 
     # On the worker's thread
 
     async def _run(self) -> None:
-        self._thread_id = threading.get_ident()
+        self._threads.add(threading.get_ident())
         try:
             await self.core.start()
             self._started.set()
@@ -196,16 +232,17 @@ class Worker(Generic[Core]):
                 if not await self.core.step(started_at):
                     await self._wait_for_work()
         except BaseException as error:
-            self._failure = error
+            is_started = self._started.is_set()
+            self._failure = error if is_started else self._failures.at_start(error)
         finally:
             self._end_all()
 
     def _give_up(self, error: DeviceError) -> None:
         """Fail everything from the device's watchdog, because the worker waits for ever."""
-        self._thread_id = threading.get_ident()
+        self._threads.add(threading.get_ident())
         self.core.runner.has_ever_failed = True
-        is_started = self._started.is_set()
-        self._failure = self._failures.lost("failed", error) if is_started else error
+        what = "failed" if self._started.is_set() else "failed at start"
+        self._failure = self._failures.lost(what, error)
         self._end_all()
 
     def _end_all(self) -> None:
@@ -241,10 +278,28 @@ class Worker(Generic[Core]):
             self._idle.set_result(None)
 
 
-_open: weakref.WeakSet[Worker[Any]] = weakref.WeakSet()
+_open: set[Worker[Any]] = set()
+
+
+def finish_closing() -> None:
+    """Wait for the devices of workers that were asked to close, and whose memory is free then."""
+    for worker in list(_open):
+        if worker._asked_to_close.is_set():
+            worker.close()
 
 
 @atexit.register  # behind shortfin's own handler, so run before it; that one ends the threads
 def _close_all() -> None:
     for worker in list(_open):
-        worker.close()
+        while worker in _open:  # Ctrl-C must not leave it to shortfin
+            with contextlib.suppress(KeyboardInterrupt):
+                worker.close()
+
+
+def _leak_all() -> None:
+    for worker in _open:
+        worker.leak()
+    _open.clear()
+
+
+os.register_at_fork(after_in_child=_leak_all)

@@ -1,0 +1,91 @@
+"""Threads and waiting that Ctrl-C may interrupt anywhere.
+
+Signals reach only the main thread, where KeyboardInterrupt may raise between any two bytecodes. In
+`Thread.start`, `Event` and `Future` it then leaves a lock locked, or RuntimeError takes its place.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import threading
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import TypeVar
+
+LATEST = 0.5  # seconds until a signal is seen that arrived just before the main thread waited
+
+T = TypeVar("T")
+
+
+class Latch:
+    """An event that is set once."""
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._waiters: list[threading.Lock] = []
+
+    def is_set(self) -> bool:
+        """Whether it was set."""
+        return self._is_set
+
+    def set(self) -> None:
+        """Set it. If this is interrupted, do it again: some may not have been woken."""
+        self._is_set = True
+        for waiter in list(self._waiters):
+            with contextlib.suppress(RuntimeError):  # it was released
+                waiter.release()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it is set, or for `timeout` seconds; whether it is set."""
+        waiter = threading.Lock()
+        waiter.acquire()
+        self._waiters.append(waiter)
+        if timeout is not None and not self._is_set:
+            waiter.acquire(timeout=timeout)
+        while timeout is None and not self._is_set:
+            waiter.acquire(timeout=LATEST if is_main_thread() else -1)
+        return self._is_set
+
+
+def take(queue: SimpleQueue[T]) -> T:
+    """Wait for the queue's next item."""
+    if not is_main_thread():
+        return queue.get()
+    while True:
+        with contextlib.suppress(Empty):
+            return queue.get(timeout=LATEST)
+
+
+def is_main_thread() -> bool:
+    """Whether signals interrupt the thread that calls this."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def start_thread(target: Callable[[], None], name: str, *, daemon: bool) -> None:
+    """Start a thread."""
+    thread = threading.Thread(target=target, name=name, daemon=daemon)
+    _thread.start_new_thread(thread.start, ())
+
+
+def uninterrupted(work: Callable[[], T]) -> T:
+    """What `work` returns or raises.
+
+    On the main thread, another one does it: KeyboardInterrupt raises here at once, and the work
+    goes on to its end.
+    """
+    if not is_main_thread():
+        return work()
+    results: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            results.put((work(), None))
+        except BaseException as error:
+            results.put((None, error))
+
+    start_thread(run, "sf_local-uninterrupted", daemon=False)
+    result, error = take(results)
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
