@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Protocol
 
@@ -89,14 +89,21 @@ class Replicas:
 
     def submit(self, generation: Generation) -> None:
         """Start a generation; raises as `check_usable` does."""
-        worker = self._choose(generation.request)
-        worker.ask(partial(worker.core.add, generation))
+        while True:
+            worker = self._choose(generation.request)
+            try:
+                worker.ask(partial(worker.core.add, generation))
+                return
+            except SfLocalError:  # it was closed or lost meanwhile; are there others?
+                self.check_usable()
 
     def _choose(self, request: Request) -> Worker[Core]:
+        """A worker for a request, which may end at any moment; raises as `check_usable` does."""
+        loads = {i: w.num_requests for i, w in enumerate(self.workers) if w.is_usable}
+        if not loads:
+            self.check_usable()
         if len(self.workers) == 1:
             return self.workers[0]
-        self.check_usable()
-        loads = {i: w.num_requests for i, w in enumerate(self.workers) if w.is_usable}
         with self._lock:
             chosen = self._router.choose(request.prompt_keys or request.prompt_ids, loads)
         return self.workers[chosen]
@@ -110,7 +117,7 @@ class Replicas:
         """Free all pages that no request uses; returns when it is done."""
         self.check_usable()
         for worker in self.workers:
-            if worker.is_usable:
+            with suppress(SfLocalError):  # of those that are closed or lost
                 worker.ask_and_wait(worker.core.flush_cache)
 
     def drain(self) -> None:
