@@ -19,6 +19,7 @@ from sf_local.device.info import check_name, find_device
 from sf_local.engine.generation import Generation
 from sf_local.engine.handle import AsyncStream, Handle
 from sf_local.engine.input_processor import InputProcessor, PromptInput, RequestOptions, checked
+from sf_local.engine.interrupts import check_threads
 from sf_local.engine.kv_budget import memory_bytes
 from sf_local.engine.placement import MakeRunner, Place, place_workers
 from sf_local.engine.scheduler import MAX_RUNNING, PREFILL_TOKENS
@@ -79,7 +80,8 @@ class Engine:
 
     Any number of generations run at once, from any thread. A generation depends only on its prompt
     (as token ids) and parameters, not on what runs beside it. Raises RequestError for an option
-    that cannot work, ArtifactError or DeviceError.
+    that cannot work, ArtifactError, DeviceError, or EngineError where gevent or eventlet replaced
+    threads.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Engine:
         reuse_answer_tokens: bool = True,
         _make_runner: MakeRunner = ModelRunner,
     ) -> None:
+        check_threads()
         image_bytes = memory_bytes("image_memory", image_memory, None)
         check_int("prefill_tokens", prefill_tokens, 1)
         check_int("max_running", max_running, 1)

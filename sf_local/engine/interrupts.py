@@ -6,12 +6,15 @@ Signals reach only the main thread, where KeyboardInterrupt may raise between an
 
 from __future__ import annotations
 
-import _thread
 import contextlib
+import queue
 import threading
+from _thread import allocate_lock, start_new_thread  # also where they are replaced later
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import TypeVar
+
+from sf_local.errors import EngineError
 
 LATEST = 0.5  # seconds until a signal is seen that arrived just before the main thread waited
 
@@ -38,7 +41,7 @@ class Latch:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until it is set, or for `timeout` seconds; whether it is set."""
-        waiter = threading.Lock()
+        waiter = allocate_lock()
         waiter.acquire()
         self._waiters.append(waiter)
         if timeout is not None and not self._is_set:
@@ -48,13 +51,26 @@ class Latch:
         return self._is_set
 
 
-def take(queue: SimpleQueue[T]) -> T:
+def take(items: SimpleQueue[T]) -> T:
     """Wait for the queue's next item."""
     if not is_main_thread():
-        return queue.get()
+        return items.get()
     while True:
         with contextlib.suppress(Empty):
-            return queue.get(timeout=LATEST)
+            return items.get(timeout=LATEST)
+
+
+def check_threads() -> None:
+    """Raise EngineError where greenlets stand for threads: a device's thread cannot wake them."""
+    for waited_for in (type(threading.Lock()), queue.SimpleQueue):
+        package = waited_for.__module__.partition(".")[0]
+        if package in ("gevent", "eventlet"):
+            raise EngineError(
+                f"threads are replaced by {package}, whose greenlets a device cannot wake; leave "
+                "threads as they are, by gevent.monkey.patch_all(thread=False, queue=False) or "
+                "eventlet.monkey_patch(thread=False), and call the engine in their native threads "
+                "(gevent.get_hub().threadpool, eventlet.tpool), or use it in another process"
+            )
 
 
 def is_main_thread() -> bool:
@@ -65,7 +81,7 @@ def is_main_thread() -> bool:
 def start_thread(target: Callable[[], None], name: str, *, daemon: bool) -> None:
     """Start a thread."""
     thread = threading.Thread(target=target, name=name, daemon=daemon)
-    _thread.start_new_thread(thread.start, ())
+    start_new_thread(thread.start, ())
 
 
 def uninterrupted(work: Callable[[], T]) -> T:

@@ -16,7 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from sf_local.device.device import Device
 from sf_local.engine.failures import Failures
-from sf_local.engine.interrupts import Latch, start_thread
+from sf_local.engine.interrupts import Latch, check_threads, start_thread
 from sf_local.errors import DeviceError, EngineError, SfLocalError
 from sf_local.model.runner import ModelRunner
 
@@ -145,7 +145,9 @@ class Worker(Generic[Core]):
             self._device.leak(self)
 
     def check_process(self) -> None:
-        """Raise EngineError in a forked child, which does not have the thread."""
+        """Raise EngineError in a forked child, which does not have the thread, and among greenlets,
+        which the thread cannot wake."""
+        check_threads()
         if os.getpid() != self._process_id:
             raise EngineError(
                 "the engine belongs to the parent process and cannot be used after os.fork(); make "
@@ -153,8 +155,8 @@ class Worker(Generic[Core]):
             )
 
     def check_usable(self) -> None:
-        """Raise EngineError in a forked child and once the engine is closed or closing, DeviceError
-        once the device is lost."""
+        """Raise EngineError in a forked child, among greenlets, and once the engine is closed or
+        closing; DeviceError once the device is lost."""
         self.check_process()
         if not self.is_usable:
             raise self._failures.closed(self._failure)
