@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,7 +68,7 @@ class Artifact:
         longest, page_size = self.config.max_seq_len, self.config.page_size
         return longest if self.manifest else (-(-longest // page_size) - 1) * page_size
 
-    @cached_property
+    @property
     def num_weight_bytes(self) -> int:
         """Size of all weight files."""
         return sum(path.stat().st_size for path in self.weights)

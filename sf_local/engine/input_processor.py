@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -36,6 +38,14 @@ NEED_ALL_LOGITS = (
     "frequency_penalty", "presence_penalty", "repetition_penalty",
 )  # fmt: skip
 NEUTRAL = SamplingParams()
+# Held while the grammar compiler is imported and built. A fork waits for it: a child that is forked
+# meanwhile waits for ever for the module, or for llguidance.
+_grammar_lock = threading.Lock()
+os.register_at_fork(
+    before=_grammar_lock.acquire,
+    after_in_parent=_grammar_lock.release,
+    after_in_child=_grammar_lock.release,
+)
 
 
 class RequestOptions(TypedDict, total=False):
@@ -85,13 +95,21 @@ class InputProcessor:
         self._eos_ids = _eos_ids(artifact, tokenizer)
         self._encode = PromptEncoder(tokenizer)
         self._reuses_answer_tokens = reuse_answer_tokens
+        self._grammars: GrammarCompiler | None = None
 
-    @functools.cached_property
-    def _grammars(self) -> GrammarCompiler:
-        # Imported late: it takes a tenth of the time of all imports, and few need it.
-        from sf_local.grammar.compiler import GrammarCompiler
+    def _grammar_compiler(self) -> GrammarCompiler:
+        """Made on first use, with its imports: they take a tenth of the time of all, and few need
+        it."""
+        with _grammar_lock:
+            if self._grammars is None:
+                import llguidance.gbnf_to_lark  # noqa: F401 - the compiler does it even later
 
-        return GrammarCompiler(self.tokenizer, self.vocab_size, self._eos_ids)
+                from sf_local.grammar.compiler import GrammarCompiler
+
+                compiler = GrammarCompiler(self.tokenizer, self.vocab_size, self._eos_ids)
+                compiler.build()
+                self._grammars = compiler
+            return self._grammars
 
     def given(self, images: Sequence[ImageInput]) -> list[GivenImage]:
         """Images for several prompts, so that each is read once; raises RequestError."""
@@ -154,11 +172,12 @@ class InputProcessor:
 
     def _grammar(self, params: SamplingParams) -> Grammar:
         """Of parameters that have one."""
+        grammars = self._grammar_compiler()
         if params.regex is not None:
-            return self._grammars.regex(params.regex)
+            return grammars.regex(params.regex)
         if params.json_schema is not None:
-            return self._grammars.json_schema(params.json_schema)
-        return self._grammars.ebnf(cast(str, params.ebnf))
+            return grammars.json_schema(params.json_schema)
+        return grammars.ebnf(cast(str, params.ebnf))
 
     def _check_params(self, params: SamplingParams, prompt_len: int) -> None:
         """What depends on the model or the prompt; the rest was checked when they were made."""

@@ -60,6 +60,13 @@ class GrammarCompiler:
         self._vocabulary = Vocabulary(tokenizer, vocab_size, eos_ids)
         self._cache = _Cache(CACHE_BYTES)
 
+    def build(self) -> None:
+        """Build llguidance's view of the vocabulary, and what it shares among grammars of a kind:
+        now, and not with the first ones."""
+        self.regex("a")
+        self.json_schema({"type": "string", "format": "date"})
+        self.ebnf('start: "a"')
+
     def regex(self, text: str) -> Grammar:
         r"""Texts that Python's `re.fullmatch(text, ...)` matches.
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.random import default_rng  # np.random imports it late, perhaps during a fork
 
 from sf_local.artifact.manifest import LOGITS_BLOCK
 from sf_local.request.params import SamplingParams
@@ -63,7 +64,7 @@ class Sampler:
         self.params, self.is_greedy = params, params.is_greedy
         self.inv_temperature = 1.0 if params.is_greedy else 1 / min(params.temperature, FLAT)
         self.was_refused = True
-        self._random = np.random.default_rng(params.seed)
+        self._random = default_rng(params.seed)
         self._num_tokens = 0
         self._end_ids = np.fromiter(end_ids, np.intp)
         bias = params.logit_bias

@@ -49,6 +49,15 @@ _URL_SECONDS = 30
 _PILLOW_LOCK = threading.Lock()  # for PIL images, which callers may use in several threads
 
 
+def _renew_lock() -> None:
+    """In a forked child: the thread that held the lock does not exist there."""
+    global _PILLOW_LOCK
+    _PILLOW_LOCK = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 class GivenImage:
     """An image as a user gave it: read once, at its first use, and decoded by each `pixels`.
 

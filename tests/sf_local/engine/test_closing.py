@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import sf_local
 from sf_local import Engine, SamplingParams
 from sf_local.errors import EngineError, MismatchError, SfLocalError
 from sf_local.model.runner import ModelRunner
@@ -174,3 +177,90 @@ def test_an_engine_that_is_dropped_is_closed_before_the_next_one_opens(tiny: Tin
     go_on.set()
     with Engine(tiny.artifact):
         assert closed
+
+
+@pytest.mark.parametrize("moment", ["make", "sf_local.grammar.compiler", "llguidance"])
+def test_a_child_that_is_forked_during_the_first_grammar(tiny: TinyModel, moment: str) -> None:
+    """While another thread makes the compiler, or imports one of its modules."""
+    program = (
+        BEGIN
+        + """
+def pause():
+    if not waiting.is_set():
+        waiting.set()
+        time.sleep(0.5)
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == state:
+            pause()
+sys.meta_path.insert(0, Finder())
+if state == "make":
+    from sf_local.grammar.compiler import GrammarCompiler
+    make = GrammarCompiler.__init__
+    def make_slowly(self, *arguments):
+        pause()
+        make(self, *arguments)
+    GrammarCompiler.__init__ = make_slowly
+constrained = SamplingParams(max_new_tokens=12, regex="[a-z]{10}")
+engine = Engine(artifact)
+thread = threading.Thread(target=engine.generate, args=([5, 6], constrained))
+thread.start()
+waiting.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    with Engine(artifact) as own:
+        assert len(own.generate([5, 6], constrained).text) == 10
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+thread.join()
+engine.shutdown()
+"""
+    )
+    assert run_program(program, tiny.artifact, moment) == "7\n"
+
+
+def test_a_child_that_is_forked_while_a_pil_image_is_read() -> None:
+    program = """
+import os, signal, threading, time
+from PIL import Image
+from sf_local.vision.image_file import GivenImage
+image, waiting = Image.new("RGB", (4, 4)), threading.Event()
+class SlowImage(Image.Image):
+    def load(self):
+        waiting.set()
+        time.sleep(0.5)
+        return super().load()
+slow = image.copy()
+slow.__class__ = SlowImage
+thread = threading.Thread(target=GivenImage(slow).pixels)
+thread.start()
+waiting.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    os._exit(GivenImage(image).pixels().shape != (4, 4, 3))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+thread.join()
+"""
+    assert run_program(program) == "0\n"
+
+
+def test_no_cached_property_in_the_runtime() -> None:
+    """In Python 3.11 it has one lock for all objects, which a forked child may inherit locked."""
+    for path in Path(sf_local.__file__).parent.rglob("*.py"):
+        assert not re.search(r"@(functools\.)?cached_property", path.read_text()), path
+
+
+def test_an_answer_imports_nothing(tiny: TinyModel) -> None:
+    """A child that is forked during an import in another thread waits for ever for the module."""
+    program = (
+        BEGIN
+        + """
+with Engine(artifact) as engine:
+    before = {*sys.modules}
+    engine.generate("abc", SamplingParams(max_new_tokens=5, top_p=0.9, stop=["none"]))
+print(*{*sys.modules} - before)
+"""
+    )
+    assert run_program(program, tiny.artifact, "") == "\n"
