@@ -70,9 +70,8 @@ class GrammarCompiler:
     def regex(self, text: str) -> Grammar:
         r"""Texts that Python's `re.fullmatch(text, ...)` matches.
 
-        `\d`, `\w` and `\s` allow ASCII characters only; `\D`, `\W` and `\S` allow no more
-        than in Python. Greedy and lazy repeats are the same. A leading `^` and a trailing `$` are
-        ignored.
+        `\d`, `\w` and `\s` are Unicode, as in Python; `(?a)` makes them ASCII. Greedy and lazy
+        repeats are the same. A leading `^` and a trailing `$` are ignored.
 
         Raises:
             GrammarError: not a regex, look-around, backreference, word boundary or another
@@ -81,12 +80,14 @@ class GrammarCompiler:
         return self._compile("regex", text, regex_grammar)
 
     def json_schema(self, schema: str | bool | Mapping[str, Any] | type) -> Grammar:
-        """JSON that is valid under `schema`: JSON text, a dict, or a pydantic model class.
+        r"""JSON that is valid under `schema`: JSON text, a dict, or a pydantic model class.
 
         The layout is that of json.dumps, `{"a": 1, "b": [2, 3]}`. Other whitespace is not allowed,
         because a model might go on with it for ever. Keys come in the order of the schema. A schema
         that lists properties allows no others, unless it has additionalProperties or combines
-        schemas. Unknown keywords are ignored, as JSON Schema asks.
+        schemas. Unknown keywords are ignored, as JSON Schema asks. A `pattern` allows what it
+        matches in JavaScript, Python and Rust alike, so `\w` is ASCII there and `\W` excludes every
+        letter, and its classes and dots exclude control characters but \b, \t, \n, \f and \r.
 
         Raises:
             GrammarError: not a schema, a keyword or format that is not supported, or a schema that

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import importlib
 import re
+import unicodedata
 from typing import Any
 
 from sf_local.grammar.limits import MAX_OPTIONAL, Refused, lark_grammar
 
 MAX_FORCED = 10_000  # characters that a repeat such as x{5000} may demand
 _parser: Any = importlib.import_module("re._parser")  # the only way to Python's regex trees
-# Unicode versions differ in what \d, \w and \s match, so what is written allows no more than
-# Python: these become their ASCII characters, and \D, \W and \S exclude a superset of what Python
-# excludes. None is written as \d, \w or \s, which llguidance reads as ASCII inside schemas.
-_ASCII_SETS = {"DIGIT": "0-9", "WORD": "0-9A-Za-z_", "SPACE": r"\x09-\x0D\x20"}
-_UNICODE_SETS = {
-    "DIGIT": r"\p{Nd}",
-    "WORD": r"\p{L}\p{N}_",
-    "SPACE": r"\x09-\x0D\x1C-\x20\x85\xA0\u1680\u2000-\u200A\u2028\u2029\u202F\u205F\u3000",
+# What Python's \d, \w and \s match, in the Unicode version of the running Python.
+_AGE = rf"\p{{Age={'.'.join(unicodedata.unidata_version.split('.')[:2])}}}"
+_PYTHON_SPACE = r"\x09-\x0D\x1C-\x20\x85\xA0\u1680\u2000-\u200A\u2028\u2029\u202F\u205F\u3000"
+_PYTHON_SETS = {
+    "DIGIT": rf"[\p{{Nd}}&&{_AGE}]",
+    "WORD": rf"[\p{{L}}\p{{N}}_&&{_AGE}]",
+    "SPACE": _PYTHON_SPACE,
 }
+_ASCII_SETS = {"DIGIT": "0-9", "WORD": "0-9A-Za-z_", "SPACE": r"\x09-\x0D\x20"}
+# What they match in JavaScript, Python or Rust, in any Unicode version: validators of JSON schemas
+# use all of these, so what \D, \W and \S allow in a schema's pattern is none of this.
+_LARGEST_SETS = {
+    "DIGIT": r"\p{Nd}",
+    "WORD": r"\p{L}\p{M}\p{N}\p{Pc}\p{Alphabetic}\p{Join_Control}",
+    "SPACE": _PYTHON_SPACE + r"\uFEFF",
+}
+_LINE_ENDS = r"\x0A\x0D\u2028\u2029"  # which JavaScript's dot does not match
+# Characters that JSON writes as \u00XX. llguidance allows \" and \\ wherever a class has all
+# control characters, so no class of a schema's pattern has these.
+_CONTROLS = r"\x00-\x07\x0B\x0E-\x1F"
+_CONTROL_CODES = frozenset(range(0x20)) - set(b"\b\t\n\f\r")
 _NOT_REGULAR = {
     "ASSERT": "look-ahead or look-behind",
     "ASSERT_NOT": "negative look-ahead or look-behind",
@@ -86,9 +99,9 @@ class RegexWriter:
         if op == "LITERAL":
             return _escaped(value)
         if op == "NOT_LITERAL":
-            return f"[^{_escaped(value)}]"
+            return self._class([("NEGATE", None), ("LITERAL", value)])
         if op == "ANY":
-            return "(?s:.)" if dotall else r"[^\x0A]"
+            return self._dot(dotall)
         if op == "IN":
             return self._class(value)
         if op == "AT":
@@ -131,23 +144,64 @@ class RegexWriter:
         most = "" if high == _parser.MAXREPEAT else int(high)
         return f"(?:{inner}){{{int(low)},{most}}}"
 
+    def _dot(self, dotall: bool) -> str:
+        if self._is_search:
+            return f"[^{_CONTROLS}{'' if dotall else _LINE_ENDS}]"
+        return "(?s:.)" if dotall else r"[^\x0A]"
+
     def _class(self, items: Any) -> str:
         is_negated = str(items[0][0]) == "NEGATE"
-        parts = [self._class_item(str(op), value, is_negated) for op, value in items[is_negated:]]
-        return f"[{'^' * is_negated}{''.join(parts)}]"
+        items = [(str(op), value) for op, value in items[is_negated:]]
+        sets = [self._set(value, is_negated) for op, value in items if op == "CATEGORY"]
+        chars = [_characters(op, value) for op, value in items if op != "CATEGORY"]
+        if self._is_search:
+            return _without_controls("".join(sets + chars), items, is_negated)
+        written = f"[{'^' * is_negated}{''.join(sets + chars)}]"
+        # Python's sets do not change with the case, but llguidance would add to them: U+0345 to \w,
+        # since its upper case is that of a letter.
+        if sets and not any(_has_case(op, value) for op, value in items):
+            return f"(?-i:{written})"
+        if sets and not is_negated:
+            return f"(?:(?-i:[{''.join(sets)}])|[{''.join(chars)}])"
+        return written
 
-    def _class_item(self, op: str, value: Any, is_negated: bool) -> str:
-        if op == "LITERAL":
-            return _escaped(value)
-        if op == "RANGE":
-            low = 0xE000 if 0xD800 <= value[0] < 0xE000 else value[0]
-            high = 0xD7FF if 0xD800 <= value[1] < 0xE000 else value[1]
-            return f"{_escaped(low)}-{_escaped(high)}"
-        name = str(value).removeprefix("CATEGORY_")
+    def _set(self, category: object, is_negated: bool) -> str:
+        """A category, such as that of digits, as a part of a class."""
+        name = str(category).removeprefix("CATEGORY_")
         is_opposite = name.startswith("NOT_")
-        is_small = self._is_ascii or is_opposite == is_negated
-        chars = (_ASCII_SETS if is_small else _UNICODE_SETS)[name.removeprefix("NOT_")]
+        if self._is_ascii:
+            sets = _ASCII_SETS
+        elif not self._is_search:
+            sets = _PYTHON_SETS
+        else:
+            sets = _ASCII_SETS if is_opposite == is_negated else _LARGEST_SETS
+        chars = sets[name.removeprefix("NOT_")]
         return f"[^{chars}]" if is_opposite else chars
+
+
+def _without_controls(chars: str, items: list[tuple[str, Any]], is_negated: bool) -> str:
+    """A class without `_CONTROLS`, unless it asks for nothing else."""
+    if is_negated:
+        return f"[^{chars}{_CONTROLS}]"
+    if all(op == "LITERAL" and value in _CONTROL_CODES for op, value in items):
+        return f"[{chars}]"
+    return f"[[{chars}]--[{_CONTROLS}]]"
+
+
+def _has_case(op: str, value: Any) -> bool:
+    """Whether a part of a class may hold characters that differ from their upper or lower case."""
+    if op == "LITERAL":
+        return chr(value).lower() != chr(value).upper()
+    return op == "RANGE" and bool(value[1] >= ord("A"))
+
+
+def _characters(op: str, value: Any) -> str:
+    """A character or a range as a part of a class."""
+    if op == "LITERAL":
+        return _escaped(value)
+    low = 0xE000 if 0xD800 <= value[0] < 0xE000 else value[0]
+    high = 0xD7FF if 0xD800 <= value[1] < 0xE000 else value[1]
+    return f"{_escaped(low)}-{_escaped(high)}"
 
 
 def _escaped(code: int) -> str:

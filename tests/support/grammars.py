@@ -34,8 +34,32 @@ def bounded_numbers(draw: st.DrawFn) -> Schema:
     return {"type": kind, names[0]: low, names[1]: high}
 
 
+@st.composite
+def patterns(draw: st.DrawFn) -> Schema:
+    """Classes that exclude what JSON escapes."""
+    classes = [
+        r'[^"]',
+        r'[^"\\]',
+        r"[^\\]",
+        "[!#-~]",
+        r"[^\W]",
+        r"[^\s]",
+        r"\S",
+        r"\W",
+        r"[^a-z\n]",
+        ".",
+    ]
+    parts = draw(st.lists(st.sampled_from(classes), min_size=1, max_size=3))
+    low = draw(st.integers(1, 3))
+    return {
+        "type": "string",
+        "pattern": "^" + "".join(f"{p}{{{low},{low + 2}}}" for p in parts) + "$",
+    }
+
+
 LEAVES = st.one_of(
     bounded_strings(),
+    patterns(),
     bounded_numbers(),
     st.lists(VALUES, min_size=1, max_size=5).map(lambda values: {"enum": values}),
     VALUES.map(lambda value: {"const": value}),

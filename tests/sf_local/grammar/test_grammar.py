@@ -1,4 +1,5 @@
 import copy
+import functools
 import gc
 import itertools
 import json
@@ -12,7 +13,7 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jsonschema
 import numpy as np
@@ -174,6 +175,47 @@ def test_any_regex(tokenizer: Tokenizer, compiler: GrammarCompiler, regex: str, 
     assert walk.is_complete and re.fullmatch(regex, walk.text), walk.text
 
 
+@functools.cache
+def byte_tokens(tokenizer: Tokenizer) -> dict[bytes, int]:
+    return {tokenizer.token_bytes(i): i for i in range(3, 300)}
+
+
+def matches(tokenizer: Tokenizer, grammar: Grammar, text: bytes) -> bool:
+    for byte in text:
+        token = byte_tokens(tokenizer)[_byte(byte)]
+        if not grammar.allows(token):
+            return False
+        grammar.accept(token)
+    return grammar.is_complete or grammar.allows(EOS)
+
+
+@functools.cache
+def edges() -> list[str]:
+    """Characters at the borders of what Python's classes match, and some that have odd cases."""
+    every = "".join(chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000)
+    words = [end for found in re.finditer(r"\w+", every) for end in found.span()]
+    others = [end for found in re.finditer(r"\s+|\d+", every) for end in found.span()]
+    near = {i + step for i in words[::7] + others[::2] for step in (-1, 0)}
+    odd = "\0\x1c\x7f\x85\u0345\u0130\u017f\u200c\u2028\u24b6\ufeff\ua7cb\U000105c0"
+    return [every[i] for i in sorted(near)] + list(odd)
+
+
+@pytest.mark.parametrize("flags", ["", "(?i)", "(?a)"])
+@pytest.mark.parametrize(
+    "regex", [r"\w", r"\d", r"\s", r"\W", r"\D", r"\S", r"[^\W\d_]", r"[\wé-]", r"[^\w\s]", "[^a]"]
+)
+def test_categories_are_pythons(
+    tokenizer: Tokenizer, compiler: GrammarCompiler, flags: str, regex: str
+) -> None:
+    for char in edges():
+        allowed = matches(tokenizer, compiler.regex(flags + regex), char.encode())
+        assert allowed == bool(re.fullmatch(flags + regex, char)), ascii(char)
+
+
+def test_words_are_unicode(tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
+    assert matches(tokenizer, compiler.regex(r"\w+ \d{2}"), "François ٣٤".encode())
+
+
 # --- JSON schemas
 
 POINT = {
@@ -246,6 +288,67 @@ SCHEMAS: dict[str, Any] = {
     "anything": {},
     "True": True,
 }  # fmt: skip
+
+
+EXCLUDING = [r'^[^"]{3,60}$',
+             r'^[^"\\]{3,60}$', r"^[^\\]+$", r'[^"]$', "^[!#-[]{4}$", r"^[^\W\d]{3}$",
+             r'^([^\x00-\x1f"]|\\){3}$', r'^[\x00-!#-\[\]-~]{5}$', r"^[\x00-\x1f]{2}$", r"^[\0\1]$",
+             r"^\S{2}.\D\W$", r'^[^a"]*$', r'^(?:[^"]|\n){3}$']  # fmt: skip
+
+
+@pytest.mark.parametrize("regex", EXCLUDING)
+def test_patterns_that_exclude_characters(
+    tokenizer: Tokenizer, compiler: GrammarCompiler, regex: str
+) -> None:
+    for schema in (
+        {"type": "string", "pattern": regex},
+        {"type": "string", "pattern": regex, "minLength": 1, "maxLength": 50},
+        {"type": "object", "patternProperties": {regex: {"const": 1}}, "minProperties": 1,
+         "additionalProperties": False, "maxProperties": 1},
+    ):  # fmt: skip
+        for seed in range(8):
+            walk = Walk(tokenizer, compiler.json_schema(schema), seed, jump=seed % 2 == 1)
+            if walk.is_complete:
+                jsonschema.validate(json.loads(walk.text), schema)
+    for text in ('a"bc', "a\\bc", '"' * 4, "\\" * 4, "a\nb", "abc"):
+        allowed = matches(
+            tokenizer,
+            compiler.json_schema({"type": "string", "pattern": regex}),
+            json.dumps(text).encode(),
+        )
+        assert not allowed or re.search(regex, text), text
+
+
+ECMA = {  # ECMA-262, 22.2.2
+    "w": set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_"),
+    "d": set("0123456789"),
+    "s": set("\t\n\v\f\r \xa0\u1680\u2028\u2029\u202f\u205f\u3000\ufeff")
+    | set(map(chr, range(0x2000, 0x200B))),
+}
+
+
+@pytest.mark.parametrize("regex", [r"\w", r"\d", r"\s", r"\W", r"\D", r"\S", "."])
+def test_patterns_mean_the_same_everywhere(
+    tokenizer: Tokenizer, compiler: GrammarCompiler, regex: str
+) -> None:
+    """In ECMA 262, in Python's re, and in Rust's regex, which pydantic uses."""
+    schema = {"type": "string", "pattern": f"^{regex}$"}
+    rust = pydantic.TypeAdapter(
+        Annotated[str, pydantic.StringConstraints(pattern=schema["pattern"])],
+        config={"regex_engine": "rust-regex"},
+    )
+    num_allowed = 0
+    for char in {*edges(), *map(chr, range(128)), "\u2028", "\u0301", "é"}:
+        text = json.dumps(char, ensure_ascii=False)
+        if not matches(tokenizer, compiler.json_schema(schema), text.encode()):
+            continue
+        num_allowed += 1
+        ecma = char not in "\n\r\u2028\u2029"
+        if regex != ".":
+            ecma = (char in ECMA[regex[1].lower()]) == regex[1].islower()
+        assert ecma and re.search(schema["pattern"], char), ascii(char)
+        rust.validate_python(char)
+    assert num_allowed >= {"s": 5, "d": 10}.get(regex[-1], 60)
 
 
 @pytest.mark.filterwarnings("ignore:Possible (nested|set):FutureWarning")
