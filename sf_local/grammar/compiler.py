@@ -82,6 +82,8 @@ class GrammarCompiler:
     def json_schema(self, schema: str | bool | Mapping[str, Any] | type) -> Grammar:
         r"""JSON that is valid under `schema`: JSON text, a dict, or a pydantic model class.
 
+        OpenAI's response formats, and what they have as json_schema, stand for the schema in them.
+
         The layout is that of json.dumps, `{"a": 1, "b": [2, 3]}`. Other whitespace is not allowed,
         because a model might go on with it for ever. Keys come in the order of the schema. A schema
         that lists properties allows no others, unless it has additionalProperties or combines

@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 from sf_local.errors import GrammarError
+from sf_local.grammar.formats import FORMAT_PATTERNS
 from sf_local.grammar.limits import MAX_PATTERNS, Refused, as_json, shown
 from sf_local.grammar.regex import RegexWriter
 from sf_local.grammar.schema_parts import (
@@ -21,6 +22,7 @@ from sf_local.grammar.schema_parts import (
     representable,
     resolve,
     subschemas,
+    unwrapped,
 )
 
 MAX_PATTERN_PROPERTIES = 64  # in a whole schema; llguidance compares all pairs
@@ -111,10 +113,21 @@ def checked_schema(schema: Any) -> dict[str, Any]:
     Raises:
         Refused: it is not a schema, or has what is not supported.
     """
+    schema = unwrapped(schema)
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
     _SchemaCheck(schema).run()
     return {**schema, "x-guidance": JSON_STYLE}
+
+
+def _rewrite_format(schema: dict[str, Any]) -> None:
+    """Write a format as the pattern that is stricter, beside one of the schema's own."""
+    if isinstance(schema.get("format"), str) and schema["format"] in FORMAT_PATTERNS:
+        pattern = FORMAT_PATTERNS[schema.pop("format")]
+        if "pattern" not in schema:
+            schema["pattern"] = pattern
+        elif isinstance(others := schema.setdefault("allOf", []), list):
+            others.append({"pattern": pattern})
 
 
 class _SchemaCheck:
@@ -217,6 +230,7 @@ class _SchemaCheck:
                 f"{', '.join(sorted(_FORMATS))}. Use a pattern, or remove it."
             )
         self._check_object(schema, path)
+        _rewrite_format(schema)
         self._rewrite_patterns(schema, path)
         self._check_numbers(schema, path)
         if "$ref" in schema:

@@ -12,6 +12,24 @@ from sf_local.grammar.limits import Refused, shown
 _LISTS = frozenset(("allOf", "anyOf", "oneOf", "prefixItems", "items"))
 MAX_BOUND = 2**63 - 1024  # the largest float that fits in llguidance's 64-bit integers
 
+_WRAPPER = frozenset(("type", "name", "description", "strict", "schema"))
+
+
+def unwrapped(schema: Any) -> Any:
+    """The schema in one of OpenAI's response formats, or in its json_schema; else `schema`.
+
+    They are `{"type": "json_schema", "json_schema": {"name": ..., "schema": ...}}`, its inner part,
+    `{"type": "json_schema", "name": ..., "schema": ...}`, and the same with the type json_object.
+    """
+    if not isinstance(schema, dict):
+        return schema
+    inner = schema.get("json_schema") if schema.get("type") == "json_schema" else None
+    inner = inner if isinstance(inner, dict) else schema
+    if not isinstance(inner.get("schema"), (dict, bool)) or not inner.keys() <= _WRAPPER:
+        return schema
+    is_wrapper = inner.get("type", "json_schema") in ("json_schema", "json_object")
+    return inner["schema"] if is_wrapper else schema
+
 
 def subschemas(schema: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """The schemas directly inside `schema`, as (keyword, path, schema).

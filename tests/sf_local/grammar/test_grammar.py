@@ -1,4 +1,5 @@
 import copy
+import datetime
 import functools
 import gc
 import itertools
@@ -317,6 +318,69 @@ def test_patterns_that_exclude_characters(
             json.dumps(text).encode(),
         )
         assert not allowed or re.search(regex, text), text
+
+
+DATES = ["2023-02-28", "2023-02-29", "2024-02-29", "1900-02-29", "2000-02-29", "0000-01-01",
+         "0004-02-29", "0001-12-31", "2023-04-31", "2023-13-01", "9999-12-31", "0400-02-29",
+         "0100-02-29", "2023-00-10", "2023-01-00", "2023-1-1"]  # fmt: skip
+TIMES = ["00:00:00Z", "23:59:60Z", "12:34:56.789+02:00", "24:00:00Z", "12:60:00Z", "12:34:56",
+         "12:34:56-23:59", "12:34:56+24:00", "12:34:56.Z"]  # fmt: skip
+
+
+def is_valid(text: str, format: str) -> bool:
+    kind = {"date": datetime.date, "time": datetime.time, "date-time": datetime.datetime}[format]
+    try:
+        value = kind.fromisoformat(text)
+        pydantic.TypeAdapter(kind).validate_json(json.dumps(text))
+    except ValueError:
+        return False
+    return format == "date" or value.tzinfo is not None  # RFC 3339 asks for the offset
+
+
+@pytest.mark.parametrize("format", ["date", "time", "date-time"])
+def test_dates_and_times_are_pythons(
+    tokenizer: Tokenizer, compiler: GrammarCompiler, format: str
+) -> None:
+    texts = {"date": DATES, "time": TIMES}.get(
+        format, [f"{date}T{time}" for date in DATES for time in TIMES]
+    )
+    schema: Any = {"type": "string", "format": format}
+    for text in texts:
+        quoted = json.dumps(text).encode()
+        assert matches(tokenizer, compiler.json_schema(schema), quoted) == is_valid(text, format)
+    for more in ({}, {"pattern": "[02]"}, {"allOf": [{"maxLength": 40}], "pattern": "0"}):
+        for seed in range(6):
+            walk = Walk(tokenizer, compiler.json_schema({**schema, **more}), seed)
+            assert walk.is_complete and is_valid(json.loads(walk.text), format), walk.text
+            jsonschema.validate(json.loads(walk.text), more)
+
+
+WRAPPERS: list[Any] = [
+    {"name": "point", "schema": POINT},
+    {"name": "point", "description": "d", "strict": True, "schema": POINT},
+    {"type": "json_schema", "json_schema": {"name": "point", "strict": True, "schema": POINT}},
+    {"type": "json_schema", "json_schema": {"schema": POINT}},
+    {"type": "json_schema", "name": "point", "strict": True, "schema": POINT},
+    {"type": "json_object", "schema": POINT},
+]
+
+
+@pytest.mark.parametrize("wrapper", [*WRAPPERS, json.dumps(WRAPPERS[0])])
+def test_openais_wrappers(tokenizer: Tokenizer, compiler: GrammarCompiler, wrapper: Any) -> None:
+    walk = Walk(tokenizer, compiler.json_schema(wrapper), seed=1)
+    jsonschema.validate(json.loads(walk.text), POINT)
+
+
+def test_a_schema_of_properties_that_wrappers_have(
+    tokenizer: Tokenizer, compiler: GrammarCompiler
+) -> None:
+    """It is no wrapper: properties have these names, or the type is JSON Schema's."""
+    names = {"name": {"const": "a"}, "schema": {"const": 1}}
+    schema = {"type": "object", "properties": names, "required": ["name", "schema"]}
+    walk = Walk(tokenizer, compiler.json_schema(schema), seed=1)
+    assert json.loads(walk.text) == {"name": "a", "schema": 1}
+    grammar = compiler.json_schema({"type": "null", "name": "n", "schema": POINT})
+    assert Walk(tokenizer, grammar, seed=1).text == "null"
 
 
 ECMA = {  # ECMA-262, 22.2.2
