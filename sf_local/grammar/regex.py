@@ -9,6 +9,7 @@ from typing import Any
 
 from sf_local.grammar.limits import MAX_OPTIONAL, Refused, lark_grammar
 
+MAX_SETS = 2_000  # of Unicode, such as \w: each takes 0.8 ms to compile
 MAX_FORCED = 10_000  # characters that a repeat such as x{5000} may demand
 _parser: Any = importlib.import_module("re._parser")  # the only way to Python's regex trees
 # What Python's \d, \w and \s match, in the Unicode version of the running Python.
@@ -60,7 +61,7 @@ class RegexWriter:
     """
 
     def __init__(self) -> None:
-        self._num_optional = 0
+        self._num_optional = self._num_sets = 0
         self._is_search = self._is_ascii = False
 
     def write(self, text: str, is_search: bool = False) -> str:
@@ -175,6 +176,9 @@ class RegexWriter:
             sets = _PYTHON_SETS
         else:
             sets = _ASCII_SETS if is_opposite == is_negated else _LARGEST_SETS
+        self._num_sets += sets is not _ASCII_SETS
+        if self._num_sets > MAX_SETS:
+            raise Refused(f"has more than {MAX_SETS:,} classes such as \\w or \\S. Use {{n}}.")
         chars = sets[name.removeprefix("NOT_")]
         return f"[^{chars}]" if is_opposite else chars
 

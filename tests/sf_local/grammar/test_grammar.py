@@ -562,6 +562,8 @@ REFUSED: list[tuple[str, Any, list[str]]] = [
     ("json_schema", {"$ref": "#/$defs/a", "$defs": {"a": {"if": {}}}}, ["if at #/$defs/a"]),
     ("json_schema", {"items": {"$id": "x"}}, ["$id at #/items"]),
     ("json_schema", {"x-guidance": {"lenient": True}}, ["x-guidance"]),
+    ("regex", r"\w" * 2001, ["2,000 classes such as"]),
+    ("json_schema", {"allOf": [{"pattern": r"\W" * 1001}, {"pattern": r"\S" * 1000}]}, ["2,000"]),
     ("json_schema", {"format": "phone"}, ["'phone' at #", "uuid"]),
     ("json_schema", {"pattern": "a("}, ["'a('", "#/pattern", "position 1"]),
     ("json_schema", {"pattern": r"\p{L}"}, ["bad escape"]),
