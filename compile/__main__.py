@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--weights",
         choices=[*DTYPES, *QUANTIZED],
-        help="weight type (default: bf16 on CPUs that have it, else f16)",
+        help="weight type (default: as the source; of floats bf16 on CPUs that have it, else f16)",
     )
     parser.add_argument("--kv", choices=list(DTYPES), help="KV cache type (default: as --weights)")
     parser.add_argument(

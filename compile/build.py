@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,11 +14,14 @@ from compile.folder import (
     MLIR,
     check_images,
     check_output,
+    check_space,
     check_tokenizer,
     is_artifact,
+    size_text,
     staging,
     write_descriptions,
 )
+from compile.formats.layout import DTYPES, ITEM_BYTES, QUANTIZED
 from compile.options import BuildOptions
 from compile.progress import Progress, silent
 from compile.sources.demo import DEMO_SHA256
@@ -27,9 +31,11 @@ from compile.target import Target, resolve_target
 from compile.toolchain import check_installed, iree_compile
 from compile.weights import check_tensors, write_weights
 from sf_local import artifact
+from sf_local.artifact import irpa
 from sf_local.artifact.manifest import COMPILER_VERSION, VMFB, WEIGHTS
 from sf_local.errors import UnsupportedError
 
+log = logging.getLogger("sf_local.compile")
 CODE_FOLDERS = Path(__file__).parent, Path(artifact.__file__).parent  # that decide what is built
 
 
@@ -57,6 +63,9 @@ def build(
     check_tensors(opened)
     check_images(opened)
     emitters = [find_emitter(opened, options, target) for target in targets]
+    for target, emitter in zip(targets, emitters, strict=True):
+        _log_sizes(opened, options, target, emitter)
+    check_space(output, sum({repr(e.parameters): _num_bytes(e) for e in emitters}.values()))
     weights: dict[str, str] = {}  # parameters -> the target whose file has them
     with staging(output, force) as whole:
         for target, emitter in zip(targets, emitters, strict=True):
@@ -123,6 +132,25 @@ def _targets(options: BuildOptions) -> list[Target]:
         raise UnsupportedError(f"target={options.target!r} names one twice")
     found = [resolve_target(name, options.cpu) for name in names]
     return [dataclasses.replace(target, tuning=options.tuning) for target in found]
+
+
+def _log_sizes(source: Source, options: BuildOptions, target: Target, emitter: Emitter) -> None:
+    """Say what the weights become and what they need, and warn if they grow unasked."""
+    stored, model = source.weight_dtype, emitter.options
+    is_inflated = stored.lower() not in DTYPES and model.weight_dtype not in QUANTIZED
+    is_unasked = is_inflated and options.weight_dtype is None
+    size, token = _num_bytes(emitter), emitter.page_elements * ITEM_BYTES[model.kv_dtype]
+    log.log(
+        logging.WARNING if is_unasked else logging.INFO,
+        "%s: %s weights become %s for %s: %s on disk and in memory, where the KV cache takes %s a "
+        "token%s", source.name, stored, model.weight_dtype, target.name, size_text(size),
+        size_text(token / model.page_size),
+        "; int8 and int4 are for CPUs, and heads of a multiple of 32" if is_unasked else "",
+    )  # fmt: skip
+
+
+def _num_bytes(emitter: Emitter) -> int:
+    return irpa.num_bytes_together(p.num_bytes for p in emitter.parameters.values())
 
 
 def _write_weights(path: Path, source: Source, emitter: Emitter, progress: Progress) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from compile.cpu.emitter import CpuLlamaEmitter
 from compile.cpu.vision import LANES
-from compile.formats.layout import QUANTIZED
-from compile.formats.quantize import GROUP
+from compile.formats.layout import DTYPES, QUANTIZED
+from compile.formats.quantize import GGUF_BLOCKS, GROUP
 from compile.gpu.emitter import LlamaEmitter
 from compile.options import BuildOptions, ModelOptions
 from compile.sources.source import Source
@@ -35,7 +35,7 @@ def find_emitter(source: Source, options: BuildOptions, target: Target) -> Emitt
 
 def _model_options(source: Source, options: BuildOptions, target: Target) -> ModelOptions:
     """The options with the defaults of the model and the target."""
-    weight_dtype = options.weight_dtype or target.weight_dtype
+    weight_dtype = options.weight_dtype or _default_weight_dtype(source, options, target)
     context = source.config.max_seq_len
     whole_pages = context - context % options.page_size
     return ModelOptions(
@@ -49,6 +49,16 @@ def _model_options(source: Source, options: BuildOptions, target: Target) -> Mod
             (options.image_batch_sizes or target.image_batch_sizes) if source.vision else ()
         ),
     )
+
+
+def _default_weight_dtype(source: Source, options: BuildOptions, target: Target) -> str:
+    """That of the source, or what loses nothing of it; 16 bits where nothing narrower computes."""
+    stored = source.weight_dtype
+    is_wide = target.vectors is None or options.row_major or source.config.head_dim % GROUP
+    if is_wide or stored.lower() in DTYPES:
+        return target.weight_dtype
+    bits, _ = GGUF_BLOCKS.get(stored, (8, 0))
+    return f"int{bits}"
 
 
 def _kv_dtype(weight_dtype: str, target: Target) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +61,17 @@ def check_output(output: Path, force: bool) -> None:
             )
 
 
+def check_space(output: Path, num_bytes: int) -> None:
+    """Raise OutputError unless `num_bytes` are free where the folder `output` will be."""
+    with _named_errors(output):
+        disk = shutil.disk_usage(next(folder for folder in output.parents if folder.exists()))
+    if disk.total and disk.free < num_bytes:  # some file systems do not tell
+        raise OutputError(
+            f"{output} needs {size_text(num_bytes)}, and {size_text(disk.free)} are free there; "
+            "free some space, or choose a folder elsewhere or narrower weights (--weights)"
+        )
+
+
 def is_artifact(folder: Path) -> bool:
     """Whether a folder is the artifact of one target, or holds those of several."""
     return (folder / MANIFEST).exists() or any(folder.glob(f"*/{MANIFEST}"))
@@ -111,6 +123,14 @@ def _replace(output: Path, new: Path, old: Path) -> None:
         if old.exists() and not output.exists():
             os.replace(old, output)
         raise
+
+
+def size_text(num_bytes: float) -> str:
+    """A number of bytes, such as "1.3 GB"."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes / 1e3:,.1f} kB"
 
 
 @contextmanager

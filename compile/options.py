@@ -52,11 +52,12 @@ PAGE_SIZES = (8, 16, 32, 64, 128, 256)  # tokens
 class BuildOptions:
     """What to build; raises UnsupportedError for values that cannot be built.
 
-    None means the target's default.
+    None means the default of the target, or of the source.
     target: "cpu", an AMD chip such as "gfx942", or several as "gfx942,gfx1100,cpu".
     cpu: "host", "generic", "x86-64-v3" or "x86-64-v4".
-    weight_dtype: "f32", "f16", "bf16", and on CPUs "int8" or "int4". kv_dtype: a float type; by
-    default that of the weights, or of unquantized ones.
+    weight_dtype: "f32", "f16", "bf16", and on CPUs "int8" or "int4". By default as the source: 16
+    bits for floats, int4 for Q4_0 and Q4_1, int8 for other quantized types; on GPUs 16 bits.
+    kv_dtype: a float type; by default that of the weights, or of unquantized ones.
     page_size: tokens a KV page.
     prefill_batch_sizes, decode_batch_sizes: rows of the calls that are compiled, ascending.
     image_batch_sizes: tiles of images that are encoded together, ascending; by default (1, 4), and

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,13 +16,14 @@ def silent(stage: str, share: float | None) -> None:
 
 @contextmanager
 def progress_display() -> Iterator[Progress]:
-    """A progress line on standard error, for as long as the context lasts."""
+    """A progress line on standard error, and what is logged, for as long as the context lasts."""
     from rich.console import Console
     from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Display
 
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with Display(*columns, console=Console(stderr=True), transient=True) as display:
+    shown = Display(*columns, console=Console(stderr=True), transient=True)
+    with _printed_log(), shown as display:
         task = display.add_task("starting", total=None)
 
         def show(stage: str, share: float | None) -> None:
@@ -30,3 +33,23 @@ def progress_display() -> Iterator[Progress]:
                 display.update(task, description=stage, total=1.0, completed=share)
 
         yield show
+
+
+class _Printed(logging.Handler):
+    """Prints to what standard error is then, above a progress line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def _printed_log() -> Iterator[None]:
+    log, handler = logging.getLogger("sf_local.compile"), _Printed()
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)

@@ -77,7 +77,7 @@ class Target:
 
     @property
     def weight_dtype(self) -> str:
-        """The default: 16 bits in the format that the target multiplies or at least converts."""
+        """What floats become by default: 16 bits that the target multiplies, or else converts."""
         if self.device == "hip":
             return "f16"
         if "avx512_bf16" in self.cpu_features:

@@ -20,12 +20,12 @@ def open_backend() -> "sgl.ShortfinLocal":
 
 def built(source: str | Path = "demo") -> Path:
     """The artifact of the demo model, a folder or a Hugging Face id, built on first use."""
-    from compile import build_once, demo
+    from compile import BuildOptions, build_once, demo
     from compile.progress import progress_display
 
     with progress_display() as progress:
         if source == "demo":
-            return demo(progress=progress)
+            return demo(BuildOptions(weight_dtype="int4"), progress=progress)
         return build_once(source, progress=progress)
 
 

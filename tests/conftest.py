@@ -13,6 +13,7 @@ from hypothesis import settings
 
 from compile import BuildOptions, demo
 from compile.folder import MLIR
+from compile.target import resolve_target
 from compile.tools.gpu_report import SHAPES
 from tests.hip.driver import LIBRARY, Driver, build_driver, compile_code_object, compile_twins
 from tests.hip.modules import model_emitter
@@ -140,8 +141,8 @@ def make_smollm2(request: pytest.FixtureRequest) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def smollm2(make_smollm2: Callable[..., Path]) -> Path:
-    """The demo artifact, as the examples use it: in bf16 or, where the CPU lacks it, f16."""
-    return make_smollm2()
+    """The demo artifact in bf16 or, where the CPU lacks it, f16."""
+    return make_smollm2(weight_dtype=resolve_target("cpu").weight_dtype)
 
 
 @pytest.fixture(scope="session")

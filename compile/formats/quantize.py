@@ -16,6 +16,8 @@ GROUP = 32  # weights of a row that share a scale
 ZERO = 128  # the 8-bit code of 0
 _STEPS = (13.5, 14, 14.25, 14.5, 14.75, 15, 15.25, 15.5, 16, 16.5, 17)  # codes that span a group
 
+GGUF_BLOCKS = {"Q8_0": (8, 34), "Q4_0": (4, 18), "Q4_1": (4, 20)}  # bits, and bytes of a block
+
 Floats = NDArray[np.float32]
 
 
@@ -135,10 +137,9 @@ def from_gguf(raw: NDArray[np.uint8], kind: str) -> Groups | None:
 
     None for other types. Q4_0 is scale * (code - 8), so its minimum is -8 * scale, exact in f16.
     """
-    sizes = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
-    if kind not in sizes:
+    if kind not in GGUF_BLOCKS:
         return None
-    blocks = np.ascontiguousarray(raw).reshape(len(raw), -1, sizes[kind])
+    blocks = np.ascontiguousarray(raw).reshape(len(raw), -1, GGUF_BLOCKS[kind][1])
     scales = blocks[..., :2].copy().view(np.float16)[..., 0]
     if kind == "Q8_0":
         codes = blocks[..., 2:] ^ np.uint8(ZERO)  # two's complement to an offset of 128

@@ -8,6 +8,7 @@ import math
 import mmap
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def source_tensor(
     def groups(rows: Rows) -> Groups | None:
         return from_gguf(raw[rows], kind.name) if len(shape) == 2 else None
 
-    return SourceTensor(shape, read, groups)
+    return SourceTensor(shape, kind.name, read, groups)
 
 
 def _reordered(tensor: SourceTensor, order: Callable[[int], NDArray[Any]]) -> SourceTensor:
@@ -154,8 +155,8 @@ def _reordered(tensor: SourceTensor, order: Callable[[int], NDArray[Any]]) -> So
     def stored(rows: Rows) -> NDArray[Any]:
         return np.asarray(order(tensor.shape[0])[rows])
 
-    return SourceTensor(
-        tensor.shape,
-        lambda rows: tensor.read(stored(rows)),
-        groups and (lambda rows: groups(stored(rows))),
+    return replace(
+        tensor,
+        read=lambda rows: tensor.read(stored(rows)),
+        groups=groups and (lambda rows: groups(stored(rows))),
     )

@@ -130,7 +130,7 @@ def _add_tensors(path: Path, family: HuggingFaceFamily, tensors: dict[str, Sourc
         first, last = entry["data_offsets"]
         raw = np.frombuffer(mapped, np.uint8, last - first, start + first)
         data = raw.view(DTYPES[entry["dtype"]]).reshape(shape)  # no copy
-        tensors[canonical] = SourceTensor(shape, data.__getitem__)
+        tensors[canonical] = SourceTensor(shape, entry["dtype"], data.__getitem__)
 
 
 def _special_ids(folder: Path, raw: dict[str, Any]) -> tuple[int | None, tuple[int, ...]]:

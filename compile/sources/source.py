@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A weight [rows, columns] or [n] in a mapped file.
+    """A weight [rows, columns] or [n] in a mapped file, stored as `dtype`: a name of GGUF's types.
 
     `read(rows)` gives the rows at a slice or an index array, as float32, float16 or bfloat16
     (ml_dtypes); nothing else is brought into memory. Quantized weights are dequantized to float32.
@@ -31,6 +33,7 @@ class SourceTensor:
     """
 
     shape: tuple[int, ...]
+    dtype: str
     read: Callable[[Rows], NDArray[Any]]
     groups: Callable[[Rows], Groups | None] | None = None
 
@@ -58,6 +61,15 @@ class Source:
     eos_token_ids: tuple[int, ...]
     vision: VisionConfig | None = None
     image_settings: Mapping[str, Any] | None = None
+
+    @property
+    def weight_dtype(self) -> str:
+        """The type in which most weights of the layers' matrices are stored."""
+        counts: Counter[str] = Counter()
+        for name, tensor in self.tensors.items():
+            if name.startswith("blk.") and len(tensor.shape) == 2:
+                counts[tensor.dtype] += math.prod(tensor.shape)
+        return counts.most_common(1)[0][0]
 
     def write_tokenizer(self, folder: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json to `folder`."""

@@ -35,9 +35,10 @@ Measure = Callable[[Engine], float]
 def main() -> None:
     """Run the command with the arguments of the process."""
     args = _parser().parse_args()
-    vectors = resolve_target("cpu", args.cpu).vectors
-    assert vectors is not None
-    best = vectors.tuning
+    target = resolve_target("cpu", args.cpu)
+    assert target.vectors is not None
+    best = target.vectors.tuning
+    args.weights = args.weights or target.weight_dtype
     for name in args.settings:
         candidates = [replace(best, **{name: value}) for value in VALUES[name]]
         if best not in candidates:
@@ -104,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("settings", nargs="*", default=list(VALUES), help=f"{', '.join(VALUES)}")
     parser.add_argument("--source", default="demo", help="as sf-compile takes it (%(default)s)")
-    parser.add_argument("--weights", help="weight type (default: the target's)")
+    parser.add_argument("--weights", help="weight type (default: 16 bits, as the CPU has them)")
     parser.add_argument("--cpu", default="host", help="CPU level (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
     return parser

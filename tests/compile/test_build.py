@@ -15,19 +15,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 
 from compile import BuildOptions, build
 from compile.__main__ import main, model_name
 from compile.build import CODE_FOLDERS, cache_key
 from compile.cache import cache_dir
+from compile.emitters import find_emitter
 from compile.folder import check_output, staging
-from compile.target import HIP_CHIPS
+from compile.sources.open import open_source
+from compile.target import HIP_CHIPS, resolve_target
+from compile.weights import write_weights
 from sf_local import Engine, SamplingParams, cli
 from sf_local.artifact.manifest import WEIGHTS, file_sha256
 from sf_local.artifact.open import compiled_targets, open_artifact, verify
 from sf_local.errors import OutputError, SourceError, UnsupportedError
 from tests.support.tiny import ONE_PADDED, ONE_SIZE, TINY_OPTIONS, TinyModel
+from tests.support.toy_sources import write_wide_gguf
 
 SLOW = pytest.mark.slow
 FILES = {
@@ -177,6 +182,36 @@ raise SystemExit(main([{str(tiny.source)!r}, "-o", {str(tmp_path / "out")!r}]))
     assert found and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("target", "dtype", "level"), [("cpu", "int8", "INFO"), ("gfx942,gfx1100", "f16", "WARNING")]
+)
+def test_types_and_sizes_are_told_before_work_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    target: str, dtype: str, level: str,
+) -> None:  # fmt: skip
+    """A disk without room is refused then; targets that share weights need room for them once."""
+    source = write_wide_gguf(tmp_path / "toy.gguf", gguf.GGMLQuantizationType.Q8_0)
+    weights = tmp_path / "weights"
+    opened, options = open_source(source), BuildOptions(target)
+    emitter = find_emitter(opened, options, resolve_target(target.partition(",")[0]))
+    write_weights(weights, opened, list(emitter.parameters.values()), lambda done, total: None)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: usage._replace(free=weights.stat().st_size // 2)
+    )
+    caplog.set_level("INFO")
+    with pytest.raises(OutputError, match=r"needs [\d.]+ kB, and [\d.]+ kB are free") as caught:
+        build(source, tmp_path / "out", options)
+    *_, needed, _ = re.findall(r"[\d.]+(?= kB)", str(caught.value))
+    assert float(needed) * 1000 == pytest.approx(weights.stat().st_size, rel=0.1)
+    lines = [r for r in caplog.records if "Q8_0 weights become" in r.message]
+    assert sorted(tmp_path.iterdir()) == [source, weights]
+    assert len(lines) == len(target.split(","))
+    for line, name in zip(lines, target.split(","), strict=True):
+        assert f"become {dtype} for {name}: {needed} kB on disk and in memory" in line.message
+        assert line.levelname == level and ("are for CPUs" in line.message) == (level != "INFO")
+
+
 @pytest.mark.parametrize("limit", [1000, 100_000])
 def test_a_full_disk(tiny: TinyModel, tmp_path: Path, limit: int) -> None:
     """A file-size limit stands for it: the weights or the VMFB do not fit; nothing stays behind."""
@@ -279,7 +314,8 @@ def test_command_line(tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFix
     arguments = [str(tiny.source), "-o", str(output), "--weights", "f16", "--kv", "f32"]
     arguments += ["--prefill-batch-sizes", "1", "--decode-batch-sizes", "1,2", "--keep-mlir"]
     assert main(arguments) == 0
-    assert "is ready" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "is ready" in shown.out and shown.err.count("F32 weights become f16 for cpu: ") == 1
     artifact = open_artifact(output)
     assert artifact.manifest and artifact.manifest.weight_dtype == "f16"
     assert artifact.config.decode_batch_sizes == [1, 2]

@@ -24,16 +24,7 @@ from sf_local.artifact.irpa import read_table
 from sf_local.errors import SourceError
 from tests.support.reference import rope_frequencies as reference_frequencies
 from tests.support.tiny import TINY, TinyModel
-from tests.support.toy_sources import (
-    HEADS,
-    HIDDEN,
-    KV_HEADS,
-    LAYERS,
-    canonical_name,
-    hf_weights,
-    write_folder,
-    write_gguf,
-)
+from tests.support.toy_sources import wide_weights, write_folder, write_wide_gguf
 
 DTYPES = {"f32": np.float32, "bf16": ml_dtypes.bfloat16}
 
@@ -142,20 +133,6 @@ def convert(source: Path, weight_dtype: str, out: Path) -> None:
     write_weights(out, opened, list(emitter.parameters.values()), lambda done, total: None)
 
 
-def wide_weights() -> dict[str, np.ndarray]:
-    """Of heads of 32, as int8 and int4 need them."""
-    weights, rows = hf_weights(), {"q": 32 * HEADS, "k": 32 * KV_HEADS, "v": 32 * KV_HEADS}
-    rng = np.random.default_rng(1)
-    for i in range(LAYERS):
-        for name, count in rows.items():
-            shape = (count, HIDDEN)
-            values = rng.standard_normal(shape).astype(np.float32)
-            weights[f"model.layers.{i}.self_attn.{name}_proj.weight"] = values
-        name = f"model.layers.{i}.self_attn.o_proj.weight"
-        weights[name] = rng.standard_normal((HIDDEN, 32 * HEADS)).astype(np.float32)
-    return weights
-
-
 Q_PROJ, NORM = "model.layers.1.self_attn.q_proj.weight", "model.norm.weight"
 
 
@@ -204,11 +181,9 @@ def test_weights_that_are_too_large(
 def test_blocks_whose_scale_is_no_number(tmp_path: Path, kind: str, bits: int) -> None:
     """They are carried over as they are, so that nothing else would look at them."""
     quant = gguf.GGMLQuantizationType[kind]
-    tensors = {canonical_name(name): value for name, value in wide_weights().items()}
-    sizes = {"llama__attention__key_length": 32, "llama__attention__value_length": 32}
-    path = write_gguf(tmp_path / "toy.gguf", quant, extra_tensors=tensors, **sizes)
+    path = write_wide_gguf(tmp_path / "toy.gguf", quant)
     data = path.read_bytes()
-    at = data.index(gguf.quantize(tensors["blk.1.attn_q.weight"], quant).tobytes())
+    at = data.index(gguf.quantize(wide_weights()[Q_PROJ], quant).tobytes())
     path.write_bytes(data[:at] + np.float16(np.inf).tobytes() + data[at + 2 :])
     with pytest.raises(SourceError, match=r"attn_q.weight has \d+ weights that are NaN or inf"):
         convert(path, f"int{bits}", tmp_path / "out")

@@ -65,6 +65,20 @@ def hf_weights(dtype: Any = np.float32) -> dict[str, np.ndarray]:
     return {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
 
 
+def wide_weights() -> dict[str, np.ndarray]:
+    """Of heads of 32, as int8 and int4 need them."""
+    weights, rows = hf_weights(), {"q": 32 * HEADS, "k": 32 * KV_HEADS, "v": 32 * KV_HEADS}
+    rng = np.random.default_rng(1)
+    for i in range(LAYERS):
+        for name, count in rows.items():
+            shape = (count, HIDDEN)
+            values = rng.standard_normal(shape).astype(np.float32)
+            weights[f"model.layers.{i}.self_attn.{name}_proj.weight"] = values
+        name = f"model.layers.{i}.self_attn.o_proj.weight"
+        weights[name] = rng.standard_normal((HIDDEN, 32 * HEADS)).astype(np.float32)
+    return weights
+
+
 def write_folder(folder: Path, weights: dict[str, np.ndarray] | None = None, **config: Any) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(HF_CONFIG | config))
@@ -127,6 +141,13 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write_wide_gguf(path: Path, quant: gguf.GGMLQuantizationType) -> Path:
+    """As write_gguf, of `wide_weights`, whose rows are in the order of Hugging Face."""
+    tensors = {canonical_name(name): value for name, value in wide_weights().items()}
+    sizes = {"llama__attention__key_length": 32, "llama__attention__value_length": 32}
+    return write_gguf(path, quant, extra_tensors=tensors, **sizes)
 
 
 def gguf_weights() -> dict[str, np.ndarray]:

@@ -254,8 +254,9 @@ def smollm2(seconds: float) -> Callable[[Bench, Case, str], Result]:
 
     def run(bench: Bench, case: Case, chip: str) -> Result:
         options = BuildOptions(
-            chip, prefill_batch_sizes=(1,), decode_batch_sizes=(1,), max_seq_len=256
-        )
+            chip, weight_dtype="f16", prefill_batch_sizes=(1,), decode_batch_sizes=(1,),
+            max_seq_len=256,
+        )  # fmt: skip
         artifact = bench.folder / f"smollm2-{chip}"
         build("demo", artifact, options, keep_mlir=True, force=True)
         golden = [json.loads(GOLDEN.read_text())["cases"][i] for i in SHORT]

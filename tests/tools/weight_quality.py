@@ -52,7 +52,7 @@ def shifted(source: Source, change: Callable[[np.ndarray], np.ndarray]) -> Sourc
             moved = np.roll(tensor.read(rows).astype(np.float32), GROUP // 2, axis=1)
             return np.roll(change(moved), -GROUP // 2, axis=1)
 
-        return SourceTensor(tensor.shape, read)
+        return replace(tensor, read=read, groups=None)
 
     tensors = {
         name: changed(tensor) if name.startswith("blk") and len(tensor.shape) == 2 else tensor
