@@ -280,7 +280,6 @@ class Engine:
             self._replicas.drain()
         self._replicas.close()
         self._finalizer.detach()
-        self._finalizer.detach()
 
     def __enter__(self) -> Engine:
         return self
