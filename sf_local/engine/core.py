@@ -125,9 +125,11 @@ class EngineCore:
             output = await call(chunks, rows, self._output_spec(chunks, generations, masks))
         except Exception as error:
             await self._fail_call([chunk.request for chunk in chunks], error)
+            self.cache.forget(self._executor.written_pages(rows))
             return
         if wrong := find_wrong(output, self._vocab_size):
-            await self._end_wrong([(chunks[i], rows[i], what) for i, what in wrong.items()])
+            await self._end_wrong([(chunks[i], what) for i, what in wrong.items()])
+            self.cache.forget(self._executor.written_pages([rows[i] for i in wrong]))
         self.scheduler.commit(chunks)
         self._sample(chunks, generations, output, masks)
 
@@ -146,20 +148,16 @@ class EngineCore:
             meanwhile=meanwhile,
         )
 
-    async def _end_wrong(self, wrong: Sequence[tuple[Chunk, Row, str]]) -> None:
-        """End requests for which a call returned what cannot be right, and zero what it wrote.
+    async def _end_wrong(self, wrong: Sequence[tuple[Chunk, str]]) -> None:
+        """End requests for which a call returned what cannot be right.
 
-        Keys and values may be NaN where logits are, and their pages will be given to others:
-        attention multiplies what it masks by zero, and NaN survives that. Page 0 is what the rows
-        write to that only pad a batch.
+        Page 0 is zeroed here, as nobody begins it: rows write to it that only pad a batch.
         """
-        pages = [0, *(page for _, row, _ in wrong for page in self._executor.written_pages(row))]
-        for chunk, _, what in wrong:
+        for chunk, what in wrong:
             error = self._failures.returned(f"{what} after position {chunk.end - 1}")
             self._outputs.end(chunk.request, "abort", error)
-        self.cache.forget(pages)
         try:
-            await self.runner.clear_pages(pages)
+            await self.runner.clear_pages([0])
         except Exception as error:
             await self._fail_call([], error)
 

@@ -63,9 +63,9 @@ class Executor:
         batch = dict(islice(tiles.items(), self._runner.max_tiles))
         return dict(zip(batch, await self._runner.encode(list(batch.values())), strict=True))
 
-    def written_pages(self, row: Row) -> Sequence[int]:
-        """KV pages that the computation of a row writes to."""
-        return row.page_ids[row.start // self._page_size :]
+    def written_pages(self, rows: Sequence[Row]) -> list[int]:
+        """KV pages that the computation of rows writes to."""
+        return [page for row in rows for page in row.page_ids[row.start // self._page_size :]]
 
 
 def unencoded(chunks: Sequence[Chunk]) -> dict[Tile, NDArray[np.uint8]]:

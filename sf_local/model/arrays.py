@@ -41,7 +41,7 @@ class Argument:
         if device.shares_memory:
             kind = getattr(sfnp, np.dtype(dtype).name)
             self.array = sfnp.device_array.for_device(device.scoped, list(shape), kind)
-            self.values = _mapped(self.array).view(dtype).reshape(shape)
+            self.values = mapped(self.array).view(dtype).reshape(shape)
             self.values[:] = 0
 
 
@@ -52,7 +52,7 @@ class Upload:
         scoped = device.scoped
         self._array = sfnp.device_array.for_device(scoped, [num_bytes], sfnp.uint8)
         self._staging = sfnp.device_array.for_host(scoped, [num_bytes], sfnp.uint8)
-        self._bytes = _mapped(self._staging)
+        self._bytes = mapped(self._staging)
 
     def send(self, arguments: Iterable[Argument]) -> list[Any]:
         """Queue one copy of all arguments; returns the device arrays that it fills.
@@ -101,7 +101,7 @@ class Download:
 
     def _reserve(self, num_bytes: int) -> None:
         self._array = sfnp.device_array.for_host(self._device.scoped, [num_bytes], sfnp.uint8)
-        self._bytes = _mapped(self._array)
+        self._bytes = mapped(self._array)
 
 
 def read(result: Any) -> Array:
@@ -112,6 +112,11 @@ def read(result: Any) -> Array:
     return np.frombuffer(mapping, dtype).reshape(result.shape)
 
 
+def mapped(array: Any) -> NDArray[np.uint8]:
+    """The bytes of an array in host memory, which they keep alive."""
+    return np.frombuffer(array.map(write=True, read=True), np.uint8)
+
+
 def nothing() -> Array:
     """The place of a result that is not fetched."""
     return np.empty(0, np.float32)
@@ -120,11 +125,6 @@ def nothing() -> Array:
 def buffer_bytes(*num_elements: int) -> int:
     """The size of a buffer for arrays of these numbers of elements, of up to 8 bytes each."""
     return sum(ALIGNMENT + 8 * count for count in num_elements)
-
-
-def _mapped(array: Any) -> NDArray[np.uint8]:
-    """The bytes of an array in host memory, which they keep alive."""
-    return np.frombuffer(array.map(write=True, read=True), np.uint8)
 
 
 def _shaped(values: NDArray[np.uint8], like: Any) -> Array:

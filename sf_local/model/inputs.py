@@ -101,6 +101,7 @@ class InputBuilder:
         for values, row in zip(tokens.values, rows, strict=False):
             values[: len(row.tokens)] = row.tokens
             values[len(row.tokens) :] = 0
+        tokens.values[len(rows) :] = 0  # else those of an earlier call, which may be anything
         inputs = {"tokens": tokens}
         if any(row.spans for row in rows):
             inputs["embeds"] = self._fill_embeds(tokens, rows)

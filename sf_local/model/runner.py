@@ -55,7 +55,7 @@ class ModelRunner:
         self._pages = KVPages(artifact.config, device, num_pages)
 
     async def start(self) -> None:
-        """Zero all pages: attention multiplies what it masks by zero, and NaN survives that."""
+        """Zero all pages."""
         await self._use_device(self._pages.zero())
 
     async def recover(self) -> None:
@@ -77,15 +77,20 @@ class ModelRunner:
     async def decode(self, rows: Sequence[Row], spec: OutputSpec = DEFAULT_OUTPUTS) -> ModelOutput:
         """Compute one token a row, and write its keys and values to the row's pages.
 
+        Pages that rows begin are zeroed before, whatever they held: attention multiplies what it
+        masks by zero, and NaN survives that.
+
         This and all other calls raise EngineError for rows that do not fit, what `spec.meanwhile`
         raised, once the call is done, and what the device raises; only then the model is broken.
         """
         size, inputs = self._inputs.decode(rows)
+        await self._clear_begun(rows)
         return await self._compute("decode", size, inputs, rows, spec)
 
     async def prefill(self, rows: Sequence[Row], spec: OutputSpec = DEFAULT_OUTPUTS) -> ModelOutput:
         """Compute rows of any length; the output is that of each row's last token."""
         size, inputs = self._inputs.prefill(rows)
+        await self._clear_begun(rows)
         return await self._compute(_prefill_name(inputs), size, inputs, rows, spec)
 
     async def prefill_all(
@@ -93,6 +98,7 @@ class ModelRunner:
     ) -> list[Floats]:
         """Compute rows of any length; the logits [len(row.tokens), V] after every token of each."""
         size, inputs = self._inputs.prefill(rows)
+        await self._clear_begun(rows)
 
         def every(results: list[Array]) -> list[Floats]:
             self._check_length(results, inputs)
@@ -111,12 +117,19 @@ class ModelRunner:
         )  # fmt: skip
 
     async def clear_pages(self, pages: Sequence[int]) -> None:
-        """Zero some pages, as `start` does with all of them."""
+        """Zero some pages."""
         await self._use_device(self._pages.clear(pages))
 
     async def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages on the device, in order: (source, destination)."""
         await self._use_device(self._pages.copy(copies))
+
+    async def _clear_begun(self, rows: Sequence[Row]) -> None:
+        """Zero the pages that begin with a token of these rows, or behind it."""
+        size = self.config.page_size
+        begun = [page for row in rows for page in row.page_ids[-(-row.start // size) :]]
+        if begun:
+            await self.clear_pages(begun)
 
     def _compute(
         self, function: str, size: int, inputs: Inputs, rows: Sequence[Row], spec: OutputSpec

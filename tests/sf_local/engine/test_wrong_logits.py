@@ -18,6 +18,7 @@ from sf_local.artifact import irpa
 from sf_local.artifact import open as artifact
 from sf_local.artifact.manifest import WEIGHTS
 from sf_local.errors import EngineError
+from sf_local.model.arrays import mapped
 from sf_local.model.outputs import OutputSpec
 from sf_local.model.runner import ModelRunner
 from sf_local.request.batch import Row
@@ -143,6 +144,54 @@ def test_pages_of_a_wrong_row_are_cleared(odd: Path) -> None:
             with pytest.raises(EngineError, match="NaN"):
                 engine.generate([NAN] * length, GREEDY)
             assert [engine.generate(prompt, GREEDY).token_ids for prompt in good] == alone
+        check_pages(engine)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"row_major": True}, {"weight_dtype": "bf16", "kv_dtype": "bf16"}],
+    ids=["cpu", "as GPUs have it", "bf16"],
+)  # fmt: skip
+def test_pages_are_clean_whatever_was_in_them(
+    make_tiny: Callable[..., TinyModel], options: dict[str, Any]
+) -> None:
+    """Those of prompts and of answers, in calls of one row and of several."""
+    prompts = [[9] * length for length in (1, 8, 13, 30)]
+    long = replace(GREEDY, max_new_tokens=20)
+    runners = Runners()
+    with Engine(make_tiny(**options).artifact, kv_pages=40, _make_runner=runners) as engine:
+        alone = [engine.generate(prompt, long).token_ids for prompt in prompts]
+        engine.flush_cache()
+        num_pages = len(fill_with_nan(runners[0], slice(1, None)))
+        assert num_pages == engine.stats()["pages_free"] == 40
+        handles = [engine.submit(prompt, long) for prompt in prompts]
+        assert [handle.result().token_ids for handle in handles] == alone
+        assert [engine.generate(prompt, long).token_ids for prompt in prompts] == alone
+
+
+def fill_with_nan(runner: ModelRunner, pages: slice) -> np.ndarray:
+    """Pages of a runner in idle memory; all bits set are NaN in every type."""
+    values = mapped(runner._pages.array).reshape(runner.num_pages, -1)[pages]
+    values[:] = 0xFF
+    return values
+
+
+def test_a_failed_call_leaves_nothing_behind(odd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fails on the host, after it wrote NaN behind a prompt in a page that the cache has."""
+    prompt, runners = [*PROMPT, *PROMPT], Runners()
+    with Engine(odd, _make_runner=runners) as engine:
+        decode, alone = runners[0].decode, engine.generate(prompt, GREEDY).token_ids
+        engine.flush_cache()
+
+        async def failing(*arguments: Any) -> ModelOutput:
+            await decode(*arguments)
+            raise MemoryError("no room on the host")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(runners[0], "decode", failing)
+            with pytest.raises(EngineError, match="no room on the host"):
+                engine.generate(prompt, replace(GREEDY, logit_bias={NAN: 1e4}))
+        assert engine.generate(prompt, GREEDY).token_ids == alone
+        assert not runners[0].has_ever_failed
         check_pages(engine)
 
 

@@ -265,6 +265,14 @@ def test_more_copies_than_a_device_can_wait_for_at_once(runner: ModelRunner) -> 
     assert np.array_equal(first, copy)
 
 
+def test_padding_has_no_tokens_of_earlier_calls(runner: ModelRunner) -> None:
+    """Models that compute it would write to page 0 what these make, which may be NaN."""
+    run(runner, runner.prefill([Row([7, 8], 0, [page]) for page in (1, 2, 3)]))
+    size, inputs = runner._inputs.prefill([Row([5, 6], 0, [1]), Row([9], 0, [2])])
+    tokens = inputs["tokens"].values
+    assert (size, tokens[:, :2].tolist()) == (3, [[5, 6], [9, 0], [0, 0]])
+
+
 def test_few_arguments_are_kept(tiny: TinyModel) -> None:
     """A page table is wider every few tokens, and a prompt's chunks have many lengths."""
     gc.collect()
