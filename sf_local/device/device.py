@@ -7,6 +7,7 @@ The engine runs on that worker. Sets IREE's process-wide flags. Only this module
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import gc
 import os
@@ -235,8 +236,14 @@ def libshortfin() -> Path:
 
 
 def reason(error: BaseException) -> str:
-    """The part of an error's message that helps a user: IREE's messages may fill pages."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    """The part of an error's message that helps a user: IREE's messages may fill pages.
+
+    The name of its type if it has none, or raises while it is asked.
+    """
+    message = ""
+    with contextlib.suppress(BaseException):
+        message = str(error)
+    lines = message.strip().splitlines() or [type(error).__name__]
     text = re.sub(r"^(\w+Error: )?\S+\.(c|cc|cpp|h):\d+: ", "", lines[0])
     if text == "ABORTED; the semaphore was aborted":
         return "a call of its driver failed, and IREE does not say which (ABORTED)"

@@ -180,7 +180,7 @@ class EngineCore:
         The rest wait for the next step, so that others decode in between.
         """
         chunks = _running(chunks)
-        tiles = unencoded(chunks)
+        tiles = self._executor.next_tiles(chunks)
         if not tiles:
             return chunks
         self._outputs.deliver()  # the text of others need not wait for the call
@@ -188,7 +188,8 @@ class EngineCore:
         try:
             encoded = await self._executor.encode(tiles)
         except Exception as error:
-            await self._fail_call([c.request for c in chunks if unencoded([c])], error)
+            shown = [c.request for c in chunks if tiles.keys() & unencoded([c]).keys()]
+            await self._fail_call(shown, error)
             return [chunk for chunk in chunks if not unencoded([chunk])]
         self._counters.encode_seconds += time.perf_counter() - started_at
         self._counters.encoded_tiles += len(encoded)

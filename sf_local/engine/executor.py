@@ -58,10 +58,13 @@ class Executor:
         last = np.stack([values[-1] for values in logits])
         return summarize(last, spec.inv_temperatures_of(len(rows)))
 
+    def next_tiles(self, chunks: Sequence[Chunk]) -> dict[Tile, NDArray[np.uint8]]:
+        """The first tiles of chunks that have yet to be encoded, as many as one call takes."""
+        return dict(islice(unencoded(chunks).items(), self._runner.max_tiles))
+
     async def encode(self, tiles: dict[Tile, NDArray[np.uint8]]) -> dict[Tile, NDArray[np.float32]]:
-        """Embeddings [tokens, hidden] of the first tiles, as many as one call takes."""
-        batch = dict(islice(tiles.items(), self._runner.max_tiles))
-        return dict(zip(batch, await self._runner.encode(list(batch.values())), strict=True))
+        """Embeddings [tokens, hidden] of tiles, in one call."""
+        return dict(zip(tiles, await self._runner.encode(list(tiles.values())), strict=True))
 
     def written_pages(self, rows: Sequence[Row]) -> list[int]:
         """KV pages that the computation of rows writes to."""

@@ -106,6 +106,35 @@ def test_embeddings_that_are_wrong_end_their_request_alone(
     assert engine.generate(QUESTION, PARAMS, images=[picture(32, 32, 2)]).completion_tokens == 8
 
 
+def test_an_encoder_that_fails_ends_only_whose_tiles_it_had(
+    model: SeeingModel, runners: Runners, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three images that wait for it at a time; the others are encoded in later steps."""
+    images = [picture(32, 32, seed) for seed in range(4)]
+    submitted = threading.Event()
+    with Engine(model.artifact, kv_pages=120, _make_runner=runners) as engine:
+        alone = [engine.generate(QUESTION, PARAMS, images=[i]).token_ids for i in images[2:]]
+    with Engine(model.artifact, kv_pages=120, _make_runner=runners) as engine:
+        processor, victim = processor_of(engine), pixels_of(engine, images[1])[0]
+        encode_tiles = runners[-1].encode
+
+        async def failing(tiles: Any) -> Any:
+            submitted.wait(60)
+            if np.array_equal(processor.normalized(tiles[0][None])[0], victim):
+                raise ValueError("of the host")
+            return await encode_tiles(tiles)
+
+        monkeypatch.setattr(runners[-1], "max_tiles", 1)
+        monkeypatch.setattr(runners[-1], "encode", failing)
+        first, wrong, *others = [engine.submit(QUESTION, PARAMS, images=[i]) for i in images]
+        submitted.set()
+        with pytest.raises(EngineError, match="the step failed: of the host"):
+            wrong.result()
+        assert first.result().completion_tokens == 8
+        assert [other.result().token_ids for other in others] == alone
+        assert not runners[-1].has_ever_failed
+
+
 SIZES = [(32, 32), (90, 60), (31, 77), (200, 20), (7, 3)]
 
 

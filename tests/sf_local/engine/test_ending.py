@@ -16,7 +16,9 @@ from sf_local import Engine, SamplingParams
 from sf_local.engine.generation import Generation
 from sf_local.engine.handle import Handle
 from sf_local.errors import EngineError
+from sf_local.grammar.matcher import Grammar
 from sf_local.request.output import Output
+from sf_local.sampling.sampler import Sampler
 from tests.support.running import Runners, lose
 from tests.support.tiny import TinyModel
 
@@ -181,6 +183,55 @@ def test_an_event_loop_that_is_closed(engine: Engine) -> None:
     before = engine.stats()["completion_tokens"]
     idle(engine)
     assert engine.stats()["completion_tokens"] - before < 200
+
+
+class Unspeakable(Exception):
+    """What cannot even be told."""
+
+    def __str__(self) -> str:
+        raise ValueError("it has no message")
+
+
+HOST_WORK: dict[str, tuple[type, str, dict[str, Any]]] = {
+    "text": (Generation, "_read", {}),
+    "a delta": (Generation, "write", {}),
+    "a token": (Generation, "accept", {}),
+    "a prompt's logprobs": (Generation, "take_logits", {"logprob_start_len": 0}),
+    "an answer's logprobs": (Generation, "_logprobs", {}),
+    "a mask": (Grammar, "fill_mask", {"regex": "[a-f]{40}"}),
+    "a grammar's token": (Grammar, "accept", {"regex": "[a-f]{40}"}),
+    "forced tokens": (Grammar, "forced", {"regex": "abcdef[a-f]{40}"}),
+    "a draw": (Sampler, "draw", {"temperature": 1}),
+    "penalties": (Sampler, "change", {"presence_penalty": 1}),
+}
+
+
+@pytest.mark.parametrize("error", [Panic("no"), Unspeakable(), MemoryError()], ids=repr)
+@pytest.mark.parametrize("place", HOST_WORK)
+def test_host_work_that_raises_costs_others_nothing(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, place: str, error: BaseException
+) -> None:
+    """Neither their answers, nor the device, nor the cache."""
+    owner, name, options = HOST_WORK[place]
+    method, runners = getattr(owner, name), Runners()
+
+    def failing(self: Any, *arguments: Any) -> Any:
+        params = self.request.params if owner is Generation else getattr(self, "params", BAD)
+        if params.seed == BAD.seed:
+            raise error
+        return method(self, *arguments)
+
+    monkeypatch.setattr(owner, name, failing)
+    prompts = [[*PROMPT, i] for i in range(3)]
+    with Engine(tiny.artifact, _make_runner=runners) as engine:
+        alone = [engine.generate(prompt, GOOD).token_ids for prompt in prompts]
+        others = [engine.submit(prompt, GOOD) for prompt in prompts]
+        bad = replace(BAD, return_logprob="logprobs" in place, **options)
+        assert "the step failed: " in str(told(engine.submit([9] * 8, bad).result))
+        assert [other.result().token_ids for other in others] == alone
+        assert not runners[0].has_ever_failed
+        assert engine.generate(prompts[0], GOOD).cached_tokens == len(PROMPT)
+        idle(engine)
 
 
 @pytest.mark.parametrize("place", ["scheduler", "sampler", "cache"])
