@@ -53,14 +53,21 @@ def _limits_of(
 ) -> Iterator[tuple[int, int]]:
     for count in range(len(names) + 1):
         folder = mount.joinpath(*names[:count])
-        try:
-            most, used = int((folder / limit).read_text()), int((folder / use).read_text())
-            files = re.search(rf"^{droppable} (\d+)$", (folder / "memory.stat").read_text(), re.M)
-        except (OSError, ValueError):  # it is not there, or says "max"
-            continue
-        yield most, used - (int(files[1]) if files else 0)
+        most = _number(folder / limit)  # none is "max"
+        if most is not None:
+            files = _number(folder / "memory.stat", rf"^{droppable} (\d+)$")
+            yield most, (_number(folder / use) or 0) - (files or 0)
+
+
+def _number(file: Path, pattern: str = r"^(\d+)$") -> int | None:
+    """The number in a file of the kernel's; None if there is none, or the file cannot be read."""
+    try:
+        match = re.search(pattern, file.read_text(), re.M)
+    except (OSError, ValueError):
+        return None
+    return int(match[1]) if match else None
 
 
 def _meminfo(name: str) -> int:
-    match = re.search(rf"{name}:\s+(\d+) kB", MEMINFO.read_text())
-    return int(match[1]) * 1024 if match else sys.maxsize
+    kib = _number(MEMINFO, rf"{name}:\s+(\d+) kB")
+    return sys.maxsize if kib is None else kib * 1024

@@ -61,9 +61,9 @@ class Engine:
             that was sent most of its prompt before, unless that one is too busy.
         config, parameters, tokenizer: files that do not lie beside the .vmfb.
         kv_pages: KV pages to allocate, on each device.
-        kv_memory: the same as bytes, "2GiB", or "50%" of the free memory. By default one full
-            context times the largest compiled batch, at most 1 GiB; on a GPU 80% of what the
-            weights leave free.
+        kv_memory: the same as bytes, "2GiB", or "50%" of the free memory, which replicas on one
+            device share. By default one full context times the largest compiled batch, at most
+            1 GiB; on a GPU 80% of what the weights leave free.
         image_memory: bytes, or a text such as "256MiB", of images that are kept so that they need
             not be encoded again.
         allow_urls: whether images may be fetched from http(s) URLs.
@@ -115,14 +115,14 @@ class Engine:
             check_name(name)
         finish_closing()
         devices = [find_device(name, compiled_targets(vmfb)) for name in names]
+        self.devices = [found.name for found in devices]
         places = [
             Place.of(
-                found, vmfb, kv_pages, kv_memory, config=config, parameters=parameters,
-                tokenizer=tokenizer,
+                found, vmfb, kv_pages, kv_memory, self.devices.count(found.name), config=config,
+                parameters=parameters, tokenizer=tokenizer,
             )
             for found in devices
         ]  # fmt: skip
-        self.devices = [found.name for found in devices]
         self.artifact = places[0].artifact
         self.tokenizer = Tokenizer(self.artifact.tokenizer)
         self.max_tokens = min(place.max_tokens for place in places)

@@ -78,14 +78,15 @@ def memory_bytes(name: str, memory: int | str | None, available: int | None) -> 
     return int(number * 1024 ** "BKMGT".index(unit[0]))
 
 
-def memory_left(device: DeviceInfo, weight_bytes: int) -> int | None:
+def memory_left(device: DeviceInfo, weight_bytes: int, num_sharing: int = 1) -> int | None:
     """Bytes that stay free once the weights are loaded; None where the driver does not say.
 
-    On the CPU the weights are mapped files, which the kernel can drop and read again. Raises
-    DeviceError for a GPU that has no room for them, or does not work: there IREE itself would wait
-    for ever.
+    num_sharing: replicas on this device, of which each gets an equal share. On the CPU the weights
+    are mapped files, which the kernel can drop and read again. Raises DeviceError for a GPU that
+    has no room for them, or does not work: there IREE itself would wait for ever.
     """
     free = device.free_bytes()
+    free = None if free is None else free // num_sharing
     if device.kind == "cpu":
         return free
     if free is not None and free < weight_bytes:

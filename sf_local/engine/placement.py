@@ -33,15 +33,18 @@ class Place:
     @classmethod
     def of(
         cls, device: DeviceInfo, vmfb: str | Path, kv_pages: int | None,
-        kv_memory: int | str | None, **files: Any,
+        kv_memory: int | str | None, num_sharing: int = 1, **files: Any,
     ) -> Place:  # fmt: skip
-        """Open and check all that can be checked before the device is opened. `files` are those
-        that `open_artifact` takes; raises what it raises, and RequestError for too many pages."""
+        """Open and check all that can be checked before the device is opened.
+
+        num_sharing: replicas that share the device's memory. `files` are those that `open_artifact`
+        takes. Raises what it raises, and RequestError for too many pages.
+        """
         artifact = open_artifact(vmfb, targets=[device.chip], **files)
         if artifact.manifest:
             check_target(artifact.manifest, device.chip)
         num_bytes = artifact.num_weight_bytes
-        available = memory_left(device, num_bytes)
+        available = memory_left(device, num_bytes, num_sharing)
         pages = num_kv_pages(
             artifact.config, device.kind, available, kv_pages, kv_memory, num_bytes
         )

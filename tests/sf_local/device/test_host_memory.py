@@ -75,6 +75,25 @@ def test_files_that_say_nothing(tmp_path: Path, text: str) -> None:
     assert found() == (16384, 8192)
 
 
+@pytest.mark.parametrize("missing", ["memory.stat", "memory.current"])
+def test_a_limit_counts_though_other_files_are_missing(tmp_path: Path, missing: str) -> None:
+    (tmp_path / "own").write_text("0::/\n")
+    group(tmp_path / "cgroup", V2, 700 * MIB, 0)
+    (tmp_path / "cgroup" / missing).unlink()
+    assert found() == (700, 700)
+
+
+def test_replicas_share_what_is_free(tiny: TinyModel, tmp_path: Path) -> None:
+    (tmp_path / "own").write_text("0::/\n")
+    group(tmp_path / "cgroup", V2, ROOM + 4 * MIB, 0)
+    with Engine(tiny.artifact, kv_memory="100%") as engine:
+        most = engine.stats()["pages_total"]
+    with Engine(tiny.artifact, ["cpu", "cpu"], kv_memory="100%") as engine:
+        assert engine.stats()["pages_total"] == most  # of both together
+    with pytest.raises(RequestError, match=f"use at most {most // 2:.0f} pages"):
+        Engine(tiny.artifact, ["cpu", "cpu"], kv_pages=int(most))
+
+
 def test_an_engine_keeps_to_the_limit(tiny: TinyModel, tmp_path: Path) -> None:
     """Also with all of the memory, and with the number of pages that the error recommends."""
     (tmp_path / "own").write_text("0::/\n")
