@@ -10,8 +10,10 @@ import base64
 import hashlib
 import io
 import os
+import re
 import stat
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -19,6 +21,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,8 +48,13 @@ _REMEDY = (
 _MAX_FILE_BYTES = 256 << 20  # 64 megapixels of RGBA
 _MAX_URL_BYTES = 64 << 20
 _URL_SECONDS = 30
+_DECODE_SECONDS = 10  # of CPU time; 64 megapixels take a third of it
+_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd7\xff])")  # of a JPEG's segments, with a length
+_SCAN, _END = 0xDA, 0xD9
 
-_PILLOW_LOCK = threading.Lock()  # for PIL images, which callers may use in several threads
+# By id, of PIL images in use, which callers may use in several threads.
+_pil_locks: WeakValueDictionary[int, threading.Lock] = WeakValueDictionary()
+_pil_locks_lock = threading.Lock()
 
 
 def _renew_lock() -> None:
@@ -107,10 +115,33 @@ class GivenImage:
     @property
     def _content(self) -> bytes | NDArray[np.uint8]:
         """The bytes of a file, or the pixels of a PIL image."""
+        return self.read()
+
+    def read(self, deadline: float | None = None) -> bytes | NDArray[np.uint8]:
+        """The bytes of a file, or the pixels of a PIL image; a URL is fetched until the deadline, a
+        `time.perf_counter()`. Raises ImageError."""
         if self._read_content is None:
             with _refusals(self._image):
-                self._read_content = _read(self._image, self._allow_urls)
+                self._read_content = _read(self._image, self._allow_urls, deadline)
         return self._read_content
+
+
+class _TimedFile(io.BytesIO):
+    """The bytes of a file, for one thread; reading raises ValueError after _DECODE_SECONDS.
+
+    Few bytes can be much work, of which decoders do a part after each read. They go on after an
+    OSError, such as TimeoutError.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self._end = time.thread_time() + _DECODE_SECONDS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As for any file."""
+        if time.thread_time() > self._end:
+            raise ValueError(f"it takes more than {_DECODE_SECONDS} s to decode")
+        return super().read(size)
 
 
 @contextmanager
@@ -133,11 +164,13 @@ def _shown(image: object) -> str:
     return f"<{type(image).__name__}{size}>"
 
 
-def _read(image: object, allow_urls: bool) -> bytes | NDArray[np.uint8]:
+def _read(image: object, allow_urls: bool, deadline: float | None) -> bytes | NDArray[np.uint8]:
     from PIL import Image
 
     if isinstance(image, Image.Image):
-        with _PILLOW_LOCK:  # Pillow opens files lazily, and reads them here
+        with _pil_locks_lock:
+            lock = _pil_locks.setdefault(id(image), threading.Lock())
+        with lock:  # Pillow opens files lazily, and reads them here
             return _rgb(image)
     if isinstance(image, (bytes, bytearray, memoryview)):
         return bytes(image)
@@ -146,7 +179,8 @@ def _read(image: object, allow_urls: bool) -> bytes | NDArray[np.uint8]:
     if isinstance(image, str) and image[:8].lower().startswith(("http://", "https://")):
         if not allow_urls:
             raise ValueError("URLs are fetched only with allow_urls=True")
-        return _fetch(image)
+        left = _URL_SECONDS if deadline is None else deadline - time.perf_counter()
+        return _fetch(image, max(0.0, min(left, _URL_SECONDS)))
     if isinstance(image, (str, os.PathLike)):
         return _read_file(Path(os.path.expanduser(os.fsdecode(image))))
     raise TypeError("it is not an image")
@@ -159,7 +193,7 @@ def _decode_data_url(url: str) -> bytes:
     return base64.b64decode("".join(payload.split()), validate=True)
 
 
-def _fetch(url: str) -> bytes:
+def _fetch(url: str, seconds: float) -> bytes:
     """Download in another thread, as no timeout of a socket ends a server that sends slowly."""
     answer: Future[bytes] = Future()
 
@@ -171,9 +205,9 @@ def _fetch(url: str) -> bytes:
 
     threading.Thread(target=fetch, name="sf-local-fetch", daemon=True).start()
     try:
-        return answer.result(_URL_SECONDS)
+        return answer.result(seconds)
     except FutureTimeout:
-        raise TimeoutError(f"it takes more than {_URL_SECONDS} s to fetch") from None
+        raise TimeoutError(f"it takes more than {seconds:.3g} s to fetch") from None
 
 
 def _download(url: str) -> bytes:
@@ -231,7 +265,7 @@ def _identified(data: bytes) -> PIL.Image.Image:
             Image.init()
         factory, accept = Image.OPEN[name]
         if accept and accept(data[:16]) is True:
-            return factory(io.BytesIO(data), "")
+            return factory(_TimedFile(data), "")
     raise ValueError("its format is unknown")
 
 
@@ -248,11 +282,21 @@ def _rgb(image: PIL.Image.Image) -> NDArray[np.uint8]:
 
 
 def _check_scans(data: bytes, num_pixels: int) -> None:
-    """Raise ValueError for a JPEG that takes minutes to decode. Begins of scans are marked by two
-    bytes that cannot be part of compressed data."""
-    count = data.count(b"\xff\xda")
+    """Raise ValueError for a JPEG that takes minutes to decode."""
+    count = _num_scans(data)
     if count > MAX_SCANS or count * num_pixels > MAX_SCANNED:
         raise ValueError(f"it has {count} scans of {num_pixels / 1e6:.1f} megapixels each")
+
+
+def _num_scans(data: bytes) -> int:
+    """The scans of a JPEG's first image; what its segments hold and what follows it, such as a
+    preview or a film, may look like scans."""
+    count, found = 0, _MARKER.search(data, 2)
+    while found and found[1][0] != _END:
+        count += found[1][0] == _SCAN
+        size = int.from_bytes(data[found.end() : found.end() + 2], "big")
+        found = _MARKER.search(data, found.end() + size)
+    return count
 
 
 def _check(image: PIL.Image.Image) -> None:

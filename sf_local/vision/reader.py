@@ -166,6 +166,7 @@ class ImageReader:
     def _cut(self, image: ImageInput, deadline: float | None) -> CutImage:
         """The tiles of an image, cut unless they are in the cache."""
         given = self.given(image)
+        given.read(deadline)
         if (found := self._cache.get(given.key)) is not None:
             return found
         with self._permit(deadline):

@@ -456,7 +456,7 @@ def test_asyncio(engine: Engine) -> None:
 def test_urls_are_fetched_once_a_call(model: SeeingModel, monkeypatch: pytest.MonkeyPatch) -> None:
     data, fetched = png(picture(60, 40)), list[str]()
 
-    def fetch(url: str) -> bytes:
+    def fetch(url: str, seconds: float) -> bytes:
         fetched.append(url)
         return data
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import os
 import socketserver
 import struct
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -305,7 +307,7 @@ def test_urls(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_slow_url_holds_up_no_other_image(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sf_local.vision.image_file._fetch", lambda url: fetched.get(timeout=60))
+    monkeypatch.setattr("sf_local.vision.image_file._fetch", lambda *_: fetched.get(timeout=60))
     fetched: SimpleQueue[bytes] = SimpleQueue()
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(lambda: GivenImage(f"{web}/slow", allow_urls=True).key)
@@ -327,6 +329,78 @@ def test_jpegs_of_many_scans() -> None:
     assert usual.count(b"\xff\xda") > 5
     assert GivenImage(usual).pixels().shape == (64, 64, 3)
     refused(with_scans(9000, 64), r"it has 90\d\d scans of 0.0 megapixels")
+
+
+def test_scans_behind_a_marker_without_a_length() -> None:
+    """Two bytes that are no length would hide what follows."""
+    data = with_scans(9000, 64)
+    start = data.rindex(b"\xff\xda", 0, len(data) // 2)
+    refused(data[:start] + b"\xff\x01\xfe\xfe" + data[start:], "scans of 0.0 megapixels")
+
+
+def test_what_only_looks_like_scans() -> None:
+    """In a comment, and in the film that phones put behind a picture."""
+    data, scans = encoded(picture(64, 64), "JPEG"), b"\xff\xda" * 1000
+    comment = b"\xff\xfe" + (2 + len(scans)).to_bytes(2, "big") + scans
+    found = GivenImage(data[:2] + comment + data[2:] + scans).pixels()
+    assert np.array_equal(found, GivenImage(data).pixels())
+
+
+def many_parts(image_format: str) -> bytes:
+    """A PNG of many empty chunks, a TIFF of many images, a PPM of many lines: Pillow reads each."""
+    data = encoded(picture(64, 64), image_format)
+    if image_format == "PNG":
+        return (
+            data[:33]
+            + (bytes(4) + b"teXt" + zlib.crc32(b"teXt").to_bytes(4, "big")) * 50
+            + data[33:]
+        )
+    if image_format == "TIFF":
+        return encoded(picture(8, 8), "TIFF", save_all=True, append_images=[picture(8, 8)] * 50)
+    return b"P3 64 4000 255 " + b"0 " * (3 * 64 * 4000)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF", "PPM"])
+def test_decoding_has_a_limit_of_time(image_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, clock = many_parts(image_format), itertools.count(step=0.001)
+    with warnings.catch_warnings(action="ignore"):
+        assert GivenImage(data).pixels().size
+    monkeypatch.setattr(time, "thread_time", lambda: next(clock))
+    assert GivenImage(encoded(picture(64, 64))).pixels().size
+    clock = itertools.count()
+    refused(data, "it takes more than 10 s to decode")
+    assert next(clock) <= 13
+
+
+def test_a_url_is_fetched_until_a_deadline(web: str) -> None:
+    image = GivenImage(f"{web}/slow", allow_urls=True)
+    with pytest.raises(ImageError, match="more than 0 s to fetch"):
+        image.read(time.perf_counter() - 1)
+
+
+class SlowFile(io.BytesIO):
+    """A file whose reader waits for `ready` once `is_slow`."""
+
+    is_slow = False
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.ready = threading.Event()
+
+    def read(self, *size: Any) -> bytes:
+        assert not self.is_slow or self.ready.wait(60)
+        return super().read(*size)
+
+
+def test_a_slow_pil_image_holds_up_no_other() -> None:
+    file = SlowFile(encoded(picture()))
+    lazy, file.is_slow = PIL.Image.open(file), True
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(lambda: GivenImage(lazy).key)
+        other = GivenImage(picture()).key
+        assert not slow.done()
+        file.ready.set()
+        assert slow.result() == other
 
 
 def test_jpegs_of_many_scans_of_many_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
