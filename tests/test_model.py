@@ -14,6 +14,7 @@ from sf_local.engine.engine import Engine
 from sf_local.model.runner import ModelRunner
 from sf_local.request.batch import Row
 from sf_local.request.params import SamplingParams
+from tests.support.child import run_program
 from tests.support.perplexity import perplexity, step_logprobs
 from tests.support.running import open_runner
 from tests.support.tiny import ONE_SIZE, shared_data
@@ -198,3 +199,20 @@ def test_a_fork_reuses_what_its_parent_generated(smollm2: Path) -> None:
         story, ends = state.get_meta_info("story"), state["ends"]
     known = story["prompt_tokens"] + story["completion_tokens"] - 1
     assert all(end["cached_tokens"] >= known - 1 for end in ends)
+
+
+MEMORY = """
+import sys
+from sf_local import Engine, SamplingParams
+
+with Engine(sys.argv[1], kv_memory="1GiB") as engine:
+    engine.generate("The capital of France is", SamplingParams(max_new_tokens=16, temperature=0))
+    lines = open("/proc/self/status").read().splitlines()
+    print(sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssFile"))))
+"""
+
+
+def test_an_idle_engine_takes_little_memory(make_smollm2: Callable[..., Path]) -> None:
+    """However many KV pages it may use; the weights are 99 MB of it."""
+    artifact = make_smollm2(weight_dtype="int4", **ONE_SIZE)
+    assert int(run_program(MEMORY, artifact)) * 1024 <= 200e6

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from weakref import WeakSet
 
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 MEMINFO = Path("/proc/meminfo")
@@ -26,9 +28,25 @@ def total_bytes() -> int:
 
 
 def free_bytes() -> int:
-    """What this process may allocate now, less ROOM."""
+    """What this process may allocate now, less ROOM and what is reserved."""
     free = min([_meminfo("MemAvailable"), *(limit - used for limit, used in _limits())])
-    return max(0, free - ROOM)
+    with _lock:
+        reserved = sum(reservation.num_bytes for reservation in _reservations)
+    return max(0, free - ROOM - reserved)
+
+
+class Reservation:
+    """Memory that was allocated here, and that Linux gives only when it is used: as long as this
+    object lives, and `num_bytes` of it are not used."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        with _lock:
+            _reservations.add(self)
+
+
+_reservations: WeakSet[Reservation] = WeakSet()
+_lock = threading.Lock()
 
 
 def _limits() -> Iterator[tuple[int, int]]:

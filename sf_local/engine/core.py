@@ -99,8 +99,9 @@ class EngineCore:
         self._outputs.end(generation.request, "abort")
 
     def flush_cache(self) -> None:
-        """Free all pages that no request uses."""
+        """Free all pages that no request uses, and their memory on a CPU."""
         self.cache.evict(self.pool.num_cached)
+        self.runner.give_back(self.pool.free_pages)
 
     def fail_all(self, make_error: Callable[[], SfLocalError]) -> None:
         """End every request with an error of its own."""

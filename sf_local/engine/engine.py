@@ -60,7 +60,8 @@ class Engine:
             artifact was compiled for. A list makes a replica on each; a request goes to the replica
             that was sent most of its prompt before, unless that one is too busy.
         config, parameters, tokenizer: files that do not lie beside the .vmfb.
-        kv_pages: KV pages to allocate, on each device.
+        kv_pages: KV pages to allocate, on each device. On the CPU they take memory as they are
+            used.
         kv_memory: the same as bytes, "2GiB", or "50%" of the free memory, which replicas on one
             device share. By default one full context times the largest compiled batch, at most
             1 GiB; on a GPU 80% of what the weights leave free.
@@ -267,7 +268,8 @@ class Engine:
         return self._replicas.stats()
 
     def flush_cache(self) -> None:
-        """Free all KV pages that no request uses; returns when it is done."""
+        """Free all KV pages that no request uses, on the CPU with their memory; returns when it is
+        done."""
         self._replicas.flush_cache()
 
     def shutdown(self, drain: bool = False) -> None:

@@ -55,8 +55,9 @@ class ModelRunner:
         self._pages = KVPages(artifact.config, device, num_pages)
 
     async def start(self) -> None:
-        """Zero all pages."""
-        await self._use_device(self._pages.zero())
+        """Zero page 0, to which rows write that only pad a batch; others are zeroed when rows
+        begin them."""
+        await self.clear_pages([0])
 
     async def recover(self) -> None:
         """Make the model usable after a failed call; the pages lose what they held."""
@@ -119,6 +120,10 @@ class ModelRunner:
     async def clear_pages(self, pages: Sequence[int]) -> None:
         """Zero some pages."""
         await self._use_device(self._pages.clear(pages))
+
+    def give_back(self, pages: Sequence[int]) -> None:
+        """Free the host's memory of pages that nobody uses, between two calls."""
+        self._pages.give_back(pages)
 
     async def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages on the device, in order: (source, destination)."""

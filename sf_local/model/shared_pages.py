@@ -1,0 +1,54 @@
+"""SharedPages: KV pages in the host's memory, which take as much of it as is used."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sf_local.device.host_memory import Reservation
+
+
+class SharedPages:
+    """Bytes of pages, uint8 [num_pages, page_bytes].
+
+    Linux gives memory to what is written for the first time. What it has not given yet is reserved,
+    so that it does not count as free.
+    """
+
+    def __init__(self, pages: NDArray[np.uint8]) -> None:
+        self._pages, self._is_used = pages, np.zeros(len(pages), np.bool_)
+        self._reservation = Reservation(pages.nbytes)
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """Zero some pages, while the device does nothing."""
+        self._pages[list(pages)] = 0
+        self.use(pages)
+
+    def use(self, pages: Sequence[int], is_used: bool = True) -> None:
+        """Note that some pages are written, or not used any more."""
+        self._is_used[list(pages)] = is_used
+        num_unused = len(self._pages) - np.count_nonzero(self._is_used)
+        self._reservation.num_bytes = int(num_unused) * self._pages.shape[1]
+
+    def give_back(self, pages: Sequence[int]) -> None:
+        """Let Linux have the memory of some pages; they hold anything then."""
+        madvise, page_bytes = ctypes.CDLL(None).madvise, self._pages.shape[1]
+        for first, last in _runs(pages):
+            start = self._pages.ctypes.data + first * page_bytes
+            end = start + (last + 1 - first) * page_bytes
+            start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end - end % mmap.PAGESIZE
+            if start < end:
+                madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+        self.use(pages, False)
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """First and last of each run of consecutive numbers."""
+    for _, group in groupby(enumerate(sorted(numbers)), lambda item: item[1] - item[0]):
+        run = [number for _, number in group]
+        yield run[0], run[-1]
