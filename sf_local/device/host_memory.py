@@ -5,6 +5,7 @@ Linux ends a process without a word that goes beyond the limit of any cgroup abo
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import threading
@@ -47,6 +48,15 @@ class Reservation:
 
 _reservations: WeakSet[Reservation] = WeakSet()
 _lock = threading.Lock()
+
+
+def _forget_reservations() -> None:
+    """In a forked child: they are the parent's, as may be the thread that held the lock."""
+    global _reservations, _lock
+    _reservations, _lock = WeakSet(), threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_reservations)
 
 
 def _limits() -> Iterator[tuple[int, int]]:

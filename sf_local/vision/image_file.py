@@ -57,13 +57,13 @@ _pil_locks: WeakValueDictionary[int, threading.Lock] = WeakValueDictionary()
 _pil_locks_lock = threading.Lock()
 
 
-def _renew_lock() -> None:
-    """In a forked child: the thread that held the lock does not exist there."""
-    global _PILLOW_LOCK
-    _PILLOW_LOCK = threading.Lock()
+def _renew_locks() -> None:
+    """In a forked child: the threads that held the locks do not exist there."""
+    global _pil_locks, _pil_locks_lock
+    _pil_locks, _pil_locks_lock = WeakValueDictionary(), threading.Lock()
 
 
-os.register_at_fork(after_in_child=_renew_lock)
+os.register_at_fork(after_in_child=_renew_locks)
 
 
 class GivenImage:
