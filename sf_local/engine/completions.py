@@ -1,0 +1,174 @@
+"""Completions: what `Engine` does with a prompt, which is to continue or to score it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Unpack
+
+from sf_local.engine.generation import Generation
+from sf_local.engine.handle import AsyncStream, Handle
+from sf_local.engine.input_processor import InputProcessor, PromptInput, RequestOptions, checked
+from sf_local.engine.replicas import Replicas
+from sf_local.engine.scoring import score
+from sf_local.errors import RequestError
+from sf_local.request.output import Output, Score
+from sf_local.request.params import SamplingParams
+from sf_local.request.prompt import Prompt
+from sf_local.text.tokenizer import MANY_CHARACTERS
+from sf_local.vision.image_file import GivenImage, ImageInput
+
+
+class Completions:
+    """The entry points that take a prompt. A subclass sets the two attributes."""
+
+    _inputs: InputProcessor
+    _replicas: Replicas
+
+    def submit(
+        self,
+        prompt: PromptInput,
+        params: SamplingParams | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Handle:
+        """Start a generation.
+
+        Args:
+            prompt: text, token ids, or what `prepare` returned.
+            params: how to continue it; by default `SamplingParams()`.
+            images: one for each image marker of the prompt (such as "<image>"): a path, the bytes
+                of a file, a PIL image, or a data URL.
+
+        Raises RequestError for a prompt or parameters that cannot work, ImageError for an image,
+        GrammarError for a grammar, and EngineError or DeviceError once the engine is closed.
+        """
+        return Handle(self, self._replicas, self._generation(prompt, params, **options))
+
+    def generate(
+        self,
+        prompt: PromptInput,
+        params: SamplingParams | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Output:
+        """The whole answer to a prompt; arguments and errors as for `submit`."""
+        return self.submit(prompt, params, **options).result()
+
+    def samples(
+        self,
+        prompt: PromptInput,
+        params: SamplingParams | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> list[Output]:
+        """`params.n` answers to one prompt, whose KV pages they share; their seeds count up from
+        `params.seed`. Arguments and errors as for `submit`."""
+        params = checked(params)
+        ready = self.prepare(prompt, options.get("images", ()))
+        first = params.seed
+        seeds = [None if first is None else (first + i) % 2**64 for i in range(params.n)]
+        handles = [self.submit(ready, replace(params, seed=seed, n=1)) for seed in seeds]
+        return [handle.result() for handle in handles]
+
+    def stream(
+        self,
+        prompt: PromptInput,
+        params: SamplingParams | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Iterator[str]:
+        """The answer's text, as it grows. Arguments and errors as for `submit`, which raises here
+        and not at the first delta."""
+        return iter(self.submit(prompt, params, **options))
+
+    async def agenerate(
+        self,
+        prompt: PromptInput,
+        params: SamplingParams | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Output:
+        """`generate` for asyncio; cancelling the task cancels the generation."""
+        return await self.astream(prompt, params, **options).result()
+
+    def astream(
+        self,
+        prompt: PromptInput,
+        params: SamplingParams | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> AsyncStream:
+        """`stream` for asyncio: `async for text in engine.astream(prompt)`. Mistakes raise at the
+        first delta, or at once in `stream = await engine.astream(prompt)`."""
+        return AsyncStream(self._replicas, lambda: self._agenerated(prompt, params, **options))
+
+    def score(
+        self,
+        prompt: str,
+        continuations: Sequence[str],
+        *,
+        unconditional: bool = False,
+        params: SamplingParams | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> list[Score]:
+        """Log probabilities of texts that could continue a prompt.
+
+        Args:
+            continuations: each adds at least one token to the prompt.
+            unconditional: score every continuation without the prompt as well.
+            params: only priority and timeout count.
+            images: as for `submit`.
+
+        Raises as `submit` does, and EngineError if the timeout passes.
+        """
+        images = options.get("images", ())
+        params = checked(params)
+        return score(
+            self._inputs, self.submit, prompt, continuations, unconditional, params, images
+        )
+
+    def warm(self, prompt: str, **options: Unpack[RequestOptions]) -> None:
+        """A hint that prompts will begin so: compute it into the prefix cache. Returns at once, and
+        ignores a prompt that cannot work."""
+        with contextlib.suppress(RequestError):
+            params = SamplingParams(max_new_tokens=0, temperature=0)
+            self._replicas.submit(self._generation(prompt, params, **options))
+
+    def given(self, images: Sequence[ImageInput]) -> list[GivenImage]:
+        """Images that will be used in several prompts, so that each is read once; raises
+        RequestError."""
+        return self._inputs.given(images)
+
+    def prepare(self, prompt: PromptInput, images: Sequence[ImageInput] = ()) -> Prompt:
+        """A prompt that can be submitted many times, and is encoded only here.
+
+        Raises RequestError as `submit` does, ImageError for an image that cannot be used.
+        """
+        return self._inputs.prepare(prompt, images)
+
+    def encode(self, prompt: str, continuation: str = "") -> list[int]:
+        """Token ids of a prompt, and of what may continue it.
+
+        Where the prompt contains answers of this engine, their tokens are those that were
+        generated, so that the prefix cache knows them.
+        """
+        return self._inputs.encode(prompt, continuation)
+
+    def _generation(
+        self,
+        prompt: PromptInput,
+        params: SamplingParams | None,
+        **options: Unpack[RequestOptions],
+    ) -> Generation:
+        self._replicas.check_usable()
+        return self._inputs.generation(prompt, params, **options)
+
+    async def _agenerated(
+        self,
+        prompt: PromptInput,
+        params: SamplingParams | None,
+        **options: Unpack[RequestOptions],
+    ) -> Generation:
+        """`_generation`, in a thread if it can take longer than a few milliseconds."""
+        is_long = isinstance(prompt, str) and len(prompt) > MANY_CHARACTERS
+        is_constrained = isinstance(params, SamplingParams) and params.is_constrained
+        if is_long or is_constrained or options.get("images"):
+            return await asyncio.to_thread(self._generation, prompt, params, **options)
+        return self._generation(prompt, params, **options)
