@@ -110,16 +110,13 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _chat(args: argparse.Namespace) -> None:
-    from sf_local.text.chat_template import JinjaTemplate
-
     with _engine(args) as engine:
-        template = JinjaTemplate(engine.tokenizer, engine.artifact.name)
-        params = _params(args, template.stop_strings())
-        turns = [] if args.system is None else [("system", args.system)]
+        engine.apply_chat_template([{"role": "user", "content": ""}])  # raises if there is none
+        messages = [] if args.system is None else [{"role": "system", "content": args.system}]
         while text := _ask():
-            turns.append(("user", text))
-            answer = _print_stream(engine.submit(template.render(turns), params))
-            turns.append(("assistant", answer))
+            messages.append({"role": "user", "content": text})
+            answer = _print_stream(engine.submit_chat(messages, _params(args)))
+            messages.append({"role": "assistant", "content": answer})
 
 
 def _ask() -> str:

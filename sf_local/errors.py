@@ -10,8 +10,8 @@ SfLocalError
 ├── DeviceError             the device is unknown, absent or failed, or a GPU's result is wrong
 ├── RequestError            a request that cannot be served as asked (also a ValueError)
 │   ├── GrammarError        a grammar that cannot be compiled
-│   └── ImageError          an image that cannot be opened, or that the model cannot read
-├── ChatTemplateError       the model's chat template cannot be used
+│   ├── ImageError          an image that cannot be opened, or that the model cannot read
+│   └── ChatTemplateError   the model's chat template cannot be used, or refuses a conversation
 ├── EngineError             the engine is closed or failed, or a CPU's result is wrong
 └── CompileError            a model that cannot be compiled
     ├── SourceError         the weights are missing, corrupt, or unreachable
@@ -64,8 +64,8 @@ class ImageError(RequestError):
     """An image that cannot be opened, or that the model cannot read."""
 
 
-class ChatTemplateError(SfLocalError):
-    """The model's chat template cannot be used."""
+class ChatTemplateError(RequestError):
+    """The model's chat template is missing, cannot be used, or refuses a conversation."""
 
 
 class EngineError(SfLocalError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Unpack
@@ -17,13 +18,16 @@ from sf_local.errors import RequestError
 from sf_local.request.output import Output, Score
 from sf_local.request.params import SamplingParams
 from sf_local.request.prompt import Prompt
-from sf_local.text.tokenizer import MANY_CHARACTERS
+from sf_local.text.tokenizer import MANY_CHARACTERS, Tokenizer
 from sf_local.vision.image_file import GivenImage, ImageInput
+
+log = logging.getLogger("sf_local")
 
 
 class Completions:
-    """The entry points that take a prompt. A subclass sets the two attributes."""
+    """The entry points that take a prompt. A subclass sets the attributes."""
 
+    tokenizer: Tokenizer
     _inputs: InputProcessor
     _replicas: Replicas
 
@@ -53,7 +57,13 @@ class Completions:
         **options: Unpack[RequestOptions],
     ) -> Output:
         """The whole answer to a prompt; arguments and errors as for `submit`."""
-        return self.submit(prompt, params, **options).result()
+        output = self.submit(prompt, params, **options).result()
+        if not output.text and output.finish_reason == "stop" and self.tokenizer.chat_templates:
+            log.info(
+                "The answer is empty: the model ended it at once. The prompt was given to it as it "
+                "stands; Engine.chat writes it as a message, as this model was trained on."
+            )
+        return output
 
     def samples(
         self,

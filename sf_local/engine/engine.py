@@ -13,6 +13,8 @@ from typing import TypedDict
 
 from sf_local.artifact.open import compiled_targets
 from sf_local.device.info import check_name, find_device
+from sf_local.engine.chat_completions import ChatCompletions
+from sf_local.engine.chat_processor import ChatProcessor
 from sf_local.engine.completions import Completions
 from sf_local.engine.input_processor import InputProcessor
 from sf_local.engine.interrupts import check_threads
@@ -20,9 +22,9 @@ from sf_local.engine.kv_budget import memory_bytes
 from sf_local.engine.placement import MakeRunner, Place, place_workers
 from sf_local.engine.scheduler import MAX_RUNNING, PREFILL_TOKENS
 from sf_local.engine.worker import finish_closing
-from sf_local.errors import DeviceError
+from sf_local.errors import DeviceError, RequestError
 from sf_local.model.runner import ModelRunner
-from sf_local.request.checks import check_bool, check_int
+from sf_local.request.checks import check_bool, check_int, shown
 from sf_local.text.tokenizer import Tokenizer
 
 
@@ -40,9 +42,10 @@ class EngineOptions(TypedDict, total=False):
     max_running: int
     jump_forward: bool
     reuse_answer_tokens: bool
+    escape_special_tokens: bool
 
 
-class Engine(Completions):
+class Engine(Completions, ChatCompletions):
     """Loads an artifact onto a device and serves generations until `shutdown()`.
 
     Args:
@@ -69,6 +72,10 @@ class Engine(Completions):
         reuse_answer_tokens: encode a prompt that begins with an earlier prompt and its answer to
             the tokens of both, so that the prefix cache finds them, where the tokenizer would have
             split the text otherwise. Without it a prompt's tokens depend on its text alone.
+        chat_template: a Jinja text, or the name of one of the model's templates, that chats are
+            written by; by default the model's own.
+        escape_special_tokens: encode special tokens in the messages of chats as plain text, so that
+            nobody can end a message within its content. Those of the template stay tokens.
 
     Any number of generations run at once, from any thread. A generation depends only on its prompt
     (as token ids) and parameters, not on what runs beside it. Raises RequestError for an option
@@ -92,6 +99,8 @@ class Engine(Completions):
         max_running: int = MAX_RUNNING,
         jump_forward: bool = True,
         reuse_answer_tokens: bool = True,
+        chat_template: str | None = None,
+        escape_special_tokens: bool = True,
         _make_runner: MakeRunner = ModelRunner,
     ) -> None:
         check_threads()
@@ -100,6 +109,9 @@ class Engine(Completions):
         check_int("max_running", max_running, 1)
         check_bool("jump_forward", jump_forward)
         check_bool("reuse_answer_tokens", reuse_answer_tokens)
+        check_bool("escape_special_tokens", escape_special_tokens)
+        if not isinstance(chat_template, str | None):
+            raise RequestError(f"chat_template={shown(chat_template)} must be a Jinja text")
         names = [device] if isinstance(device, str) else device
         if not isinstance(names, Sequence) or not names:
             raise DeviceError(f"device={device!r} must be a name, or a list of them")
@@ -122,6 +134,9 @@ class Engine(Completions):
             self.artifact, self.tokenizer, self.max_tokens, image_bytes, allow_urls,
             reuse_answer_tokens,
         )  # fmt: skip
+        self._chats = ChatProcessor(self._inputs, chat_template, escape_special_tokens)
+        if chat_template is not None:
+            self._chats.template()  # raises what is wrong with it
         self.vocab_size = self._inputs.vocab_size
         self._replicas = place_workers(
             places, prefill_tokens=prefill_tokens, max_running=max_running,

@@ -146,6 +146,7 @@ class Generation:
         if self._stops.matched is not None:
             reason, self._matched = "stop", self._stops.matched
         request, now = self.request, time.perf_counter()
+        schema = request.params.json_schema
         output = Output(
             text="".join(self._text),
             token_ids=request.output_ids,
@@ -157,6 +158,7 @@ class Generation:
             time_to_first_token=self._first_token_at - self._started_at,
             latency=now - self._started_at,
             logprobs=self._logprobs(),
+            schema=schema if isinstance(schema, type) else None,
         )
         if self.remember is not None and request.output_ids:
             self.remember(request.output_ids, output.text)

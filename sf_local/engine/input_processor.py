@@ -94,7 +94,7 @@ class InputProcessor:
         self._images = _image_reader(artifact, tokenizer, image_bytes, allow_urls)
         self._eos_ids = _eos_ids(artifact, tokenizer)
         self._encode = PromptEncoder(tokenizer)
-        self._reuses_answer_tokens = reuse_answer_tokens
+        self.reuses_answer_tokens = reuse_answer_tokens
         self._grammars: GrammarCompiler | None = None
 
     def _grammar_compiler(self) -> GrammarCompiler:
@@ -113,7 +113,7 @@ class InputProcessor:
 
     def given(self, images: Sequence[ImageInput]) -> list[GivenImage]:
         """Images for several prompts, so that each is read once; raises RequestError."""
-        self._check_images(images)
+        self.check_images(images)
         return [self._images.given(image) for image in images] if self._images else []
 
     def prepare(
@@ -129,16 +129,17 @@ class InputProcessor:
                 raise RequestError("images: the prompt was prepared with its own; give one or none")
             # It may come from another engine, whose model has other tokens, or no images
             self._prompt_ids([max(prompt.ids)] if prompt.ids else [])
-            self._check_images(prompt.spans)
+            self.check_images(prompt.spans)
             return self._fitting(prompt)
-        self._check_images(images)
+        self.check_images(images)
         ids = self._prompt_ids(prompt)
         ready = Prompt(ids, ids)
         if self._images is not None:
             ready = self._images.expand(ids, images, self.max_tokens, deadline)
         return replace(self._fitting(ready), text=prompt if isinstance(prompt, str) else None)
 
-    def _check_images(self, images: Sequence[object]) -> None:
+    def check_images(self, images: Sequence[object]) -> None:
+        """Raise RequestError unless it is a list of images, and the model sees."""
         if not isinstance(images, Sequence) or isinstance(images, str | bytes | bytearray):
             raise RequestError(f"images={shown(images)} must be a list; put a single one in []")
         if images and self._images is None:
@@ -148,13 +149,20 @@ class InputProcessor:
             )
 
     def generation(
-        self, prompt: PromptInput, params: SamplingParams | None, images: Sequence[ImageInput] = ()
+        self,
+        prompt: PromptInput,
+        params: SamplingParams | None,
+        images: Sequence[ImageInput] = (),
+        started_at: float | None = None,
     ) -> Generation:
-        """A request with all that its answer needs; raises as `Engine.submit` does."""
+        """A request with all that its answer needs; raises as `Engine.submit` does.
+
+        started_at: `time.perf_counter()` of the call; else now.
+        """
         params = checked(params)
         if params.n != 1:
             raise RequestError(f"n={params.n}: several answers to one prompt come from `samples`")
-        started_at = time.perf_counter()
+        started_at = time.perf_counter() if started_at is None else started_at
         deadline = None if params.timeout is None else started_at + params.timeout
         ready = self.prepare(prompt, images, deadline)
         self._check_params(params, len(ready.ids))
@@ -166,7 +174,7 @@ class InputProcessor:
         if params.is_constrained:  # llguidance calls Python, and drops or renames what raises there
             grammar = uninterrupted(functools.partial(self._grammar, params))
         generation = Generation(request, self.tokenizer, self._eos_ids, grammar, started_at)
-        if ready.text is not None and self._reuses_answer_tokens:
+        if ready.text is not None and self.reuses_answer_tokens:
             generation.remember = functools.partial(self._encode.remember, ready.text, ready.plain)
         return generation
 

@@ -17,13 +17,13 @@ from typing import Any
 from sglang.lang.chat_template import ChatTemplate, ChatTemplateStyle, chat_template_registry
 
 from sf_local.errors import ChatTemplateError
-from sf_local.text.chat_template import (
+from sf_local.frontend.turns import (
     NEXT_USER_TURN,
     REPLY_TURN,
     SYSTEM_TURN,
     USER_TURN,
-    JinjaTemplate,
     Turn,
+    TurnTemplate,
 )
 from sf_local.text.tokenizer import Tokenizer
 
@@ -67,11 +67,11 @@ def resolve_chat_template(
     """
     if isinstance(chat_template, ChatTemplate):
         return chat_template
-    if chat_template is None and tokenizer.chat_template is None:
+    if chat_template is None and not tokenizer.chat_templates:
         return _plain_text(name, image_token, f"{name} has no chat template")
     if chat_template is None:
         try:
-            return _derive(JinjaTemplate(tokenizer, name), name, image_token)
+            return _derive(TurnTemplate(tokenizer, name), name, image_token)
         except ChatTemplateError as error:
             _warn(f"{error} Only plain text works.")
             return _plain_text(name, image_token, str(error).rstrip("."))
@@ -79,7 +79,7 @@ def resolve_chat_template(
         if chat_template in chat_template_registry:
             return chat_template_registry[chat_template]
         if "{%" in chat_template or "{{" in chat_template:
-            return _derive(JinjaTemplate(tokenizer, name, chat_template), name, image_token)
+            return _derive(TurnTemplate(tokenizer, name, chat_template), name, image_token)
     raise ChatTemplateError(
         f"chat_template={chat_template!r} is not a chat template. Allowed are a Jinja text, a "
         "sglang.lang.chat_template.ChatTemplate, None for the model's own, and the names "
@@ -87,7 +87,7 @@ def resolve_chat_template(
     )
 
 
-def _derive(model: JinjaTemplate, name: str, image_token: str | None) -> ChatTemplate:
+def _derive(model: TurnTemplate, name: str, image_token: str | None) -> ChatTemplate:
     parts = _split(model)
     stops = model.stop_strings(parts.assistant[1])
     if parts.system and (difference := _difference(model, parts, [SYSTEM_TURN, USER_TURN])):
@@ -126,7 +126,7 @@ def _warn(message: str) -> None:
     warnings.warn(f"{message} {_REMEDY}", UserWarning, stacklevel=2)
 
 
-def _difference(model: JinjaTemplate, parts: _Parts, turns: Sequence[Turn]) -> str:
+def _difference(model: TurnTemplate, parts: _Parts, turns: Sequence[Turn]) -> str:
     """What the model expects and what SGLang writes, where they differ; else empty."""
     try:
         wanted = model.render(turns)
@@ -142,7 +142,7 @@ def _difference(model: JinjaTemplate, parts: _Parts, turns: Sequence[Turn]) -> s
 
 
 def _add_images(
-    template: ChatTemplate, model: JinjaTemplate, user_prefix: str, image_token: str
+    template: ChatTemplate, model: TurnTemplate, user_prefix: str, image_token: str
 ) -> None:
     """Set what stands for an image, and `image_first` where that changes the text before it."""
     before, _ = model.gaps([USER_TURN])
@@ -183,7 +183,7 @@ class _Parts:
         return _OwnTemplate(**fields, opening=self.opening, no_system=self.no_system)
 
 
-def _split(model: JinjaTemplate) -> _Parts:
+def _split(model: TurnTemplate) -> _Parts:
     """Read the parts off rendered conversations; if they do not fit, comparing will tell.
 
     Raises ChatTemplateError where contents are not found, once and in their places.
@@ -222,7 +222,7 @@ def _split(model: JinjaTemplate) -> _Parts:
     )
 
 
-def _refusal(model: JinjaTemplate, turns: Sequence[Turn]) -> str:
+def _refusal(model: TurnTemplate, turns: Sequence[Turn]) -> str:
     """Why the model does not take such a conversation; empty if it does."""
     try:
         model.gaps(turns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Output:
         cached_tokens: tokens of the prompt that were found in the prefix cache.
         time_to_first_token, latency: seconds from submit to the first token, and to the last.
         logprobs: log probabilities, with `return_logprob`.
+        schema: the pydantic model that was given as `json_schema`, for `parsed`.
     """
 
     text: str
@@ -31,6 +33,19 @@ class Output:
     time_to_first_token: float
     latency: float
     logprobs: Logprobs | None = None
+    schema: type[Any] | None = field(default=None, repr=False)
+
+    @property
+    def parsed(self) -> Any:
+        """The answer as an instance of `schema`; None without one, and if the answer was cut short.
+
+        Raises pydantic.ValidationError if validators of the model itself refuse the answer.
+        """
+        if self.schema is None or self.finish_reason != "stop":
+            return None
+        if "_parsed" not in self.__dict__:
+            self.__dict__["_parsed"] = self.schema.model_validate_json(self.text)
+        return self.__dict__["_parsed"]
 
 
 Delivery = tuple[str, Output | None] | BaseException  # new text, with the output at the end

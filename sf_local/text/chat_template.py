@@ -1,117 +1,178 @@
-"""A model's own chat template, in Jinja: messages to the prompt that the model was trained on.
+"""A model's own chat template, in Jinja: messages to the prompt that the model was trained on."""
 
-Templates are untrusted code. They run in Jinja's sandbox, set up as transformers does it but
-without transformers, whose import takes 0.6 s where Jinja's takes 0.05 s.
-"""
+from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sf_local.errors import ChatTemplateError
+from sf_local.text.jinja import compile_template, plain_data
+from sf_local.text.messages import as_parts, as_text, has_image, with_objects
 from sf_local.text.tokenizer import Tokenizer
 
-Turn = tuple[str, str]  # role and content of a message
+Messages = Sequence[dict[str, Any]]
 
-# Messages of trial conversations, whose contents are found again in the rendered text
-SYSTEM_TURN: Turn = ("system", "SystemMarker71")
-USER_TURN: Turn = ("user", "UserMarker72")
-REPLY_TURN: Turn = ("assistant", "ReplyMarker73")
-NEXT_USER_TURN: Turn = ("user", "UserMarker74")
+_END = "\ud803"  # of a message that is continued: a lone surrogate, which no text has
+_ASK, _REPLY = "QuestionMarker71", "ReplyMarker72"
+_JSON = '{"marker73": 1}'
+_QUESTION = {"role": "user", "content": _ASK}
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A compiled template, and in which forms it writes what messages hold."""
+
+    source: str
+    template: jinja2.Template
+    takes_text: bool = True  # a content that is a str
+    takes_parts: bool = True  # a content that is a list of parts
+    takes_json: bool = True  # arguments of a tool call as JSON text, as OpenAI has them
 
 
 class JinjaTemplate:
-    """Writes conversations as one model expects them, without the BOS that `encode` adds.
+    """Writes conversations as one model expects them, equal to what transformers writes.
 
-    Templates that write the time write that of when this was made, so that a conversation keeps its
-    prompt, and with it its place in the prefix cache.
+    Where the template does not write what messages hold, because it expects contents or the
+    arguments of tool calls in another form, they are given to it in that form.
     """
 
-    def __init__(self, tokenizer: Tokenizer, name: str, text: str | None = None) -> None:
-        """Compile `text`, by default the tokenizer's own template; `name` is for error messages.
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        name: str,
+        text: str | None = None,
+        now: Callable[[], datetime] = datetime.now,
+    ) -> None:
+        """Compile the model's templates.
+
+        Args:
+            tokenizer: the model's.
+            name: of the model, for error messages.
+            text: Jinja text, or the name of one of the model's templates. By default the model's
+                own, which is the one named "tool_use", if there is one, where tools are given.
+            now: the time, for templates that write it.
 
         Raises:
             ChatTemplateError: there is no template, or it is not valid Jinja.
         """
-        self._name = name
-        self._tokenizer = tokenizer
-        self._added_bos = tokenizer.bos_token if tokenizer.adds_bos else None
-        tokens = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
-        self._variables = {key: token for key, token in tokens.items() if token is not None}
-        text = tokenizer.chat_template if text is None else text
-        if text is None:
+        self._name, self._tokenizer = name, tokenizer
+        sources = tokenizer.chat_templates
+        if text is not None:
+            if text not in sources and "{{" not in text and "{%" not in text:
+                names = ", ".join(sources) or "none"
+                raise ChatTemplateError(
+                    f"chat_template={text[:80]!r} is neither Jinja text nor the name of one of the "
+                    f"model's templates, which are: {names}"
+                )
+            sources = {"default": sources.get(text, text)}
+        if "default" not in sources:
             raise ChatTemplateError(
-                f"{name} has no chat template in its tokenizer_config.json. Write its prompts as "
-                "plain text, as `sf-local generate` takes them."
+                f"{name} has no chat template in its tokenizer_config.json; give one as "
+                "Engine(chat_template=...), a Jinja text, or write its prompts as plain text"
             )
+        self._forms = {
+            key: self._form(sources[key], now) for key in ("default", "tool_use") if key in sources
+        }
+
+    def _form(self, source: str, now: Callable[[], datetime]) -> _Form:
         try:
-            self._template = _environment().from_string(text)
+            form = _Form(source, compile_template(source, now))
         except Exception as error:
             self.fail(f"is not valid Jinja: {error}")
-        # Templates of vision models may write a message's content only if it is a list of parts.
-        self._takes_parts = False
-        self._takes_parts = not self._writes(USER_TURN)
+        parts = self._tried(form, [as_parts(_QUESTION)])
+        return _Form(
+            source,
+            form.template,
+            takes_text=_ASK in self._tried(form, [_QUESTION]),
+            takes_parts=_ASK in parts and "'type'" not in parts and '"type"' not in parts,
+            takes_json=_JSON in self._tried(form, [_QUESTION, _call(_JSON)])
+            or _JSON[1:-1] not in self._tried(form, [_QUESTION, _call({"marker73": 1})]),
+        )
 
-    def _writes(self, turn: Turn) -> bool:
+    def _tried(self, form: _Form, messages: Messages, **variables: Any) -> str:
         try:
-            return turn[1] in self.render([turn])
-        except ChatTemplateError:
-            return False
+            return self._written(form, messages, variables)
+        except Exception:  # the template is untrusted: anything may come out of it
+            return ""
 
     def render(
-        self, turns: Sequence[Turn], add_generation_prompt: bool = True, images: int = 0
+        self,
+        messages: Messages,
+        *,
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt of a conversation.
 
         Args:
-            turns: the messages, oldest first.
+            messages: as `plain_messages` returns them, oldest first.
+            tools: JSON schemas of functions.
             add_generation_prompt: end with what opens the model's reply.
-            images: how many images each message begins with.
+            continue_final_message: end within the last message, which the model goes on with.
+            variables: more that the template may look at, such as enable_thinking.
 
         Raises:
-            ChatTemplateError: the template fails, for example because it refuses a system message.
+            ChatTemplateError: the template fails, for example because it refuses a system message;
+                or does not write the message that is continued as it stands.
         """
+        form = self._forms["default"]
+        if tools is not None:
+            form = self._forms.get("tool_use", form)
+        messages = [self._adapted(form, message) for message in messages]
+        given: dict[str, Any] = {
+            "tools": plain_data(tools), "documents": None,
+            "add_generation_prompt": add_generation_prompt, **plain_data(variables or {}),
+        }  # fmt: skip
+        if continue_final_message:
+            messages[-1] = self._opened(messages[-1])
         try:
-            text = self._template.render(
-                messages=[self._message(role, content, images) for role, content in turns],
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self._variables,
-            )
+            text = self._written(form, messages, given)
         except Exception as error:  # the template is untrusted: anything may come out of it
-            roles = ", ".join(role for role, _ in turns)
+            roles = ", ".join(message["role"] for message in messages)
             self.fail(f"refuses a conversation of {roles}: {str(error) or type(error).__name__}")
-        return text.removeprefix(self._added_bos) if self._added_bos else text
+        return self._cut(text) if continue_final_message else text
 
-    def _message(self, role: str, content: str, images: int) -> dict[str, Any]:
-        if not (self._takes_parts or images):
-            return {"role": role, "content": content}
-        text = {"type": "text", "text": content}
-        return {"role": role, "content": [{"type": "image"}] * images + [text]}
+    def _written(self, form: _Form, messages: Messages, variables: Mapping[str, Any]) -> str:
+        defaults = {"tools": None, "documents": None, "add_generation_prompt": True}
+        values = defaults | self._tokenizer.named_tokens | dict(variables)
+        return form.template.render(messages=messages, **values)
 
-    def gaps(
-        self, turns: Sequence[Turn], add_generation_prompt: bool = True, images: int = 0
-    ) -> list[str]:
-        """What the template writes before, between and after the contents of `turns`.
+    def _adapted(self, form: _Form, message: dict[str, Any]) -> dict[str, Any]:
+        """The message in a form that the template writes."""
+        if form.takes_parts and (has_image(message) or not form.takes_text):
+            message = as_parts(message)
+        if form.takes_text and not form.takes_parts and not has_image(message):
+            message = as_text(message)
+        return message if form.takes_json else with_objects(message)
 
-        Raises:
-            ChatTemplateError: `render` does, or a content is not found once, in its place.
-        """
-        text, gaps = self.render(turns, add_generation_prompt, images), []
-        for role, content in turns:
-            gap, found, text = text.partition(content)
-            if not found or content in text:
-                self.fail(f"does not write the {role} message once and in its place")
-            gaps.append(gap)
-        return [*gaps, text]
+    def _opened(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The message with a mark after its text."""
+        content = message.get("content")
+        if isinstance(content, str):
+            return message | {"content": f"{content}{_END} "}
+        texts = [i for i, part in enumerate(content or ()) if "text" in part]
+        if not content or not texts:
+            self.fail("has no text to continue in the last message")
+        parts = [dict(part) for part in content]
+        parts[texts[-1]]["text"] += f"{_END} "
+        return message | {"content": parts}
+
+    def _cut(self, text: str) -> str:
+        """The prompt up to the mark; the blank behind it tells whether the template trims."""
+        before, mark, after = text.rpartition(_END)
+        if not mark:
+            self.fail("does not write the last message so that it can be continued")
+        return before if after.startswith(" ") else before.rstrip()
+
+    def writes_tools(self, messages: Messages, tools: Sequence[Any]) -> bool:
+        """Whether a conversation's prompt tells of `tools`."""
+        return self.render(messages, tools=tools) != self.render(messages)
 
     def stop_strings(self, reply_suffix: str | None = None) -> tuple[str, ...]:
         """The special token that ends a reply, if the template writes one; else nothing.
@@ -119,55 +180,26 @@ class JinjaTemplate:
         `reply_suffix` is what stands after a reply, by default after the last of a conversation.
         """
         if reply_suffix is None:
-            reply_suffix = self.gaps([USER_TURN, REPLY_TURN], add_generation_prompt=False)[-1]
+            turns = [_QUESTION, {"role": "assistant", "content": _REPLY}]
+            turns = [self._adapted(self._forms["default"], turn) for turn in turns]
+            text = self._tried(self._forms["default"], turns, add_generation_prompt=False)
+            reply_suffix = text.rpartition(_REPLY)[2]
         suffix = reply_suffix.lstrip()
         starts = (suffix[:end] for end in range(len(suffix), 0, -1))
         is_token = self._tokenizer.token_id
         return next(((text,) for text in starts if is_token(text) is not None), ())
+
+    @property
+    def sources(self) -> str:
+        """The Jinja text of all templates in use."""
+        return "\n".join(form.source for form in self._forms.values())
 
     def fail(self, what: str) -> NoReturn:
         """Raise ChatTemplateError: this template does `what`."""
         raise ChatTemplateError(f"The chat template of {self._name} {what}.") from None
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Jinja as chat templates expect it."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = datetime.now().strftime
-    environment.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)  # not the type
-    return environment
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks replies for training; here it is only its contents."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Unlike Jinja's own, leaves HTML and non-ASCII characters as they are."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
+def _call(arguments: object) -> dict[str, Any]:
+    function = {"name": "f", "arguments": arguments}
+    call = {"id": "abcdefghi", "type": "function", "function": function}
+    return {"role": "assistant", "tool_calls": [call]}

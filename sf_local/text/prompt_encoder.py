@@ -41,8 +41,12 @@ class PromptEncoder:
         Raises:
             RequestError: as `Tokenizer.encode` does.
         """
-        ids = self._tokenizer.encode(text)
-        known = self._longest_known(text[:end])
+        return self.joined(text[:end], self._tokenizer.encode(text))
+
+    def joined(self, text: str, ids: list[int]) -> list[int]:
+        """`ids`, with the tokens of the longest remembered text with which `text` begins; `ids` are
+        those of a text that begins with `text`."""
+        known = self._longest_known(text)
         return ids if known is None else self._join(known, ids)
 
     def remember(self, prompt: str, prompt_ids: list[int], ids: Sequence[int], text: str) -> None:

@@ -5,6 +5,7 @@ by token and all at once gives the same text.
 """
 
 import ctypes
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -36,14 +37,17 @@ class Tokenizer:
         end_ids: of the tokens that end a text or a turn, as the model's files or their texts say.
         adds_bos: whether `encode` begins every prompt with the BOS token.
         strips_first_space: whether `decode` drops the space with which the first token begins.
-        chat_template: the Jinja text of the model's chat template; None without one.
+        chat_templates: the Jinja texts of the model's chat templates by name; "default" is used
+            where no other is asked for.
+        named_tokens: texts of tokens as templates call them, such as "eos_token".
     """
 
     bos_token: str | None
     bos_token_id: int | None
     eos_token: str | None
     eos_token_id: int | None
-    chat_template: str | None
+    chat_templates: dict[str, str]
+    named_tokens: dict[str, str]
     vocab_size: int
     special_tokens: dict[str, int]
     special_ids: frozenset[int]
@@ -66,10 +70,15 @@ class Tokenizer:
         )
         self.bos_token, self.bos_token_id = self._declared_token(config, "bos_token", config_file)
         self.eos_token, self.eos_token_id = self._declared_token(config, "eos_token", config_file)
-        self.chat_template = _read_chat_template(config.get("chat_template"), config_file)
+        self.chat_templates = _read_chat_templates(config.get("chat_template"), config_file)
         first = self._first_token()
         if self.bos_token is None and first is not None:
             self.bos_token, self.bos_token_id = self._tokenizer.id_to_token(first), first
+
+        self.named_tokens = _named_tokens(config)
+        if self.bos_token is not None:
+            self.named_tokens["bos_token"] = self.bos_token
+        self._of_plain_text: tokenizers.Tokenizer | None = None
 
         added = self._tokenizer.get_added_tokens_decoder()
         self._added_ids = {token.content: token_id for token_id, token in added.items()}
@@ -87,22 +96,48 @@ class Tokenizer:
         Raises:
             RequestError: `text` is not a str, or holds a surrogate, which UTF-8 cannot express.
         """
-        if not isinstance(text, str):
-            raise RequestError(f"The prompt must be a str, not {type(text).__name__}.")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(
-                f"The prompt holds the lone surrogate {text[error.start]!r} at character "
-                f"{error.start}, which is not Unicode text. Decode the prompt's source with "
-                "errors='replace', or remove the character."
-            ) from None
+        check_text(text)
         ids = self._encode(text)
         if self.bos_token_id is None:
             return ids
         num_bos = next((n for n, i in enumerate(ids) if i != self.bos_token_id), len(ids))
         has_bos = self.adds_bos or num_bos > 0
         return [self.bos_token_id, *ids[num_bos:]] if has_bos else ids
+
+    def encode_parts(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
+        """The ids of a text in parts, each with whether special tokens in it are plain text.
+
+        No BOS is added. Raises RequestError as `encode` does.
+        """
+        ids: list[int] = []
+        for text, is_plain in parts:
+            check_text(text)
+            ids += self._encode_plain(text) if is_plain else self._encode(text)
+        return ids
+
+    def _encode_plain(self, text: str) -> list[int]:
+        """The ids of a text within a prompt, without special tokens."""
+        if self._of_plain_text is None:
+            self._of_plain_text = self._without_special_tokens()
+        encode = functools.partial(self._of_plain_text.encode, add_special_tokens=False)
+        if self.strips_first_space:  # to a beginning it adds that space
+            line = encode("\n").ids
+            ids = encode("\n" + text).ids
+            if ids[: len(line)] == line:
+                return list(ids[len(line) :])
+        return list(encode(text).ids)
+
+    def _without_special_tokens(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, to which special tokens are texts like others."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        plain = tokenizers.Tokenizer(self._tokenizer.model)  # shared, which a copy is not
+        plain.normalizer = self._tokenizer.normalizer
+        plain.pre_tokenizer = self._tokenizer.pre_tokenizer
+        plain.add_tokens([token for _, token in sorted(added.items())])
+        if plain.get_added_tokens_decoder().keys() != added.keys():  # their ids have gaps
+            plain = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        plain.encode_special_tokens = True
+        return plain
 
     def _encode(self, text: str) -> list[int]:
         if len(text) < MANY_CHARACTERS:
@@ -170,6 +205,28 @@ class Tokenizer:
         return ids[0] if ids[1 : 1 + len(plain)] == plain and ids[: len(plain)] != plain else None
 
 
+def check_text(text: object) -> None:
+    """Raise RequestError unless `text` is a str that UTF-8 can express."""
+    if not isinstance(text, str):
+        raise RequestError(f"The prompt must be a str, not {type(text).__name__}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"The prompt holds the lone surrogate {text[error.start]!r} at character "
+            f"{error.start}, which is not Unicode text. Decode the prompt's source with "
+            "errors='replace', or remove the character."
+        ) from None
+
+
+def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """Texts of the tokens that a configuration names as transformers does."""
+    names = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+    values = {name: config.get(name) for name in names}
+    texts = {n: v.get("content") if isinstance(v, dict) else v for n, v in values.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
 def _read_config(file: Path) -> dict[str, Any]:
     _check_exists(file)
     try:
@@ -194,17 +251,22 @@ def _check_exists(file: Path) -> None:
         raise MissingFileError(f"There is no {file}. {_REMEDY}")
 
 
-def _read_chat_template(value: Any, file: Path) -> str | None:
-    """The template's text; of a list of named templates, the one named "default"."""
-    if isinstance(value, list):
-        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
-        value = named.get("default")
-    if value is None or isinstance(value, str):
-        return value
-    raise CorruptFileError(
-        f"{file} has a chat_template of type {type(value).__name__}; it must be a text or a list "
-        f"of named texts. {_REMEDY}"
-    )
+def _read_chat_templates(value: Any, file: Path) -> dict[str, str]:
+    """By name; a template without one is "default"."""
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        return {"default": value}
+    templates: dict[str, str] = {}
+    for item in value if isinstance(value, list) else [value]:
+        name, text = (item.get("name"), item.get("template")) if isinstance(item, dict) else (0, 0)
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise CorruptFileError(
+                f"{file} has a chat_template of type {type(value).__name__}; it must be a text or "
+                f"a list of named texts. {_REMEDY}"
+            )
+        templates[name] = text
+    return templates
 
 
 def _read_decoder(decoder: Any, file: Path) -> tuple[Callable[[str], bytes], bool]:

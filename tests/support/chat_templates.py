@@ -132,7 +132,7 @@ LLAMA3_TOKENS = {
 }
 
 
-def byte_tokenizer(folder: Path, chat_template: str | None, **config: Any) -> Tokenizer:
+def byte_tokenizer(folder: Path, chat_template: Any, **config: Any) -> Tokenizer:
     """A tokenizer of single bytes with a chat template, written to `folder`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     library = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))

@@ -1,4 +1,4 @@
-"""A ModelRunner without the engine, for tests that look at logits."""
+"""Running models in tests: a ModelRunner without the engine, failures, an engine at rest."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from sf_local.artifact.open import open_artifact
 from sf_local.device.device import Device
+from sf_local.engine.engine import Engine
 from sf_local.engine.scheduler import PREFILL_TOKENS
 from sf_local.model.runner import ModelRunner
 from sf_local.sampling.logits import Floats
@@ -80,3 +81,10 @@ def lose(runner: ModelRunner, call: str, after: threading.Event) -> None:
 
     setattr(runner, call, lost)
     runner.recover = lost  # type: ignore[method-assign]
+
+
+def assert_idle(engine: Engine) -> None:
+    """No request owns a page."""
+    stats = engine.stats()
+    assert (stats["running"], stats["waiting"]) == (0, 0)
+    assert stats["pages_used"] == 0

@@ -21,7 +21,7 @@ import pytest
 from sf_local import Engine, Output, SamplingParams
 from sf_local.errors import DeviceError, EngineError, RequestError
 from tests.support.reference import forward
-from tests.support.running import Runners, lose
+from tests.support.running import Runners, assert_idle, lose
 from tests.support.tiny import TinyModel
 
 PROMPT = [5, 100, 33, 7, 250, 12]
@@ -32,13 +32,6 @@ def engine(tiny: TinyModel) -> Iterator[Engine]:
     with Engine(tiny.artifact) as engine:
         yield engine
         assert_idle(engine)
-
-
-def assert_idle(engine: Engine) -> None:
-    """No request owns a page."""
-    stats = engine.stats()
-    assert (stats["running"], stats["waiting"]) == (0, 0)
-    assert stats["pages_used"] == 0
 
 
 def greedy(count: int, **rest: Any) -> SamplingParams:

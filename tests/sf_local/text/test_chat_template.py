@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sf_local.errors import ChatTemplateError
 from sf_local.text.chat_template import JinjaTemplate
+from sf_local.text.messages import plain_messages
 from tests.support.chat_templates import (
     CHATML,
     CHATML_TOKENS,
@@ -24,10 +27,15 @@ from tests.support.chat_templates import (
     SMOLLM2,
     TINYLLAMA,
     byte_tokenizer,
-    rendered_by_transformers,
 )
+from tests.support.conversations import TOOLS, by_transformers, conversations
+from tests.support.published_templates import published_templates
 
-TURNS = [("user", "Why? "), ("assistant", "So."), ("user", "And\n\nthen?")]
+TURNS = [
+    {"role": "user", "content": "Why? "},
+    {"role": "assistant", "content": "So."},
+    {"role": "user", "content": "And\n\nthen?"},
+]
 
 
 @pytest.mark.parametrize(
@@ -51,22 +59,109 @@ def test_prompts_are_those_of_transformers(
     tokenizer = byte_tokenizer(tmp_path, text, **config)
     template = JinjaTemplate(tokenizer, "the model")
     assert template.stop_strings() == (stop,)
-    turns = TURNS if system is None else [("system", system), *TURNS]
+    messages = TURNS if system is None else [{"role": "system", "content": system}, *TURNS]
     if text == GEMMA and system is not None:
         with pytest.raises(ChatTemplateError, match="the model refuses a conversation of system"):
-            template.render(turns)
+            template.render(messages)
         return
-    written = template.render(turns)
-    if tokenizer.adds_bos:
-        assert not written.startswith(tokenizer.bos_token or "")
-    expected = rendered_by_transformers(text, tokenizer, turns)
-    assert tokenizer.encode(written) == tokenizer.encode(expected)  # one BOS in both
+    expected = by_transformers(text, messages, add_generation_prompt=True, **tokenizer.named_tokens)
+    assert template.render(messages) == expected
 
 
-def test_contents_as_parts(tmp_path: Path) -> None:
-    """Templates of vision models may write a text only if it is a part of a list."""
-    text = "{% for m in messages %}{% for p in m.content %}[{{ p.text }}]{% endfor %}{% endfor %}"
-    assert JinjaTemplate(byte_tokenizer(tmp_path, text), "m").render([("user", "hi")]) == "[hi]"
+def same_as_transformers(template: JinjaTemplate, text: str, data: st.DataObject) -> None:
+    messages = data.draw(conversations(with_parts=False))
+    is_open = messages[-1]["role"] == "assistant" and data.draw(st.booleans())
+    options: dict[str, Any] = {
+        "tools": data.draw(st.sampled_from([None, TOOLS[:1], TOOLS])),
+        "add_generation_prompt": not is_open and data.draw(st.booleans()),
+        "continue_final_message": is_open,
+    }
+    variables = data.draw(st.sampled_from([{}, {"enable_thinking": False}]))
+    expected = by_transformers(text, messages, **options, **NAMED, **variables)
+    try:
+        written = template.render(plain_messages(messages), **options, variables=variables)
+    except ChatTemplateError:
+        written = None
+    # Of a message without text there is nothing to continue, which transformers refuses as well
+    assert written == expected or (is_open and expected is None)
+
+
+NAMED = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+
+
+@pytest.mark.parametrize("text", [SMOLLM2, LLAMA3, LLAMA32, TINYLLAMA, LLAMA2, GEMMA, GEMMA3])
+def test_drawn_conversations(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    compare(text, tmp_path_factory.mktemp("tokenizer"), examples=40)
+
+
+@pytest.mark.slow
+def test_published_templates(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Of 70 models, as far as transformers itself can compile them."""
+    templates = published_templates()
+    assert len(templates) >= 60
+    for text in templates.values():
+        compare(text, tmp_path_factory.mktemp("tokenizer"), examples=30)
+
+
+def compare(text: str, folder: Path, examples: int) -> None:
+    template = JinjaTemplate(byte_tokenizer(folder, text, **NAMED), "the model")
+
+    @settings(max_examples=examples, deadline=None, database=None)
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        same_as_transformers(template, text, data)
+
+    check()
+
+
+def test_contents_in_the_form_that_a_template_takes(tmp_path: Path) -> None:
+    """Transformers writes nothing, or Python's repr of a list."""
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    written = {}
+    for name, text in {"text": CHATML, "parts": OF_PARTS}.items():
+        template = JinjaTemplate(byte_tokenizer(tmp_path, text), "m")
+        for content in ("one", parts):
+            message = {"role": "user", "content": content}
+            written[name, content == parts] = template.render(plain_messages([message]))
+    assert written["parts", False] == "[one]" and written["parts", True] == "[one][two]"
+    assert "user\none<|im_end|>" in written["text", False]
+    assert "user\none\ntwo<|im_end|>" in written["text", True]
+
+
+OF_PARTS = "{% for m in messages %}{% for p in m.content %}[{{ p.text }}]{% endfor %}{% endfor %}"
+CALLS = "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.arguments"
+
+
+@pytest.mark.parametrize("as_text", [" }}", "|tojson }}"])
+def test_arguments_as_json_text(tmp_path: Path, as_text: str) -> None:
+    """OpenAI's clients give arguments as JSON text, which many templates would quote again."""
+    text = f"{CALLS}{as_text}{{% endfor %}}{{{{ m.content }}}}{{% endfor %}}"
+    template = JinjaTemplate(byte_tokenizer(tmp_path, text), "m")
+    function = {"name": "f", "arguments": '{"a": [1]}'}
+    message = {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
+    assert template.render(plain_messages([message])) == '{"a": [1]}'
+
+
+def test_named_templates(tmp_path: Path) -> None:
+    """As transformers chooses: "tool_use" with tools, if there is one."""
+    texts = {"default": "D{{ bos_token }}", "tool_use": "T{{ tools|length }}", "rag": "R{{ 1 }}"}
+    named = [{"name": name, "template": text} for name, text in texts.items()]
+    tokenizer = byte_tokenizer(tmp_path, named, bos_token="<s>")
+    template = JinjaTemplate(tokenizer, "m")
+    messages = plain_messages([{"role": "user", "content": "Hi"}])
+    assert template.render(messages) == "D<s>"
+    assert template.render(messages, tools=TOOLS) == "T2"
+    assert JinjaTemplate(tokenizer, "m", "rag").render(messages) == "R1"
+    with pytest.raises(ChatTemplateError, match=r"'raag'.*default, tool_use, rag"):
+        JinjaTemplate(tokenizer, "m", "raag")
+
+
+def test_a_message_that_cannot_be_continued(tmp_path: Path) -> None:
+    template = JinjaTemplate(byte_tokenizer(tmp_path, "{{ messages|length }}"), "m")
+    with pytest.raises(ChatTemplateError, match="does not write the last message"):
+        template.render([{"role": "assistant", "content": "So"}], continue_final_message=True)
+    with pytest.raises(ChatTemplateError, match="no text to continue"):
+        template.render([{"role": "assistant"}], continue_final_message=True)
 
 
 def test_no_template(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_facts(byte_level: Tokenizer, sentencepiece: Tokenizer) -> None:
     assert byte_level.token_id("<|im_end|>") == 2
     assert byte_level.token_id("the") is None
     assert (sentencepiece.bos_token, sentencepiece.bos_token_id) == ("<s>", 1)
-    assert byte_level.chat_template is None
+    assert byte_level.chat_templates == {}
 
 
 def test_ids_outside_the_vocabulary_decode_to_nothing(tokenizer: Tokenizer) -> None:
@@ -188,10 +188,13 @@ def test_a_prompt_must_be_a_text(tokenizer: Tokenizer) -> None:
 
 def test_named_chat_templates(tmp_path: Path) -> None:
     templates = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
-    assert save(tmp_path, byte_level_tokenizer(), chat_template=templates).chat_template == "D"
-    assert save(tmp_path, byte_level_tokenizer(), chat_template="C").chat_template == "C"
-    with pytest.raises(CorruptFileError, match="chat_template of type int"):
-        save(tmp_path, byte_level_tokenizer(), chat_template=3)
+    saved = save(tmp_path, byte_level_tokenizer(), chat_template=templates)
+    assert saved.chat_templates == {"tool_use": "T", "default": "D"}
+    saved = save(tmp_path, byte_level_tokenizer(), chat_template="C")
+    assert saved.chat_templates == {"default": "C"}
+    for wrong, kind in (3, "int"), ([3], "list"), ([{"name": "a"}], "list"), ({"a": "b"}, "dict"):
+        with pytest.raises(CorruptFileError, match=f"chat_template of type {kind}"):
+            save(tmp_path, byte_level_tokenizer(), chat_template=wrong)
 
 
 def test_missing_and_corrupt_files(tmp_path: Path) -> None:

@@ -1,0 +1,118 @@
+"""ChatCompletions: what `Engine` does with the messages of a chat, which is to answer them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Unpack
+
+from sf_local.engine.chat_processor import ChatOptions, ChatProcessor, Messages
+from sf_local.engine.generation import Generation
+from sf_local.engine.handle import AsyncStream, Handle
+from sf_local.engine.replicas import Replicas
+from sf_local.request.output import Output
+from sf_local.request.params import SamplingParams
+
+
+class ChatCompletions:
+    """The entry points that take messages. A subclass sets the two attributes."""
+
+    _chats: ChatProcessor
+    _replicas: Replicas
+
+    def chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Output:
+        """The model's whole answer to a chat; arguments and errors as for `submit_chat`."""
+        return self.submit_chat(messages, params, **options).result()
+
+    def submit_chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Handle:
+        """Start an answer to a chat.
+
+        The prompt is what the model's chat template writes; special tokens in what users wrote are
+        plain text in it. The answer ends where the template ends it. A last message of the
+        assistant is continued.
+
+        Args:
+            messages: dicts with "role" and "content", as OpenAI and transformers have them, or
+                objects with these fields, oldest first. A content is a text or a list of parts,
+                {"type": "text", "text": ...} and {"type": "image", "image": ...}.
+            params: how to answer; by default `SamplingParams()`.
+            images: for the parts of type "image" that hold none, in their order. If there are no
+                such parts, the last message of the user begins with them.
+            chat_template_kwargs: more that the template looks at, such as enable_thinking.
+
+        Raises RequestError for messages or parameters that cannot work, ChatTemplateError for a
+        model without a chat template, or one that refuses the messages, and what `submit` raises.
+        """
+        return Handle(self, self._replicas, self._chat_generation(messages, params, **options))
+
+    def stream_chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Iterator[str]:
+        """The answer's text, as it grows. Arguments and errors as for `submit_chat`, which raises
+        here and not at the first delta."""
+        return iter(self.submit_chat(messages, params, **options))
+
+    async def achat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> Output:
+        """`chat` for asyncio; cancelling the task cancels the answer."""
+        return await self.astream_chat(messages, params, **options).result()
+
+    def astream_chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> AsyncStream:
+        """`stream_chat` for asyncio, as `astream`."""
+
+        async def prepare() -> Generation:
+            return await asyncio.to_thread(self._chat_generation, messages, params, **options)
+
+        return AsyncStream(self._replicas, prepare)
+
+    def apply_chat_template(
+        self,
+        messages: Messages,
+        *,
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt of a chat, as transformers' method of this name returns it with
+        tokenize=False.
+
+        Args:
+            tools: JSON schemas of functions.
+            add_generation_prompt: end with what opens the model's reply.
+            continue_final_message: end within the last message.
+
+        Raises RequestError for messages that are none, and ChatTemplateError.
+        """
+        return self._chats.render(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message, variables=chat_template_kwargs,
+        )  # fmt: skip
+
+    def _chat_generation(
+        self, messages: Messages, params: SamplingParams | None, **options: Unpack[ChatOptions]
+    ) -> Generation:
+        self._replicas.check_usable()
+        return self._chats.generation(messages, params, **options)
