@@ -190,7 +190,7 @@ def _tokenizer_config(fields: Mapping[str, Any], tokens: list[str]) -> dict[str,
     config = {
         "add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", adds_bos)),
         "add_eos_token": bool(fields.get("tokenizer.ggml.add_eos_token", False)),
-        "chat_template": fields.get("tokenizer.chat_template"),
+        "chat_template": _chat_template(fields),
         "clean_up_tokenization_spaces": False,
         "model_max_length": fields.get(f"{architecture}.context_length"),
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -199,6 +199,18 @@ def _tokenizer_config(fields: Mapping[str, Any], tokens: list[str]) -> dict[str,
         token_id = special_id(fields, name)
         config[f"{short}_token"] = None if token_id is None else tokens[token_id]
     return {key: value for key, value in config.items() if value is not None}
+
+
+def _chat_template(fields: Mapping[str, Any]) -> str | list[dict[str, str]] | None:
+    """The chat template; a list if there are others beside it, such as one for tools."""
+    default = fields.get("tokenizer.chat_template")
+    others = {name: fields.get(f"tokenizer.chat_template.{name}")
+              for name in fields.get("tokenizer.chat_templates", ())}  # fmt: skip
+    named = {name: text for name, text in others.items() if isinstance(text, str)}
+    if not named or not isinstance(default, str):
+        return default
+    named = {"default": default} | named
+    return [{"name": name, "template": text} for name, text in named.items()]
 
 
 def _add_post_processor(

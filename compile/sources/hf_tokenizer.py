@@ -62,14 +62,22 @@ def _read_config(folder: Path) -> dict[str, Any]:
         lists = {key: value for key, value in config.items() if key in LISTS}
         config |= read_json(special) | lists
     if template.exists():
-        check_file(template, "a chat template", MAX_BYTES)
-        try:
-            config["chat_template"] = template.read_text(encoding="utf-8")
-        except ValueError as error:
-            raise corrupt(template, "UTF-8 text", error) from error
+        config["chat_template"] = _read_text(template)
     elif old_template.exists():
         config["chat_template"] = read_json(old_template).get("chat_template")
+    others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    if others and isinstance(config.get("chat_template"), str):
+        named = {"default": config["chat_template"]} | {f.stem: _read_text(f) for f in others}
+        config["chat_template"] = [{"name": k, "template": text} for k, text in named.items()]
     return config
+
+
+def _read_text(template: Path) -> str:
+    check_file(template, "a chat template", MAX_BYTES)
+    try:
+        return template.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise corrupt(template, "UTF-8 text", error) from error
 
 
 def _missing_tokens(folder: Path, tokenizer: Tokenizer, config: dict[str, Any]) -> list[AddedToken]:

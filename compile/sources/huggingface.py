@@ -42,7 +42,8 @@ def open_folder(folder: Path, name: str, progress: Progress) -> Source:
     text = raw["text_config"] if vision else {}
     bos, eos = _special_ids(folder, text | raw)
     settings = family.image_settings(folder, raw, vision, found.tokenizer)
-    files += sorted([*folder.glob("*.json"), *folder.glob("*.jinja")])
+    others = "*.json", "*.jinja", "additional_chat_templates/*.jinja"
+    files += sorted(path for pattern in others for path in folder.glob(pattern))
     progress(f"hashing {len(files)} files of {folder}")
     hashes = "".join(f"{file_sha256(path)}  {path.name}\n" for path in files)
     sha256 = hashlib.sha256(hashes.encode()).hexdigest()

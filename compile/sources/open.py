@@ -56,8 +56,9 @@ def _download(repo_id: str, progress: Progress) -> Path:
     try:
         wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
         folder = huggingface_hub.snapshot_download(
-            repo_id, allow_patterns=wanted, ignore_patterns=["*/*"]
-        )
+            repo_id, allow_patterns=wanted,
+            ignore_patterns=["*/*.json", "*/*.safetensors", "tokenizer/*"],  # of other models
+        )  # fmt: skip
     except Exception as error:  # requests, httpx, OSError, and the hub's own, by version
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SourceError(

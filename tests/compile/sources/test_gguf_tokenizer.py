@@ -80,6 +80,11 @@ def test_tokenizer_config() -> None:
         "model_max_length": 64,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
+    fields |= {"tokenizer.chat_templates": ["rag"], "tokenizer.chat_template.rag": "{{ x }}"}
+    assert convert_tokenizer(fields)[1]["chat_template"] == [
+        {"name": "default", "template": "{{ messages }}"},
+        {"name": "rag", "template": "{{ x }}"},
+    ]
 
 
 def test_sentencepiece_merges_best_score_first() -> None:

@@ -54,6 +54,13 @@ def test_folder_tokenizer(tmp_path: Path) -> None:
     open_source(folder).write_tokenizer(out)
     config["chat_template"] = "file"
     assert json.loads((out / "tokenizer_config.json").read_text()) == config
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    open_source(folder).write_tokenizer(out)
+    assert json.loads((out / "tokenizer_config.json").read_text())["chat_template"] == [
+        {"name": "default", "template": "file"},
+        {"name": "tool_use", "template": "tools"},
+    ]
 
 
 def test_every_eos_counts(tmp_path: Path) -> None:
@@ -105,7 +112,11 @@ def test_sha256_changes_with_any_file(tmp_path: Path) -> None:
     first = open_source(folder).sha256
     assert open_source(folder).sha256 == first
     (folder / "chat_template.jinja").write_text("x")
-    assert open_source(folder).sha256 != first
+    second = open_source(folder).sha256
+    assert second != first
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("x")
+    assert open_source(folder).sha256 not in (first, second)
 
 
 def test_tied_and_untied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
