@@ -3,6 +3,7 @@
 Engine            loads a compiled model and generates text
 SamplingParams    how one request samples, stops and is scheduled
 Output            a finished generation
+ToolCall          a call of a tool that an answer asks for
 Handle            a generation under way: read it as a stream or wait for its Output
 Score             log probabilities of a text that could continue a prompt
 ShortfinLocal     the engine as a backend for programs of SGLang's frontend language
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from sf_local.frontend.backend import ShortfinLocal
     from sf_local.request.output import Output, Score
     from sf_local.request.params import SamplingParams
+    from sf_local.text.tool_calls import ToolCall
 
 __version__ = "0.1.0"
 
@@ -46,6 +48,7 @@ __all__ = [
     "Score",
     "SfLocalError",
     "ShortfinLocal",
+    "ToolCall",
     "devices",
     "errors",
 ]
@@ -59,6 +62,7 @@ _HOMES = {
     "SamplingParams": "sf_local.request.params",
     "Score": "sf_local.request.output",
     "ShortfinLocal": _BACKEND,
+    "ToolCall": "sf_local.text.tool_calls",
     "devices": "sf_local.device.info",
 }
 
