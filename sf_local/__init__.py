@@ -5,6 +5,8 @@ SamplingParams    how one request samples, stops and is scheduled
 Output            a finished generation
 ToolCall          a call of a tool that an answer asks for
 Handle            a generation under way: read it as a stream or wait for its Output
+Stream            the text of a generation, as it grows
+AsyncStream       a generation for asyncio
 Score             log probabilities of a text that could continue a prompt
 ShortfinLocal     the engine as a backend for programs of SGLang's frontend language
 DeviceInfo        a CPU or GPU that models can run on
@@ -31,7 +33,7 @@ from sf_local.errors import SfLocalError
 if TYPE_CHECKING:
     from sf_local.device.info import DeviceInfo, devices
     from sf_local.engine.engine import Engine
-    from sf_local.engine.handle import Handle
+    from sf_local.engine.handle import AsyncStream, Handle, Stream
     from sf_local.frontend.backend import ShortfinLocal
     from sf_local.request.output import Output, Score
     from sf_local.request.params import SamplingParams
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncStream",
     "DeviceInfo",
     "Engine",
     "Handle",
@@ -48,6 +51,7 @@ __all__ = [
     "Score",
     "SfLocalError",
     "ShortfinLocal",
+    "Stream",
     "ToolCall",
     "devices",
     "errors",
@@ -55,6 +59,7 @@ __all__ = [
 
 _BACKEND = "sf_local.frontend.backend"
 _HOMES = {
+    "AsyncStream": "sf_local.engine.handle",
     "DeviceInfo": "sf_local.device.info",
     "Engine": "sf_local.engine.engine",
     "Handle": "sf_local.engine.handle",
@@ -62,6 +67,7 @@ _HOMES = {
     "SamplingParams": "sf_local.request.params",
     "Score": "sf_local.request.output",
     "ShortfinLocal": _BACKEND,
+    "Stream": "sf_local.engine.handle",
     "ToolCall": "sf_local.text.tool_calls",
     "devices": "sf_local.device.info",
 }

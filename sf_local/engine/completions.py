@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Unpack
 
 from sf_local.engine.generation import Generation
-from sf_local.engine.handle import AsyncStream, Handle
+from sf_local.engine.handle import AsyncStream, Handle, Stream
 from sf_local.engine.input_processor import InputProcessor, PromptInput, RequestOptions, checked
 from sf_local.engine.replicas import Replicas
-from sf_local.engine.scoring import score
+from sf_local.engine.scoring import score_requests, scores
 from sf_local.errors import RequestError
 from sf_local.request.output import Output, Score
 from sf_local.request.params import SamplingParams
@@ -72,23 +72,29 @@ class Completions:
         **options: Unpack[RequestOptions],
     ) -> list[Output]:
         """`params.n` answers to one prompt, whose KV pages they share; their seeds count up from
-        `params.seed`. Arguments and errors as for `submit`."""
-        params = checked(params)
-        ready = self.prepare(prompt, options.get("images", ()))
-        first = params.seed
-        seeds = [None if first is None else (first + i) % 2**64 for i in range(params.n)]
-        handles = [self.submit(ready, replace(params, seed=seed, n=1)) for seed in seeds]
-        return [handle.result() for handle in handles]
+        `params.seed`. Arguments and errors as for `submit`; if one fails, the others end."""
+        return self._results(self._samples(prompt, params, **options))
 
     def stream(
         self,
         prompt: PromptInput,
         params: SamplingParams | None = None,
         **options: Unpack[RequestOptions],
-    ) -> Iterator[str]:
-        """The answer's text, as it grows. Arguments and errors as for `submit`, which raises here
-        and not at the first delta."""
+    ) -> Stream:
+        """The answer's text, as it grows; once it has ended, `stream.output` is the whole result,
+        with finish reason and numbers of tokens. Arguments and errors as for `submit`, which raises
+        here and not at the first delta."""
         return iter(self.submit(prompt, params, **options))
+
+    async def asubmit(
+        self,
+        prompt: PromptInput,
+        params: SamplingParams | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> AsyncStream:
+        """`submit` for asyncio: raises mistakes at once, and returns what can be iterated over with
+        `async for`, or awaited by `.result()`."""
+        return await self.astream(prompt, params, **options)
 
     async def agenerate(
         self,
@@ -106,8 +112,19 @@ class Completions:
         **options: Unpack[RequestOptions],
     ) -> AsyncStream:
         """`stream` for asyncio: `async for text in engine.astream(prompt)`. Mistakes raise at the
-        first delta, or at once in `stream = await engine.astream(prompt)`."""
+        first delta, or at once in `stream = await engine.astream(prompt)`. Once it has ended,
+        `stream.output` is the whole result."""
         return AsyncStream(self._replicas, lambda: self._agenerated(prompt, params, **options))
+
+    async def asamples(
+        self,
+        prompt: PromptInput,
+        params: SamplingParams | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> list[Output]:
+        """`samples` for asyncio; cancelling the task cancels the generations."""
+        requests = await asyncio.to_thread(self._samples, prompt, params, **options)
+        return await self._aresults(requests)
 
     def score(
         self,
@@ -129,10 +146,27 @@ class Completions:
         Raises as `submit` does, and EngineError if the timeout passes.
         """
         images = options.get("images", ())
-        params = checked(params)
-        return score(
-            self._inputs, self.submit, prompt, continuations, unconditional, params, images
+        requests = score_requests(
+            self._inputs, prompt, continuations, unconditional, checked(params), images
         )
+        return scores(self._results(requests), unconditional)
+
+    async def ascore(
+        self,
+        prompt: str,
+        continuations: Sequence[str],
+        *,
+        unconditional: bool = False,
+        params: SamplingParams | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> list[Score]:
+        """`score` for asyncio; cancelling the task ends the scoring."""
+        images = options.get("images", ())
+        requests = await asyncio.to_thread(
+            score_requests,
+            self._inputs, prompt, continuations, unconditional, checked(params), images,
+        )  # fmt: skip
+        return scores(await self._aresults(requests), unconditional)
 
     def warm(self, prompt: str, **options: Unpack[RequestOptions]) -> None:
         """A hint that prompts will begin so: compute it into the prefix cache. Returns at once, and
@@ -160,6 +194,43 @@ class Completions:
         generated, so that the prefix cache knows them.
         """
         return self._inputs.encode(prompt, continuation)
+
+    def _samples(
+        self,
+        prompt: PromptInput,
+        params: SamplingParams | None,
+        **options: Unpack[RequestOptions],
+    ) -> list[tuple[PromptInput, SamplingParams]]:
+        """The requests of `samples`."""
+        params = checked(params)
+        ready = self.prepare(prompt, options.get("images", ()))
+        first = params.seed
+        seeds = [None if first is None else (first + i) % 2**64 for i in range(params.n)]
+        return [(ready, replace(params, seed=seed, n=1)) for seed in seeds]
+
+    def _results(self, requests: Sequence[tuple[PromptInput, SamplingParams]]) -> list[Output]:
+        """Outputs of requests that run at once; if one fails, the others are cancelled."""
+        handles: list[Handle] = []
+        try:
+            for prompt, params in requests:
+                handles.append(self.submit(prompt, params))
+            return [handle.result() for handle in handles]
+        finally:
+            for handle in handles:
+                handle.cancel()
+
+    async def _aresults(
+        self, requests: Sequence[tuple[PromptInput, SamplingParams]]
+    ) -> list[Output]:
+        """The same for asyncio."""
+        streams: list[AsyncStream] = []
+        try:
+            for prompt, params in requests:
+                streams.append(await self.asubmit(prompt, params))
+            return [await stream.result() for stream in streams]
+        finally:
+            for stream in streams:
+                stream.cancel()
 
     def _generation(
         self,

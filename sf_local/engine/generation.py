@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from sf_local.engine.interrupts import Latch
 from sf_local.request.output import Delivery, Logprobs, Output
 from sf_local.request.params import SamplingParams
 from sf_local.request.request import Request
@@ -29,9 +31,11 @@ class Generation:
     Attributes:
         grammar: what its text must follow; None for free text.
         deliver: called with every piece of text, with the output at the end, or with an error.
+        result: the output, or the error that ended it; None while it is under way. ended: set
+            once there is one.
         remember: called at the end with the answer's token ids and text, so that prompts which
             contain this text are encoded to these tokens.
-        is_streamed: whether text is delivered before the end.
+        is_streamed: whether text is delivered before the end; set by whoever reads it.
         has_sampled: whether the prompt is computed, so that the answer has begun.
         deadline: `time.perf_counter()` at which the timeout passes; None for no timeout.
     """
@@ -49,7 +53,9 @@ class Generation:
         self.deliver: Callable[[Delivery], object] = lambda item: None
         self.remember: Callable[[Sequence[int], str], None] | None = None
         self.has_sampled = False
-        self.is_streamed = True
+        self.is_streamed = False
+        self.result: Output | BaseException | None = None
+        self.ended = Latch()
         self._detokenizer = Detokenizer(tokenizer, request.prompt_ids)
         self._stops = StopChecker(params.stop, tokenizer.special_tokens)
         self._stop_ids = _stop_ids(params, tokenizer, eos_ids)
@@ -139,8 +145,8 @@ class Generation:
         self._num_delivered = len(self._text)
         return text
 
-    def finish(self, reason: str) -> None:
-        """Deliver the text held back as one last delta, with the output."""
+    def finish(self, reason: str) -> tuple[str, Output]:
+        """The text held back as one last delta, with the output."""
         self._read()
         self._text.append(self._stops.push(self._detokenizer.flush()) + self._stops.flush())
         if self._stops.matched is not None:
@@ -162,7 +168,22 @@ class Generation:
         )
         if self.remember is not None and request.output_ids:
             self.remember(request.output_ids, output.text)
-        self.deliver((self._undelivered(), output))
+        return self._undelivered(), output
+
+    def end(self, last: Delivery) -> None:
+        """Deliver the last delta with the output, or an error. Raises nothing: if that cannot be
+        delivered, nobody is left to be told."""
+        self.result = last if isinstance(last, BaseException) else last[1]
+        self.ended.set()
+        with contextlib.suppress(BaseException):
+            self.deliver(last)
+
+    def output(self) -> Output:
+        """The result of a generation that has ended; raises it if it is an error."""
+        assert self.result is not None
+        if isinstance(self.result, BaseException):
+            raise self.result
+        return self.result
 
     def _logprobs(self) -> Logprobs | None:
         if not self.request.params.return_logprob:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Generator, Iterator
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 from sf_local.engine.generation import Generation
 from sf_local.engine.interrupts import take
 from sf_local.engine.replicas import Replicas
+from sf_local.request.checks import check_float
 from sf_local.request.output import Delivery, Output
+
+T = TypeVar("T")
 
 
 class Handle:
@@ -24,52 +27,97 @@ class Handle:
         DeviceError if it is closed or lost."""
         self._engine, self._replicas, self._generation = engine, replicas, generation
         self._deliveries: SimpleQueue[Delivery] = SimpleQueue()
-        self._output: Output | None = None
+        self._is_read = False
         generation.deliver = self._deliveries.put
         replicas.submit(generation)
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Stream:
         """Text deltas that concatenate to the result's text. Raises what ended the generation, if
         it failed."""
-        return (text for text, _ in self.deltas() if text)
+        return Stream(self)
 
     def deltas(self) -> Iterator[tuple[str, Output | None]]:
         """Text deltas; the last one, which may be empty, comes with the output."""
         self._replicas.check_process()
+        self._generation.is_streamed = True
         try:
-            while self._output is None:
+            while not self._is_read:
                 item = take(self._deliveries)
                 if isinstance(item, BaseException):
                     self._deliveries.put(item)  # for whoever asks again
                     raise item
                 text, output = item
                 if output is not None:
-                    self._output = output
+                    self._is_read = True
                     self._deliveries.put(("", output))  # for another thread that waits
                 yield text, output
         finally:
-            if self._output is None:
-                self.cancel()
+            self.cancel()
 
-    def result(self) -> Output:
-        """Wait for the end. Raises what ended the generation, if it failed."""
-        self._generation.is_streamed = False
-        for _ in self:
-            pass
-        assert self._output is not None
-        return self._output
+    def result(self, timeout: float | None = None) -> Output:
+        """Wait for the end. Raises what ended the generation, if it failed.
+
+        timeout: seconds, after which this raises TimeoutError. The generation goes on then: ask
+        again, iterate, or cancel it. (`SamplingParams.timeout` ends the generation itself.)
+        """
+        if timeout is not None:
+            check_float("timeout", timeout, 0.0, float("inf"))
+        self._replicas.check_process()
+        try:
+            has_ended = self._generation.ended.wait(timeout)
+        except BaseException:  # Ctrl-C
+            self.cancel()
+            raise
+        if not has_ended:
+            raise TimeoutError(f"timeout={timeout}: the generation has not ended, and goes on")
+        return self._generation.output()
+
+    def done(self) -> bool:
+        """Whether the generation has ended, so that `result` returns or raises at once. Raises
+        EngineError in a forked child, where none ends."""
+        self._replicas.check_process()
+        return self._generation.ended.is_set()
+
+    @property
+    def output(self) -> Output | None:
+        """The result, with finish reason and numbers of tokens, once the generation has ended; None
+        before, and if it failed."""
+        result = self._generation.result
+        return result if isinstance(result, Output) else None
 
     def cancel(self) -> None:
         """End the generation after the current step, with finish reason "abort"."""
-        self._replicas.cancel(self._generation)
+        if not self._generation.ended.is_set():
+            self._replicas.cancel(self._generation)
 
     def __del__(self) -> None:
-        if getattr(self, "_output", self) is None:
+        if hasattr(self, "_generation"):
             self.cancel()
 
 
+class Stream(Iterator[str]):
+    """The text of a generation, as it grows: `for text in stream`. Dropping it cancels the
+    generation."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+        self._texts = (text for text, _ in handle.deltas() if text)
+
+    def __next__(self) -> str:
+        return next(self._texts)
+
+    @property
+    def output(self) -> Output | None:
+        """As `Handle.output`: the whole result, once the stream has ended."""
+        return self._handle.output
+
+    def close(self) -> None:
+        """End the generation after the current step."""
+        self._handle.cancel()
+
+
 class AsyncStream:
-    """The text of a generation for asyncio, as it grows: `async for text in stream`.
+    """A generation for asyncio: `async for text in stream`, or `await stream.result()`.
 
     It begins with the first delta, or when it is awaited, which returns it and raises the mistakes
     that are found before the generation begins: `stream = await engine.astream(prompt)`. Dropping
@@ -79,57 +127,89 @@ class AsyncStream:
     def __init__(self, replicas: Replicas, prepare: Callable[[], Awaitable[Generation]]) -> None:
         self._replicas, self._prepare = replicas, prepare
         self._generation: Generation | None = None
+        self._starting, self._ended = asyncio.Lock(), asyncio.Event()
         self._items: asyncio.Queue[Delivery] = asyncio.Queue()
-        self._output: Output | None = None
+        self._is_read = False
 
     def __await__(self) -> Generator[Any, None, AsyncStream]:
-        return self._started().__await__()
-
-    async def _started(self, is_streamed: bool = True) -> AsyncStream:
-        if self._generation is None:
-            generation = await self._prepare()
-            loop, put = asyncio.get_running_loop(), self._items.put_nowait
-            # Raises if the event loop is closed by then, which ends the generation
-            generation.deliver = lambda item: loop.call_soon_threadsafe(put, item)
-            generation.is_streamed = is_streamed
-            self._replicas.submit(generation)
-            self._generation = generation
+        yield from self._started().__await__()
         return self
+
+    async def _started(self) -> Generation:
+        async with self._starting:  # several tasks may wait for it
+            if self._generation is None:
+                generation = await self._prepare()
+                generation.deliver = _deliver_to(self._items, self._ended)
+                self._replicas.submit(generation)
+                self._generation = generation
+            return self._generation
 
     def __aiter__(self) -> AsyncStream:
         return self
 
     async def __anext__(self) -> str:
-        await self._started()
-        while self._output is None:
-            if text := await self._next():
+        generation = self._generation or await self._started()
+        generation.is_streamed = True
+        while not self._is_read:
+            item = await self._waited(self._items.get())
+            if isinstance(item, BaseException):
+                self._items.put_nowait(item)  # for whoever asks again
+                raise item
+            text, output = item
+            if output is not None:
+                self._is_read = True
+                self._items.put_nowait(("", output))  # for another task that waits
+            if text:
                 return text
         raise StopAsyncIteration
 
-    async def _next(self) -> str:
-        try:
-            item = await self._items.get()
-        except BaseException:
-            await self.aclose()
-            raise
-        if isinstance(item, BaseException):
-            self._items.put_nowait(item)  # for whoever asks again
-            raise item
-        text, self._output = item
-        return text
-
     async def result(self) -> Output:
         """Wait for the end. Raises what ended the generation, if it failed."""
-        await self._started(is_streamed=False)
-        while self._output is None:
-            await self._next()
-        return self._output
+        generation = await self._started()
+        await self._waited(self._ended.wait())
+        return generation.output()
+
+    async def _waited(self, event: Awaitable[T]) -> T:
+        try:
+            return await event
+        except BaseException:
+            self.cancel()
+            raise
+
+    def done(self) -> bool:
+        """Whether the generation has ended, so that `result` need not wait for it."""
+        return self._generation is not None and self._generation.ended.is_set()
+
+    @property
+    def output(self) -> Output | None:
+        """As `Handle.output`: the whole result, once the generation has ended."""
+        result = self._generation and self._generation.result
+        return result if isinstance(result, Output) else None
+
+    def cancel(self) -> None:
+        """End the generation after the current step, with finish reason "abort"."""
+        if self._generation is not None and not self.done():
+            self._replicas.cancel(self._generation)
 
     async def aclose(self) -> None:
-        """End the generation after the current step."""
-        if self._generation is not None:
-            self._replicas.cancel(self._generation)
+        """The same, for `contextlib.aclosing`."""
+        self.cancel()
 
     def __del__(self) -> None:
-        if getattr(self, "_output", self) is None and self._generation is not None:
-            self._replicas.cancel(self._generation)
+        if hasattr(self, "_generation"):
+            self.cancel()
+
+
+def _deliver_to(
+    items: asyncio.Queue[Delivery], ended: asyncio.Event
+) -> Callable[[Delivery], object]:
+    """What delivers from another thread to the event loop that runs here. It does not keep a stream
+    alive, and raises if the event loop is closed by then, which ends the generation."""
+    loop = asyncio.get_running_loop()
+
+    def receive(item: Delivery) -> None:
+        items.put_nowait(item)
+        if isinstance(item, BaseException) or item[1] is not None:
+            ended.set()
+
+    return lambda item: loop.call_soon_threadsafe(receive, item)

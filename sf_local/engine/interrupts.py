@@ -7,8 +7,10 @@ Signals reach only the main thread, where KeyboardInterrupt may raise between an
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import threading
+import time
 from _thread import allocate_lock, start_new_thread  # also where they are replaced later
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
@@ -17,6 +19,7 @@ from typing import TypeVar
 from sf_local.errors import EngineError
 
 LATEST = 0.5  # seconds until a signal is seen that arrived just before the main thread waited
+LONGEST = 3600.0  # seconds of one wait elsewhere
 
 T = TypeVar("T")
 
@@ -41,13 +44,14 @@ class Latch:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until it is set, or for `timeout` seconds; whether it is set."""
+        ends_at = time.monotonic() + (math.inf if timeout is None else timeout)
+        longest = LATEST if is_main_thread() else LONGEST
         waiter = allocate_lock()
         waiter.acquire()
         self._waiters.append(waiter)
-        if timeout is not None and not self._is_set:
-            waiter.acquire(timeout=timeout)
-        while timeout is None and not self._is_set:
-            waiter.acquire(timeout=LATEST if is_main_thread() else -1)
+        while not self._is_set and (left := ends_at - time.monotonic()) > 0:
+            waiter.acquire(timeout=min(left, longest))
+        self._waiters.remove(waiter)
         return self._is_set
 
 

@@ -74,15 +74,12 @@ class OutputProcessor:
         try:
             self._scheduler.finish(request, reason)
             request.spans = ()  # the heap of deadlines may keep the request, but not its tiles
-            if error is None:
-                generation.finish(reason)
-            else:
+            if error is not None:
                 generation.write()
+            last = error or generation.finish(reason)
         except BaseException as failure:  # Rust's panics are no Exception
-            error = error or self._failures.of_request(failure)
-        if error is not None:
-            with contextlib.suppress(BaseException):  # nobody is left to be told
-                generation.deliver(error)
+            last = error or self._failures.of_request(failure)
+        generation.end(last)
 
     def fail(self, request: Request, error: BaseException) -> None:
         """End a generation because of an error that concerns it alone."""

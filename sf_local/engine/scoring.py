@@ -1,11 +1,10 @@
-"""Scores of texts that could continue a prompt, for `sgl.select` and `Engine.score`."""
+"""Scores of texts that could continue a prompt: the requests that it takes, and what they say."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from sf_local.engine.handle import Handle
 from sf_local.engine.input_processor import InputProcessor, PromptInput, needs_all_logits
 from sf_local.errors import EngineError, RequestError
 from sf_local.kv_cache.radix_cache import common_prefix_len
@@ -15,23 +14,19 @@ from sf_local.request.params import SamplingParams
 from sf_local.request.prompt import Prompt
 from sf_local.vision.image_file import ImageInput
 
-Submit = Callable[[PromptInput, SamplingParams], Handle]
 
-
-def score(
+def score_requests(
     inputs: InputProcessor,
-    submit: Submit,
     prompt: str,
     continuations: Sequence[str],
     unconditional: bool,
     params: SamplingParams,
     images: Sequence[ImageInput] = (),
-) -> list[Score]:
-    """Score all continuations at once, as `Engine.score` describes; the prompt is computed once, if
-    it is not cached.
+) -> list[tuple[PromptInput, SamplingParams]]:
+    """Every continuation after the prompt, then, with `unconditional`, each alone; arguments and
+    errors as for `Engine.score`. The prompt is computed once, if it is not cached.
 
-    submit: starts a generation. Raises RequestError for a continuation that adds no token,
-    EngineError if the timeout passes.
+    Raises RequestError for a continuation that adds no token.
     """
     is_list = isinstance(continuations, Sequence) and not isinstance(continuations, str)
     if not (is_list and continuations and all(isinstance(c, str) for c in continuations)):
@@ -42,19 +37,25 @@ def score(
     params = SamplingParams(
         max_new_tokens=0, return_logprob=True, priority=params.priority, timeout=params.timeout
     )
-    given = [
-        submit(ready, replace(params, logprob_start_len=start - 1))
-        for ready, start in zip(prompts, starts, strict=True)
+    pairs = list(zip(prompts, starts, strict=True))
+    requests: list[tuple[PromptInput, SamplingParams]] = [
+        (ready, replace(params, logprob_start_len=start - 1)) for ready, start in pairs
     ]
-    alone: list[Handle | None] = [None] * len(given)
     if unconditional:
         params = replace(params, logprob_start_len=0)
-        pairs = zip(prompts, starts, strict=True)
-        alone = [submit(ready.ids[start:], params) for ready, start in pairs]
-    return [
-        _score(_finished(a), None if b is None else _finished(b))
-        for a, b in zip(given, alone, strict=True)
-    ]
+        requests += [(ready.ids[start:], params) for ready, start in pairs]
+    return requests
+
+
+def scores(outputs: Sequence[Output], unconditional: bool) -> list[Score]:
+    """What the outputs of `score_requests` say; raises EngineError if the timeout passed."""
+    for output in outputs:
+        if output.finish_reason != "length":
+            raise EngineError(f"scoring ended early: {output.finish_reason}")
+    if not unconditional:
+        return [_score(output, None) for output in outputs]
+    count = len(outputs) // 2
+    return [_score(*pair) for pair in zip(outputs[:count], outputs[count:], strict=True)]
 
 
 def _prompts(
@@ -81,10 +82,3 @@ def _score(given: Output, alone: Output | None) -> Score:
         prompt_tokens=given.prompt_tokens,
         cached_tokens=given.cached_tokens,
     )
-
-
-def _finished(handle: Handle) -> Output:
-    output = handle.result()
-    if output.finish_reason != "length":
-        raise EngineError(f"scoring ended early: {output.finish_reason}")
-    return output

@@ -167,7 +167,7 @@ def test_a_callback_that_raises(engine: Engine) -> None:
         calls.append(item)
         raise RuntimeError("injected")
 
-    generation.deliver = deliver
+    generation.deliver, generation.is_streamed = deliver, True
     engine._replicas.submit(generation)
     idle(engine)
     assert len(calls) == 2 and isinstance(calls[1], EngineError)
