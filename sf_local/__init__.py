@@ -21,6 +21,7 @@ Each loads when it is first used. `import sf_local` itself loads nothing heavy; 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,9 @@ _HOMES = {
     "ToolCall": "sf_local.text.tool_calls",
     "devices": "sf_local.device.info",
 }
+
+# Silent until a user adds a handler; without this one Python would print warnings to stderr
+logging.getLogger("sf_local").addHandler(logging.NullHandler())
 
 if sys.platform != "linux" or os.uname().machine != "x86_64":
     import platform

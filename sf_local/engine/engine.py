@@ -6,6 +6,7 @@ the thread of each device, by `core.py`.
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from sf_local.engine.completions import Completions
 from sf_local.engine.input_processor import InputProcessor
 from sf_local.engine.interrupts import check_threads
 from sf_local.engine.kv_budget import memory_bytes
-from sf_local.engine.placement import MakeRunner, Place, place_workers
+from sf_local.engine.placement import MakeRunner, Place, log_loaded, place_workers
 from sf_local.engine.scheduler import MAX_RUNNING, PREFILL_TOKENS
 from sf_local.engine.worker import finish_closing
 from sf_local.errors import DeviceError, RequestError
@@ -103,6 +104,7 @@ class Engine(Completions, ChatCompletions):
         escape_special_tokens: bool = True,
         _make_runner: MakeRunner = ModelRunner,
     ) -> None:
+        started_at = time.perf_counter()
         check_threads()
         image_bytes = memory_bytes("image_memory", image_memory, None)
         check_int("prefill_tokens", prefill_tokens, 1)
@@ -149,6 +151,7 @@ class Engine(Completions, ChatCompletions):
         except BaseException:
             self._replicas.close()
             raise
+        log_loaded(places, time.perf_counter() - started_at)
 
     @property
     def image_token(self) -> str | None:
@@ -162,7 +165,8 @@ class Engine(Completions, ChatCompletions):
         running, waiting: requests. pages_free, pages_used, pages_cached, pages_total: KV pages.
         prompt_tokens, cached_tokens, completion_tokens; hit_rate: share of prompt tokens that the
         prefix cache had. forced_tokens: those of the completion that a grammar left no choice
-        about. preemptions, steps; step_seconds: time spent in steps, and call_seconds of it in
+        about. preemptions: of requests, whose KV pages others needed; evictions: of KV pages from
+        the prefix cache. steps; step_seconds: time spent in steps, and call_seconds of it in
         compiled functions, beside which grammars took mask_seconds of CPU time; sample_seconds.
         encoded_tiles: of images, in encode_seconds. prefill_tokens, max_running: the limits in use
         on each device.

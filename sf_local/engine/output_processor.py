@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import logging
 import time
 from collections.abc import Callable, Iterator
 
@@ -12,9 +13,11 @@ from numpy.typing import NDArray
 
 from sf_local.engine.failures import Failures
 from sf_local.engine.generation import Generation
+from sf_local.engine.log import log
 from sf_local.engine.scheduler import Scheduler
 from sf_local.errors import SfLocalError
 from sf_local.request.batch import Chunk
+from sf_local.request.output import Output
 from sf_local.request.prompt import Tile
 from sf_local.request.request import Request
 
@@ -27,6 +30,7 @@ class OutputProcessor:
         self.generations: dict[Request, Generation] = {}  # of all requests that have not ended
         self._with_news: list[Generation] = []  # have tokens whose text is not delivered
         self._deadlines: list[tuple[float, int, Request]] = []  # a heap
+        self._cut_short: list[Generation] = []  # ended before their time; to be logged
 
     def add(self, generation: Generation) -> None:
         """Take a new generation in, and hand its request to the scheduler."""
@@ -80,6 +84,8 @@ class OutputProcessor:
         except BaseException as failure:  # Rust's panics are no Exception
             last = error or self._failures.of_request(failure)
         generation.end(last)
+        if reason in ("abort", "timeout"):
+            self._cut_short.append(generation)
 
     def fail(self, request: Request, error: BaseException) -> None:
         """End a generation because of an error that concerns it alone."""
@@ -105,12 +111,27 @@ class OutputProcessor:
             self.fail(request, error)
 
     def expire(self) -> None:
-        """End the generations whose timeout has passed."""
+        """End the generations whose timeout has passed. At the start of a step no lock is held, so
+        those that ended before their time since the last one are logged here."""
         while self._deadlines and self._deadlines[0][0] <= time.perf_counter():
             self.end(heapq.heappop(self._deadlines)[2], "timeout")
+
+        if self._cut_short:
+            for generation in self._cut_short:
+                _log_cut_short(generation)
+            self._cut_short.clear()
 
     def _remember_deadline(self, deadline: float, request: Request) -> None:
         heapq.heappush(self._deadlines, (deadline, request.sequence, request))
         if len(self._deadlines) > 2 * len(self.generations) + 64:  # most of them have ended
             self._deadlines = [d for d in self._deadlines if d[2] in self.generations]
             heapq.heapify(self._deadlines)
+
+
+def _log_cut_short(generation: Generation) -> None:
+    """Log why a generation ended, and how far it had come."""
+    result, request = generation.result, generation.request
+    log(
+        logging.DEBUG, "request %d ended after %d tokens: %s", request.sequence,
+        len(request.output_ids), result.finish_reason if isinstance(result, Output) else result,
+    )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,13 @@ from sf_local.device.info import DeviceInfo
 from sf_local.engine.core import EngineCore
 from sf_local.engine.failures import Failures
 from sf_local.engine.kv_budget import memory_left, num_kv_pages
+from sf_local.engine.log import log
 from sf_local.engine.replicas import Core, Replicas
 from sf_local.engine.scheduler import Limits, limits_of
 from sf_local.engine.worker import Worker
 from sf_local.model.runner import ModelRunner
 
+MIB = 1 << 20
 MakeRunner = Callable[[Artifact, Device, int, int], ModelRunner]
 
 
@@ -55,6 +58,20 @@ class Place:
         """Of a prompt and its answer: what the model and the pages have room for."""
         artifact = self.artifact
         return min(artifact.max_tokens, (self.num_pages - 1) * artifact.config.page_size)
+
+
+def log_loaded(places: Sequence[Place], seconds: float) -> None:
+    """Log what was opened, a line a device. seconds: for all of them together."""
+    for place in places:
+        artifact, page = place.artifact, place.artifact.config
+        log(
+            logging.INFO,
+            "loaded %s on %s: %.0f MiB of weights, after %.1f s; KV cache: %d pages of %d tokens, "
+            "%.0f MiB; a prompt and its answer have room for %d tokens",
+            artifact.name, place.device.name, artifact.num_weight_bytes / MIB, seconds,
+            place.num_pages - 1, page.page_size, (place.num_pages - 1) * page.page_bytes / MIB,
+            place.max_tokens,
+        )  # fmt: skip
 
 
 def place_workers(

@@ -9,12 +9,14 @@ step, and not by all of itself; and every third step has a short call for prompt
 from __future__ import annotations
 
 import itertools
+import logging
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from sf_local.artifact.open import Artifact
+from sf_local.engine.log import log
 from sf_local.kv_cache.page_pool import PagePool
 from sf_local.kv_cache.radix_cache import Match, RadixCache, common_prefix_len
 from sf_local.request.batch import Chunk, Step
@@ -57,7 +59,7 @@ class Scheduler:
         self.pool, self.cache, self.limits = pool, cache, limits
         self.waiting: list[Request] = []  # in order of `rank`
         self.running: list[Request] = []  # the same
-        self.num_preemptions = 0
+        self.num_preemptions = self.num_evictions = 0  # of requests; of cached pages
         self._arrivals = itertools.count()
         self._num_passed = 0  # steps in a row that left prompts out
 
@@ -70,8 +72,11 @@ class Scheduler:
 
     def next_step(self) -> Step:
         """The next piece of work, with pages for all its tokens; empty when there is none."""
+        before = self.num_preemptions, self.num_evictions
         self._reserve_for_decodes()
         copies = self._admit()
+        if (self.num_preemptions, self.num_evictions) != before:
+            _log_room(self, *before)
         decoding, jumping, prompts = self._by_phase()
         size = self.limits.decode_batch_sizes[-1]
         decodes = [decoding[i : i + size] for i in range(0, len(decoding), size)]
@@ -142,7 +147,7 @@ class Scheduler:
 
     def _allocate(self, count: int) -> list[int]:
         if count > self.pool.num_free:
-            self.cache.evict(count - self.pool.num_free)
+            self.num_evictions += self.cache.evict(count - self.pool.num_free)
         return self.pool.allocate(max(count, 0))
 
     def _num_pages(self, num_tokens: int) -> int:
@@ -291,6 +296,14 @@ class Scheduler:
         if self.limits.reuse == "tokens" and first is not None and request.num_computed < first:
             end = first
         return min(end - request.num_computed, most)
+
+
+def _log_room(scheduler: Scheduler, num_preemptions: int, num_evictions: int) -> None:
+    """Log what a step gave up to have KV pages; the numbers are those before it."""
+    log(
+        logging.DEBUG, "made room: %d requests preempted, %d cached KV pages evicted",
+        scheduler.num_preemptions - num_preemptions, scheduler.num_evictions - num_evictions,
+    )  # fmt: skip
 
 
 def _rank(request: Request) -> tuple[int, int]:

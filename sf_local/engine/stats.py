@@ -40,6 +40,7 @@ def stats(scheduler: Scheduler, counters: Counters) -> dict[str, float]:
         **asdict(counters),
         "hit_rate": hit_rate(counters.cached_tokens, counters.prompt_tokens),
         "preemptions": scheduler.num_preemptions,
+        "evictions": scheduler.num_evictions,
         "prefill_tokens": scheduler.limits.prefill_tokens,
         "max_running": scheduler.limits.max_running,
     }

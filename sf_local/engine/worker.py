@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -17,6 +18,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from sf_local.device.device import Device
 from sf_local.engine.failures import Failures
 from sf_local.engine.interrupts import Latch, check_threads, start_thread
+from sf_local.engine.log import log
 from sf_local.errors import DeviceError, EngineError, SfLocalError
 from sf_local.model.runner import ModelRunner
 
@@ -186,6 +188,7 @@ class Worker(Generic[Core]):
             self._asked_to_close.wait()
             self._ended.wait()
             self._close()
+            log(logging.INFO, "closed device=%r", self._name)
         finally:
             _open.discard(self)
             self._ended.set()
@@ -249,12 +252,17 @@ class Worker(Generic[Core]):
 
     def _end_all(self) -> None:
         self._is_closing = True
+        is_loss = self._failure is not None and self._started.is_set() and not self._ended.is_set()
+        num_requests = self.num_requests
         try:
             with self._fail_lock:
                 self._fail_all()
         finally:
             self._ended.set()
             self._started.set()
+        if is_loss:
+            error = self._failures.closed(self._failure)
+            log(logging.WARNING, "%s (%d requests failed)", error, num_requests)
 
     def _fail_all(self) -> None:
         while self._inbox:
