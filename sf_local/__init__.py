@@ -36,9 +36,8 @@ if TYPE_CHECKING:
     from sf_local.engine.engine import Engine
     from sf_local.engine.handle import AsyncStream, Handle, Stream
     from sf_local.frontend.backend import ShortfinLocal
-    from sf_local.request.output import Output, Score
+    from sf_local.request.output import Output, Score, ToolCall
     from sf_local.request.params import SamplingParams
-    from sf_local.text.tool_calls import ToolCall
 
 __version__ = "0.1.0"
 
@@ -69,7 +68,7 @@ _HOMES = {
     "Score": "sf_local.request.output",
     "ShortfinLocal": _BACKEND,
     "Stream": "sf_local.engine.handle",
-    "ToolCall": "sf_local.text.tool_calls",
+    "ToolCall": "sf_local.request.output",
     "devices": "sf_local.device.info",
 }
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sf_local.engine.interrupts import Latch
-from sf_local.request.output import Delivery, Logprobs, Output
+from sf_local.request.output import Delivery, Delta, Logprobs, Output
 from sf_local.request.params import SamplingParams
 from sf_local.request.request import Request
 from sf_local.sampling.logprobs import PromptLogprobs
@@ -21,6 +21,7 @@ from sf_local.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from sf_local.grammar.matcher import Grammar
+    from sf_local.text.tool_calls import AnswerParser
 
 
 class Generation:
@@ -30,6 +31,7 @@ class Generation:
 
     Attributes:
         grammar: what its text must follow; None for free text.
+        parser: takes tool calls and reasoning out of its text; None for text as it is.
         deliver: called with every piece of text, with the output at the end, or with an error.
         result: the output, or the error that ended it; None while it is under way. ended: set
             once there is one.
@@ -47,16 +49,20 @@ class Generation:
         eos_ids: frozenset[int],
         grammar: Grammar | None = None,
         started_at: float | None = None,
+        parser: AnswerParser | None = None,
     ) -> None:
         """started_at: `time.perf_counter()` from which timeout and latency count; else now."""
         self.request, self.grammar, params = request, grammar, request.params
+        self.parser = parser
+        self._parsed: list[Delta] = []  # what the parser took out of the text so far
         self.deliver: Callable[[Delivery], object] = lambda item: None
         self.remember: Callable[[Sequence[int], str], None] | None = None
         self.has_sampled = False
         self.is_streamed = False
         self.result: Output | BaseException | None = None
         self.ended = Latch()
-        self._detokenizer = Detokenizer(tokenizer, request.prompt_ids)
+        visible = parser.special_texts if parser else ()
+        self._detokenizer = Detokenizer(tokenizer, request.prompt_ids, visible)
         self._stops = StopChecker(params.stop, tokenizer.special_tokens)
         self._stop_ids = _stop_ids(params, tokenizer, eos_ids)
         end_ids = self._stop_ids.keys() | (eos_ids if grammar is not None else ())
@@ -66,7 +72,7 @@ class Generation:
         self._output_logprobs: list[Sampled] = []
         self._unread: list[int] = []  # tokens that have not become text
         self._text: list[str] = []
-        self._num_delivered = 0  # parts of the text
+        self._num_delivered = 0  # of what is parsed, or of the text without a parser
         self._matched: str | int | None = None
         self._started_at = time.perf_counter() if started_at is None else started_at
         self._first_token_at = self._started_at
@@ -103,11 +109,11 @@ class Generation:
             self._prompt_logprobs.add(position, logits)
 
     def write(self) -> None:
-        """Deliver the text there is by now, to those who wait for parts of it."""
-        if self.is_streamed:
+        """Deliver what there is by now, to those who wait for parts of it."""
+        if self.is_streamed or self.parser:  # which would have much to do at the end
             self._read()
-            if text := self._undelivered():
-                self.deliver((text, None))
+        if self.is_streamed and (new := self._undelivered()):
+            self.deliver((new, None))
 
     def _push(self, sampled: Sampled) -> str | None:
         """Append a token; the reason, if it ends the generation.
@@ -137,24 +143,35 @@ class Generation:
     def _read(self) -> None:
         """Turn new tokens into text."""
         push, marks = self._stops.push, self._stops.marks
-        self._text += [push(marks.get(t, "") + self._detokenizer.push(t)) for t in self._unread]
+        new = [push(marks.get(t, "") + self._detokenizer.push(t)) for t in self._unread]
         self._unread.clear()
+        self._text += new
+        if self.parser is not None:
+            self._parsed.append(self.parser.push("".join(new)))
 
-    def _undelivered(self) -> str:
-        text = "".join(self._text[self._num_delivered :])
-        self._num_delivered = len(self._text)
-        return text
+    def _undelivered(self) -> str | Delta:
+        """What was read and not delivered."""
+        parts: Sequence[Any] = self._text if self.parser is None else self._parsed
+        new = parts[self._num_delivered :]
+        self._num_delivered = len(parts)
+        return "".join(new) if self.parser is None else Delta.joined(new)
 
-    def finish(self, reason: str) -> tuple[str, Output]:
-        """The text held back as one last delta, with the output."""
+    def finish(self, reason: str) -> tuple[str | Delta, Output]:
+        """What was held back as one last delta, with the output."""
         self._read()
-        self._text.append(self._stops.push(self._detokenizer.flush()) + self._stops.flush())
+        rest = self._stops.push(self._detokenizer.flush()) + self._stops.flush()
+        self._text.append(rest)
+        written = "".join(self._text)
+        answer = Delta(written)
+        if self.parser is not None:
+            self._parsed += [self.parser.push(rest), self.parser.finish()]
+            answer = Delta.joined(self._parsed)
         if self._stops.matched is not None:
             reason, self._matched = "stop", self._stops.matched
         request, now = self.request, time.perf_counter()
         schema = request.params.json_schema
         output = Output(
-            text="".join(self._text),
+            text=answer.text,
             token_ids=request.output_ids,
             finish_reason=reason,
             matched=self._matched,
@@ -164,10 +181,12 @@ class Generation:
             time_to_first_token=self._first_token_at - self._started_at,
             latency=now - self._started_at,
             logprobs=self._logprobs(),
+            tool_calls=answer.tool_calls,
+            reasoning=answer.reasoning or None,
             schema=schema if isinstance(schema, type) else None,
         )
         if self.remember is not None and request.output_ids:
-            self.remember(request.output_ids, output.text)
+            self.remember(request.output_ids, written)
         return self._undelivered(), output
 
     def end(self, last: Delivery) -> None:

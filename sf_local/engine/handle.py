@@ -5,18 +5,25 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Generator, Iterator
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from sf_local.engine.generation import Generation
 from sf_local.engine.interrupts import take
 from sf_local.engine.replicas import Replicas
 from sf_local.request.checks import check_float
-from sf_local.request.output import Delivery, Output
+from sf_local.request.output import Delivery, Delta, Output, ToolCall
 
 T = TypeVar("T")
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    # What a stream yields: text, and for chats calls of tools as well
+    Item = TypeVarWithDefault("Item", default=str)
+else:
+    Item = TypeVar("Item")
 
 
-class Handle:
+class Handle(Generic[Item]):
     """A generation under way. Iterate over text deltas, or wait for the whole `result()`.
 
     Dropping the handle, or leaving an iteration early, cancels the generation.
@@ -31,13 +38,14 @@ class Handle:
         generation.deliver = self._deliveries.put
         replicas.submit(generation)
 
-    def __iter__(self) -> Stream:
+    def __iter__(self) -> Stream[Item]:
         """Text deltas that concatenate to the result's text. Raises what ended the generation, if
         it failed."""
         return Stream(self)
 
-    def deltas(self) -> Iterator[tuple[str, Output | None]]:
-        """Text deltas; the last one, which may be empty, comes with the output."""
+    def deltas(self) -> Iterator[tuple[str | Delta, Output | None]]:
+        """New text, or what is new of a chat that may call tools or reason; the last one, which may
+        be empty, comes with the output."""
         self._replicas.check_process()
         self._generation.is_streamed = True
         try:
@@ -95,16 +103,19 @@ class Handle:
             self.cancel()
 
 
-class Stream(Iterator[str]):
+class Stream(Iterator[Item]):
     """The text of a generation, as it grows: `for text in stream`. Dropping it cancels the
-    generation."""
+    generation.
 
-    def __init__(self, handle: Handle) -> None:
+    Of a chat with tools, a ToolCall as well, when it is whole.
+    """
+
+    def __init__(self, handle: Handle[Item]) -> None:
         self._handle = handle
-        self._texts = (text for text, _ in handle.deltas() if text)
+        self._items = (item for new, _ in handle.deltas() for item in _items(new))
 
-    def __next__(self) -> str:
-        return next(self._texts)
+    def __next__(self) -> Item:
+        return cast(Item, next(self._items))
 
     @property
     def output(self) -> Output | None:
@@ -116,7 +127,7 @@ class Stream(Iterator[str]):
         self._handle.cancel()
 
 
-class AsyncStream:
+class AsyncStream(Generic[Item]):
     """A generation for asyncio: `async for text in stream`, or `await stream.result()`.
 
     It begins with the first delta, or when it is awaited, which returns it and raises the mistakes
@@ -129,9 +140,10 @@ class AsyncStream:
         self._generation: Generation | None = None
         self._starting, self._ended = asyncio.Lock(), asyncio.Event()
         self._items: asyncio.Queue[Delivery] = asyncio.Queue()
+        self._new: list[str | ToolCall] = []  # taken out of the queue, for the next ones
         self._is_read = False
 
-    def __await__(self) -> Generator[Any, None, AsyncStream]:
+    def __await__(self) -> Generator[Any, None, AsyncStream[Item]]:
         yield from self._started().__await__()
         return self
 
@@ -144,13 +156,13 @@ class AsyncStream:
                 self._generation = generation
             return self._generation
 
-    def __aiter__(self) -> AsyncStream:
+    def __aiter__(self) -> AsyncStream[Item]:
         return self
 
-    async def __anext__(self) -> str:
+    async def __anext__(self) -> Item:
         generation = self._generation or await self._started()
         generation.is_streamed = True
-        while not self._is_read:
+        while not (self._new or self._is_read):
             item = await self._waited(self._items.get())
             if isinstance(item, BaseException):
                 self._items.put_nowait(item)  # for whoever asks again
@@ -159,8 +171,9 @@ class AsyncStream:
             if output is not None:
                 self._is_read = True
                 self._items.put_nowait(("", output))  # for another task that waits
-            if text:
-                return text
+            self._new = _items(text)
+        if self._new:
+            return cast(Item, self._new.pop(0))
         raise StopAsyncIteration
 
     async def result(self) -> Output:
@@ -198,6 +211,12 @@ class AsyncStream:
     def __del__(self) -> None:
         if hasattr(self, "_generation"):
             self.cancel()
+
+
+def _items(new: str | Delta) -> list[str | ToolCall]:
+    """What a stream yields: text, and calls that became whole."""
+    delta = Delta(new) if isinstance(new, str) else new
+    return [*filter(None, [delta.text]), *delta.tool_calls]
 
 
 def _deliver_to(

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import sglang
 from sglang.lang.backend.base_backend import BaseBackend
@@ -165,11 +165,12 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
             raise RequestError(f"n={params.n}: a stream is one text; use n=1, or stream=False")
         handle = self.engine.submit(self._text(s), params, images=_images(s))
         for delta, output in handle.deltas():
+            text = cast(str, delta)  # Delta is for chats only
             if output is None:
-                yield delta, {"finish_reason": None}
+                yield text, {"finish_reason": None}
             else:
                 self.token_usage.add([output])
-                yield delta, meta_info(output, self.engine.tokenizer, sampling_params)
+                yield text, meta_info(output, self.engine.tokenizer, sampling_params)
 
     def select(
         self,

@@ -8,11 +8,50 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A call that a model asks for.
+
+    Attributes:
+        id: nine letters and digits, by which the result refers to the call: Mistral's templates
+            accept no other length. The model's own if it wrote one, else random.
+        name: of one of the tools that the model was given.
+        arguments: by name, as JSON has them. Only those of `tool_choice="required"` and of a tool's
+            name are sure to be valid under the tool's schema.
+    """
+
+    id: str
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What some more of an answer added: text to show, reasoning, and calls that became whole."""
+
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.text or self.reasoning or self.tool_calls)
+
+    @staticmethod
+    def joined(deltas: Sequence[Delta]) -> Delta:
+        """All of them, one after the other."""
+        return Delta(
+            "".join(delta.text for delta in deltas),
+            "".join(delta.reasoning for delta in deltas),
+            tuple(call for delta in deltas for call in delta.tool_calls),
+        )
+
+
+@dataclass(frozen=True)
 class Output:
     """A finished generation.
 
     Attributes:
-        text: the answer without stop strings and special tokens.
+        text: the answer without stop strings and special tokens; of a chat, without tool calls and
+            reasoning.
         token_ids: all new tokens, with the one that ended the answer.
         finish_reason: "stop", "length", "abort" or "timeout".
         matched: the stop string or the token id that ended the answer; None if none did.
@@ -20,6 +59,8 @@ class Output:
         cached_tokens: tokens of the prompt that were found in the prefix cache.
         time_to_first_token, latency: seconds from submit to the first token, and to the last.
         logprobs: log probabilities, with `return_logprob`.
+        tool_calls: calls of tools that a chat was given, those that are whole.
+        reasoning: what a chat's answer holds in <think>, without the tags; None without them.
         schema: the pydantic model that was given as `json_schema`, for `parsed`.
     """
 
@@ -33,6 +74,8 @@ class Output:
     time_to_first_token: float
     latency: float
     logprobs: Logprobs | None = None
+    tool_calls: Sequence[ToolCall] = ()
+    reasoning: str | None = None
     schema: type[Any] | None = field(default=None, repr=False)
 
     @property
@@ -48,7 +91,8 @@ class Output:
         return self.__dict__["_parsed"]
 
 
-Delivery = tuple[str, Output | None] | BaseException  # new text, with the output at the end
+# What is new, with the output at the end; Delta for a chat that may call tools or reason
+Delivery = tuple[str | Delta, Output | None] | BaseException
 
 Top = list[tuple[float, int]]  # the likeliest tokens: (log probability, token), best first
 

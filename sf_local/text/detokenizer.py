@@ -16,8 +16,12 @@ class Detokenizer:
     that after a prompt the first token keeps its leading space. None ends inside a character.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), visible: Iterable[str] = ()
+    ) -> None:
+        """visible: special tokens that are text nevertheless."""
         self._token_bytes = tokenizer.token_bytes
+        self._visible = {tokenizer.token_id(text): text.encode() for text in visible}
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._strips_space = tokenizer.strips_first_space and not any(
             map(tokenizer.token_bytes, prompt_ids)
@@ -25,7 +29,8 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes: empty while a character lacks bytes."""
-        return self._without_first_space(self._utf8.decode(self._token_bytes(token_id)))
+        new = self._visible.get(token_id) or self._token_bytes(token_id)
+        return self._without_first_space(self._utf8.decode(new))
 
     def flush(self) -> str:
         """The rest: U+FFFD if the sequence ended inside a character."""

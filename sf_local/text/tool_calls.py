@@ -8,12 +8,12 @@ import secrets
 import string
 from collections.abc import Collection, Generator, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, cast
 
+from sf_local.request.output import Delta, ToolCall
 from sf_local.text.tool_formats import ToolFormat
 
-REASONING_TEXTS = "<think>", "</think>"  # must be in the answer's text, as ToolFormat.special_texts
+REASONING_TEXTS = "<think>", "</think>"
 _OPEN, _CLOSE = REASONING_TEXTS
 
 _BLANKS = " \t\r\n"
@@ -25,32 +25,6 @@ _VALUE = frozenset(string.ascii_letters + string.digits + _BLANKS + "{}[](),:+-.
 _KEYWORD = re.compile(r'\s*+(\w++)\s*+=\s*+("(?:[^"\\]|\\.)*+"|[\w.+-]++)\s*+[,)]')
 
 _Steps = Generator[None, str, Any]
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """A call that a model asks for.
-
-    Attributes:
-        id: nine letters and digits, by which the result refers to the call: Mistral's templates
-            accept no other length. The model's own if it wrote one, else random.
-        name: of one of the tools that the model was given.
-        arguments: by name, as JSON has them. Only those of `tool_choice="required"` and of a tool's
-            name are sure to be valid under the tool's schema.
-    """
-
-    id: str
-    name: str
-    arguments: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What some more of an answer added: text to show, reasoning, and calls that became whole."""
-
-    text: str = ""
-    reasoning: str = ""
-    tool_calls: tuple[ToolCall, ...] = ()
 
 
 def is_reasoning(prompt_end: str) -> bool:
@@ -83,6 +57,8 @@ class AnswerParser:
         in_reasoning: the prompt ends inside <think>, see `is_reasoning`.
         """
         self._format = tool_format
+        # Special tokens that must be in the text
+        self.special_texts = (*REASONING_TEXTS, *(tool_format.special_texts if tool_format else ()))
         self._names = {tool["function"]["name"] for tool in tools}
         self._ids: set[str] = set()
         self._text: list[str] = []

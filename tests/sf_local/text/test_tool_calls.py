@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sf_local.text.tool_calls import AnswerParser, Delta, ToolCall, is_reasoning
+from sf_local.request.output import Delta, ToolCall
+from sf_local.text.tool_calls import AnswerParser, is_reasoning
 from sf_local.text.tool_formats import ToolFormat, tool_format
 from sf_local.text.tools import normalized_tools
 from tests.support.tool_templates import TOOL_TEMPLATES, written_answer
