@@ -8,10 +8,12 @@ minutes.
 from __future__ import annotations
 
 import ctypes
+import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
 from sf_local.errors import GrammarError
@@ -20,13 +22,17 @@ from sf_local.grammar.lark import ebnf_grammar
 from sf_local.grammar.limits import Refused, shown
 from sf_local.grammar.matcher import Grammar, new_memory
 from sf_local.grammar.regex import regex_grammar
+from sf_local.grammar.tool_grammar import Reasoning, arguments_schema, tool_grammar
 from sf_local.grammar.vocabulary import Vocabulary
 from sf_local.text.tokenizer import Tokenizer
+from sf_local.text.tool_formats import ToolFormat
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-MAX_TEXT = {"regex": 64 << 10, "json_schema": 128 << 10, "ebnf": 32 << 10}  # characters
+MAX_TEXT = {  # characters
+    "regex": 64 << 10, "json_schema": 128 << 10, "ebnf": 32 << 10, "tools": 128 << 10,
+}  # fmt: skip
 LIMITS: dict[str, Any] = {
     "verbose_errors": False,
     # Lexer states are shared by all generations of one grammar and kept: this bounds its memory
@@ -57,6 +63,7 @@ class GrammarCompiler:
         eos_ids: tokens that end a text; a mask allows them only after a text that matches.
             Without any, only `Grammar.is_complete` tells that a text has ended.
         """
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._vocabulary = Vocabulary(tokenizer, vocab_size, eos_ids)
         self._cache = _Cache(CACHE_BYTES)
 
@@ -108,8 +115,52 @@ class GrammarCompiler:
         """
         return self._compile("ebnf", text, ebnf_grammar)
 
-    def _compile(self, kind: str, text: str, translate: Callable[[str], str]) -> Grammar:
+    def tool_calls(
+        self,
+        tool_format: ToolFormat,
+        tools: Sequence[Mapping[str, Any]],
+        name: str | None = None,
+        reasoning: Reasoning = "none",
+    ) -> Grammar:
+        """Answers that are calls of tools, in the model's format, with nothing else beside them.
+
+        Markers that are tokens of the model are written as those, also special ones. Arguments
+        are valid under the tool's schema and written as by `json_schema`.
+
+        Args:
+            tools: in OpenAI's form, as `normalized_tools` returns them.
+            name: the tool that is called, once; None for one or more calls of any of them.
+            reasoning: before the calls: "open" if the prompt ends inside <think>, "optional" if the
+                answer may begin with it.
+
+        Raises:
+            GrammarError: a schema is not supported; the message has the tool's name.
+        """
+        chosen = [tool for tool in tools if name in (None, tool["function"]["name"])]
+        schemas = {tool["function"]["name"]: arguments_schema(tool) for tool in chosen}
+        text = json.dumps([astuple(tool_format), schemas, name, reasoning])
+
+        def translate(_: str) -> str:
+            return tool_grammar(tool_format, chosen, name is None, reasoning, self._token_id)
+
+        try:
+            return self._compile("tools", text, translate, "tools:")
+        except GrammarError:
+            for tool_name, schema in schemas.items():  # which one is it?
+                of_tool = f"tools: the schema of {tool_name!r}"
+                self._compile("json_schema", json.dumps(schema), schema_grammar, of_tool)
+            raise
+
+    def _token_id(self, text: str) -> int | None:
+        token = self._tokenizer.token_id(text)
+        return token if token is not None and token < self._vocab_size else None
+
+    def _compile(
+        self, kind: str, text: str, translate: Callable[[str], str], what: str | None = None
+    ) -> Grammar:
+        """`what` is the text's name in messages, if that is not the text itself."""
         _check_text(kind, text)
+        what = f"{kind}={shown(text)}" if what is None else what
 
         def make() -> LLMatcher:
             try:
@@ -117,11 +168,9 @@ class GrammarCompiler:
                 limits["max_items_in_row"] = MAX_ITEMS + len(text) // 4
                 return self._vocabulary.matcher(translate(text), limits)
             except Refused as error:
-                raise GrammarError(f"{kind}={shown(text)} {error}") from None
+                raise GrammarError(f"{what} {error}") from None
             except RecursionError:
-                raise GrammarError(
-                    f"{kind}={shown(text)} is nested too deeply. Flatten it."
-                ) from None
+                raise GrammarError(f"{what} is nested too deeply. Flatten it.") from None
 
         self._vocabulary.build()  # which is not the grammar's memory
         entry = self._cache.get((kind, text), make)

@@ -68,7 +68,8 @@ class Grammar:
         """Write which tokens may follow to `mask`: contiguous int32, `[num_words]`.
 
         Token t is bit t % 32 of word t // 32. The model's end tokens are set if the text may end
-        here. Other special tokens, and bits beyond the vocabulary, are never set.
+        here. Of other special tokens only the markers of tool calls are ever set, and no bits
+        beyond the vocabulary.
         """
         assert mask.dtype == np.int32 and mask.shape == (self.num_words,), mask.shape
         assert mask.flags.c_contiguous

@@ -34,9 +34,7 @@ from sf_local.grammar.matcher import Grammar
 from sf_local.text.tokenizer import Tokenizer
 from tests.support.child import run_program
 from tests.support.toy_tokenizers import byte_level_tokenizer, save, sentencepiece_tokenizer
-
-EOS = 2
-CLOSING = {ord(char) for char in '"]},'}
+from tests.support.walk import EOS, Walk, allowed
 
 
 @pytest.fixture(scope="module")
@@ -54,50 +52,12 @@ def new_compiler(tokenizer: Tokenizer) -> GrammarCompiler:
     return GrammarCompiler(tokenizer, tokenizer.vocab_size, frozenset({EOS}))
 
 
-def allowed(grammar: Grammar) -> list[int]:
-    mask = np.full(grammar.num_words, -1, np.int32)
-    grammar.fill_mask(mask)
-    return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
-
-
-class Walk:
-    """A generation by a model that chooses at random, with some will to finish."""
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        grammar: Grammar,
-        seed: int,
-        jump: bool = False,
-        limit: int = 400,
-    ) -> None:
-        self.ids: list[int] = []
-        self.num_steps = 0
-        self._random = np.random.default_rng(seed)
-        while not grammar.is_complete and len(self.ids) < limit:
-            if jump:
-                self.ids += grammar.forced()
-            if not grammar.is_complete:
-                self.ids.append(self._choose(tokenizer, allowed(grammar)))
-                grammar.accept(self.ids[-1])
-                self.num_steps += 1
-        self.is_complete = grammar.is_complete
-        text = b"".join(map(tokenizer.token_bytes, self.ids))
-        self.text = text.decode(errors="strict" if self.is_complete else "replace")
-
-    def _choose(self, tokenizer: Tokenizer, ids: list[int]) -> int:
-        last = [i for i in ids if i == EOS or tokenizer.token_bytes(i)[:1] in map(_byte, CLOSING)]
-        return int(self._random.choice(last if last and self._random.random() < 0.4 else ids))
-
-
-def _byte(value: int) -> bytes:
-    return bytes([value])
-
-
 def spell(tokenizer: Tokenizer, grammar: Grammar, text: str) -> None:
     """Accept `text`, byte for byte."""
     for byte in text.encode():
-        grammar.accept(next(i for i in allowed(grammar) if tokenizer.token_bytes(i) == _byte(byte)))
+        grammar.accept(
+            next(i for i in allowed(grammar) if tokenizer.token_bytes(i) == bytes([byte]))
+        )
 
 
 # --- Regexes
@@ -183,7 +143,7 @@ def byte_tokens(tokenizer: Tokenizer) -> dict[bytes, int]:
 
 def matches(tokenizer: Tokenizer, grammar: Grammar, text: bytes) -> bool:
     for byte in text:
-        token = byte_tokens(tokenizer)[_byte(byte)]
+        token = byte_tokens(tokenizer)[bytes([byte])]
         if not grammar.allows(token):
             return False
         grammar.accept(token)
