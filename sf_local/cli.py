@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sf_local import __version__
 from sf_local.artifact.manifest import DTYPE_BYTES, ModelConfig
@@ -126,7 +126,7 @@ def _ask() -> str:
         return ""
 
 
-def _print_stream(handle: Handle) -> str:
+def _print_stream(handle: Handle[Any]) -> str:
     """Print the answer as it grows, and its speed to standard error."""
     for text in handle:
         print(text, end="", flush=True)

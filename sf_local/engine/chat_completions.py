@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 from sf_local.engine.chat_processor import ChatOptions, ChatProcessor, Messages
 from sf_local.engine.generation import Generation
-from sf_local.engine.handle import AsyncStream, Handle
+from sf_local.engine.handle import AsyncStream, Handle, Stream
 from sf_local.engine.replicas import Replicas
-from sf_local.request.output import Output
+from sf_local.request.output import Output, ToolCall
 from sf_local.request.params import SamplingParams
 
 
@@ -34,7 +34,7 @@ class ChatCompletions:
         messages: Messages,
         params: SamplingParams | None = None,
         **options: Unpack[ChatOptions],
-    ) -> Handle:
+    ) -> Handle[str | ToolCall]:
         """Start an answer to a chat.
 
         The prompt is what the model's chat template writes; special tokens in what users wrote are
@@ -46,6 +46,10 @@ class ChatCompletions:
                 objects with these fields, oldest first. A content is a text or a list of parts,
                 {"type": "text", "text": ...} and {"type": "image", "image": ...}.
             params: how to answer; by default `SamplingParams()`.
+            tools: functions that the model may ask to be called, in OpenAI's form or as Python
+                functions with type hints. Its calls are `Output.tool_calls`.
+            tool_choice: "auto"; "none"; "required" for one or more calls, whose arguments are then
+                sure to be valid; {"name": ...} for one call of this tool.
             images: for the parts of type "image" that hold none, in their order. If there are no
                 such parts, the last message of the user begins with them.
             chat_template_kwargs: more that the template looks at, such as enable_thinking.
@@ -60,9 +64,10 @@ class ChatCompletions:
         messages: Messages,
         params: SamplingParams | None = None,
         **options: Unpack[ChatOptions],
-    ) -> Iterator[str]:
-        """The answer's text, as it grows. Arguments and errors as for `submit_chat`, which raises
-        here and not at the first delta."""
+    ) -> Stream[str | ToolCall]:
+        """The answer's text, as it grows, and each ToolCall once it is whole. `stream.output` is
+        the whole answer at the end. Arguments and errors as for `submit_chat`, which raises here
+        and not at the first delta."""
         return iter(self.submit_chat(messages, params, **options))
 
     async def achat(
@@ -74,12 +79,22 @@ class ChatCompletions:
         """`chat` for asyncio; cancelling the task cancels the answer."""
         return await self.astream_chat(messages, params, **options).result()
 
+    async def asubmit_chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> AsyncStream[str | ToolCall]:
+        """`submit_chat` for asyncio: raises mistakes at once, and returns what can be iterated over
+        with `async for`, or awaited by `.result()`."""
+        return await self.astream_chat(messages, params, **options)
+
     def astream_chat(
         self,
         messages: Messages,
         params: SamplingParams | None = None,
         **options: Unpack[ChatOptions],
-    ) -> AsyncStream:
+    ) -> AsyncStream[str | ToolCall]:
         """`stream_chat` for asyncio, as `astream`."""
 
         async def prepare() -> Generation:
@@ -100,7 +115,7 @@ class ChatCompletions:
         tokenize=False.
 
         Args:
-            tools: JSON schemas of functions.
+            tools: JSON schemas of functions, written as they are, or Python functions.
             add_generation_prompt: end with what opens the model's reply.
             continue_final_message: end within the last message.
 
@@ -115,4 +130,4 @@ class ChatCompletions:
         self, messages: Messages, params: SamplingParams | None, **options: Unpack[ChatOptions]
     ) -> Generation:
         self._replicas.check_usable()
-        return self._chats.generation(messages, params, **options)
+        return self._chats.generation(messages, params, options)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from sf_local.engine.generation import Generation
@@ -20,11 +21,14 @@ if TYPE_CHECKING:
     from sf_local.text.inserted_text import InsertedText
 
 Messages = Sequence[Any]
+Turns = list[dict[str, Any]]
 
 
 class ChatOptions(TypedDict, total=False):
     """What every entry point for chats takes besides messages and parameters; see `submit_chat`."""
 
+    tools: Sequence[Any] | None
+    tool_choice: str | Mapping[str, Any]
     images: Sequence[ImageInput] | None
     chat_template_kwargs: Mapping[str, Any] | None
 
@@ -52,75 +56,112 @@ class ChatProcessor:
             self._template = JinjaTemplate(self._inputs.tokenizer, name, self._chat_template)
         return self._template
 
-    def render(self, messages: Messages, **options: Any) -> str:
+    def render(self, messages: Messages, tools: Sequence[Any] | None, **options: Any) -> str:
         """As `Engine.apply_chat_template`."""
         from sf_local.text.messages import plain_messages
+        from sf_local.text.tools import normalized_tools
 
-        return self.template().render(plain_messages(messages), **options)
+        if tools is not None:  # dicts are written as they are
+            tools = [tool if isinstance(tool, Mapping) else normalized_tools([tool])[0]
+                     for tool in tools]  # fmt: skip
+        return self.template().render(plain_messages(messages), tools=tools, **options)
 
     def generation(
-        self,
-        messages: Messages,
-        params: SamplingParams | None,
-        images: Sequence[ImageInput] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        self, messages: Messages, params: SamplingParams | None, options: ChatOptions
     ) -> Generation:
         """A request for the next message, with all that its answer needs; raises as
         `Engine.submit_chat` does."""
-        from sf_local.text.messages import images_of, plain_messages, with_images
+        from sf_local.engine.answer_form import AnswerForm
 
         started_at = time.perf_counter()
-        params = checked(params)
-        turns, images = plain_messages(messages), () if images is None else images
-        shown_images = images_of(messages)
-        self._inputs.check_images(images)
-        self._inputs.check_images(shown_images)
-        if images and not shown_images:
-            turns, shown_images = with_images(turns, len(images)), [None] * len(images)
-        text, parts = self._rendered(turns, chat_template_kwargs)
-        ids = self._inputs.tokenizer.encode_parts(parts)
-        is_whole = len(parts) == 1  # else no other prompt has these tokens
-        if is_whole:
-            ids = self._encode.joined(text, ids)
+        params, template = checked(params), self.template()
         deadline = None if params.timeout is None else started_at + params.timeout
-        prompt = self._inputs.prepare(ids, _filled(shown_images, images), deadline)
-        stops = (*params.stop, *self.template().stop_strings())
-        params = params if params.ignore_eos else replace(params, stop=stops)
-        generation = self._inputs.generation(prompt, params, started_at=started_at)
+        turns, images = self._messages(messages, options.get("images") or ())
+        form = AnswerForm.of(template, options.get("tools"), options.get("tool_choice"), params)
+        chat = _Chat(template, turns, form.tools or None, options.get("chat_template_kwargs"))
+        text = chat.written()
+        parts = self._escaped(chat, text) if self._escape else [(text, False)]
+        ids, is_whole = self._inputs.tokenizer.encode_parts(parts), len(parts) == 1
+        if is_whole:  # else no other prompt has these tokens
+            ids = self._encode.joined(text, ids)
+        prompt = self._inputs.prepare(ids, images, deadline)
+        if not params.ignore_eos:
+            params = replace(params, stop=(*params.stop, *template.stop_strings()))
+        opening = chat.opening(text) if form.knows_reasoning else ""
+        generation = self._inputs.generation(
+            prompt, params, started_at=started_at, parser=form.parser(opening),
+            make_grammar=form.make_grammar(opening),
+        )  # fmt: skip
         if is_whole and self._inputs.reuses_answer_tokens:
             generation.remember = functools.partial(self._encode.remember, text, prompt.plain)
         return generation
 
-    def _rendered(
-        self, turns: list[dict[str, Any]], variables: Mapping[str, Any] | None
-    ) -> tuple[str, list[tuple[str, bool]]]:
-        """The prompt of a chat, and its parts, each with whether special tokens in it are plain
-        text. A last message of the assistant is continued."""
-        is_continued = turns[-1]["role"] == "assistant"
-        render = functools.partial(
-            self.template().render,
-            add_generation_prompt=not is_continued,
-            continue_final_message=is_continued,
-        )
-        text = render(turns, variables=variables)
-        if not self._escape:
-            return text, [(text, False)]
+    def _messages(
+        self, messages: Messages, images: Sequence[ImageInput]
+    ) -> tuple[Turns, list[ImageInput]]:
+        """The messages as plain data, and the images that they show."""
+        from sf_local.text.messages import images_of, plain_messages, with_images
+
+        turns, shown = plain_messages(messages), images_of(messages)
+        self._inputs.check_images(images)
+        self._inputs.check_images(shown)
+        if images and not shown:
+            turns, shown = with_images(turns, len(images)), [None] * len(images)
+        return turns, _filled(shown, images)
+
+    def _escaped(self, chat: _Chat, text: str) -> list[tuple[str, bool]]:
+        """A prompt in parts, each with whether special tokens in it are plain text."""
         if self._inserted is None:
             from sf_local.text.inserted_text import InsertedText
 
             self._inserted = InsertedText(self._inputs.tokenizer.special_tokens)
-        given = turns, variables
-        marked = self._inserted.marked(turns), self._inserted.marked(variables)
-        if marked == given:
-            return text, [(text, False)]
-        parts = self._inserted.parts(render(marked[0], variables=marked[1]))
+        mark = self._inserted.marked
+        marked = replace(
+            chat, turns=mark(chat.turns), tools=mark(chat.tools), variables=mark(chat.variables)
+        )
+        if marked == chat:
+            return [(text, False)]
+        parts = self._inserted.parts(marked.written())
         if "".join(part for part, _ in parts) != text:
             raise ChatTemplateError(
                 f"The chat template of {self._inputs.artifact.name} writes contents with special "
                 "tokens so that they cannot be told from its own. Remove such tokens from the "
                 "messages, or give Engine(escape_special_tokens=False) if you trust all of them."
             )
-        return text, parts
+        return parts
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """What a prompt is written of, in plain data."""
+
+    template: JinjaTemplate
+    turns: Turns
+    tools: Sequence[Any] | None
+    variables: Mapping[str, Any] | None
+
+    def written(self) -> str:
+        """The prompt. It ends where the answer begins, within a last message of the assistant."""
+        return self._rendered(continue_final_message=self._is_continued, is_open=True)
+
+    def opening(self, text: str) -> str:
+        """What the prompt `text` ends with, from where the answer's message begins."""
+        if self._is_continued:
+            return str(self.turns[-1].get("content", ""))
+        closed = self._rendered(continue_final_message=False, is_open=False)
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(text, closed, strict=False))
+        return text[sum(1 for _ in same) :]
+
+    @property
+    def _is_continued(self) -> bool:
+        return bool(self.turns[-1]["role"] == "assistant")
+
+    def _rendered(self, continue_final_message: bool, is_open: bool) -> str:
+        return self.template.render(
+            self.turns, tools=self.tools, variables=self.variables,
+            continue_final_message=continue_final_message,
+            add_generation_prompt=is_open and not continue_final_message,
+        )  # fmt: skip
 
 
 def _filled(shown_images: list[Any], images: Sequence[ImageInput]) -> list[ImageInput]:

@@ -6,7 +6,7 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from numbers import Integral
 from typing import TYPE_CHECKING, TypedDict, cast
@@ -28,6 +28,9 @@ from sf_local.vision.reader import ImageReader
 if TYPE_CHECKING:
     from sf_local.grammar.compiler import GrammarCompiler
     from sf_local.grammar.matcher import Grammar
+    from sf_local.text.tool_calls import AnswerParser
+
+    MakeGrammar = Callable[[GrammarCompiler], Grammar]
 
 PromptInput = str | Sequence[int] | Prompt
 
@@ -154,10 +157,13 @@ class InputProcessor:
         params: SamplingParams | None,
         images: Sequence[ImageInput] = (),
         started_at: float | None = None,
+        parser: AnswerParser | None = None,
+        make_grammar: MakeGrammar | None = None,
     ) -> Generation:
         """A request with all that its answer needs; raises as `Engine.submit` does.
 
-        started_at: `time.perf_counter()` of the call; else now.
+        started_at: `time.perf_counter()` of the call; else now. parser: of a chat's answer.
+        make_grammar: makes the answer's grammar, if that is not one of the parameters'.
         """
         params = checked(params)
         if params.n != 1:
@@ -170,22 +176,16 @@ class InputProcessor:
         request = Request(
             ready.ids, params, max_new_tokens, spans=ready.spans, prompt_keys=ready.keys
         )
+        if make_grammar is None and params.is_constrained:
+            make_grammar = functools.partial(_grammar, params)
         grammar = None
-        if params.is_constrained:  # llguidance calls Python, and drops or renames what raises there
-            grammar = uninterrupted(functools.partial(self._grammar, params))
-        generation = Generation(request, self.tokenizer, self._eos_ids, grammar, started_at)
+        if make_grammar is not None:  # llguidance drops or renames what raises in Python's code
+            make = make_grammar
+            grammar = uninterrupted(lambda: make(self._grammar_compiler()))
+        generation = Generation(request, self.tokenizer, self._eos_ids, grammar, started_at, parser)
         if ready.text is not None and self.reuses_answer_tokens:
             generation.remember = functools.partial(self._encode.remember, ready.text, ready.plain)
         return generation
-
-    def _grammar(self, params: SamplingParams) -> Grammar:
-        """Of parameters that have one."""
-        grammars = self._grammar_compiler()
-        if params.regex is not None:
-            return grammars.regex(params.regex)
-        if params.json_schema is not None:
-            return grammars.json_schema(params.json_schema)
-        return grammars.ebnf(cast(str, params.ebnf))
 
     def _check_params(self, params: SamplingParams, prompt_len: int) -> None:
         """What depends on the model or the prompt; the rest was checked when they were made."""
@@ -239,6 +239,15 @@ class InputProcessor:
                 f"of {self.max_tokens}; shorten it, or raise kv_pages or the model's max_seq_len"
             )
         return prompt
+
+
+def _grammar(params: SamplingParams, grammars: GrammarCompiler) -> Grammar:
+    """Of parameters that have one."""
+    if params.regex is not None:
+        return grammars.regex(params.regex)
+    if params.json_schema is not None:
+        return grammars.json_schema(params.json_schema)
+    return grammars.ebnf(cast(str, params.ebnf))
 
 
 def _check_top_k(params: SamplingParams, k: int) -> None:

@@ -13,6 +13,7 @@ from sf_local.errors import ChatTemplateError
 from sf_local.text.jinja import compile_template, plain_data
 from sf_local.text.messages import as_parts, as_text, has_image, with_objects
 from sf_local.text.tokenizer import Tokenizer
+from sf_local.text.tool_formats import ToolFormat, tool_format
 
 Messages = Sequence[dict[str, Any]]
 
@@ -20,6 +21,10 @@ _END = "\ud803"  # of a message that is continued: a lone surrogate, which no te
 _ASK, _REPLY = "QuestionMarker71", "ReplyMarker72"
 _JSON = '{"marker73": 1}'
 _QUESTION = {"role": "user", "content": _ASK}
+_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "tool_marker74", "description": "", "parameters": {"type": "object"}},
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class _Form:
     takes_text: bool = True  # a content that is a str
     takes_parts: bool = True  # a content that is a list of parts
     takes_json: bool = True  # arguments of a tool call as JSON text, as OpenAI has them
+    writes_tools: bool = False
 
 
 class JinjaTemplate:
@@ -91,6 +97,7 @@ class JinjaTemplate:
             takes_parts=_ASK in parts and "'type'" not in parts and '"type"' not in parts,
             takes_json=_JSON in self._tried(form, [_QUESTION, _call(_JSON)])
             or _JSON[1:-1] not in self._tried(form, [_QUESTION, _call({"marker73": 1})]),
+            writes_tools=_TOOL["function"]["name"] in self._tried(form, [_QUESTION], tools=[_TOOL]),
         )
 
     def _tried(self, form: _Form, messages: Messages, **variables: Any) -> str:
@@ -121,9 +128,7 @@ class JinjaTemplate:
             ChatTemplateError: the template fails, for example because it refuses a system message;
                 or does not write the message that is continued as it stands.
         """
-        form = self._forms["default"]
-        if tools is not None:
-            form = self._forms.get("tool_use", form)
+        form = self._form_for(tools)
         messages = [self._adapted(form, message) for message in messages]
         given: dict[str, Any] = {
             "tools": plain_data(tools), "documents": None,
@@ -170,9 +175,24 @@ class JinjaTemplate:
             self.fail("does not write the last message so that it can be continued")
         return before if after.startswith(" ") else before.rstrip()
 
-    def writes_tools(self, messages: Messages, tools: Sequence[Any]) -> bool:
-        """Whether a conversation's prompt tells of `tools`."""
-        return self.render(messages, tools=tools) != self.render(messages)
+    def _form_for(self, tools: object) -> _Form:
+        default = self._forms["default"]
+        return default if tools is None else self._forms.get("tool_use", default)
+
+    @property
+    def writes_tools(self) -> bool:
+        """Whether prompts tell of tools that are given."""
+        return self._form_for(()).writes_tools
+
+    @property
+    def tool_format(self) -> ToolFormat | None:
+        """How the model writes calls of tools; None if that is not known."""
+        return tool_format(self._form_for(()).source)
+
+    @property
+    def knows_reasoning(self) -> bool:
+        """Whether it reads or writes <think>, so that answers may begin with it."""
+        return any("think>" in form.source for form in self._forms.values())
 
     def stop_strings(self, reply_suffix: str | None = None) -> tuple[str, ...]:
         """The special token that ends a reply, if the template writes one; else nothing.
@@ -188,11 +208,6 @@ class JinjaTemplate:
         starts = (suffix[:end] for end in range(len(suffix), 0, -1))
         is_token = self._tokenizer.token_id
         return next(((text,) for text in starts if is_token(text) is not None), ())
-
-    @property
-    def sources(self) -> str:
-        """The Jinja text of all templates in use."""
-        return "\n".join(form.source for form in self._forms.values())
 
     def fail(self, what: str) -> NoReturn:
         """Raise ChatTemplateError: this template does `what`."""
