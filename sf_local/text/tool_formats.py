@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-# What other formats have that write <tool_call> as well: calls as XML or in one list
+# What other formats have that write <tool_call> or <|python_tag|> as well: XML, or one list
 _OTHER_FORMATS = "<function=", "<arg_key>", "<invoke", "<tool_calls>"
 # By these a template of Llama 3 without built-in tools is known: the role of results, and a key
 _LLAMA_RESULTS, _LLAMA_KEY = "ipython", '"parameters"'
@@ -45,11 +45,12 @@ def tool_format(template: str) -> ToolFormat | None:
     Llama 3's, Hermes' and Qwen's, and Mistral's."""
     if "[TOOL_CALLS]" in template:
         return _mistral(template)
+    if any(text in template for text in _OTHER_FORMATS):
+        return None
     if "<tool_call>" in template:
-        has_other = any(text in template for text in _OTHER_FORMATS)
-        return None if has_other else HERMES
+        return HERMES
     is_llama = _LLAMA_RESULTS in template and _LLAMA_KEY in template.replace('\\"', '"')
-    if "<|python_tag|>" in template or is_llama:
+    if is_llama or "<|python_tag|>" in template:
         return _llama("; " if "single tool-calls" not in template else None)
     return None
 

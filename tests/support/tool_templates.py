@@ -104,7 +104,7 @@ TOOL_TEMPLATES = {
     "mistral_v11": _MISTRAL_V11.replace("CALL_ID", '[CALL_ID]" + tool_call.id + "'),
     "mistral_v13": _MISTRAL_V11.replace("CALL_ID", ""),
 }
-END_MARKERS = "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "</s>"
+END_MARKERS = "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "</s>"
 
 
 def written_answer(template: str, tools: list[Any], message: dict[str, Any], **kwargs: Any) -> str:
@@ -115,4 +115,5 @@ def written_answer(template: str, tools: list[Any], message: dict[str, Any], **k
     [text], _ = render_jinja_template([[*messages, message]], **kwargs)
     assert text.startswith(prompt)
     answer = str(text).removeprefix(prompt).rstrip("\n")
-    return next(answer.removesuffix(end) for end in END_MARKERS if answer.endswith(end))
+    [end] = [end for end in END_MARKERS if answer.endswith(end)]
+    return answer.removesuffix(end)

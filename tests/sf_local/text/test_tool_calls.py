@@ -13,10 +13,14 @@ from sf_local.request.output import Delta, ToolCall
 from sf_local.text.tool_calls import AnswerParser, is_reasoning
 from sf_local.text.tool_formats import ToolFormat, tool_format
 from sf_local.text.tools import normalized_tools
+from tests.support.published_templates import published_templates
 from tests.support.tool_templates import TOOL_TEMPLATES, written_answer
 
 NAMES = "get_weather", "send-mail", "now"
-TOOLS = normalized_tools([{"name": name, "description": "It."} for name in NAMES])
+NO_PARAMETERS = {"type": "object", "properties": {}}  # some templates demand them
+TOOLS = normalized_tools(
+    [{"name": name, "description": "It.", "parameters": NO_PARAMETERS} for name in NAMES]
+)
 FORMATS = {name: tool_format(text) for name, text in TOOL_TEMPLATES.items()}
 HERMES, LLAMA, MISTRAL = FORMATS["qwen"], FORMATS["llama3.1"], FORMATS["mistral_v3"]
 Call = tuple[str, dict[str, Any]]
@@ -79,6 +83,43 @@ def test_calls_that_transformers_writes(name: str, calls: list[Call]) -> None:
         assert [call.id for call in found] == [f"callNo{i:03}" for i in range(len(calls))]
     assert len({call.id for call in found}) == len(calls)
     assert all(len(call.id) == 9 and call.id.isalnum() for call in found)
+
+
+PUBLISHED = (
+    "Bielik-11B-v3.0-Instruct",
+    "Mistral-Small-3.2-24B-Instruct-2506",
+    "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use",
+    "NousResearch-Hermes-3-Llama-3.1-8B-tool_use",
+    "Qwen-Qwen2.5-7B-Instruct",
+    "Qwen-Qwen3-0.6B",
+    "ibm-granite-granite-4.0",
+    "meta-llama-Llama-3.1-8B-Instruct",
+    "meta-llama-Llama-3.2-3B-Instruct",
+    "meta-llama-Llama-3.3-70B-Instruct",
+    "mistralai-Ministral-3-14B-Reasoning-2512",
+    "mistralai-Mistral-Nemo-Instruct-2407",
+    "unsloth-mistral-Devstral-Small-2507",
+)
+
+
+@pytest.mark.slow  # when they are downloaded
+@settings(max_examples=10, deadline=None)
+@pytest.mark.parametrize("name", PUBLISHED)
+@given(calls=st.lists(CALLS, min_size=1, max_size=2))
+def test_published_templates(name: str, calls: list[Call]) -> None:
+    template = published_templates()[name]
+    form = tool_format(template)
+    calls = calls if form.separator is not None else calls[:1]
+    answer = written_answer(template, TOOLS, message_of(calls))
+    assert taken_apart(answer, form) == ("", calls)
+
+
+@pytest.mark.slow
+def test_formats_of_published_templates() -> None:
+    """Those that write calls otherwise are not taken for one of ours."""
+    forms = {name: tool_format(text) for name, text in published_templates().items()}
+    ours = {name for name, form in forms.items() if form is not None}
+    assert ours == {*PUBLISHED, "MiMo-VL", "Qwen-QwQ-32B", "Reka-Edge", "ibm-granite-granite-4.1"}
 
 
 def test_text_and_reasoning_beside_calls() -> None:
@@ -279,7 +320,5 @@ def test_pieces_do_not_matter(
 
 def test_other_formats() -> None:
     assert tool_format("{{ messages }}") is None
-    assert tool_format("<tool_call>{{ name }}<arg_key>") is None  # GLM
-    assert tool_format("<tool_call>\n<function={{ name }}>") is None  # Qwen3-Coder
     assert json.loads(f"{HERMES.before_name}x{HERMES.before_arguments}1}}"[len("<tool_call>\n") :])
     assert tool_format('ipython {\\"name\\": "x", \\"parameters\\": {}}').separator == "; "
