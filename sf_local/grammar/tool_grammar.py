@@ -15,8 +15,8 @@ from sf_local.text.tool_formats import ToolFormat
 Reasoning = Literal["none", "optional", "open"]
 # Beside one of these an object without listed properties may have some all the same
 _OTHER_KEYS = frozenset(
-    ("additionalProperties", "patternProperties", "minProperties", "required", "allOf", "anyOf",
-     "oneOf", "$ref")
+    ("additionalProperties", "patternProperties", "minProperties", "allOf", "anyOf", "oneOf",
+     "$ref")
 )  # fmt: skip
 
 
@@ -26,7 +26,8 @@ def arguments_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
     tool: in OpenAI's form.
     """
     schema = {**(tool["function"].get("parameters") or {"properties": {}}), "type": "object"}
-    if schema.get("properties") == {} and not schema.keys() & _OTHER_KEYS:
+    is_empty = schema.get("properties") == {} and not schema.get("required")
+    if is_empty and not schema.keys() & _OTHER_KEYS:
         schema["additionalProperties"] = False
     return schema
 
@@ -44,7 +45,7 @@ def tool_grammar(
         tools: in OpenAI's form.
         several: more calls may follow the first, if the format has a place for them.
         reasoning: "open" if the answer begins inside <think>, "optional" if it may.
-        token_id: the token of a text, which it is only written as; None if it is no token.
+        token_id: the token of a marker, as which alone it is written; None if it is text.
 
     Raises:
         Refused: a schema is not supported.

@@ -42,7 +42,7 @@ TOOLS = normalized_tools(
     [
         {"name": "now"},
         {"name": "get-weather", "parameters": WEATHER},
-        {"name": "nothing", "parameters": {"type": "object", "properties": {}}},
+        {"name": "nothing", "parameters": {"type": "object", "properties": {}, "required": []}},
         {"name": "either", "parameters": {"type": ["object", "null"], "anyOf": EITHER}},
     ]
 )
