@@ -49,6 +49,7 @@ class EngineCore:
         self.cache = RadixCache(self.pool, artifact.config.page_size)
         self.scheduler = Scheduler(self.pool, self.cache, limits)
         self._outputs = OutputProcessor(self.scheduler, failures)
+        self.request_metrics = self._outputs.request_metrics
         self._executor = Executor(runner, artifact.config.page_size, self._outputs.take_logits)
         self._can_jump = jump_forward and limits.reuse == "tokens"
         self._vocab_size = artifact.manifest.vocab_size if artifact.manifest else None
@@ -123,7 +124,8 @@ class EngineCore:
         masks = _masks(chunks, generations)
         rows = self._executor.rows(chunks)
         try:
-            output = await call(chunks, rows, self._output_spec(chunks, generations, masks))
+            spec = _output_spec(chunks, generations, masks, self._outputs.deliver)
+            output = await call(chunks, rows, spec)
         except Exception as error:
             await self._fail_call([chunk.request for chunk in chunks], error)
             self.cache.forget(self._executor.written_pages(rows))
@@ -133,21 +135,6 @@ class EngineCore:
             self.cache.forget(self._executor.written_pages([rows[i] for i in wrong]))
         self.scheduler.commit(chunks)
         self._sample(chunks, generations, output, masks)
-
-    def _output_spec(
-        self, chunks: Sequence[Chunk], generations: Sequence[Generation], masks: Masks
-    ) -> OutputSpec:
-        def meanwhile() -> None:
-            """What the host does while the device computes."""
-            self._outputs.deliver()
-            masks.fill()
-
-        return OutputSpec(
-            [generation.sampler.inv_temperature for generation in generations],
-            num_logits=sum([chunk.needs_logits for chunk in chunks]),
-            copy=False,
-            meanwhile=meanwhile,
-        )
 
     async def _end_wrong(self, wrong: Sequence[tuple[Chunk, str]]) -> None:
         """End requests for which a call returned what cannot be right.
@@ -289,6 +276,24 @@ class EngineCore:
 def _running(chunks: Sequence[Chunk]) -> list[Chunk]:
     """Chunks whose requests have not ended since they were scheduled."""
     return [chunk for chunk in chunks if chunk.request.status is RequestStatus.RUNNING]
+
+
+def _output_spec(
+    chunks: Sequence[Chunk], generations: Sequence[Generation], masks: Masks,
+    deliver: Callable[[], None],
+) -> OutputSpec:  # fmt: skip
+    """What a call returns, and what the host does while the device computes."""
+
+    def meanwhile() -> None:
+        deliver()
+        masks.fill()
+
+    return OutputSpec(
+        [generation.sampler.inv_temperature for generation in generations],
+        num_logits=sum([chunk.needs_logits for chunk in chunks]),
+        copy=False,
+        meanwhile=meanwhile,
+    )
 
 
 def _masks(chunks: Sequence[Chunk], generations: Sequence[Generation]) -> Masks:

@@ -20,6 +20,7 @@ from sf_local.engine.completions import Completions
 from sf_local.engine.input_processor import InputProcessor
 from sf_local.engine.interrupts import check_threads
 from sf_local.engine.kv_budget import memory_bytes
+from sf_local.engine.metrics import metrics_text
 from sf_local.engine.placement import MakeRunner, Place, log_loaded, place_workers
 from sf_local.engine.scheduler import MAX_RUNNING, PREFILL_TOKENS
 from sf_local.engine.worker import finish_closing
@@ -172,6 +173,17 @@ class Engine(Completions, ChatCompletions):
         on each device.
         """
         return self._replicas.stats()
+
+    def metrics(self) -> str:
+        """The metrics of this engine in Prometheus' text format, version 0.0.4, for an app to serve
+        as "text/plain; version=0.0.4".
+
+        Counters, gauges and histograms of latencies, named as vLLM's with the prefix `sf_local_`;
+        labels: model_name, device, and replica, which counts the devices. A request is counted when
+        it ends, each text of `score` as one. Any thread may call this at any time, after `shutdown`
+        too; raises EngineError in a forked child.
+        """
+        return metrics_text(self.artifact.name, self._replicas.metrics(self.devices))
 
     def flush_cache(self) -> None:
         """Free all KV pages that no request uses, on the CPU with their memory; returns when it is

@@ -76,6 +76,7 @@ class Generation:
         self._matched: str | int | None = None
         self._started_at = time.perf_counter() if started_at is None else started_at
         self._first_token_at = self._started_at
+        self._ready_at = time.perf_counter()
         self.deadline = None if params.timeout is None else self._started_at + params.timeout
 
     def accept(self, sampled: Sampled, can_jump: bool) -> str | None:
@@ -184,6 +185,7 @@ class Generation:
             tool_calls=answer.tool_calls,
             reasoning=answer.reasoning or None,
             schema=schema if isinstance(schema, type) else None,
+            queue_time=(request.scheduled_at or now) - self._ready_at,
         )
         if self.remember is not None and request.output_ids:
             self.remember(request.output_ids, written)

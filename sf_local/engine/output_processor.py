@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from sf_local.engine.failures import Failures
 from sf_local.engine.generation import Generation
 from sf_local.engine.log import log
+from sf_local.engine.metrics import RequestMetrics
 from sf_local.engine.scheduler import Scheduler
 from sf_local.errors import SfLocalError
 from sf_local.request.batch import Chunk
@@ -27,6 +28,7 @@ class OutputProcessor:
 
     def __init__(self, scheduler: Scheduler, failures: Failures) -> None:
         self._scheduler, self._failures = scheduler, failures
+        self.request_metrics = RequestMetrics()
         self.generations: dict[Request, Generation] = {}  # of all requests that have not ended
         self._with_news: list[Generation] = []  # have tokens whose text is not delivered
         self._deadlines: list[tuple[float, int, Request]] = []  # a heap
@@ -83,6 +85,7 @@ class OutputProcessor:
             last = error or generation.finish(reason)
         except BaseException as failure:  # Rust's panics are no Exception
             last = error or self._failures.of_request(failure)
+        self.request_metrics.observe(last if isinstance(last, BaseException) else last[1])
         generation.end(last)
         if reason in ("abort", "timeout"):
             self._cut_short.append(generation)

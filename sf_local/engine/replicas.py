@@ -14,6 +14,7 @@ from functools import partial
 from typing import Protocol
 
 from sf_local.engine.generation import Generation
+from sf_local.engine.metrics import Replica, RequestMetrics
 from sf_local.engine.stats import total
 from sf_local.engine.worker import Work, Worker
 from sf_local.errors import SfLocalError
@@ -25,7 +26,12 @@ MAX_LEAD = 8  # requests that a replica may have more than the one with the fewe
 
 
 class Core(Work, Protocol):
-    """What a replica needs of an engine core; all but `stats` is called on the worker's thread."""
+    """What a replica needs of an engine core; all but `stats` is called on the worker's thread.
+
+    request_metrics: of the requests that have ended.
+    """
+
+    request_metrics: RequestMetrics
 
     def add(self, generation: Generation) -> None:
         """Take a new request in."""
@@ -140,6 +146,16 @@ class Replicas:
     def stats(self) -> dict[str, float]:
         """What `Engine.stats` reports, for all devices together."""
         return total([worker.core.stats() for worker in self.workers])
+
+    def metrics(self, devices: Sequence[str]) -> list[Replica]:
+        """What `Engine.metrics` reports. devices: the names of the workers' devices. Raises
+        EngineError in a forked child, which would tell its parent's numbers."""
+        self.check_process()
+        cores = [worker.core for worker in self.workers]
+        return [
+            Replica(device, core.stats(), core.request_metrics)
+            for device, core in zip(devices, cores, strict=True)
+        ]
 
     def check_process(self) -> None:
         """Raise EngineError in a forked child."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -224,6 +225,7 @@ class Scheduler:
             request.num_computed += match.num_partial
         if request.num_cached is None:
             request.num_cached = min(request.num_computed, len(request.prompt_ids))
+            request.scheduled_at = time.perf_counter()
         _take_out(self.waiting, request)
         request.status, request.prefix_leader = RequestStatus.RUNNING, None
         request.num_published = request.num_computed

@@ -62,6 +62,8 @@ class Output:
         tool_calls: calls of tools that a chat was given, those that are whole.
         reasoning: what a chat's answer holds in <think>, without the tags; None without them.
         schema: the pydantic model that was given as `json_schema`, for `parsed`.
+        queue_time: seconds from when prompt and parameters were ready until its computation began,
+            or until the end, if it never did.
     """
 
     text: str
@@ -76,6 +78,7 @@ class Output:
     logprobs: Logprobs | None = None
     tool_calls: Sequence[ToolCall] = ()
     reasoning: str | None = None
+    queue_time: float = 0.0
     schema: type[Any] | None = field(default=None, repr=False)
 
     @property

@@ -39,6 +39,7 @@ class Request:
         num_tokens: length of prompt and answer together.
         sequence: order of arrival at the scheduler; -1 before it arrived.
         num_cached: prompt tokens found in the prefix cache when the request first started.
+        scheduled_at: `time.perf_counter()` of that moment.
         prefix_leader: a running request that computes the first `prefix_len` tokens for both.
         finish_reason: "stop", "length", "abort" or "timeout".
     """
@@ -58,6 +59,7 @@ class Request:
     num_computed: int = 0
     num_published: int = 0
     num_cached: int | None = None
+    scheduled_at: float | None = None
     prefix_leader: Request | None = None
     prefix_len: int = 0
     finish_reason: str | None = None

@@ -7,13 +7,16 @@ import os
 import re
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
-from tests.support.tiny import SeeingModel
+from tests.support.tiny import SeeingModel, TinyModel
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -92,9 +95,27 @@ def test_bench_images_refuses(arguments: tuple[str, ...], message: str) -> None:
     assert done.returncode == 2 and message in done.stderr
 
 
+def test_metrics(tiny: TinyModel) -> None:
+    command = [sys.executable, EXAMPLES / "metrics.py", "--vmfb", tiny.artifact, "--port", "0"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:  # type: ignore[call-overload]
+        url = process.stdout.readline().strip()
+        process.stdin.write("a line\n")
+        process.stdin.flush()
+        assert process.stdout.readline()
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+            families = {f.name: f for f in text_string_to_metric_families(answer.read().decode())}
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(url.replace("metrics", "other"), timeout=60)
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert sum(sample.value for sample in families["sf_local_requests"].samples) == 1
+
+
 def test_there_is_no_other_example() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "common.py", "multi_turn.py", "streaming.py", "fork.py", "batch.py", "constrained.py",
         "offline_batch.py", "describe_image.py", "random_smolvlm.py", "bench_peers.py",
-        "bench_shape.py", "bench_images.py", "first_run_on_gpu.py",
+        "bench_shape.py", "bench_images.py", "first_run_on_gpu.py", "metrics.py",
     }  # fmt: skip
