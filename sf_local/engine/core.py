@@ -16,6 +16,7 @@ from sf_local.artifact.open import Artifact
 from sf_local.device.device import Device
 from sf_local.engine.executor import Executor, unencoded
 from sf_local.engine.failures import Failures
+from sf_local.engine.finish_callback import FinishCallback
 from sf_local.engine.generation import Generation
 from sf_local.engine.output_processor import OutputProcessor
 from sf_local.engine.scheduler import Limits, Scheduler
@@ -42,13 +43,13 @@ class EngineCore:
 
     def __init__(
         self, artifact: Artifact, device: Device, runner: ModelRunner, limits: Limits,
-        failures: Failures, *, jump_forward: bool = True,
+        failures: Failures, *, jump_forward: bool = True, on_finish: FinishCallback | None = None,
     ) -> None:  # fmt: skip
         self._device, self._failures, self.runner = device, failures, runner
         self.pool = PagePool(runner.num_pages)
         self.cache = RadixCache(self.pool, artifact.config.page_size)
         self.scheduler = Scheduler(self.pool, self.cache, limits)
-        self._outputs = OutputProcessor(self.scheduler, failures)
+        self._outputs = OutputProcessor(self.scheduler, failures, on_finish)
         self.request_metrics = self._outputs.request_metrics
         self._executor = Executor(runner, artifact.config.page_size, self._outputs.take_logits)
         self._can_jump = jump_forward and limits.reuse == "tokens"

@@ -17,6 +17,7 @@ from sf_local.device.info import check_name, find_device
 from sf_local.engine.chat_completions import ChatCompletions
 from sf_local.engine.chat_processor import ChatProcessor
 from sf_local.engine.completions import Completions
+from sf_local.engine.finish_callback import OnFinish
 from sf_local.engine.input_processor import InputProcessor
 from sf_local.engine.interrupts import check_threads
 from sf_local.engine.kv_budget import memory_bytes
@@ -45,6 +46,7 @@ class EngineOptions(TypedDict, total=False):
     jump_forward: bool
     reuse_answer_tokens: bool
     escape_special_tokens: bool
+    on_finish: OnFinish | None
 
 
 class Engine(Completions, ChatCompletions):
@@ -78,6 +80,12 @@ class Engine(Completions, ChatCompletions):
             written by; by default the model's own.
         escape_special_tokens: encode special tokens in the messages of chats as plain text, so that
             nobody can end a message within its content. Those of the template stay tokens.
+        on_finish: called once for every request that was submitted and has ended, with what
+            `result()` returns (an Output, also of aborts and timeouts) or raises (an SfLocalError),
+            and with its SamplingParams. Each of `samples`, each text of `score` and each `warm` is
+            a request. Calls come one after another on a thread of their own, in the order in which
+            requests end, and hold up no stream; what one raises is logged. `shutdown` waits for
+            them. A function that refers to the engine keeps it open until `shutdown`.
 
     Any number of generations run at once, from any thread. A generation depends only on its prompt
     (as token ids) and parameters, not on what runs beside it. Raises RequestError for an option
@@ -103,6 +111,7 @@ class Engine(Completions, ChatCompletions):
         reuse_answer_tokens: bool = True,
         chat_template: str | None = None,
         escape_special_tokens: bool = True,
+        on_finish: OnFinish | None = None,
         _make_runner: MakeRunner = ModelRunner,
     ) -> None:
         started_at = time.perf_counter()
@@ -115,6 +124,8 @@ class Engine(Completions, ChatCompletions):
         check_bool("escape_special_tokens", escape_special_tokens)
         if not isinstance(chat_template, str | None):
             raise RequestError(f"chat_template={shown(chat_template)} must be a Jinja text")
+        if not (on_finish is None or callable(on_finish)):
+            raise RequestError(f"on_finish={shown(on_finish)} must be a function, or None")
         names = [device] if isinstance(device, str) else device
         if not isinstance(names, Sequence) or not names:
             raise DeviceError(f"device={device!r} must be a name, or a list of them")
@@ -143,7 +154,7 @@ class Engine(Completions, ChatCompletions):
         self.vocab_size = self._inputs.vocab_size
         self._replicas = place_workers(
             places, prefill_tokens=prefill_tokens, max_running=max_running,
-            jump_forward=jump_forward, make_runner=_make_runner,
+            jump_forward=jump_forward, on_finish=on_finish, make_runner=_make_runner,
         )  # fmt: skip
         # Garbage collection would drop a KeyboardInterrupt that is raised while it waits
         self._finalizer = weakref.finalize(self, self._replicas.ask_to_close)

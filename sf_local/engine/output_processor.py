@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sf_local.engine.failures import Failures
+from sf_local.engine.finish_callback import FinishCallback
 from sf_local.engine.generation import Generation
 from sf_local.engine.log import log
 from sf_local.engine.metrics import RequestMetrics
@@ -24,10 +25,15 @@ from sf_local.request.request import Request
 
 
 class OutputProcessor:
-    """Delivers text and ends generations, each exactly once; an error of one harms no other."""
+    """Delivers text and ends generations, each exactly once; an error of one harms no other.
 
-    def __init__(self, scheduler: Scheduler, failures: Failures) -> None:
-        self._scheduler, self._failures = scheduler, failures
+    on_finish: told of each that ends.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, failures: Failures, on_finish: FinishCallback | None
+    ) -> None:
+        self._scheduler, self._failures, self._on_finish = scheduler, failures, on_finish
         self.request_metrics = RequestMetrics()
         self.generations: dict[Request, Generation] = {}  # of all requests that have not ended
         self._with_news: list[Generation] = []  # have tokens whose text is not delivered
@@ -69,7 +75,7 @@ class OutputProcessor:
                 self.fail(generation.request, error)
         self._with_news.clear()
 
-    def end(self, request: Request, reason: str, error: BaseException | None = None) -> None:
+    def end(self, request: Request, reason: str, error: SfLocalError | None = None) -> None:
         """End a generation with its output, or an error; nothing if it has ended already.
 
         Raises nothing: whoever waits for the generation is told of the first error there is.
@@ -82,10 +88,14 @@ class OutputProcessor:
             request.spans = ()  # the heap of deadlines may keep the request, but not its tiles
             if error is not None:
                 generation.write()
-            last = error or generation.finish(reason)
+            last: tuple[str, Output] | SfLocalError = error or generation.finish(reason)
         except BaseException as failure:  # Rust's panics are no Exception
             last = error or self._failures.of_request(failure)
-        self.request_metrics.observe(last if isinstance(last, BaseException) else last[1])
+        result = last if isinstance(last, SfLocalError) else last[1]
+        with contextlib.suppress(BaseException):  # whoever waits is told in any case
+            self.request_metrics.observe(result)
+            if self._on_finish is not None:
+                self._on_finish(result, request.params)
         generation.end(last)
         if reason in ("abort", "timeout"):
             self._cut_short.append(generation)

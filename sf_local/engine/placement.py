@@ -13,6 +13,7 @@ from sf_local.device.device import Device
 from sf_local.device.info import DeviceInfo
 from sf_local.engine.core import EngineCore
 from sf_local.engine.failures import Failures
+from sf_local.engine.finish_callback import FinishCallback, OnFinish
 from sf_local.engine.kv_budget import memory_left, num_kv_pages
 from sf_local.engine.log import log
 from sf_local.engine.replicas import Core, Replicas
@@ -80,6 +81,7 @@ def place_workers(
     prefill_tokens: int,
     max_running: int,
     jump_forward: bool,
+    on_finish: OnFinish | None = None,
     make_runner: MakeRunner = ModelRunner,
 ) -> Replicas:
     """A worker for every device; `Replicas.start` opens them.
@@ -87,24 +89,26 @@ def place_workers(
     make_runner: called once a device, with the artifact, the open device, the number of pages, and
     the tokens that are prefilled in one step. Tests pass runners that fail or wait.
     """
-    return Replicas(
-        [
-            _worker(
-                place, limits_of(place.artifact, prefill_tokens, max_running), jump_forward,
-                make_runner,
-            )
-            for place in places
-        ]
-    )  # fmt: skip
+    callback = None if on_finish is None else FinishCallback(on_finish)
+    workers = [
+        _worker(
+            place, limits_of(place.artifact, prefill_tokens, max_running), jump_forward, callback,
+            make_runner,
+        )
+        for place in places
+    ]  # fmt: skip
+    return Replicas(workers, callback)
 
 
 def _worker(
-    place: Place, limits: Limits, jump_forward: bool, make_runner: MakeRunner
-) -> Worker[Core]:
+    place: Place, limits: Limits, jump_forward: bool, on_finish: FinishCallback | None,
+    make_runner: MakeRunner,
+) -> Worker[Core]:  # fmt: skip
     def open_core(device: Device, failures: Failures) -> Core:
         runner = make_runner(place.artifact, device, place.num_pages, limits.prefill_tokens)
         return EngineCore(
-            place.artifact, device, runner, limits, failures, jump_forward=jump_forward
-        )
+            place.artifact, device, runner, limits, failures, jump_forward=jump_forward,
+            on_finish=on_finish,
+        )  # fmt: skip
 
     return Worker(place.device.name, open_core)

@@ -13,6 +13,7 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Protocol
 
+from sf_local.engine.finish_callback import FinishCallback
 from sf_local.engine.generation import Generation
 from sf_local.engine.metrics import Replica, RequestMetrics
 from sf_local.engine.stats import total
@@ -81,11 +82,14 @@ def _prefixes(tokens: Sequence[int]) -> list[int]:
 class Replicas:
     """The workers of an engine, of which those whose device is lost get no more requests.
 
-    Its methods may be called from any thread.
+    Its methods may be called from any thread. on_finish: what the workers tell of requests that
+    have ended; to close is to wait for it.
     """
 
-    def __init__(self, workers: Sequence[Worker[Core]]) -> None:
-        self.workers = workers
+    def __init__(
+        self, workers: Sequence[Worker[Core]], on_finish: FinishCallback | None = None
+    ) -> None:
+        self.workers, self._on_finish = workers, on_finish
         self._router, self._lock = Router(), threading.Lock()
 
     def start(self) -> None:
@@ -140,6 +144,8 @@ class Replicas:
         """`ask_to_close`, and return when it is done."""
         self.ask_to_close()
         with ExitStack() as closing:  # all of them, also if one raises
+            if self._on_finish is not None:
+                closing.callback(self._on_finish.flush)
             for worker in self.workers:
                 closing.callback(worker.close)
 

@@ -17,6 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from sf_local.device.device import Device
 from sf_local.engine.failures import Failures
+from sf_local.engine.finish_callback import flush_all
 from sf_local.engine.interrupts import Latch, check_threads, start_thread
 from sf_local.engine.log import log
 from sf_local.errors import DeviceError, EngineError, SfLocalError
@@ -304,6 +305,7 @@ def _close_all() -> None:
         while worker in _open:  # Ctrl-C must not leave it to shortfin
             with contextlib.suppress(KeyboardInterrupt):
                 worker.close()
+    flush_all()
 
 
 def _leak_all() -> None:
