@@ -9,9 +9,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from compile.emitters import Emitter
 from compile.scratch import scratch_folder
 from compile.sources.source import Source
 from compile.target import HIP_CHIPS, Target
@@ -34,6 +33,9 @@ from sf_local.artifact.manifest import (
 )
 from sf_local.errors import ArtifactError, OutputError, SourceError
 from sf_local.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from compile.emitters import Emitter
 
 MLIR = "model.mlir"  # kept on demand
 ARTIFACT_FILES = {VMFB, WEIGHTS, CONFIG, MANIFEST, *TOKENIZER_FILES, MLIR}
@@ -70,11 +72,6 @@ def check_space(output: Path, num_bytes: int) -> None:
             f"{output} needs {size_text(num_bytes)}, and {size_text(disk.free)} are free there; "
             "free some space, or choose a folder elsewhere or narrower weights (--weights)"
         )
-
-
-def is_artifact(folder: Path) -> bool:
-    """Whether a folder is the artifact of one target, or holds those of several."""
-    return (folder / MANIFEST).exists() or any(folder.glob(f"*/{MANIFEST}"))
 
 
 def _no_artifacts(folder: Path) -> list[str]:

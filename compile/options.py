@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import pairwise
 
 from compile.formats.layout import DTYPES, QUANTIZED
-from compile.target import Tuning
+from compile.target import Target, Tuning, resolve_target
 from sf_local.errors import UnsupportedError
 
 
@@ -79,7 +80,19 @@ class BuildOptions:
     row_major: bool = False
     tuning: Tuning | None = None
 
+    @property
+    def targets(self) -> list[Target]:
+        """The targets, with the features and the tuning of the CPU; raises UnsupportedError."""
+        names = self.target.split(",")
+        if len(set(names)) < len(names):
+            raise UnsupportedError(f"target={self.target!r} names one twice")
+        found = [resolve_target(name, self.cpu) for name in names]
+        return [dataclasses.replace(target, tuning=self.tuning) for target in found]
+
     def __post_init__(self) -> None:
+        for name in ("target", "cpu"):
+            if not isinstance(value := getattr(self, name), str):
+                raise UnsupportedError(f"{name}={value!r} must be a str")
         for name, allowed in (("weight_dtype", (*DTYPES, *QUANTIZED)), ("kv_dtype", DTYPES)):
             if (value := getattr(self, name)) not in (None, *allowed):
                 raise UnsupportedError(f"{name}={value!r}; use one of {', '.join(allowed)}")
@@ -89,8 +102,16 @@ class BuildOptions:
             sizes = getattr(self, name)
             if sizes is None:
                 continue
-            in_range = all(1 <= size <= MAX_BATCH_SIZE for size in sizes)
-            if not sizes or list(sizes) != sorted(set(sizes)) or not in_range:
+            if not isinstance(sizes, tuple) or not sizes or not _are_ascending(sizes):
                 raise UnsupportedError(
                     f"{name}={sizes!r}; give different sizes from 1 to {MAX_BATCH_SIZE}, ascending"
                 )
+        context = self.max_seq_len
+        if context is not None and (not isinstance(context, int) or isinstance(context, bool)):
+            raise UnsupportedError(f"max_seq_len={context!r} must be a number of tokens, or None")
+
+
+def _are_ascending(sizes: tuple[int, ...]) -> bool:
+    """Whether these are sizes of batches, each larger than the one before."""
+    are_sizes = all(type(size) is int and 1 <= size <= MAX_BATCH_SIZE for size in sizes)
+    return are_sizes and all(size < larger for size, larger in pairwise(sizes))

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
-Progress = Callable[[str, float | None], None]  # what is being done; its share done, if known
+
+class Progress(Protocol):
+    """Is called with what is being done, and its share that is done, if that is known."""
+
+    def __call__(self, stage: str, share: float | None) -> None: ...
 
 
 def silent(stage: str, share: float | None) -> None:

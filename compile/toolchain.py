@@ -9,7 +9,7 @@ from pathlib import Path
 from compile.target import Target
 from sf_local.errors import CompileError
 
-EXTRA = ("iree.compiler", "gguf", "safetensors", "huggingface_hub", "platformdirs", "rich")
+EXTRA = ("iree.compiler", "gguf", "safetensors", "huggingface_hub", "rich")
 
 
 def check_installed() -> None:

@@ -20,7 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench_peers import Job, Worker, peer_worker
-from common import built
 from PIL import Image
 from random_smolvlm import SMOLVLM_256M, random_smolvlm
 
@@ -144,7 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if torch:
         torch.is_model = False  # of the capital of France it knows nothing
     try:
-        with Engine(args.artifact or built(random_smolvlm(SMOLVLM_256M)), args.device) as engine:
+        source = args.artifact or random_smolvlm(SMOLVLM_256M)
+        with Engine.from_source(source, args.device, progress=True) as engine:
             figures = run(engine, args.rounds, torch)
             found = report(engine.artifact, args.device, args.rounds, figures)
     except (SfLocalError, RuntimeError) as error:

@@ -30,7 +30,7 @@ from typing import IO, Any
 
 from peers import models
 
-from compile.cache import cache_dir
+from sf_local.artifact.cache import cache_dir
 from sf_local.artifact.open import Artifact, open_artifact
 from sf_local.bench.roofline import decode_bytes
 from sf_local.errors import RequestError, SfLocalError

@@ -18,7 +18,7 @@ from bench_peers import Job, Worker, our_worker, peer_worker, tokens
 from peers.shapes import KINDS, SHAPES, random_gguf
 
 from compile import BuildOptions, build
-from compile.cache import cache_dir
+from sf_local.artifact.cache import cache_dir
 
 MAX_TOKENS = 1024
 JOBS = {

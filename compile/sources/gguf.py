@@ -21,7 +21,7 @@ from compile.models.registry import find_gguf_family
 from compile.reading import corrupt, map_file, unsupported
 from compile.sources.gguf_tokenizer import convert_tokenizer, special_id
 from compile.sources.source import Progress, Rows, Source, SourceTensor, check_bias
-from sf_local.artifact.manifest import file_sha256
+from sf_local.artifact.cache import known_sha256
 from sf_local.errors import SourceError, UnsupportedError
 
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # type id -> struct code
@@ -50,8 +50,7 @@ def open_gguf(path: Path, progress: Progress, sha256: str | None = None) -> Sour
     eos = tuple(dict.fromkeys(token_id for token_id in ends if token_id is not None))
     tokenizer_json = tokenizer.to_str(pretty=True).encode()
     if sha256 is None:
-        progress(f"hashing {path}")
-        sha256 = file_sha256(path)
+        sha256 = known_sha256(path, progress)
     return Source(path.name, config, kept, sha256, tokenizer_json, tokenizer_config, bos, eos)
 
 

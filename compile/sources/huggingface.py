@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -17,11 +16,9 @@ from safetensors import SafetensorError, safe_open
 from compile.models.registry import HuggingFaceFamily, find_hf_family
 from compile.models.spec import LlamaConfig
 from compile.reading import corrupt, map_file, read_json, unsupported
+from compile.sources.hf_files import INDEX, folder_sha256, weight_files
 from compile.sources.hf_tokenizer import open_tokenizer
 from compile.sources.source import Progress, Source, SourceTensor, check_bias
-from sf_local.artifact.json_file import is_file_name
-from sf_local.artifact.manifest import file_sha256
-from sf_local.errors import SourceError
 
 log = logging.getLogger("sf_local.compile")
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -34,7 +31,9 @@ def open_folder(folder: Path, name: str, progress: Progress) -> Source:
     raw = read_json(path)
     family = find_hf_family(path, raw)
     config, vision = family.hf_config(path, raw)
-    files = _weight_files(folder)
+    files = weight_files(folder)
+    if files == [folder / "model.safetensors"] and (folder / INDEX).exists():
+        log.warning("%s: model.safetensors is read, and the shards beside it are not", folder)
     tensors = _tensors(files, family)
     config = _untied(folder, config, tensors)
     tensors = {n: t for n, t in tensors.items() if family.is_weight(n, config, vision)}
@@ -42,36 +41,11 @@ def open_folder(folder: Path, name: str, progress: Progress) -> Source:
     text = raw["text_config"] if vision else {}
     bos, eos = _special_ids(folder, text | raw)
     settings = family.image_settings(folder, raw, vision, found.tokenizer)
-    others = "*.json", "*.jinja", "additional_chat_templates/*.jinja"
-    files += sorted(path for pattern in others for path in folder.glob(pattern))
-    progress(f"hashing {len(files)} files of {folder}")
-    hashes = "".join(f"{file_sha256(path)}  {path.name}\n" for path in files)
-    sha256 = hashlib.sha256(hashes.encode()).hexdigest()
+    sha256 = folder_sha256(folder, files, progress)
     return Source(
         name, config, tensors, sha256, found.tokenizer_json, found.config, bos, eos, vision,
         settings,
     )  # fmt: skip
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if single.exists():
-        if index.exists():
-            log.warning("%s: model.safetensors is read, and the shards beside it are not", folder)
-        return [single]
-    if not index.exists():
-        raise SourceError(
-            f"{folder}: no model.safetensors, nor an index of shards; download them, or "
-            "convert other weights with transformers' save_pretrained(safe_serialization=True)"
-        )
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise corrupt(index, "an object weight_map", repr(shards))
-    for name in shards.values():
-        if not is_file_name(name):
-            raise corrupt(index, "file names in weight_map", repr(name))
-    return [folder / name for name in sorted(set(shards.values()))]
 
 
 def _tensors(files: list[Path], family: HuggingFaceFamily) -> dict[str, SourceTensor]:

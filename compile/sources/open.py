@@ -1,4 +1,4 @@
-"""Opens weights: the demo, a Hugging Face folder or repo id, or a .gguf file.
+"""Finds and opens weights: the demo, a Hugging Face folder or repo id, or a .gguf file.
 
 Each becomes one `Source`: the model's config, its tensors under canonical names, read from the
 mapped files only when asked for, and its tokenizer. A model whose family or settings are not
@@ -10,43 +10,127 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from compile.sources.demo import DEMO_NAME, DEMO_SHA256, demo_gguf
+from compile.sources.hf_files import folder_sha256, weight_files
 from compile.sources.source import Progress, Source
+from sf_local.artifact.cache import known_sha256, recall, remember
 from sf_local.errors import SourceError
 
+ALLOWED = (
+    'allowed are "demo", a folder with config.json, safetensors and tokenizer.json, a .gguf file, '
+    'or a Hugging Face repo id such as "org/name"'
+)
 
-def open_source(source: str | Path, progress: Progress = lambda message: None) -> Source:
+
+def _ignore(message: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where weights are: a file or folder at `path`, or what is fetched under `name`."""
+
+    kind: Literal["demo", "gguf", "folder", "hub"]
+    name: str
+    path: Path = Path()
+
+    def sha256(self, progress: Progress = _ignore) -> str | None:
+        """The hash that `open` would find, without opening the weights or using the network.
+
+        Of a repo on Hugging Face, that of its newest revision that is in Hugging Face's cache, or
+        else that which `remember` was told; None if there is neither. Raises SourceError.
+        """
+        with _named_errors(self.path):
+            if self.kind == "demo":
+                return DEMO_SHA256
+            if self.kind == "gguf":
+                return known_sha256(self.path, progress)
+            if self.kind == "folder":
+                return folder_sha256(self.path, weight_files(self.path), progress)
+        if folder := _downloaded(self.name):
+            return folder_sha256(folder, weight_files(folder), progress)
+        known = recall(f"hub:{self.name}")
+        return known if isinstance(known, str) else None
+
+    def remember(self, sha256: str) -> None:
+        """Keep the hash of what a repo on Hugging Face was when it was opened."""
+        if self.kind == "hub":
+            remember(f"hub:{self.name}", sha256)
+
+    def open(self, progress: Progress = _ignore) -> Source:
+        """The weights there; raises as `open_source` does."""
+        # Both need the extra `compile`, without which this module can be imported nevertheless.
+        from compile.sources.gguf import open_gguf
+        from compile.sources.huggingface import open_folder
+
+        with _named_errors(self.path):
+            if self.kind == "demo":
+                return replace(
+                    open_gguf(demo_gguf(progress), progress, DEMO_SHA256), name=self.name
+                )
+            if self.kind == "gguf":
+                return open_gguf(self.path, progress)
+            folder = self.path if self.kind == "folder" else _download(self.name, progress)
+            return open_folder(folder, self.name, progress)
+
+
+def open_source(source: str | Path, progress: Progress = _ignore) -> Source:
     """Open `source`: "demo", a Hugging Face folder, a .gguf file, or a Hugging Face repo id.
 
     Raises SourceError for weights that are missing, damaged or unreachable, and UnsupportedError
     for a model, tokenizer or data type that is not supported; both before any weight is read.
     """
-    # Both need the extra `compile`, without which this module can be imported nevertheless.
-    from compile.sources.gguf import open_gguf
-    from compile.sources.huggingface import open_folder
+    return locate(source).open(progress)
 
+
+def locate(source: str | Path) -> Location:
+    """Where the weights are that `source` names; raises SourceError."""
     if source == "demo":
-        return replace(open_gguf(demo_gguf(progress), progress, DEMO_SHA256), name=DEMO_NAME)
+        return Location("demo", DEMO_NAME)
+    if not isinstance(source, str | Path):
+        raise SourceError(f"source={source!r}: not a str or a Path; {ALLOWED}")
     path = Path(os.path.expanduser(source))
     is_gguf = path.suffix.lower() == ".gguf"
-    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source))
-    try:
-        if path.is_dir():
-            return open_folder(path, path.resolve().name, progress)
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) is not None
+    with _named_errors(path):
+        is_folder = path.is_dir()
+        if is_folder and (path / "config.json").exists():
+            return Location("folder", path.resolve().name, path)
         if is_gguf and path.is_file():
-            return open_gguf(path, progress)
-        if hub_id and not (path.exists() or is_gguf or isinstance(source, Path)):
-            return open_folder(_download(str(source), progress), str(source), progress)
-        found = "exists but is neither a folder nor a .gguf file" if path.exists() else "not found"
+            return Location("gguf", path.name, path)
+        if is_hub_id and not (path.exists() or is_gguf or isinstance(source, Path)):
+            return Location("hub", str(source))
+        if is_folder:
+            found = "a folder without config.json"
+        else:
+            found = "neither a folder nor a .gguf file" if path.exists() else "not found"
+    raise SourceError(f"source {str(source)!r}: {found}; {ALLOWED}")
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        found = f"cannot be read: {error}"
-    raise SourceError(
-        f'source {str(source)!r}: {found}; allowed are "demo", a folder with config.json, '
-        'safetensors and tokenizer.json, a .gguf file, or a Hugging Face repo id such as "org/name"'
-    )
+        raise SourceError(f"source {str(path)!r}: cannot be read: {error}; {ALLOWED}") from error
+
+
+def _downloaded(repo_id: str) -> Path | None:
+    """The folder of a repo in Hugging Face's cache, if all that `open_folder` needs is there."""
+    try:
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(repo_id, local_files_only=True))
+        needed = [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]
+    except Exception:  # it is not installed, or raises what it likes, by version
+        return None
+    return folder if all(path.is_file() for path in needed) else None
 
 
 def _download(repo_id: str, progress: Progress) -> Path:

@@ -14,10 +14,10 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from compile.cache import cache_dir
 from compile.models.llama import NAMES
 from compile.sources.demo import demo_gguf
 from compile.sources.open import open_source
+from sf_local.artifact.cache import cache_dir
 
 QUANTIZATIONS = {"F16": gguf.GGMLQuantizationType.F16, "Q8_0": gguf.GGMLQuantizationType.Q8_0}
 

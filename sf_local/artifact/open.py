@@ -8,6 +8,7 @@ all files are compared with the manifest, and the hashes of small ones; `verify`
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -129,9 +130,18 @@ def find_target(vmfb: str | Path, targets: Sequence[str] = ()) -> Path:
     """
     path = Path(vmfb).expanduser()
     if not path.exists():
-        raise MissingFileError(f"vmfb={str(vmfb)!r}: no such file or folder; {REPAIR}")
+        raise MissingFileError(
+            f"vmfb={str(vmfb)!r}: no such file or folder; compile one with sf-compile SOURCE -o "
+            'FOLDER, or use Engine.from_source, which takes "demo", a .gguf file, or "org/name"'
+        )
     is_one = path.is_file() or (path / MANIFEST).exists() or (path / VMFB).exists()
     if is_one or not (found := compiled_targets(path)):
+        if path.suffix == ".gguf" or (not is_one and (path / CONFIG).exists()):
+            raise MissingFileError(
+                f"vmfb={str(vmfb)!r}: these are weights, no artifact; compile them with "
+                f"{shlex.join(['sf-compile', str(vmfb), '-o', 'FOLDER'])}, or use "
+                "Engine.from_source, which does"
+            )
         return path
     for name in targets or found:
         if name in found:

@@ -114,9 +114,14 @@ def find_device(spec: str, targets: Sequence[str] = ()) -> DeviceInfo:
     return gpus[index]
 
 
-def check_name(spec: str) -> None:
-    """Raise DeviceError for a name that no device can have."""
-    _parse(spec)
+def device_names(device: str | Sequence[str]) -> list[str]:
+    """The names in a name or a list of them; raises DeviceError for one that no device can have."""
+    names = [device] if isinstance(device, str) else device
+    if not isinstance(names, Sequence) or not names:
+        raise DeviceError(f"device={device!r} must be a name, or a list of them")
+    for name in names:
+        _parse(name)
+    return list(names)
 
 
 def _parse(spec: str) -> re.Match[str]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, Self, TypedDict, Unpack
 
 from sf_local.artifact.open import compiled_targets
-from sf_local.device.info import check_name, find_device
+from sf_local.device.info import device_names, find_device
 from sf_local.engine.chat_completions import ChatCompletions
 from sf_local.engine.chat_processor import ChatProcessor
 from sf_local.engine.completions import Completions
@@ -24,8 +24,9 @@ from sf_local.engine.kv_budget import memory_bytes
 from sf_local.engine.metrics import metrics_text
 from sf_local.engine.placement import MakeRunner, Place, log_loaded, place_workers
 from sf_local.engine.scheduler import MAX_RUNNING, PREFILL_TOKENS
+from sf_local.engine.sources import from_source
 from sf_local.engine.worker import finish_closing
-from sf_local.errors import DeviceError, RequestError
+from sf_local.errors import RequestError
 from sf_local.model.runner import ModelRunner
 from sf_local.request.checks import check_bool, check_int, shown
 from sf_local.text.tokenizer import Tokenizer
@@ -126,11 +127,7 @@ class Engine(Completions, ChatCompletions):
             raise RequestError(f"chat_template={shown(chat_template)} must be a Jinja text")
         if not (on_finish is None or callable(on_finish)):
             raise RequestError(f"on_finish={shown(on_finish)} must be a function, or None")
-        names = [device] if isinstance(device, str) else device
-        if not isinstance(names, Sequence) or not names:
-            raise DeviceError(f"device={device!r} must be a name, or a list of them")
-        for name in names:
-            check_name(name)
+        names = device_names(device)
         finish_closing()
         devices = [find_device(name, compiled_targets(vmfb)) for name in names]
         self.devices = [found.name for found in devices]
@@ -164,6 +161,25 @@ class Engine(Completions, ChatCompletions):
             self._replicas.close()
             raise
         log_loaded(places, time.perf_counter() - started_at)
+
+    @classmethod
+    def from_source(
+        cls,
+        source: str | Path,
+        device: str | Sequence[str] = "cpu",
+        *,
+        build_options: Mapping[str, Any] | None = None,
+        progress: bool = False,
+        **options: Unpack[EngineOptions],
+    ) -> Self:
+        """An engine for "demo", a .gguf file, a Hugging Face folder or a repo id, which is compiled
+        on first use; or for an artifact.
+
+        build_options, progress: see `sf_local.from_source`, whose errors are raised as well. The
+        others are those of `Engine`.
+        """
+        artifact = from_source(source, device, progress=progress, **(build_options or {}))
+        return cls(artifact, device, **options)
 
     @property
     def image_token(self) -> str | None:

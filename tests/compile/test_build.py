@@ -20,8 +20,6 @@ import pytest
 
 from compile import BuildOptions, build
 from compile.__main__ import main, model_name
-from compile.build import CODE_FOLDERS, cache_key
-from compile.cache import cache_dir
 from compile.emitters import find_emitter
 from compile.folder import check_output, staging
 from compile.sources.open import open_source
@@ -347,32 +345,3 @@ def test_several_targets(
         assert engine.generate([5, 6], SamplingParams(max_new_tokens=2)).completion_tokens == 2
     with pytest.raises(UnsupportedError, match="names one twice"):
         build(tiny.source, output, BuildOptions(target="cpu,cpu"))
-
-
-def test_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("SF_LOCAL_CACHE", str(tmp_path))
-    assert cache_dir() == tmp_path
-
-
-def test_the_cache_key_covers_all_code(tmp_path: Path) -> None:
-    """A byte more in any module, of whatever package, is another key."""
-    ignore = shutil.ignore_patterns("__pycache__")
-    names = "compile", "artifact"
-    copies = [
-        shutil.copytree(folder, tmp_path / name, ignore=ignore)
-        for folder, name in zip(CODE_FOLDERS, names, strict=True)
-    ]
-
-    def key() -> str:
-        return cache_key("0" * 64, TINY_OPTIONS, copies)
-
-    unchanged, paths = key(), sorted(tmp_path.rglob("*.py"))
-    assert tmp_path / "compile/gpu/linear.py" in paths and tmp_path / "artifact/irpa.py" in paths
-    for path in paths:
-        content = path.read_bytes()
-        path.write_bytes(content + b"#")
-        assert key() != unchanged, path
-        path.write_bytes(content)
-    assert key() == unchanged
-    assert cache_key("1" * 64, TINY_OPTIONS, copies) != unchanged
-    assert cache_key("0" * 64, replace(TINY_OPTIONS, page_size=32), copies) != unchanged

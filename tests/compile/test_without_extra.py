@@ -5,11 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from compile.toolchain import EXTRA
+from sf_local import from_source
+from tests.support.tiny import TinyModel
 
 INSTALL = 'pip install "sf-local[compile]"'
 BLOCK = f"""
@@ -53,18 +56,48 @@ def test_a_build_says_what_to_install(source: str, tmp_path: Path) -> None:
 
 def test_the_python_api_raises() -> None:
     done = run("""
-        from compile import BuildOptions, build, build_once, demo
+        from compile import build
         from sf_local.errors import CompileError
 
-        for call in demo, lambda: build("demo", "out"), lambda: build_once("demo", BuildOptions()):
-            try:
-                call()
-            except CompileError as error:
-                print(error)
+        try:
+            build("demo", "out")
+        except CompileError as error:
+            print(error)
     """)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert len(lines) == 3 and all(line.endswith(INSTALL) for line in lines)
+    assert done.stdout.strip().endswith(INSTALL) and done.stdout.count("\n") == 1
+
+
+OPEN = """
+from sf_local import from_source
+from sf_local.errors import CompileError
+
+for source in sys.argv[1:]:
+    try:
+        print(from_source(source, weight_dtype="f32", decode_batch_sizes=[1], cpu="generic"))
+    except CompileError as error:
+        print(error)
+"""
+
+
+def test_what_was_compiled_before_is_opened(
+    tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was not is refused with the command that compiles it elsewhere."""
+    monkeypatch.setenv("SF_LOCAL_CACHE", str(tmp_path))
+    monkeypatch.setattr(
+        import_module("compile.build"), "iree_compile", lambda mlir, vmfb, target: vmfb.touch()
+    )
+    options = {"weight_dtype": "f32", "decode_batch_sizes": (1,), "cpu": "generic"}
+    folder = from_source(tiny.source, **options)
+    done = run(OPEN, str(tiny.source), "demo", "org/name")
+    assert done.returncode == 0, done.stderr
+    opened, *refused = done.stdout.splitlines()
+    assert opened == str(folder)
+    for line, source in zip(refused, ("demo", "org/name"), strict=True):
+        assert line.startswith(f"source={source!r} was not compiled for cpu before, and ")
+        assert INSTALL in line
+        assert f"sf-compile {source} --cpu generic --weights f32 --decode-batch-sizes 1; " in line
 
 
 def test_help_imports_none_of_it() -> None:

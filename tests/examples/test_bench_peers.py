@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from compile import BuildOptions, demo
+from sf_local import from_source
 from tests.support.tiny import TinyModel
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -105,7 +105,7 @@ def test_mistakes(
 @pytest.mark.model
 def test_alone(peers: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Ours is measured where no peer is installed."""
-    artifact, file = demo(BuildOptions(weight_dtype="bf16")), tmp_path / "peers.json"
+    artifact, file = from_source("demo", weight_dtype="bf16"), tmp_path / "peers.json"
     peers.main(
         ["--bf16", str(artifact), "--peers", str(tmp_path), "--rounds", "1", "--json", str(file)]
     )

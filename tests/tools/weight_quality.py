@@ -11,14 +11,14 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 
-from compile import BuildOptions, build, demo
+from compile import BuildOptions, build
 from compile.formats.quantize import GROUP, quantized
 from compile.sources.open import open_source
 from compile.sources.source import Source, SourceTensor
+from sf_local import from_source
 from tests.support.perplexity import perplexity, step_logprobs
 from tests.support.quantized import plain_int4
 from tests.support.tiny import SHARED
@@ -26,7 +26,7 @@ from tests.support.tiny import SHARED
 
 def agreement(dtype: str) -> str:
     cases = json.loads((SHARED / "smollm2_greedy.json").read_text())["cases"]
-    found = step_logprobs(demo(BuildOptions(weight_dtype=dtype)), cases)
+    found = step_logprobs(from_source("demo", weight_dtype=dtype), cases)
     same = [
         logprobs.argmax(axis=-1) == case["greedy_ids"][: len(logprobs)]
         for case, logprobs in zip(cases, found, strict=True)
@@ -64,14 +64,13 @@ def shifted(source: Source, change: Callable[[np.ndarray], np.ndarray]) -> Sourc
 def main() -> None:
     for dtype in ("bf16", "int8", "int4"):
         print(f"{dtype}: llama.cpp's token in {agreement(dtype)} steps", flush=True)
-        print(f"{dtype}: perplexity {cost(demo(BuildOptions(weight_dtype=dtype)))}", flush=True)
-    print(f"f32: perplexity {cost(demo(BuildOptions(weight_dtype='f32')))}", flush=True)
+        print(f"{dtype}: perplexity {cost(from_source('demo', weight_dtype=dtype))}", flush=True)
+    print(f"f32: perplexity {cost(from_source('demo', weight_dtype='f32'))}", flush=True)
     options = BuildOptions(weight_dtype="f32", prefill_batch_sizes=(1,), decode_batch_sizes=(1,))
     for change in (four_bits, plain_int4):
         with tempfile.TemporaryDirectory() as folder:
             opened = shifted(open_source("demo"), change)
-            with patch.dict(build.__globals__, open_source=lambda *_, opened=opened: opened):
-                artifact = build("demo", Path(folder) / "shifted", options)
+            artifact = build(opened, Path(folder) / "shifted", options)
             print(f"shifted, {change.__name__}: perplexity {cost(artifact)}", flush=True)
 
 

@@ -13,7 +13,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from compile.cache import cache_dir
 from compile.sources import demo as demo_source
 from compile.sources import open as sources
 from compile.sources.open import open_source
@@ -90,13 +89,6 @@ def test_demo_unreachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("SF_LOCAL_CACHE", str(tmp_path / "file"))
     refused("demo", SourceError, "SF_LOCAL_CACHE")
-
-
-def test_cache_dir(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SF_LOCAL_CACHE", "~/x")
-    assert cache_dir() == Path.home() / "x"
-    monkeypatch.delenv("SF_LOCAL_CACHE")
-    assert cache_dir().name == "sf-local"
 
 
 @pytest.mark.parametrize("kind", ["folder", "gguf"])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import sf_local
-from sf_local.device.info import check_name, devices, find_device
+from sf_local.device.info import device_names, devices, find_device
 from sf_local.engine.engine import Engine
 from sf_local.errors import DeviceError, TargetError
 
@@ -86,7 +86,7 @@ def hip(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("spec", UNKNOWN, ids=repr)
 def test_unknown_names(spec: Any) -> None:
     with pytest.raises(DeviceError) as caught:
-        check_name(spec)
+        device_names([spec])
     message = str(caught.value)
     assert message.startswith(f"device={spec!r} is unknown")
     for allowed in ('"cpu"', '"hip"', '"hip:N"', '"hip:GPU-<uuid>"', '"auto"'):
