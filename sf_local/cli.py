@@ -15,6 +15,7 @@ from sf_local import __version__
 from sf_local.artifact.manifest import DTYPE_BYTES, ModelConfig
 from sf_local.artifact.open import Artifact, compiled_targets, open_artifact, verify
 from sf_local.device.info import devices, find_device
+from sf_local.engine.sources import from_source
 from sf_local.errors import SfLocalError
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from sf_local.request.params import SamplingParams
 
 GIB = 1 << 30
+ARTIFACT = (
+    "folder made by sf-compile, or a .vmfb file; or what is compiled on first use: demo, a .gguf "
+    "file, a Hugging Face folder, or a repo id such as org/name"
+)
 DEVICES = "cpu, hip, hip:N, hip:GPU-<uuid>, or auto: what the artifact is for (default)"
 
 
@@ -62,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--json-schema", help="JSON text that the answer is valid under")
     generate.add_argument("--ebnf", help="grammar of the answer, in Lark's syntax or GBNF")
     for command in (chat, generate):
-        command.add_argument("artifact", help="folder made by sf-compile, or a .vmfb file")
+        command.add_argument("artifact", help=ARTIFACT)
         command.add_argument("--device", default="auto", help=DEVICES)
         command.add_argument("--max-new-tokens", type=int, default=512)
         command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -72,12 +77,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--repetition-penalty", type=float, default=1.0)
         command.add_argument("--seed", type=int)
     inspect = commands.add_parser("inspect", help="show what an artifact holds")
-    inspect.add_argument("artifact")
+    inspect.add_argument("artifact", help=ARTIFACT)
     inspect.add_argument("--verify", action="store_true", help="hash every file as well")
     commands.add_parser("devices", help="list what models can run on here")
     bench = commands.add_parser("bench", help="measure speed and how well the cache shares")
     which = bench.add_mutually_exclusive_group(required=True)
-    which.add_argument("artifact", nargs="?", default=argparse.SUPPRESS)
+    which.add_argument("artifact", nargs="?", default=argparse.SUPPRESS, help=ARTIFACT)
     which.add_argument("--vmfb", dest="artifact", metavar="ARTIFACT", help="the same")
     bench.add_argument("--device", default="auto", help=DEVICES)
     bench.add_argument("--rounds", type=int, default=3, help="default: 3")
@@ -85,6 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there as well")
     bench.add_argument("--quick", action="store_true", help="one round with small sizes")
     return parser
+
+
+def _artifact(args: argparse.Namespace) -> Path:
+    """The artifact that is meant, compiled if it must be."""
+    return from_source(args.artifact, getattr(args, "device", "auto"), progress=True)
 
 
 def _params(args: argparse.Namespace, stop: Sequence[str] = ()) -> SamplingParams:
@@ -99,7 +109,7 @@ def _params(args: argparse.Namespace, stop: Sequence[str] = ()) -> SamplingParam
 def _engine(args: argparse.Namespace) -> Engine:
     from sf_local.engine.engine import Engine
 
-    return Engine(args.artifact, args.device)
+    return Engine(_artifact(args), args.device)
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -143,8 +153,9 @@ def _print_stream(handle: Handle[Any]) -> str:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    for target in compiled_targets(args.artifact) or [""]:
-        artifact = open_artifact(args.artifact, targets=[target])
+    path = _artifact(args)
+    for target in compiled_targets(path) or [""]:
+        artifact = open_artifact(path, targets=[target])
         for name, value in describe(artifact):
             print(f"{name:16} {value}")
         if args.verify:
@@ -183,7 +194,7 @@ def _bench(args: argparse.Namespace) -> None:
 
     if args.plot:
         check_plot(args.plot)
-    report = run(args.artifact, args.device, args.rounds, quick=args.quick, progress=progress)
+    report = run(_artifact(args), args.device, args.rounds, quick=args.quick, progress=progress)
     print(table(report))
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")

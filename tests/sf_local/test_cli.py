@@ -71,6 +71,27 @@ def test_chat_needs_a_template(
     assert "has no chat template" in (err := capsys.readouterr().err) and err.count("\n") == 1
 
 
+def test_a_source_is_compiled_on_first_use(
+    tiny: TinyModel, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """With the line about types and sizes, then; what cannot work is refused before."""
+    monkeypatch.setenv("SF_LOCAL_CACHE", str(tmp_path))
+    arguments = ["generate", str(tiny.source), "--prompt", "abc", "--max-new-tokens", "4"]
+    assert main([*arguments, "--top-p", "7"]) == 1 and not list(tmp_path.iterdir())
+    capsys.readouterr()
+    told = []
+    for _ in range(2):
+        assert main(arguments) == 0
+        told.append("F32 weights become" in capsys.readouterr().err)
+    assert told == [True, False]
+    assert main(["inspect", str(tiny.source)]) == 0
+    assert "decode batches   1, 2, 4, 8, 16" in capsys.readouterr().out
+    assert main(["chat", "no-such.gguf"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("sf-local: source 'no-such.gguf': not found") and err.count("\n") == 1
+
+
 def test_inspect(tiny: TinyModel, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["inspect", str(tiny.artifact), "--verify"]) == 0
     out = capsys.readouterr().out
