@@ -19,7 +19,7 @@ from sf_local.engine.metrics import RequestMetrics
 from sf_local.engine.scheduler import Scheduler
 from sf_local.errors import SfLocalError
 from sf_local.request.batch import Chunk
-from sf_local.request.output import Output
+from sf_local.request.output import Delta, Output
 from sf_local.request.prompt import Tile
 from sf_local.request.request import Request
 
@@ -88,7 +88,7 @@ class OutputProcessor:
             request.spans = ()  # the heap of deadlines may keep the request, but not its tiles
             if error is not None:
                 generation.write()
-            last: tuple[str, Output] | SfLocalError = error or generation.finish(reason)
+            last: tuple[str | Delta, Output] | SfLocalError = error or generation.finish(reason)
         except BaseException as failure:  # Rust's panics are no Exception
             last = error or self._failures.of_request(failure)
         result = last if isinstance(last, SfLocalError) else last[1]
