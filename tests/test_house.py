@@ -43,7 +43,8 @@ def public(tree: ast.AST, prefix: str) -> Iterator[tuple[str, ast.AST]]:
     for node in ast.iter_child_nodes(tree):
         if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue
-        if not node.name.startswith("_"):
+        is_overload = any(ast.unparse(by) == "overload" for by in node.decorator_list)
+        if not (node.name.startswith("_") or is_overload):
             yield prefix + node.name, node
             if isinstance(node, ast.ClassDef):
                 yield from public(node, f"{prefix}{node.name}.")

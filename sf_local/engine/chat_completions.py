@@ -20,15 +20,6 @@ class ChatCompletions:
     _chats: ChatProcessor
     _replicas: Replicas
 
-    def chat(
-        self,
-        messages: Messages,
-        params: SamplingParams | None = None,
-        **options: Unpack[ChatOptions],
-    ) -> Output:
-        """The model's whole answer to a chat; arguments and errors as for `submit_chat`."""
-        return self.submit_chat(messages, params, **options).result()
-
     def submit_chat(
         self,
         messages: Messages,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Unpack
@@ -20,8 +19,6 @@ from sf_local.request.params import SamplingParams
 from sf_local.request.prompt import Prompt
 from sf_local.text.tokenizer import MANY_CHARACTERS, Tokenizer
 from sf_local.vision.image_file import GivenImage, ImageInput
-
-log = logging.getLogger("sf_local")
 
 
 class Completions:
@@ -49,21 +46,6 @@ class Completions:
         GrammarError for a grammar, and EngineError or DeviceError once the engine is closed.
         """
         return Handle(self, self._replicas, self._generation(prompt, params, **options))
-
-    def generate(
-        self,
-        prompt: PromptInput,
-        params: SamplingParams | None = None,
-        **options: Unpack[RequestOptions],
-    ) -> Output:
-        """The whole answer to a prompt; arguments and errors as for `submit`."""
-        output = self.submit(prompt, params, **options).result()
-        if not output.text and output.finish_reason == "stop" and self.tokenizer.chat_templates:
-            log.info(
-                "The answer is empty: the model ended it at once. The prompt was given to it as it "
-                "stands; Engine.chat writes it as a message, as this model was trained on."
-            )
-        return output
 
     def samples(
         self,

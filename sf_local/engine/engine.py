@@ -14,9 +14,8 @@ from typing import Any, Self, TypedDict, Unpack
 
 from sf_local.artifact.open import compiled_targets
 from sf_local.device.info import device_names, find_device
-from sf_local.engine.chat_completions import ChatCompletions
+from sf_local.engine.batches import Batches
 from sf_local.engine.chat_processor import ChatProcessor
-from sf_local.engine.completions import Completions
 from sf_local.engine.finish_callback import OnFinish
 from sf_local.engine.input_processor import InputProcessor
 from sf_local.engine.interrupts import check_threads
@@ -50,7 +49,7 @@ class EngineOptions(TypedDict, total=False):
     on_finish: OnFinish | None
 
 
-class Engine(Completions, ChatCompletions):
+class Engine(Batches):
     """Loads an artifact onto a device and serves generations until `shutdown()`.
 
     Args:

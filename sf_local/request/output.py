@@ -64,6 +64,7 @@ class Output:
         schema: the pydantic model that was given as `json_schema`, for `parsed`.
         queue_time: seconds from when prompt and parameters were ready until its computation began,
             or until the end, if it never did.
+        index: the number of its prompt in a list or in `Engine.map`, from 0 on; else None.
     """
 
     text: str
@@ -79,6 +80,7 @@ class Output:
     tool_calls: Sequence[ToolCall] = ()
     reasoning: str | None = None
     queue_time: float = 0.0
+    index: int | None = None
     schema: type[Any] | None = field(default=None, repr=False)
 
     @property

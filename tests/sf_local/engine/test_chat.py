@@ -135,7 +135,6 @@ def test_variables_of_the_template(engine: Engine) -> None:
     [
         (None, "messages=None must be a list of messages"),
         ("Hello!", "messages='Hello!' must be a list of messages"),
-        ([], r"messages=\[\] is no conversation"),
         ([1], r"messages\[0\]=1 must be a dict"),
         ([{"content": "Hi"}], r"messages\[0\]=.* must be a dict with a \"role\""),
         ([*HELLO, {"role": "user", "content": 3}], r"messages\[1\].content=3 must be a str"),
