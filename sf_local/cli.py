@@ -1,4 +1,4 @@
-"""The `sf-local` command: chat, generate, inspect, devices, bench."""
+"""The `sf-local` command: chat, generate, batch, inspect, devices, bench."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         commands = {
             "chat": _chat, "generate": _generate, "inspect": _inspect, "devices": _devices,
-            "bench": _bench,
+            "batch": _batch, "bench": _bench,
         }  # fmt: skip
-        commands[args.command](args)
+        return commands[args.command](args) or 0
     except SfLocalError as error:
         print(f"sf-local: {error}", file=sys.stderr)
         return 1
@@ -49,7 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `| head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,6 +75,19 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--min-p", type=float, default=0.0)
         command.add_argument("--repetition-penalty", type=float, default=1.0)
         command.add_argument("--seed", type=int)
+    batch = commands.add_parser(
+        "batch", help="answer a file of requests; run again, it continues",
+        description="Exit code 2 if requests failed, which stand in the output.",
+    )  # fmt: skip
+    batch.add_argument("artifact", help=ARTIFACT)
+    batch.add_argument("input", help='JSON Lines: OpenAI\'s batch requests, or {"prompt": ...}')
+    batch.add_argument("-o", "--output", required=True, help="where answers are appended")
+    batch.add_argument("--device", default="auto", help=DEVICES)
+    batch.add_argument("--max-in-flight", type=int, default=256, help="requests at a time: 256")
+    batch.add_argument("--retry-errors", action="store_true", help="answer again what failed")
+    batch.add_argument(
+        "--force", action="store_true", help="continue though model or lines have changed"
+    )
     inspect = commands.add_parser("inspect", help="show what an artifact holds")
     inspect.add_argument("artifact", help=ARTIFACT)
     inspect.add_argument("--verify", action="store_true", help="hash every file as well")
@@ -127,6 +139,18 @@ def _chat(args: argparse.Namespace) -> None:
             messages.append({"role": "user", "content": text})
             answer = _print_stream(engine.submit_chat(messages, _params(args)))
             messages.append({"role": "assistant", "content": answer})
+
+
+def _batch(args: argparse.Namespace) -> int:
+    from sf_local.frontend.batch_file import run_batch
+
+    with _engine(args) as engine:
+        summary = run_batch(
+            engine, args.input, args.output, force=args.force, retry_errors=args.retry_errors,
+            max_in_flight=args.max_in_flight,
+        )  # fmt: skip
+    print(f"{summary.answered} answered, {summary.failed} failed", file=sys.stderr)
+    return 2 if summary.failed else 0
 
 
 def _ask() -> str:

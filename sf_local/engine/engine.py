@@ -211,6 +211,10 @@ class Engine(Batches):
         """
         return metrics_text(self.artifact.name, self._replicas.metrics(self.devices))
 
+    def check_usable(self) -> None:
+        """Raise EngineError or DeviceError if the engine takes no more requests."""
+        self._replicas.check_usable()
+
     def flush_cache(self) -> None:
         """Free all KV pages that no request uses, on the CPU with their memory; returns when it is
         done."""

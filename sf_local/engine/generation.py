@@ -61,6 +61,7 @@ class Generation:
         self.is_streamed = False
         self.result: Output | BaseException | None = None
         self.ended = Latch()
+        self._callbacks: list[Callable[[], object]] = []
         visible = parser.special_texts if parser else ()
         self._detokenizer = Detokenizer(tokenizer, request.prompt_ids, visible)
         self._stops = StopChecker(params.stop, tokenizer.special_tokens)
@@ -198,6 +199,21 @@ class Generation:
         self.ended.set()
         with contextlib.suppress(BaseException):
             self.deliver(last)
+        self._call_back()
+
+    def when_ended(self, callback: Callable[[], object]) -> None:
+        """Call a function once there is a result, on the thread that ends the generation, or here
+        if it has ended. What it raises is dropped."""
+        self._callbacks.append(callback)
+        if self.ended.is_set():
+            self._call_back()
+
+    def _call_back(self) -> None:
+        with contextlib.suppress(IndexError):  # another thread may call the rest
+            while True:
+                callback = self._callbacks.pop()
+                with contextlib.suppress(Exception):
+                    callback()
 
     def output(self) -> Output:
         """The result of a generation that has ended; raises it if it is an error."""

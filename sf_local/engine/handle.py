@@ -86,6 +86,14 @@ class Handle(Generic[Item]):
         self._replicas.check_process()
         return self._generation.ended.is_set()
 
+    def add_done_callback(self, callback: Callable[[Handle[Item]], object]) -> None:
+        """Call a function with this handle once the generation has ended, as a Future does.
+
+        It is called on the thread of the device, so it must be short, such as a queue's `put`; what
+        it raises is dropped. The engine keeps the handle until then.
+        """
+        self._generation.when_ended(lambda: callback(self))
+
     @property
     def output(self) -> Output | None:
         """The result, with finish reason and numbers of tokens, once the generation has ended; None
