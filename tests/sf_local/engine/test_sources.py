@@ -327,3 +327,23 @@ def test_the_path_that_is_no_artifact_names_the_remedy(tmp_path: Path, tiny: Tin
     with pytest.raises(Exception, match=r"no such file.*Engine\.from_source"):
         Engine("demo")
     assert not issubclass(type(caught.value), CompileError)
+
+
+def test_a_repo_in_the_real_cache_needs_no_network(
+    tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As huggingface_hub itself lays it out, without a network."""
+    repo = tmp_path / "hf" / "hub" / "models--org--name"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(tiny.source, repo / "snapshots" / ("a" * 40))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    log, paths = tmp_path / "log", set()
+    for is_cached in (True, True, False):
+        if not is_cached:
+            shutil.rmtree(repo)
+        process = start("org/name", log, 0)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        paths.add(out.split()[-1])
+    assert len(paths) == 1 and log.read_text() == "compiled "
