@@ -5,8 +5,6 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from common import built
-
 from sf_local import Engine, SamplingParams
 
 
@@ -26,10 +24,10 @@ class Metrics(BaseHTTPRequestHandler):
 
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--vmfb", help="artifact folder (default: the demo model, built once)")
+parser.add_argument("--vmfb", default="demo", help="artifact, or what is compiled once")
 parser.add_argument("--port", type=int, default=9090, help="0 takes any that is free")
 args = parser.parse_args()
-with Engine(args.vmfb or built()) as Metrics.engine:
+with Engine.from_source(args.vmfb, progress=True) as Metrics.engine:
     server = ThreadingHTTPServer(("127.0.0.1", args.port), Metrics)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(f"http://127.0.0.1:{server.server_port}/metrics", flush=True)

@@ -134,7 +134,7 @@ def find_target(vmfb: str | Path, targets: Sequence[str] = ()) -> Path:
             f"vmfb={str(vmfb)!r}: no such file or folder; compile one with sf-compile SOURCE -o "
             'FOLDER, or use Engine.from_source, which takes "demo", a .gguf file, or "org/name"'
         )
-    is_one = path.is_file() or (path / MANIFEST).exists() or (path / VMFB).exists()
+    is_one = path.is_file() or any((path / name).exists() for name in (MANIFEST, VMFB, WEIGHTS))
     if is_one or not (found := compiled_targets(path)):
         if path.suffix == ".gguf" or (not is_one and (path / CONFIG).exists()):
             raise MissingFileError(
