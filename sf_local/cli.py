@@ -57,10 +57,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"sf-local {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    chat = commands.add_parser("chat", help="talk to a model; an empty line or Ctrl-D ends")
+    chat = commands.add_parser("chat", help="talk to a model; /help there lists commands")
     chat.add_argument("--system", help="system message (default: the model's own)")
-    generate = commands.add_parser("generate", help="continue a prompt")
+    generate = commands.add_parser("generate", help="answer a prompt")
     generate.add_argument("--prompt", help="default: standard input")
+    generate.add_argument(
+        "--raw", action="store_true",
+        help="continue the prompt as it stands, without the model's chat template",
+    )  # fmt: skip
     generate.add_argument("--stop", action="append", default=[], help="may be repeated")
     generate.add_argument("--regex", help="that the whole answer matches")
     generate.add_argument("--json-schema", help="JSON text that the answer is valid under")
@@ -125,20 +129,26 @@ def _engine(args: argparse.Namespace) -> Engine:
 
 
 def _generate(args: argparse.Namespace) -> None:
+    from sf_local.frontend.conversation import speed
+
     params = _params(args, args.stop)
     prompt = sys.stdin.read() if args.prompt is None else args.prompt
     with _engine(args) as engine:
-        _print_stream(engine.submit(prompt, params))
+        if args.raw or not engine.tokenizer.chat_templates:
+            handle: Handle[Any] = engine.submit(prompt, params)
+        else:
+            handle = engine.submit_chat([{"role": "user", "content": prompt}], params)
+        for text in handle:
+            print(text, end="", flush=True)
+        print()
+        print(speed(handle.result()), file=sys.stderr)
 
 
 def _chat(args: argparse.Namespace) -> None:
+    from sf_local.frontend.terminal_chat import chat
+
     with _engine(args) as engine:
-        engine.apply_chat_template([{"role": "user", "content": ""}])  # raises if there is none
-        messages = [] if args.system is None else [{"role": "system", "content": args.system}]
-        while text := _ask():
-            messages.append({"role": "user", "content": text})
-            answer = _print_stream(engine.submit_chat(messages, _params(args)))
-            messages.append({"role": "assistant", "content": answer})
+        chat(engine, _params(args), args.system)
 
 
 def _batch(args: argparse.Namespace) -> int:
@@ -151,29 +161,6 @@ def _batch(args: argparse.Namespace) -> int:
         )  # fmt: skip
     print(f"{summary.answered} answered, {summary.failed} failed", file=sys.stderr)
     return 2 if summary.failed else 0
-
-
-def _ask() -> str:
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return ""
-
-
-def _print_stream(handle: Handle[Any]) -> str:
-    """Print the answer as it grows, and its speed to standard error."""
-    for text in handle:
-        print(text, end="", flush=True)
-    print()
-    output = handle.result()
-    decode_time = output.latency - output.time_to_first_token
-    rate = max(output.completion_tokens - 1, 0) / decode_time if decode_time > 0 else 0.0
-    print(
-        f"[{output.prompt_tokens} + {output.completion_tokens} tokens, "
-        f"{output.time_to_first_token * 1000:.0f} ms to the first, {rate:.0f} tokens/s]",
-        file=sys.stderr,
-    )
-    return output.text
 
 
 def _inspect(args: argparse.Namespace) -> None:

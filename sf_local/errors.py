@@ -10,6 +10,7 @@ SfLocalError
 ├── DeviceError             the device is unknown, absent or failed, or a GPU's result is wrong
 ├── RequestError            a request that cannot be served as asked (also a ValueError)
 │   ├── GrammarError        a grammar that cannot be compiled
+│   ├── PromptTooLongError  a prompt for which the context has no room
 │   ├── ImageError          an image that cannot be opened, or that the model cannot read
 │   └── ChatTemplateError   the model's chat template cannot be used, or refuses a conversation
 ├── EngineError             the engine is closed or failed, or a CPU's result is wrong
@@ -58,6 +59,10 @@ class RequestError(SfLocalError, ValueError):
 
 class GrammarError(RequestError):
     """A grammar that cannot be compiled."""
+
+
+class PromptTooLongError(RequestError):
+    """A prompt for which the context has no room, with an answer."""
 
 
 class ImageError(RequestError):

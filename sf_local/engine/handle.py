@@ -86,6 +86,11 @@ class Handle(Generic[Item]):
         self._replicas.check_process()
         return self._generation.ended.is_set()
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """The length of the prompt, images included."""
+        return len(self._generation.request.prompt_ids)
+
     def add_done_callback(self, callback: Callable[[Handle[Item]], object]) -> None:
         """Call a function with this handle once the generation has ended, as a Future does.
 

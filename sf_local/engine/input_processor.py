@@ -15,7 +15,7 @@ from sf_local.artifact.manifest import ImageSettings
 from sf_local.artifact.open import Artifact
 from sf_local.engine.generation import Generation
 from sf_local.engine.interrupts import uninterrupted
-from sf_local.errors import RequestError
+from sf_local.errors import PromptTooLongError, RequestError
 from sf_local.request.checks import shown
 from sf_local.request.params import SamplingParams
 from sf_local.request.prompt import Prompt
@@ -230,11 +230,11 @@ class InputProcessor:
         return ids
 
     def _fitting(self, prompt: Prompt) -> Prompt:
-        """The prompt; RequestError if the context has no room for it and an answer."""
+        """The prompt; PromptTooLongError if the context has no room for it and an answer."""
         if len(prompt.ids) >= self.max_tokens:
             of_images = sum(span.end - span.start for span in prompt.spans)
             whose = f" ({of_images} of images)" if of_images else ""
-            raise RequestError(
+            raise PromptTooLongError(
                 f"prompt: {len(prompt.ids)} tokens{whose} leave no room for an answer in a context "
                 f"of {self.max_tokens}; shorten it, or raise kv_pages or the model's max_seq_len"
             )
