@@ -12,6 +12,7 @@ ShortfinLocal     the engine as a backend for programs of SGLang's frontend lang
 DeviceInfo        a CPU or GPU that models can run on
 devices           lists them
 from_source       the path of a model's artifact, compiled on first use
+run_batch         answers a file of requests into another file, and continues
 SfLocalError      the base class of all errors that are raised on purpose
 errors            the module with its subclasses
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from sf_local.engine.handle import AsyncStream, Handle, Stream
     from sf_local.engine.sources import from_source
     from sf_local.frontend.backend import ShortfinLocal
+    from sf_local.frontend.batch_file import run_batch
     from sf_local.request.output import Output, Score, ToolCall
     from sf_local.request.params import SamplingParams
 
@@ -58,6 +60,7 @@ __all__ = [
     "devices",
     "errors",
     "from_source",
+    "run_batch",
 ]
 
 _BACKEND = "sf_local.frontend.backend"
@@ -74,6 +77,7 @@ _HOMES = {
     "ToolCall": "sf_local.request.output",
     "devices": "sf_local.device.info",
     "from_source": "sf_local.engine.sources",
+    "run_batch": "sf_local.frontend.batch_file",
 }
 
 # Silent until a user adds a handler; without this one Python would print warnings to stderr

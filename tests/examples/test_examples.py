@@ -39,12 +39,30 @@ def run(name: str, *arguments: str, **environment: str) -> str:
         ("batch.py", r"France: .*Paris"),
         ("constrained.py", r"Europe (True|False) name='.*' country='.*' continent='\w+'\n Asia"),
         ("offline_batch.py", r"The largest ocean is.*Pacific"),
+        ("chat.py", r"Paris[\s\S]*Paris[\s\S]*city='.*Paris.*' country='.*'"),
     ],
 )
 def test_example(smollm2: Path, name: str, expected: str) -> None:
     assert re.search(expected, run(name))
-    if name != "offline_batch.py":
+    if name not in ("offline_batch.py", "chat.py"):
         assert re.search(expected, run(name, "--vmfb", str(smollm2), "--device", "cpu"))
+
+
+@pytest.mark.model
+def test_many_prompts(tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": "The sun is", "max_new_tokens": 3}) for _ in range(3)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    for _ in range(2):
+        out = run("many_prompts.py", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"))
+        assert out == "Summary(answered=3, failed=0)\n"
+    assert (tmp_path / "out.jsonl").read_text().count("\n") == 3
+
+
+def test_bench_batch(tiny: TinyModel) -> None:
+    sizes = ["--preambles", "6", "--prompts", "8", "--words", "30", "--kv-memory", "120KiB"]
+    out = run("bench_batch.py", "--vmfb", str(tiny.artifact), *sizes)
+    in_order, shuffled, _ = map(int, re.findall(r"(\d+) prompt tokens", out))
+    assert 0 < shuffled <= 1.1 * in_order
 
 
 def test_describe_image(tmp_path: Path) -> None:
@@ -118,4 +136,5 @@ def test_there_is_no_other_example() -> None:
         "common.py", "multi_turn.py", "streaming.py", "fork.py", "batch.py", "constrained.py",
         "offline_batch.py", "describe_image.py", "random_smolvlm.py", "bench_peers.py",
         "bench_shape.py", "bench_images.py", "first_run_on_gpu.py", "metrics.py",
+        "chat.py", "many_prompts.py", "serve_fastapi.py", "bench_batch.py",
     }  # fmt: skip
