@@ -18,7 +18,6 @@ from sf_local.vision.image_file import ImageInput
 
 if TYPE_CHECKING:
     from sf_local.text.chat_template import JinjaTemplate
-    from sf_local.text.inserted_text import InsertedText
 
 Messages = Sequence[Any]
 Turns = list[dict[str, Any]]
@@ -44,7 +43,6 @@ class ChatProcessor:
         self._inputs, self._chat_template, self._escape = inputs, chat_template, escape
         self._encode = PromptEncoder(inputs.tokenizer)
         self._template: JinjaTemplate | None = None
-        self._inserted: InsertedText | None = None
 
     def template(self) -> JinjaTemplate:
         """The chat template; compiled, with the import of Jinja, on first use. Raises
@@ -111,17 +109,14 @@ class ChatProcessor:
 
     def _escaped(self, chat: _Chat, text: str) -> list[tuple[str, bool]]:
         """A prompt in parts, each with whether special tokens in it are plain text."""
-        if self._inserted is None:
-            from sf_local.text.inserted_text import InsertedText
-
-            self._inserted = InsertedText(self._inputs.tokenizer.special_tokens)
-        mark = self._inserted.marked
+        inserted = self._inputs.inserted_text()
+        mark = inserted.marked
         marked = replace(
             chat, turns=mark(chat.turns), tools=mark(chat.tools), variables=mark(chat.variables)
         )
         if marked == chat:
             return [(text, False)]
-        parts = self._inserted.parts(marked.written())
+        parts = inserted.parts(marked.written())
         if "".join(part for part, _ in parts) != text:
             raise ChatTemplateError(
                 f"The chat template of {self._inputs.artifact.name} writes contents with special "

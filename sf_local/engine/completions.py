@@ -25,6 +25,7 @@ class Completions:
     """The entry points that take a prompt. A subclass sets the attributes."""
 
     tokenizer: Tokenizer
+    image_token: str | None
     _inputs: InputProcessor
     _replicas: Replicas
 
@@ -168,6 +169,14 @@ class Completions:
         Raises RequestError as `submit` does, ImageError for an image that cannot be used.
         """
         return self._inputs.prepare(prompt, images)
+
+    def mark_inserted(self, prompt: str, spans: Sequence[tuple[int, int]]) -> str:
+        """A prompt of which users wrote what lies in some ranges of characters: special tokens in
+        them are plain text. Give what this returns in the place of the prompt, as it is.
+
+        spans: begin and end of each, in their order. The image marker stays one.
+        """
+        return self._inputs.inserted_text().marked_within(prompt, spans, self.image_token)
 
     def encode(self, prompt: str, continuation: str = "") -> list[int]:
         """Token ids of a prompt, and of what may continue it.

@@ -139,6 +139,9 @@ class Engine(Batches):
         ]  # fmt: skip
         self.artifact = places[0].artifact
         self.tokenizer = Tokenizer(self.artifact.tokenizer)
+        # The marker that stands for an image in a prompt; None for a text model
+        images = self.artifact.manifest and self.artifact.manifest.images
+        self.image_token = images["image_token"] if images else None
         self.max_tokens = min(place.max_tokens for place in places)
         self._inputs = InputProcessor(
             self.artifact, self.tokenizer, self.max_tokens, image_bytes, allow_urls,
@@ -179,12 +182,6 @@ class Engine(Batches):
         """
         artifact = from_source(source, device, progress=progress, **(build_options or {}))
         return cls(artifact, device, **options)
-
-    @property
-    def image_token(self) -> str | None:
-        """The marker that stands for an image in a prompt; None for a text model."""
-        manifest = self.artifact.manifest
-        return manifest.images["image_token"] if manifest and manifest.images else None
 
     def stats(self) -> dict[str, float]:
         """Counters since the start, and what is going on; sums over all devices.

@@ -20,6 +20,7 @@ from sf_local.request.checks import shown
 from sf_local.request.params import SamplingParams
 from sf_local.request.prompt import Prompt
 from sf_local.request.request import Request
+from sf_local.text.inserted_text import InsertedText, MarkedText
 from sf_local.text.prompt_encoder import PromptEncoder
 from sf_local.text.tokenizer import Tokenizer
 from sf_local.vision.image_file import GivenImage, ImageInput
@@ -99,6 +100,7 @@ class InputProcessor:
         self._encode = PromptEncoder(tokenizer)
         self.reuses_answer_tokens = reuse_answer_tokens
         self._grammars: GrammarCompiler | None = None
+        self._inserted: InsertedText | None = None
 
     def _grammar_compiler(self) -> GrammarCompiler:
         """Made on first use, with its imports: they take a tenth of the time of all, and few need
@@ -139,7 +141,9 @@ class InputProcessor:
         ready = Prompt(ids, ids)
         if self._images is not None:
             ready = self._images.expand(ids, images, self.max_tokens, deadline)
-        return replace(self._fitting(ready), text=prompt if isinstance(prompt, str) else None)
+        # Of a marked text the same text without marks would have other tokens
+        is_text = isinstance(prompt, str) and not isinstance(prompt, MarkedText)
+        return replace(self._fitting(ready), text=cast(str, prompt) if is_text else None)
 
     def check_images(self, images: Sequence[object]) -> None:
         """Raise RequestError unless it is a list of images, and the model sees."""
@@ -215,7 +219,16 @@ class InputProcessor:
 
     def encode(self, prompt: str, continuation: str = "") -> list[int]:
         """As `Engine.encode`."""
+        if isinstance(prompt, MarkedText):
+            parts = self.inserted_text().parts(prompt + continuation)
+            return self.tokenizer.with_bos(self.tokenizer.encode_parts(parts))
         return self._encode(prompt + continuation, len(prompt))
+
+    def inserted_text(self) -> InsertedText:
+        """What finds special tokens that users wrote; made on first use."""
+        if self._inserted is None:
+            self._inserted = InsertedText(self.tokenizer.special_tokens)
+        return self._inserted
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):

@@ -101,6 +101,7 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
         if not isinstance(self._defaults, SamplingParams):
             raise RequestError(f"defaults={shown(defaults)} must be SamplingParams")
         self.token_usage = TokenUsage()
+        self._escapes = engine_options.get("escape_special_tokens", True)
         self.engine = Engine(vmfb, device, **engine_options)
         try:
             self.chat_template = resolve_chat_template(
@@ -250,10 +251,46 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
         self.shutdown()
 
     def _text(self, s: StreamExecutor) -> str:
-        """The program's text so far, with images written as the model's own template does."""
+        """The program's text so far, with images written as the model's own template does, and
+        special tokens in the contents of roles as plain text."""
         text = str(s.text_)
+        if self._escapes:
+            text = self.engine.mark_inserted(text, content_spans(s))
         image_first = getattr(self.chat_template, "image_first", None)
-        return text.replace(*image_first) if image_first else text
+        return type(text)(text.replace(*image_first)) if image_first else text
+
+
+def content_spans(s: StreamExecutor) -> list[tuple[int, int]]:
+    """Where in a program's text the contents of its roles are, the one under way included.
+
+    SGLang keeps messages and the text, but not where one is in the other.
+    """
+    text, spans, end = str(s.text_), list[tuple[int, int]](), 0
+    for number, message in enumerate(s.messages_):
+        content = message["content"]
+        if isinstance(content, list):  # a text with images
+            content = content[0]["text"]
+        prefix, suffix = s.chat_template.get_prefix_and_suffix(
+            message["role"], s.messages_[:number]
+        )
+        begin = _find(text, prefix, content + suffix, end)
+        if begin is not None:
+            end = begin + len(content)
+            spans.append((begin, end))
+    if s.cur_role is not None:
+        spans.append((s.cur_role_begin_pos, len(text)))
+    return spans
+
+
+def _find(text: str, prefix: str, content: str, start: int) -> int | None:
+    """Where a content stands behind its prefix and blanks, of which SGLang has stripped it."""
+    while (found := text.find(prefix, start)) >= 0:
+        begin = found + len(prefix)
+        begin += len(text[begin:]) - len(text[begin:].lstrip())
+        if text.startswith(content, begin):
+            return begin
+        start = found + 1
+    return None
 
 
 def _images(s: StreamExecutor) -> list[ImageInput]:

@@ -17,6 +17,10 @@ _OPEN, _CLOSE, _BREAK = "\ud800", "\ud801", "\ud802"
 _MARKS = re.compile(f"[{_OPEN}{_CLOSE}{_BREAK}]")
 
 
+class MarkedText(str):
+    """A prompt with marks, which `InsertedText.parts` takes apart."""
+
+
 class InsertedText:
     """Marks what users wrote, and tells which special tokens of a prompt are theirs."""
 
@@ -38,6 +42,20 @@ class InsertedText:
             case list() | tuple():
                 return [self.marked(item) for item in value]
         return value
+
+    def marked_within(
+        self, text: str, spans: Iterable[tuple[int, int]], keep: str | None = None
+    ) -> str:
+        """A prompt with marks where users wrote what lies in these ranges; the same text if nothing
+        in them is to be marked. keep: a special token that stays one."""
+        parts, end = [], 0
+        for begin, stop in spans:
+            parts += [text[end:begin], self._marked_text(text[begin:stop])]
+            end = stop
+        marked = "".join([*parts, text[end:]])
+        if keep:
+            marked = marked.replace(f"{_OPEN}{keep}{_CLOSE}", keep)
+        return text if marked == text else MarkedText(marked)
 
     def _marked_text(self, text: str) -> str:
         marked = self._token.sub(f"{_OPEN}\\g<0>{_CLOSE}", text)

@@ -96,8 +96,10 @@ class Tokenizer:
         Raises:
             RequestError: `text` is not a str, or holds a surrogate, which UTF-8 cannot express.
         """
-        check_text(text)
-        ids = self._encode(text)
+        return self.with_bos(self.encode_parts([(text, False)]))
+
+    def with_bos(self, ids: list[int]) -> list[int]:
+        """The ids of a text, after exactly one BOS if the model expects one."""
         if self.bos_token_id is None:
             return ids
         num_bos = next((n for n, i in enumerate(ids) if i != self.bos_token_id), len(ids))
