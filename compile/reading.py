@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from sf_local.artifact.json_file import check_regular, read_object
 from sf_local.errors import SourceError, UnsupportedError
 
 Where = Path | str  # a file, or a part of one
+LFS = b"version https://git-lfs.github.com/spec/"
 # The most that keys may say: larger numbers keep a conversion busy for ever
 MOST = {
     "num_hidden_layers": 4096, "block_count": 4096,
@@ -65,7 +67,18 @@ class Numbers:
 def corrupt(path: Where, expected: str, found: object) -> SourceError:
     """The error for a file that does not hold what it must."""
     remedy = "the file is damaged or incomplete: download it again"
+    if isinstance(path, Path) and _is_lfs_pointer(path):
+        remedy = f"it only points to the file in Git LFS: run git lfs pull in {path.parent}"
     return SourceError(f"{path}: expected {expected}, found {found}; {remedy}")
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what a clone without Git LFS has in place of a large one."""
+    with suppress(OSError):
+        if path.is_file():
+            with path.open("rb") as file:
+                return file.read(len(LFS)) == LFS
+    return False
 
 
 def unsupported(path: Where, found: str, supported: str) -> UnsupportedError:

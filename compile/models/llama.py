@@ -29,7 +29,11 @@ SUPPORTED: Supported = {  # anything else would be computed wrongly
     "num_local_experts": ([0, None], "models without experts"),
     "sliding_window": ([None], "full attention"),
     "partial_rotary_factor": ([1, None], "1"),
-    "quantization_config": ([{}, None], "F32, F16 and BF16 weights, or a quantized .gguf"),
+    "quantization_config": (
+        [{}, None],
+        "F32, F16 and BF16 weights (get the model as it was before, and quantize it with "
+        "sf-compile --weights int8 or int4), or a quantized .gguf",
+    ),
 }
 GGUF_UNSUPPORTED = (  # they would be computed wrongly
     "expert_count", "attention.sliding_window", "attention.scale", "attention.clamp_kqv",
@@ -82,11 +86,11 @@ def llama_config(path: Where, raw: dict[str, Any]) -> LlamaConfig:
         rope_theta=rope_numbers.number("rope_theta", numbers.number("rope_theta", 10000.0)),
         max_seq_len=numbers.integer("max_position_embeddings", 2048),
         tied_embeddings=raw.get("tie_word_embeddings") is True,
-        rope_scaling=_rope_scaling(rope_numbers),
+        rope_scaling=_rope_scaling(rope_numbers, numbers),
     )
 
 
-def _rope_scaling(rope: Numbers) -> RopeScaling | None:
+def _rope_scaling(rope: Numbers, config: Numbers) -> RopeScaling | None:
     kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
     if kind == "default":
         return None
@@ -96,10 +100,18 @@ def _rope_scaling(rope: Numbers) -> RopeScaling | None:
     if kind == "linear":
         return RopeScaling("linear", factor)
     low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-    trained = rope.integer("original_max_position_embeddings")
+    trained = _original_context(rope, config)
     if not 0 < low < high:
         raise corrupt(rope.path, "0 < low_freq_factor < high_freq_factor", f"{low}, {high}")
     return RopeScaling("llama3", factor, low, high, trained)
+
+
+def _original_context(rope: Numbers, config: Numbers) -> int:
+    """The context before it was extended: as in transformers 5, what stands beside RoPE's own
+    numbers comes before what is among them, and the whole context is the default."""
+    key = "original_max_position_embeddings"
+    values = config if config.values.get(key) is not None else rope
+    return values.integer(key, config.integer("max_position_embeddings", 2048))
 
 
 def canonical_name(name: str) -> str:

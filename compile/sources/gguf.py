@@ -6,6 +6,8 @@ loop forever over a damaged one.
 
 import math
 import mmap
+import re
+import shlex
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -26,6 +28,23 @@ from sf_local.errors import SourceError, UnsupportedError
 
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # type id -> struct code
 STRING, ARRAY = 8, 9
+VERSIONS = range(1, 100)  # that exist or may come to
+OLD_MAGICS = (b"lmgg", b"fmgg", b"tjgg", b"algg")  # "ggml" and others, as little-endian numbers
+MMPROJ = (
+    "the vision part of a model",
+    "get the model's own .gguf; to show it images, its Hugging Face folder",
+)
+NO_MODELS = {  # by general.type or general.architecture: what it is, and what to do
+    "adapter": (
+        "a LoRA adapter",
+        "merge it into its base model: llama-export-lora -m BASE.gguf --lora ADAPTER.gguf "
+        "-o MERGED.gguf",
+    ),
+    "mmproj": MMPROJ,
+    "clip": MMPROJ,
+    "imatrix": ("an importance matrix, as llama-quantize reads it", "get the model's own .gguf"),
+    "controlvector": ("a control vector", "get the model's own .gguf"),
+}
 
 
 def open_gguf(path: Path, progress: Progress, sha256: str | None = None) -> Source:
@@ -88,12 +107,11 @@ class _Cursor:
 def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, SourceTensor]]:
     """Metadata key -> plain Python value, and the tensors as the file has them."""
     cursor = _Cursor(map_file(path))
-    magic, version = cursor.integer("I"), cursor.integer("I")
-    if magic != gguf.GGUF_MAGIC or version not in (2, 3):
-        raise ValueError(f"magic {magic:#x} version {version}, not a little-endian version 2 or 3")
+    magic, version = cursor.scalars("s", 4)[0], cursor.integer("I")
+    _check_format(path, magic, version)
     tensor_count, field_count = cursor.scalars("Q", 2)
     fields = {cursor.string(): cursor.value(cursor.integer("I")) for _ in range(field_count)}
-    _check_fields(path, fields)
+    _check_fields(path, fields, tensor_count)
     infos = {}
     for _ in range(tensor_count):
         name, dims = cursor.string(), cursor.integer("I")
@@ -108,12 +126,45 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, SourceTensor]]:
     }
 
 
-def _check_fields(path: Path, fields: Mapping[str, Any]) -> None:
-    """Refuse what would be read wrongly, before anything else is read."""
+def _check_format(path: Path, magic: bytes, version: int) -> None:
+    """Refuse other formats than GGUF 2 and 3; raises ValueError for what is none that is known."""
+    if magic in OLD_MAGICS:
+        remedy = "GGUF (get a newer file, or convert the original with convert_hf_to_gguf.py)"
+        raise unsupported(path, "a file of the format before GGUF", remedy)
+    if magic != b"GGUF":
+        raise ValueError(f"a file that begins with {magic!r}")
+    if version in (2, 3):
+        return
+    swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+    if min(version, swapped) not in VERSIONS:
+        raise ValueError(f"GGUF version {version}")
+    if swapped in VERSIONS:
+        remedy = shlex.join(["gguf-convert-endian", str(path), "little"])
+        raise unsupported(path, "a big-endian GGUF", f"little-endian ones (convert it: {remedy})")
+    supported = "versions 2 and 3 (convert the original with today's convert_hf_to_gguf.py)"
+    raise unsupported(path, f"GGUF version {version}", supported)
+
+
+def _check_fields(path: Path, fields: Mapping[str, Any], tensor_count: int) -> None:
+    """Refuse what is no whole model, and what would be read wrongly, before anything else."""
+    if isinstance(parts := fields.get("split.count"), int) and parts > 1:
+        found = f"a part of a GGUF that is split into {parts}"
+        merge = shlex.join(["llama-gguf-split", "--merge", _first_part(path, parts), "WHOLE.gguf"])
+        raise unsupported(path, found, f"one file (join the parts: {merge})")
+    for key in ("general.type", "general.architecture"):
+        value = fields.get(key)
+        if isinstance(value, str) and (kind := NO_MODELS.get(value)):
+            raise unsupported(path, f"{kind[0]} ({key} {value!r})", f"whole models ({kind[1]})")
     find_gguf_family(path, fields)
-    if fields.get("split.count", 0) > 1:
-        found = f"part of a GGUF split into {fields['split.count']}"
-        raise unsupported(path, found, "one file (join them: llama-gguf-split --merge)")
+    if tensor_count == 0:
+        supported = "whole models (get the model's own .gguf)"
+        raise unsupported(path, "a vocabulary without weights", supported)
+
+
+def _first_part(path: Path, parts: int) -> str:
+    """The path of the first part, which llama-gguf-split takes, by the names that it gives."""
+    name = re.sub(r"-\d{5}-of-\d{5}\.gguf$", f"-00001-of-{parts:05}.gguf", path.name)
+    return str(path.with_name(name))
 
 
 def source_tensor(

@@ -138,6 +138,74 @@ def test_refusals_by_name(tmp_path: Path, extra: dict[str, Any], words: list[str
     refused(path, UnsupportedError, "toy.gguf", *words)
 
 
+def write_other(path: Path, arch: str, endian: Any = gguf.GGUFEndian.LITTLE, **fields: str) -> Path:
+    """A GGUF of one tensor that is no model's."""
+    made = gguf.GGUFWriter(path, arch, endianess=endian)
+    for key, value in fields.items():
+        made.add_string(key.replace("__", "."), value)
+    made.add_tensor("blk.0.attn_q.weight.lora_a", np.ones((4, HIDDEN), np.float32))
+    made.write_header_to_file()
+    made.write_kv_data_to_file()
+    made.write_tensors_to_file()
+    made.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"arch": "llama", "general__type": "adapter"}, ["LoRA adapter", "llama-export-lora -m"]),
+        ({"arch": "clip", "general__type": "mmproj"}, ["vision part", "the model's own .gguf"]),
+        ({"arch": "clip"}, ["vision part", "the model's own .gguf"]),
+        ({"arch": "", "general__type": "imatrix"}, ["importance matrix"]),
+        ({"arch": "controlvector"}, ["control vector", "the model's own .gguf"]),
+        ({"arch": "llama", "endian": gguf.GGUFEndian.BIG}, ["a big-endian GGUF",
+                                                            "other.gguf little"]),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_models(tmp_path: Path, fields: dict[str, Any], words: list[str]) -> None:
+    path = write_other(tmp_path / "other.gguf", **fields)
+    refused(path, UnsupportedError, "other.gguf", "is not supported", *words)
+
+
+def test_a_vocabulary_alone(tmp_path: Path) -> None:
+    """As convert_hf_to_gguf.py --vocab-only writes it."""
+    data = bytearray(write_gguf(tmp_path / "vocab.gguf").read_bytes())
+    data[8:16] = bytes(8)  # the number of tensors
+    (tmp_path / "vocab.gguf").write_bytes(data)
+    refused(tmp_path / "vocab.gguf", UnsupportedError, "vocabulary without weights")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_part_of_a_split(tmp_path: Path, number: int) -> None:
+    """Written by gguf; the parts after the first say nothing of the model."""
+    writer = gguf.GGUFWriter(tmp_path / "a b.gguf", "llama", split_max_tensors=1)
+    for name in ("one", "two"):
+        writer.add_tensor(name, np.ones((4, HIDDEN), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    part = tmp_path / f"a b-0000{number}-of-00002.gguf"
+    first = tmp_path / "a b-00001-of-00002.gguf"
+    command = f"llama-gguf-split --merge '{first}' WHOLE.gguf"
+    refused(part, UnsupportedError, part.name, "split into 2", command)
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        (b"GGUF" + struct.pack("<I", 1), "GGUF version 1"),
+        (b"GGUF" + struct.pack("<I", 4), "GGUF version 4"),
+        (struct.pack("<II", 0x67676A74, 3), "the format before GGUF"),  # "ggjt"
+    ],
+)
+def test_other_versions(tmp_path: Path, start: bytes, words: str) -> None:
+    path = write_gguf(tmp_path / "toy.gguf")
+    path.write_bytes(start + path.read_bytes()[8:])
+    refused(path, UnsupportedError, "toy.gguf", words, "convert_hf_to_gguf.py")
+
+
 def test_type_unknown_to_gguf(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "toy.gguf")
     data = bytearray(path.read_bytes())
@@ -177,7 +245,7 @@ def test_garbage(tmp_path: Path) -> None:
     for data in [
         b"\0" * 64,
         b"GGUF" + b"\xff" * 64,
-        b"GGUF" + struct.pack(">I", 3) + good[8:],  # big-endian
+        b"version https",
         good[:8] + huge + good[16:],  # tensors
         good[:16] + huge + good[24:],  # metadata keys
         good[:24] + huge + good[32:],  # length of the first key

@@ -25,6 +25,9 @@ from tests.support.toy_sources import (
     write_folder,
 )
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 134515008\n"
+
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_folder(tmp_path: Path, dtype: Any) -> None:
@@ -196,6 +199,15 @@ def test_names_that_do_not_belong(tmp_path: Path) -> None:
             7.0,
             RopeScaling("llama3", 8.0, 1.0, 4.0, 32),
         ),
+        ({"rope_scaling": LLAMA3}, 500.0, RopeScaling("llama3", 8.0, 1.0, 4.0, 64)),
+        (
+            {
+                "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 32},
+                "original_max_position_embeddings": 16,
+            },
+            500.0,
+            RopeScaling("llama3", 8.0, 1.0, 4.0, 16),
+        ),
     ],
 )
 def test_rope_spellings(
@@ -206,9 +218,13 @@ def test_rope_spellings(
     folder = write_folder(tmp_path / "toy", **config)
     found = open_source(folder).config
     assert (found.rope_theta, found.rope_scaling) == (theta, scaling)
-    theirs = LlamaConfig.from_pretrained(folder).rope_parameters
+    read = LlamaConfig.from_pretrained(folder)
+    read.standardize_rope_params()  # as when frequencies are computed of it
+    theirs = read.rope_parameters
     assert theirs["rope_type"] == (scaling.kind if scaling else "default")
     assert theirs["rope_theta"] in (theta, None)
+    if scaling and scaling.kind == "llama3":
+        assert theirs["original_max_position_embeddings"] == scaling.original_max_seq_len
     both = config.get("rope_scaling"), config.get("rope_parameters")
     assert ("rope_parameters beside it" in caplog.text) == (all(both) and both[0] != both[1])
 
@@ -237,7 +253,7 @@ def test_explicit_head_dim_and_old_defaults(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "longrope"}}, ["'longrope'"]),
         (
             {"quantization_config": {"quant_method": "gptq"}},
-            ["quantization_config {'quant_method': 'gptq'}", ".gguf"],
+            ["quantization_config {'quant_method': 'gptq'}", ".gguf", "sf-compile --weights int8"],
         ),
         ({"num_key_value_heads": 3}, ["4 heads of size 8 over 3"]),
         ({"num_attention_heads": 5}, ["5 heads of size 6.4"]),
@@ -293,6 +309,13 @@ def test_damaged_json(tmp_path: Path, file: str, text: str) -> None:
     folder = write_folder(tmp_path / "toy")
     (folder / file).write_text(text)
     refused(folder, SourceError, file, "download it again")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors"])
+def test_a_clone_without_git_lfs(tmp_path: Path, name: str) -> None:
+    folder = write_folder(tmp_path / "toy")
+    (folder / name).write_text(LFS)
+    refused(folder, SourceError, name, f"run git lfs pull in {folder}")
 
 
 @pytest.mark.parametrize(
