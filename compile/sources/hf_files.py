@@ -9,6 +9,7 @@ from compile.reading import check_file, corrupt, read_json
 from compile.sources.source import Progress
 from sf_local.artifact.cache import known_sha256
 from sf_local.artifact.json_file import is_file_name
+from sf_local.artifact.path_kinds import other_weights
 from sf_local.errors import SourceError
 
 INDEX = "model.safetensors.index.json"
@@ -21,6 +22,8 @@ def weight_files(folder: Path) -> list[Path]:
     if single.exists():
         return [single]
     if not index.exists():
+        if what := other_weights(folder):
+            raise SourceError(f"{folder}: {what}")
         raise SourceError(
             f"{folder}: no model.safetensors, nor an index of shards; download them, or "
             "convert other weights with transformers' save_pretrained(safe_serialization=True)"
@@ -31,7 +34,13 @@ def weight_files(folder: Path) -> list[Path]:
     for name in shards.values():
         if not is_file_name(name):
             raise corrupt(index, "file names in weight_map", repr(name))
-    return [folder / name for name in sorted(set(shards.values()))]
+    paths = [folder / name for name in sorted(set(shards.values()))]
+    if missing := [path.name for path in paths if not path.exists()]:
+        raise SourceError(
+            f"{index}: {len(missing)} of {len(paths)} shards are missing ({missing[0]}"
+            f"{', ...' if missing[1:] else ''}): download them too"
+        )
+    return paths
 
 
 def folder_sha256(folder: Path, weights: list[Path], progress: Progress) -> str:

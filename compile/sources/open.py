@@ -9,7 +9,6 @@ the config is checked later, by `weights.check_tensors`.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from compile.sources.demo import DEMO_NAME, DEMO_SHA256, demo_gguf
 from compile.sources.hf_files import folder_sha256, weight_files
 from compile.sources.source import Progress, Source
 from sf_local.artifact.cache import known_sha256, recall, remember
+from sf_local.artifact.path_kinds import describe, is_repo_id
 from sf_local.errors import SourceError
 
 ALLOWED = (
@@ -69,7 +69,7 @@ class Location:
         from compile.sources.gguf import open_gguf
         from compile.sources.huggingface import open_folder
 
-        with _named_errors(self.path):
+        with _named_errors(self.name if self.kind == "hub" else self.path):
             if self.kind == "demo":
                 return replace(
                     open_gguf(demo_gguf(progress), progress, DEMO_SHA256), name=self.name
@@ -97,15 +97,17 @@ def locate(source: str | Path) -> Location:
         raise SourceError(f"source={source!r}: not a str or a Path; {ALLOWED}")
     path = Path(os.path.expanduser(source))
     is_gguf = path.suffix.lower() == ".gguf"
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) is not None
     with _named_errors(path):
         is_folder = path.is_dir()
         if is_folder and (path / "config.json").exists():
             return Location("folder", path.resolve().name, path)
         if is_gguf and path.is_file():
             return Location("gguf", path.name, path)
-        if is_hub_id and not (path.exists() or is_gguf or isinstance(source, Path)):
+        is_hub_id = is_repo_id(str(source)) and not (is_gguf or isinstance(source, Path))
+        if is_hub_id and not path.exists():
             return Location("hub", str(source))
+        if what := describe(path):
+            raise SourceError(f"source {str(source)!r}: {what}")
         if is_folder:
             found = "a folder without config.json"
         else:
@@ -114,9 +116,12 @@ def locate(source: str | Path) -> Location:
 
 
 @contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
+def _named_errors(path: Path | str) -> Iterator[None]:
     try:
         yield
+    except FileNotFoundError as error:
+        missing = f"{error.filename} is missing: download it too"
+        raise SourceError(f"source {str(path)!r}: {missing}; {ALLOWED}") from error
     except OSError as error:
         raise SourceError(f"source {str(path)!r}: cannot be read: {error}; {ALLOWED}") from error
 

@@ -7,6 +7,7 @@ all files are compared with the manifest, and the hashes of small ones; `verify`
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ from sf_local.artifact.manifest import (
     file_sha256,
     parameters_sha256,
 )
+from sf_local.artifact.path_kinds import as_weights, describe, is_artifact, is_repo_id
 from sf_local.errors import (
     CorruptFileError,
     MismatchError,
@@ -101,10 +103,10 @@ def open_artifact(
     folder = path if path.is_dir() else path.parent
     vmfb_path = _existing(path / VMFB if path.is_dir() else path)
     manifest = _read_manifest(folder / MANIFEST)
-    config_path = Path(config).expanduser() if config else folder / CONFIG
+    config_path = Path(os.path.expanduser(config)) if config else folder / CONFIG
     model = read_config(config_path)
     weights = _weight_paths(parameters, folder)
-    tokenizer_folder = Path(tokenizer).expanduser() if tokenizer else folder
+    tokenizer_folder = Path(os.path.expanduser(tokenizer)) if tokenizer else folder
     if tokenizer_folder.is_file():
         tokenizer_folder = tokenizer_folder.parent
     for name in TOKENIZER_FILES:
@@ -128,21 +130,16 @@ def find_target(vmfb: str | Path, targets: Sequence[str] = ()) -> Path:
     That is the one of the first of `targets` that is there; without `targets`, of the first by
     name. Raises MissingFileError if there is no such path, and TargetError if no target is there.
     """
-    path = Path(vmfb).expanduser()
-    if not path.exists():
-        raise MissingFileError(
-            f"vmfb={str(vmfb)!r}: no such file or folder; compile one with sf-compile SOURCE -o "
-            'FOLDER, or use Engine.from_source, which takes "demo", a .gguf file, or "org/name"'
-        )
-    is_one = path.is_file() or any((path / name).exists() for name in (MANIFEST, VMFB, WEIGHTS))
-    if is_one or not (found := compiled_targets(path)):
-        if path.suffix == ".gguf" or (not is_one and (path / CONFIG).exists()):
-            raise MissingFileError(
-                f"vmfb={str(vmfb)!r}: these are weights, no artifact; compile them with "
-                f"{shlex.join(['sf-compile', str(vmfb), '-o', 'FOLDER'])}, or use "
-                "Engine.from_source, which does"
-            )
+    path = Path(os.path.expanduser(vmfb))
+    if not os.path.exists(path):
+        raise _not_there(str(vmfb))
+    if path.suffix == ".vmfb" or is_artifact(path):
         return path
+    found = compiled_targets(path) if path.is_dir() else []
+    if not found:
+        if what := _no_artifact(path):
+            raise MissingFileError(f"vmfb={str(vmfb)!r}: {what}")
+        return path  # of whose files it is said which are missing
     for name in targets or found:
         if name in found:
             return path / name
@@ -152,9 +149,34 @@ def find_target(vmfb: str | Path, targets: Sequence[str] = ()) -> Path:
     )
 
 
+def _not_there(vmfb: str) -> MissingFileError:
+    """The error for a path that does not exist; it may be meant for `from_source`."""
+    what = "no such file or folder"
+    if vmfb == "demo" or is_repo_id(vmfb):
+        meant = "the demo model" if vmfb == "demo" else "the repo on Hugging Face"
+        return MissingFileError(f"vmfb={vmfb!r}: {what}; if {meant} is meant, {_compile(vmfb)}")
+    return MissingFileError(
+        f"vmfb={vmfb!r}: {what}; compile one with sf-compile SOURCE -o FOLDER, or use "
+        'Engine.from_source, which takes "demo", a .gguf file, or "org/name"'
+    )
+
+
+def _no_artifact(path: Path) -> str | None:
+    """What a path is that is no artifact for certain, with what to do; else None."""
+    if weights := as_weights(path):
+        return f"these are weights, no artifact; {_compile(str(weights))}"
+    neither = None if path.is_dir() else "neither an artifact's folder nor a .vmfb file"
+    return describe(path) or neither
+
+
+def _compile(source: str) -> str:
+    command = shlex.join(["sf-compile", source, "-o", "FOLDER"])
+    return f"compile it with {command}, or use Engine.from_source({source!r}), which does"
+
+
 def compiled_targets(vmfb: str | Path) -> list[str]:
     """The targets that an artifact was compiled for; none if there is no artifact.json."""
-    path = Path(vmfb).expanduser()
+    path = Path(os.path.expanduser(vmfb))
     folder = path if path.is_dir() else path.parent
     several = [manifest.parent.name for manifest in folder.glob(f"*/{MANIFEST}")]
     manifest = _read_manifest(folder / MANIFEST)
@@ -287,7 +309,7 @@ def _weight_paths(
         parameters = [parameters]
     if not parameters:
         raise MissingFileError(f"parameters={parameters!r}: name at least one .irpa file")
-    return tuple(_existing(Path(p).expanduser()) for p in parameters)
+    return tuple(_existing(Path(os.path.expanduser(p))) for p in parameters)
 
 
 def _existing(path: Path) -> Path:

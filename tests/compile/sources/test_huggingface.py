@@ -103,7 +103,7 @@ def test_shards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert sharded.sha256 != whole_folder.sha256
 
     (folder / "b.safetensors").unlink()
-    refused(folder, SourceError, "b.safetensors", "No such file")
+    refused(folder, SourceError, "b.safetensors", "1 of 2 shards are missing")
     index_path.write_text('{"weight_map": {"x": "../b.safetensors"}}')
     refused(folder, SourceError, "'../b.safetensors'")
     index_path.write_text("{}")
