@@ -146,7 +146,8 @@ def check_tokenizer(folder: Path, source: Source) -> None:
     try:
         Tokenizer(folder)
     except ArtifactError as error:
-        raise SourceError(f"{source.name}: its tokenizer cannot be used: {error}") from error
+        reason = str(error).replace(f"{folder}{os.sep}", "")  # which will be gone
+        raise SourceError(f"{source.name}: its tokenizer cannot be used: {reason}") from error
     vocab_size = source.config.vocab_size
     for token in (source.bos_token_id, *source.eos_token_ids):
         if token is not None and not 0 <= token < vocab_size:

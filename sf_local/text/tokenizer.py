@@ -185,9 +185,10 @@ class Tokenizer:
             return None, None
         token_id = self._tokenizer.token_to_id(text) if isinstance(text, str) else None
         if token_id is None:
+            remedy = "Take both files from the same model."
             raise CorruptFileError(
                 f"{file} declares {key} {text!r}, which tokenizer.json beside it does not have. "
-                "Take both files from the same model."
+                + (remedy if text else f"Write null for a model without {key}.")
             )
         self._tokenizer.add_special_tokens([text])
         return text, token_id

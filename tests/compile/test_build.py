@@ -284,6 +284,9 @@ def test_a_missing_tensor_and_a_left_over_one(tiny: TinyModel, tmp_path: Path) -
     ("name", "changes", "message"),
     [
         ("tokenizer_config.json", {"chat_template": 5}, "chat_template of type int"),
+        ("tokenizer_config.json", {"bos_token": ""}, "bos_token ''.*Write null"),
+        ("tokenizer_config.json", {"eos_token": {"content": ""}}, "eos_token ''.*Write null"),
+        ("tokenizer.json", {"decoder": None}, "has the decoder"),
         ("config.json", {"eos_token_id": 1_000_000}, "1000000 is not in the vocabulary"),
         ("config.json", {"bos_token_id": -1}, "-1 is not in the vocabulary"),
     ],
@@ -294,9 +297,10 @@ def test_a_tokenizer_the_runtime_would_refuse(
     source = shutil.copytree(tiny.source, tmp_path / "source")
     data = json.loads((source / name).read_text()) | changes
     (source / name).write_text(json.dumps(data))
-    with pytest.raises(SourceError, match=message):
+    with pytest.raises(SourceError, match=message) as caught:
         build(source, tmp_path / "out", TINY_OPTIONS)
     assert not (tmp_path / "out").exists()
+    assert str(caught.value).startswith("source: ") and str(tmp_path) not in str(caught.value)
 
 
 @pytest.mark.parametrize(
