@@ -4,6 +4,7 @@ the weights leave free."""
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from sf_local.artifact.manifest import ModelConfig
 from sf_local.device.host_memory import ROOM
@@ -11,6 +12,8 @@ from sf_local.device.info import DeviceInfo
 from sf_local.errors import DeviceError, RequestError
 
 GIB = 1 << 30
+UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+SMALLER = dict(zip([*UNITS][1:], UNITS, strict=False))
 MAX_DEFAULT_BYTES = 1 << 30  # on the CPU, and where the driver does not say what is free
 GPU_SHARE = 0.8  # of what the weights leave free; activations need some of the rest
 
@@ -43,15 +46,46 @@ def num_kv_pages(
     if not isinstance(pages, int) or isinstance(pages, bool) or pages < 1:
         raise RequestError(f"{name} must be at least {low}")
     if available is not None and pages * config.page_bytes > available:
-        beside = f" beside weights of {weight_bytes / 2**30:.1f} GiB"
+        beside = f"weights of {size_text(weight_bytes, 'GiB')}"
         if device == "cpu":
-            beside = f" beside {ROOM >> 20} MiB that are left to the program"
+            beside = f"{size_text(ROOM, 'MiB')} that are left to the program"
+        unit = _unit(memory)
+        num_bytes = pages * config.page_bytes
         raise RequestError(
-            f"{name}: {pages * config.page_bytes / 2**30:.1f} GiB of KV pages, but "
-            f"{available / 2**30:.1f} GiB are free{beside}; use at most "
-            f"{available // config.page_bytes} pages"
+            f"{name}: {size_text(num_bytes, unit)} of KV pages, but "
+            f"{size_text(available, unit)} are free beside {beside}; "
+            f"{_remedy(config.page_bytes, available, memory)}"
         )
     return pages
+
+
+def _remedy(page_bytes: int, available: int, memory: int | str | None) -> str:
+    """What to ask for, in the unit in which was asked, where more was asked for than is free."""
+    if available < page_bytes:
+        return f"not one page of {page_bytes} bytes has room; free some memory"
+    less = "free some memory, or use at most"
+    if memory is None:
+        return f"{less} {available // page_bytes} pages"
+    if isinstance(memory, int):
+        return f"{less} {available}"
+    return f"{less} {'100%' if '%' in memory else size_text(available, _unit(memory))}"
+
+
+def _unit(memory: int | str | None) -> str:
+    """The unit of a size that `memory_bytes` can read; GiB where it has none."""
+    if isinstance(memory, int):
+        return "B"
+    return next((unit for unit in SMALLER if unit in (memory or "")), "GiB")
+
+
+def size_text(num_bytes: int, unit: str) -> str:
+    """A size as `memory_bytes` reads it, never more than it is, in `unit` or the largest smaller
+    one in which it is not below 1."""
+    while unit != "B" and num_bytes < UNITS[unit]:
+        unit = SMALLER[unit]
+    tenths = num_bytes * 10 // UNITS[unit]
+    fraction = f".{tenths % 10}" if unit != "B" and tenths % 10 else ""
+    return f"{tenths // 10}{fraction} {unit}"
 
 
 def _default_pages(config: ModelConfig, device: str, available: int | None) -> int:
@@ -67,15 +101,15 @@ def memory_bytes(name: str, memory: int | str | None, available: int | None) -> 
     RequestError, which calls the size `name`."""
     if isinstance(memory, int) and not isinstance(memory, bool) and memory >= 0:
         return memory
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]iB|B)", str(memory).strip())
+    match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)\s*(%|[KMGT]iB|B)", str(memory).strip())
     if not match:
         raise RequestError(f'{name}={memory!r} must be bytes, "2GiB", "512MiB" or "50%"')
-    number, unit = float(match[1]), match[2]
+    number, unit = Fraction(match[1]), match[2]
     if unit == "%":
         if available is None:
             raise RequestError(f"{name}={memory!r}: give bytes; it is not known what is free")
         return int(available * number / 100)
-    return int(number * 1024 ** "BKMGT".index(unit[0]))
+    return int(number * UNITS[unit])
 
 
 def memory_left(device: DeviceInfo, weight_bytes: int, num_sharing: int = 1) -> int | None:

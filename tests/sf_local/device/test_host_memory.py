@@ -101,8 +101,10 @@ def test_an_engine_keeps_to_the_limit(tiny: TinyModel, tmp_path: Path) -> None:
     page_bytes = 8 * 2 * 2 * 2 * 8 * 4  # tokens, layers, keys and values, heads, size, f32
     most = 3 * MIB // page_bytes
     with pytest.raises(RequestError, match=f"256 MiB that are left .* use at most {most} pages"):
+        Engine(tiny.artifact, kv_pages=10 * most)
+    with pytest.raises(RequestError, match=r"256 MiB that are left .* use at most 3 MiB"):
         Engine(tiny.artifact, kv_memory="1GiB")
-    for options in ({"kv_memory": "100%"}, {"kv_pages": most}):
+    for options in ({"kv_memory": "100%"}, {"kv_memory": "3 MiB"}, {"kv_pages": most}):
         with Engine(tiny.artifact, **options) as engine:  # type: ignore[arg-type]
             assert engine.stats()["pages_total"] == most
     assert find_device("cpu").total_bytes == ROOM + 4 * MIB

@@ -1,5 +1,7 @@
 """Default sizes, sizes asked for, and what an unknown amount of free memory changes."""
 
+from typing import Any
+
 import pytest
 
 from sf_local.artifact.manifest import ModelConfig, PagedKVCache
@@ -40,8 +42,55 @@ def test_more_than_there_is() -> None:
 
 def test_more_than_the_weights_leave() -> None:
     """With both numbers."""
-    with pytest.raises(RequestError, match=r"are free beside weights of 2.0 GiB; use at most"):
+    with pytest.raises(RequestError, match=r"are free beside weights of 2 GiB; free .*use at most"):
         num_kv_pages(CONFIG, "hip", 1 << 20, 1 << 30, None, 2 << 30)
+
+
+@pytest.mark.parametrize("device", ["cpu", "hip"])
+@pytest.mark.parametrize("available", [3 * PAGE, (1 << 30) - 1, 5 << 30, 12_345_678_901])
+@pytest.mark.parametrize(
+    ("memory", "unit"),
+    [("500GiB", "GiB"), ("1.5TiB", "TiB"), ("300000MiB", "MiB"), ("999999999 KiB", "KiB"),
+     ("999999999999B", "B"), (1 << 50, ""), ("99999999%", "%"), ("9" * 20 + "TiB", "TiB")],
+)  # fmt: skip
+def test_the_answer_is_in_the_unit_of_the_question(
+    device: str, available: int, memory: int | str, unit: str
+) -> None:
+    """What is free and what to ask for, which is then granted and is nearly all that there is."""
+    with pytest.raises(RequestError) as caught:
+        num_kv_pages(CONFIG, device, available, None, memory)
+    text, asked = str(caught.value).split("; free some memory, or use at most ")
+    assert text.startswith(f"kv_memory={memory!r}: ")
+    if available > 1 << 30 and unit != "TiB":  # else it is a smaller one
+        assert asked.endswith(unit) and (unit or asked.isdigit())
+    assert unit == "%" or f" {asked}{'' if unit else ' B'} are free beside" in text
+    pages = num_kv_pages(CONFIG, device, available, None, asked if unit else int(asked))
+    assert 0.9 * available // PAGE <= pages <= available // PAGE
+
+
+def test_what_is_said_of_500_gib() -> None:
+    text = "500 GiB of KV pages, but 12.3 GiB are free beside weights of 2.5 GiB; "
+    text = f"kv_memory='500GiB': {text}free some memory, or use at most 12.3 GiB"
+    with pytest.raises(RequestError, match=f"^{text}$"):
+        num_kv_pages(CONFIG, "hip", 123 * (1 << 30) // 10 + 99, None, "500GiB", 5 << 29)
+
+
+@pytest.mark.parametrize("memory", ["500GiB", 1 << 40, None])
+def test_no_room_for_a_page(memory: int | str | None) -> None:
+    pages = None if memory else 4
+    with pytest.raises(RequestError, match="not one page of 16384 bytes has room; free some"):
+        num_kv_pages(CONFIG, "hip", PAGE - 1, pages, memory)
+
+
+@pytest.mark.parametrize("memory", ["9" * 400 + "GiB", "1e9GiB", "-1GiB", -1, True, 1.5, "GiB"])
+def test_sizes_that_are_none(memory: Any) -> None:
+    with pytest.raises(RequestError, match='must be bytes, "2GiB"'):
+        num_kv_pages(CONFIG, "cpu", 1 << 40, None, memory)
+
+
+def test_pages_without_number() -> None:
+    with pytest.raises(RequestError, match="use at most 3 pages"):
+        num_kv_pages(CONFIG, "cpu", 3 * PAGE, 10**400, None)
 
 
 # What weights leave free, of devices that say how much they have.
