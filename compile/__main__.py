@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 from compile.build import build
@@ -17,6 +19,8 @@ from compile.progress import progress_display
 from compile.target import CPU_LEVELS, HIP_CHIPS
 from compile.toolchain import check_installed
 from sf_local.errors import SfLocalError
+
+OPTIONS = {"weight_dtype": "--weights", "kv_dtype": "--kv"}  # that are not called as the field
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
                 keep_mlir=args.keep_mlir, force=args.force, progress=progress,
             )  # fmt: skip
     except SfLocalError as error:
-        print(f"sf-compile: {error}", file=sys.stderr)
+        print(f"sf-compile: {_in_options(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -120,6 +124,14 @@ def _sizes(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list such as 1,4,8") from None
+
+
+def _in_options(message: str) -> str:
+    """An error in which fields of BuildOptions are called what their options are."""
+    for field in fields(BuildOptions):
+        option = OPTIONS.get(field.name, f"--{field.name.replace('_', '-')}")
+        message = re.sub(rf"\b{field.name}=", f"{option}=", message)
+    return message
 
 
 def model_name(source: str) -> str:

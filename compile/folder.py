@@ -53,7 +53,8 @@ def check_output(output: Path, force: bool) -> None:
             return
         if not force:
             raise OutputError(
-                f"{output} exists already; use --force to replace it, or another folder"
+                f"{output} exists already; replace it with sf-compile --force (force=True), or use "
+                "another folder"
             )
         if not output.is_dir() or (others := _no_artifacts(output)):
             what = f"holds {_listed(others)}" if output.is_dir() else "is a file"
@@ -70,7 +71,8 @@ def check_space(output: Path, num_bytes: int) -> None:
     if disk.total and disk.free < num_bytes:  # some file systems do not tell
         raise OutputError(
             f"{output} needs {size_text(num_bytes)}, and {size_text(disk.free)} are free there; "
-            "free some space, or choose a folder elsewhere or narrower weights (--weights)"
+            "free some space, or choose a folder elsewhere or narrower weights (sf-compile "
+            "--weights)"
         )
 
 

@@ -201,7 +201,7 @@ def _refusal(segment: Segment, dtype: str) -> SourceError:
     remedy = "f32" if dtype == "bf16" else "bf16 or f32"
     return SourceError(
         f"{segment.name} has {num_too_large} {what} too large for {dtype}: up to {largest:.3g}; "
-        f"compile with --weights {remedy}"
+        f"compile with sf-compile --weights {remedy}"
     )
 
 

@@ -16,7 +16,7 @@ from sf_local.artifact.manifest import DTYPE_BYTES, ModelConfig
 from sf_local.artifact.open import Artifact, compiled_targets, open_artifact, verify
 from sf_local.device.info import devices, find_device
 from sf_local.engine.sources import from_source
-from sf_local.errors import SfLocalError
+from sf_local.errors import ChatTemplateError, SfLocalError
 
 if TYPE_CHECKING:
     from sf_local.engine.engine import Engine
@@ -59,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     chat = commands.add_parser("chat", help="talk to a model; /help there lists commands")
     chat.add_argument("--system", help="system message (default: the model's own)")
+    chat.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="Jinja text in place of the model's own"
+    )
     generate = commands.add_parser("generate", help="answer a prompt")
     generate.add_argument("--prompt", help="default: standard input")
     generate.add_argument(
@@ -72,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     for command in (chat, generate):
         command.add_argument("artifact", help=ARTIFACT)
         command.add_argument("--device", default="auto", help=DEVICES)
+        command.add_argument(
+            "--kv-memory", type=_size, metavar="SIZE", help="of the KV cache: 2GiB, 50%%, or bytes"
+        )
         command.add_argument("--max-new-tokens", type=int, default=512)
         command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
         command.add_argument("--top-p", type=float, default=1.0)
@@ -108,6 +114,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _size(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
 def _artifact(args: argparse.Namespace) -> Path:
     """The artifact that is meant, compiled if it must be."""
     return from_source(args.artifact, getattr(args, "device", "auto"), progress=True)
@@ -122,10 +132,11 @@ def _params(args: argparse.Namespace, stop: Sequence[str] = ()) -> SamplingParam
     return SamplingParams(**values, stop=stop)
 
 
-def _engine(args: argparse.Namespace) -> Engine:
+def _engine(args: argparse.Namespace, chat_template: str | None = None) -> Engine:
     from sf_local.engine.engine import Engine
 
-    return Engine(_artifact(args), args.device)
+    path = _artifact(args)
+    return Engine(path, args.device, kv_memory=args.kv_memory, chat_template=chat_template)
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -147,8 +158,16 @@ def _generate(args: argparse.Namespace) -> None:
 def _chat(args: argparse.Namespace) -> None:
     from sf_local.frontend.terminal_chat import chat
 
-    with _engine(args) as engine:
+    with _engine(args, _chat_template(args.chat_template)) as engine:
         chat(engine, _params(args), args.system)
+
+
+def _chat_template(file: Path | None) -> str | None:
+    """The text in a file, if one is given; raises ChatTemplateError."""
+    try:
+        return None if file is None else file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ChatTemplateError(f"chat_template={str(file)!r} cannot be read: {error}") from error
 
 
 def _batch(args: argparse.Namespace) -> int:

@@ -78,7 +78,8 @@ class JinjaTemplate:
         if "default" not in sources:
             raise ChatTemplateError(
                 f"{name} has no chat template in its tokenizer_config.json; give one as "
-                "Engine(chat_template=...), a Jinja text, or write its prompts as plain text"
+                "Engine(chat_template=...), a Jinja text, or in a file as sf-local chat "
+                "--chat-template; or write its prompts as plain text"
             )
         self._forms = {
             key: self._form(sources[key], now) for key in ("default", "tool_use") if key in sources

@@ -323,7 +323,11 @@ def test_command_line(tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFix
     assert artifact.config.decode_batch_sizes == [1, 2]
     assert (output / "model.mlir").exists()
     assert main(arguments) == 1
-    assert "exists already" in capsys.readouterr().err
+    assert "exists already; replace it with sf-compile --force" in capsys.readouterr().err
+    sizes = [str(tiny.source), "-o", str(tmp_path / "no"), "--weights", "int8", "--max-seq-len"]
+    for context, option in (("256", "--weights='int8': "), ("100000", "--max-seq-len=100000: ")):
+        assert main([*sizes, context]) == 1
+        assert f"sf-compile: {option}" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["--decode-batch-sizes", "one", "demo"])
 

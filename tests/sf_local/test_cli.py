@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sf_local.cli import main
+from tests.support.reference import write_hf_folder
 from tests.support.tiny import TinyModel
 
 
@@ -59,8 +62,9 @@ def test_chat(
 
 
 def test_chat_needs_a_template(
-    tiny: TinyModel, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+    tiny: TinyModel, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     folder = shutil.copytree(tiny.artifact, tmp_path / "copy")
     file = next(folder.rglob("tokenizer_config.json"))
     config = json.loads(file.read_text())
@@ -69,6 +73,40 @@ def test_chat_needs_a_template(
     (folder / "artifact.json").unlink()  # which has the file's hash
     assert main(["chat", str(folder)]) == 1
     assert "has no chat template" in (err := capsys.readouterr().err) and err.count("\n") == 1
+    assert "sf-local chat --chat-template" in err  # which helps:
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    arguments = ["chat", str(folder), "--max-new-tokens", "5", "--chat-template"]
+    assert main([*arguments, str(template)]) == 0
+    assert "+ 5 tokens, " in capsys.readouterr().err
+    assert main([*arguments, "none.jinja"]) == 1
+    assert "chat_template='none.jinja' cannot be read" in capsys.readouterr().err
+
+
+def test_kv_memory(tiny: TinyModel, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", str(tiny.artifact), "--prompt", "abc", "--max-new-tokens", "3"]
+    for size in ("1MiB", "1000000"):
+        assert main([*arguments, "--kv-memory", size]) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--kv-memory", "999999TiB"]) == 1
+    advised = capsys.readouterr().err.strip().rsplit("use at most ", 1)[1]
+    assert re.fullmatch(r"[\d.]+ [MGT]iB", advised)
+    assert main([*arguments, "--kv-memory", "2"]) == 1
+    assert "must be at least one page" in capsys.readouterr().err
+
+
+def test_weights_that_do_not_fit_their_type(
+    tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """`sf-local chat` has no options of compiling: the command that has them is named."""
+    monkeypatch.setenv("SF_LOCAL_CACHE", str(tmp_path / "cache"))
+    largest = np.full_like(tiny.weights["blk.0.ffn_up.weight"], np.finfo(np.float32).max)
+    folder = tmp_path / "model"
+    write_hf_folder(folder, tiny.config, tiny.weights | {"blk.0.ffn_up.weight": largest})
+    assert main(["chat", str(folder)]) == 1
+    assert "compile with sf-compile --weights " in capsys.readouterr().err
 
 
 def test_a_source_is_compiled_on_first_use(
