@@ -19,7 +19,7 @@ from compile.sources.demo import DEMO_NAME, DEMO_SHA256, demo_gguf
 from compile.sources.hf_files import folder_sha256, weight_files
 from compile.sources.source import Progress, Source
 from sf_local.artifact.cache import known_sha256, recall, remember
-from sf_local.artifact.path_kinds import describe, is_repo_id
+from sf_local.artifact.path_kinds import describe, is_repo_id, other_weights
 from sf_local.errors import SourceError
 
 ALLOWED = (
@@ -149,9 +149,40 @@ def _download(repo_id: str, progress: Progress) -> Path:
             ignore_patterns=["*/*.json", "*/*.safetensors", "tokenizer/*"],  # of other models
         )  # fmt: skip
     except Exception as error:  # requests, httpx, OSError, and the hub's own, by version
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SourceError(
-            f"no folder {repo_id!r} here, and it cannot be downloaded from Hugging Face: {reason}; "
-            f"download it on another machine (hf download {repo_id}) and pass the folder"
-        ) from error
+        raise SourceError(_why_not(repo_id, error)) from error
+    if not Path(folder, "config.json").exists():
+        what = other_weights(Path(folder)) or (
+            "a repo without config.json; if it has .gguf files, download one (hf download "
+            f"{repo_id} FILE.gguf --local-dir .) and give its path"
+        )
+        raise SourceError(f"source {repo_id!r}: {what}")
     return Path(folder)
+
+
+def _why_not(repo_id: str, error: BaseException) -> str:
+    """Why a repo cannot be downloaded, and what to do."""
+    from huggingface_hub import errors
+
+    page, log_in = f"https://huggingface.co/{repo_id}", "log in (hf auth login) or set HF_TOKEN"
+    causes = [error, error.__cause__]  # the hub looks into its cache after an error, and may fail
+    if any(isinstance(cause, errors.GatedRepoError) for cause in causes):
+        return (
+            f"the repo {repo_id!r} is gated: accept its licence at {page}, where its owner may "
+            f"have to agree, and {log_in}, of the account that accepted"
+        )
+    if any(isinstance(cause, errors.RepositoryNotFoundError) for cause in causes):
+        return (
+            f"no folder {repo_id!r} here, and no repo that you may read on Hugging Face: look at "
+            f"{page}; if it is private or gated, {log_in}"
+        )
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    found = f"no folder {repo_id!r} here, and it cannot be downloaded from Hugging Face: {reason}"
+    statuses = [getattr(getattr(c, "response", None), "status_code", None) for c in causes]
+    if 401 in statuses or 403 in statuses:
+        return (
+            f"{found}; look whether {page} is gated, and {log_in} with a token that is valid and "
+            "may read gated repos"
+        )
+    if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes):
+        found += "; unset HF_HUB_OFFLINE"
+    return f"{found}; or download it on another machine (hf download {repo_id}) and pass the folder"

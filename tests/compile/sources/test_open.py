@@ -1,17 +1,21 @@
 """Where sources come from: what is told apart, the demo and downloads, with toy weights."""
 
 import hashlib
+import os
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import gguf
 import huggingface_hub
 import ml_dtypes
 import numpy as np
 import pytest
+from huggingface_hub import errors
 
 from compile.sources import demo as demo_source
 from compile.sources import open as sources
@@ -35,6 +39,68 @@ def test_unreachable_repo(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     refused("org/name", SourceError, "org/name", "not known", "another machine", "pass the folder")
+
+
+def http_error(kind: type[errors.HfHubHTTPError], status: int, text: str) -> Exception:
+    return kind(f"{status} Client Error. (Request ID: x)\n\n{text}",
+                response=Mock(status_code=status, headers={}))  # fmt: skip
+
+
+def behind(error: Exception) -> Exception:
+    """As snapshot_download says that its cache does not help either."""
+    other = errors.LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder")
+    other.__cause__ = error
+    return other
+
+
+GATED = ["'org/name' is gated", "accept its licence at https://huggingface.co/org/name",
+         "hf auth login", "HF_TOKEN"]  # fmt: skip
+UNREADABLE = ["'org/name' here", "https://huggingface.co/org/name", "private or gated",
+              "hf auth login", "HF_TOKEN"]  # fmt: skip
+
+
+@pytest.mark.parametrize("is_behind", [False, True])
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (http_error(errors.GatedRepoError, 401, "Access to model is restricted."), GATED),
+        (http_error(errors.GatedRepoError, 403, "You are not in the authorized list."), GATED),
+        (http_error(errors.RepositoryNotFoundError, 401, "Repository Not Found"), UNREADABLE),
+        (http_error(errors.RepositoryNotFoundError, 404, "Repository Not Found"), UNREADABLE),
+        (http_error(errors.HfHubHTTPError, 403, "fine-grained token"), ["a token that is valid"]),
+        (http_error(errors.HfHubHTTPError, 401, "Invalid token"), ["a token that is valid"]),
+        (http_error(errors.HfHubHTTPError, 500, "Down"), ["another machine"]),
+        (errors.OfflineModeIsEnabled("Cannot reach"), ["unset HF_HUB_OFFLINE", "pass the folder"]),
+    ],
+)
+def test_a_repo_that_is_not_given(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, words: list[str], is_behind: bool
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> str:
+        raise behind(error) if is_behind else error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    refused("org/name", SourceError, *words)
+
+
+def test_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With the hub's own functions, which need no network to say so."""
+    call = "from compile.sources.open import open_source; open_source('org/name')"
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", call], env=env, capture_output=True, text=True)
+    assert "unset HF_HUB_OFFLINE" in done.stderr.splitlines()[-1], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [("README.json", "hf download org/name FILE.gguf"), ("adapter_config.json", "PEFT adapter")],
+)
+def test_a_repo_of_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, words: str
+) -> None:
+    (tmp_path / file).write_text("{}")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(tmp_path))
+    refused("org/name", SourceError, "'org/name'", words)
 
 
 def test_repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
