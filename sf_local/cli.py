@@ -28,6 +28,7 @@ ARTIFACT = (
     "folder made by sf-compile, or a .vmfb file; or what is compiled on first use: demo, a .gguf "
     "file, a Hugging Face folder, or a repo id such as org/name"
 )
+KV_MEMORY = "of the KV cache: 2GiB, 50%%, or bytes"
 DEVICES = "cpu, hip, hip:N, hip:GPU-<uuid>, or auto: what the artifact is for (default)"
 
 
@@ -75,9 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (chat, generate):
         command.add_argument("artifact", help=ARTIFACT)
         command.add_argument("--device", default="auto", help=DEVICES)
-        command.add_argument(
-            "--kv-memory", type=_size, metavar="SIZE", help="of the KV cache: 2GiB, 50%%, or bytes"
-        )
+        command.add_argument("--kv-memory", type=_size, metavar="SIZE", help=KV_MEMORY)
         command.add_argument("--max-new-tokens", type=int, default=512)
         command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
         command.add_argument("--top-p", type=float, default=1.0)
@@ -93,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     batch.add_argument("input", help='JSON Lines: OpenAI\'s batch requests, or {"prompt": ...}')
     batch.add_argument("-o", "--output", required=True, help="where answers are appended")
     batch.add_argument("--device", default="auto", help=DEVICES)
+    batch.add_argument("--kv-memory", type=_size, metavar="SIZE", help=KV_MEMORY)
     batch.add_argument("--max-in-flight", type=int, default=256, help="requests at a time: 256")
     batch.add_argument("--retry-errors", action="store_true", help="answer again what failed")
     batch.add_argument(

@@ -21,7 +21,7 @@ def chat(engine: Engine, params: SamplingParams, system: str | None) -> None:
     engine.apply_chat_template([{"role": "user", "content": ""}])
     print(header(engine), file=sys.stderr)
     conversation = Conversation(engine, params, _say, system)
-    for line in lines(_terminal_prompt() if sys.stdin.isatty() else _plain_prompt):
+    for line in lines(terminal_prompt() if sys.stdin.isatty() else _plain_prompt):
         try:
             if line.startswith("/"):
                 conversation.command(line)
@@ -88,7 +88,7 @@ def _plain_prompt() -> str:
     return input("> ")
 
 
-def _terminal_prompt() -> Callable[[], str]:
+def terminal_prompt() -> Callable[[], str]:
     """Asks with editing, and with the history of earlier chats; Alt-Enter begins a new line."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.key_binding import KeyBindings

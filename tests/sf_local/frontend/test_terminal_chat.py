@@ -126,39 +126,47 @@ def test_images(make_seeing: Any, said: list[str], tmp_path: Path) -> None:
         assert conversation.last.prompt_tokens < seen
 
 
-def run_chat(engine: Engine, keys: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the line editor, as on a terminal."""
-    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
-        pipe.send_text(keys)
-        terminal_chat.chat(engine, PARAMS, None)
-
-
-def test_a_terminal(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-) -> None:  # fmt: skip
+def test_a_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Alt-Enter begins a new line, Ctrl-C drops a line, and Ctrl-D ends; the history, which Up goes
     through, outlives the chat, if it can be written."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    sent: list[str] = []
-    ask = Conversation.ask
+    with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
+        ask = terminal_chat.terminal_prompt()
+        pipe.send_text("one\x1b\rtwo\r")
+        assert ask() == "one\ntwo"
+        pipe.send_text("dropped\x03")
+        with pytest.raises(KeyboardInterrupt):
+            ask()
+        pipe.send_text("three\r")
+        assert ask() == "three"
+        pipe.send_text("\x04")
+        with pytest.raises(EOFError):
+            ask()
+        kept = FileHistory(str(tmp_path / "sf-local" / "history")).load_history_strings()
+        assert list(kept) == ["three", "one\ntwo"]
+        monkeypatch.setenv("XDG_STATE_HOME", "/proc/no")
+        pipe.send_text("last\r")
+        assert terminal_chat.terminal_prompt()() == "last"
 
-    def spy(self: Conversation, text: str) -> Handle[Any]:
-        sent.append(text)
-        return ask(self, text)
 
-    monkeypatch.setattr(Conversation, "ask", spy)
-    run_chat(engine, "one\x1b\rtwo\r/what\rdropped\x03three\r\x04", monkeypatch)
-    captured = capsys.readouterr()
-    assert sent == ["one\ntwo", "three"]
-    assert "/what: no such command" in captured.err and "256 tokens" in captured.err
-    assert captured.err.count("tokens/s]") == 2 and "ends the chat" in captured.err
-    kept = FileHistory(str(tmp_path / "sf-local" / "history")).load_history_strings()
-    assert list(kept) == ["three", "/what", "one\ntwo"]
-    monkeypatch.setenv("XDG_STATE_HOME", "/proc/no")
-    run_chat(engine, "last\r/exit\r", monkeypatch)
-    assert sent[-1] == "last"
+def test_a_chat_on_a_terminal(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entered = iter(["one\ntwo", KeyboardInterrupt(), "/what", "  ", "three", "/exit", "never"])
+
+    def ask() -> str:
+        line = next(entered)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr(terminal_chat, "terminal_prompt", lambda: ask)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    terminal_chat.chat(engine, PARAMS, None)
+    err = capsys.readouterr().err
+    assert "/what: no such command" in err and "256 tokens" in err
+    assert err.count("tokens/s]") == 2 and "ends the chat" in err and next(entered) == "never"
 
 
 def test_lines_of_a_pipe(
