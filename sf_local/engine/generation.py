@@ -227,7 +227,7 @@ class Generation:
             return None
         logprobs = Logprobs() if self._prompt_logprobs is None else self._prompt_logprobs.result()
         logprobs.output = [sampled.logprob or 0.0 for sampled in self._output_logprobs]
-        logprobs.output_top = [list(sampled.top) for sampled in self._output_logprobs]
+        logprobs.make_later("output_top", [sampled.top for sampled in self._output_logprobs])
         return logprobs
 
 

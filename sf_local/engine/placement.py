@@ -15,9 +15,10 @@ from sf_local.engine.core import EngineCore
 from sf_local.engine.failures import Failures
 from sf_local.engine.finish_callback import FinishCallback, OnFinish
 from sf_local.engine.kv_budget import memory_left, num_kv_pages
+from sf_local.engine.limits import limits_of
 from sf_local.engine.log import log
 from sf_local.engine.replicas import Core, Replicas
-from sf_local.engine.scheduler import Limits, limits_of
+from sf_local.engine.scheduler import Limits
 from sf_local.engine.worker import Worker
 from sf_local.model.runner import ModelRunner
 

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sf_local.artifact.open import Artifact
 from sf_local.engine.log import log
 from sf_local.kv_cache.page_pool import PagePool
 from sf_local.kv_cache.radix_cache import Match, RadixCache, common_prefix_len
@@ -37,6 +36,8 @@ class Limits:
         prefill_batch_sizes, decode_batch_sizes: rows of a compiled call, ascending.
         prefill_tokens: tokens that are prefilled in one step, padding included.
         max_running: requests that own KV pages at a time.
+        logits_tokens: tokens of a call that returns the logits after each of them, padding
+            included.
         reuse: whether a prefill can start at any token, at whole pages only, or nowhere but at the
             beginning of the prompt.
     """
@@ -46,6 +47,7 @@ class Limits:
     prefill_tokens: int = PREFILL_TOKENS
     max_running: int = MAX_RUNNING
     reuse: Literal["tokens", "pages", "nothing"] = "tokens"
+    logits_tokens: int = 1 << 30
 
 
 class Scheduler:
@@ -282,22 +284,17 @@ class Scheduler:
         chunks: list[Chunk] = []
         longest = num_slots = 0
         for request in requests[: sizes[-1]]:
-            count = self._next_len(request, budget)
+            count = _next_len(request, self.limits, budget)
+            chunk = _prefill_chunk(request, request.num_computed + count)
+            if chunk.wants_all_logits:
+                budget = min(budget, self.limits.logits_tokens)
             padded = -(-max(count, longest) // page) * page
             slots = next(size for size in sizes if size > len(chunks)) * padded
             if chunks and slots > budget:
                 break
-            chunks.append(_prefill_chunk(request, request.num_computed + count))
+            chunks.append(chunk)
             longest, num_slots = max(longest, count), slots
         return chunks, num_slots
-
-    def _next_len(self, request: Request, most: int) -> int:
-        """Tokens of the next chunk; where one can start anywhere, those whose logits are wanted
-        begin one of their own."""
-        end, first = request.num_tokens, request.first_logits
-        if self.limits.reuse == "tokens" and first is not None and request.num_computed < first:
-            end = first
-        return min(end - request.num_computed, most)
 
 
 def _log_room(scheduler: Scheduler, num_preemptions: int, num_evictions: int) -> None:
@@ -329,17 +326,12 @@ def _prefill_chunk(request: Request, end: int) -> Chunk:
     )  # fmt: skip
 
 
-def limits_of(
-    artifact: Artifact, prefill_tokens: int = PREFILL_TOKENS, max_running: int = MAX_RUNNING
-) -> Limits:
-    """The limits of a model. Our own compiled code can begin a prefill at any token, amdsharktank's
-    at whole pages or only at the beginning of a prompt; `prefill_tokens` is rounded up to that.
-    """
-    config = artifact.config
-    sizes = config.prefill_batch_sizes, config.decode_batch_sizes
-    if not config.has_prefill_position:
-        return Limits(*sizes, artifact.max_tokens, max_running, "nothing")
-    if artifact.manifest:
-        return Limits(*sizes, prefill_tokens, max_running)
-    num_pages = -(-min(prefill_tokens, artifact.max_tokens) // config.page_size)
-    return Limits(*sizes, num_pages * config.page_size, max_running, "pages")
+def _next_len(request: Request, limits: Limits, most: int) -> int:
+    """Tokens of the next chunk, at most `most`; where one can start anywhere, those whose logits
+    are wanted begin one of their own."""
+    start, first = request.num_computed, request.first_logits
+    if first is not None and start + most > first:
+        if limits.reuse == "tokens" and start < first:
+            return first - start
+        most = min(most, limits.logits_tokens)
+    return min(request.num_tokens - start, most)

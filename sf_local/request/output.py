@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,24 @@ Delivery = tuple[str | Delta, Output | None] | BaseException
 Top = list[tuple[float, int]]  # the likeliest tokens: (log probability, token), best first
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TopTokens:
+    """The likeliest tokens in the place of one, best first, in a tenth of the memory of a `Top`.
+
+    logprobs: f64 [k]. ids: int32 [k].
+    """
+
+    logprobs: NDArray[np.float64]
+    ids: NDArray[np.int32]
+
+    def pairs(self) -> Top:
+        """The same as Python objects."""
+        return list(zip(self.logprobs.tolist(), self.ids.tolist(), strict=True))
+
+
+NO_TOP = TopTokens(np.empty(0), np.empty(0, np.int32))
+
+
 @dataclass
 class Logprobs:
     """Natural log probabilities of the tokens of a prompt, from some position on, and its answer.
@@ -121,6 +142,26 @@ class Logprobs:
     prompt_top: list[Top | None] = field(default_factory=list)
     output: list[float] = field(default_factory=list)
     output_top: list[Top] = field(default_factory=list)
+
+    def make_later(self, name: str, tops: Sequence[TopTokens | None]) -> None:
+        """Let "prompt_top" or "output_top" be a list of these that is made when it is first read.
+
+        So the thread that reads it makes its many objects, and not the engine's, for which all
+        other requests wait.
+        """
+        delattr(self, name)
+        self.__dict__[f"_{name}"] = tops
+
+    if not TYPE_CHECKING:  # which would let any name pass
+
+        def __getattr__(self, name: str) -> list[Top | None]:
+            """A list of `make_later`."""
+            tops = self.__dict__.get(f"_{name}")
+            if tops is None:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            made = [None if top is None else top.pairs() for top in tops]
+            setattr(self, name, made)
+            return made
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sf_local.request.output import Logprobs, Top
+from sf_local.request.output import Logprobs, TopTokens
 from sf_local.sampling.logits import WrongLogits, what_is_wrong
 
 
@@ -20,7 +20,8 @@ class PromptLogprobs:
 
     def __init__(self, prompt_ids: Sequence[int], start: int, num_top: int) -> None:
         self.prompt_ids, self.start, self._num_top = prompt_ids, start, num_top
-        self._entries: list[tuple[float | None, Top | None]] = [(None, None)]
+        self._logprobs: list[float | None] = [None]
+        self._top: list[TopTokens | None] = [None]
 
     def add(self, position: int, logits: NDArray[np.float32]) -> None:
         """Add a chunk: the logits after each of its tokens [n, V], of which the first is at
@@ -28,7 +29,7 @@ class PromptLogprobs:
 
         Raises WrongLogits for NaN, +inf, and where no token is possible.
         """
-        first = self.start + len(self._entries)  # the next token to add
+        first = self.start + len(self._logprobs)  # the next token to add
         last = min(position + len(logits), len(self.prompt_ids) - 1)
         for token in range(first, last + 1):
             row = logits[token - 1 - position]
@@ -36,17 +37,16 @@ class PromptLogprobs:
             if what := what_is_wrong(peak):
                 raise WrongLogits(f"{what} after position {token - 1}")
             total = peak + math.log(np.exp(row - peak).sum(dtype=np.float64))
-            entry = float(row[self.prompt_ids[token]]) - total
-            top = [(float(row[i]) - total, i) for i in likeliest(row, self._num_top).tolist()]
-            self._entries.append((entry, top))
+            self._logprobs.append(float(row[self.prompt_ids[token]]) - total)
+            top = likeliest(row, self._num_top)
+            self._top.append(TopTokens(row[top].astype(np.float64) - total, top.astype(np.int32)))
 
     def result(self) -> Logprobs:
         """What was collected; the fields of the output are empty."""
-        return Logprobs(
-            self.prompt_ids[self.start : self.start + len(self._entries)],
-            [entry for entry, _ in self._entries],
-            [top for _, top in self._entries],
-        )
+        ids = self.prompt_ids[self.start : self.start + len(self._logprobs)]
+        logprobs = Logprobs(ids, self._logprobs)
+        logprobs.make_later("prompt_top", self._top)
+        return logprobs
 
 
 def likeliest(values: NDArray[np.float32], count: int) -> NDArray[np.intp]:
@@ -56,7 +56,9 @@ def likeliest(values: NDArray[np.float32], count: int) -> NDArray[np.intp]:
     if count >= len(values):
         return np.argsort(-values, kind="stable")
     # `count` blocks have a max of at least that peak, so no smaller value is among the largest.
-    size = max(1, min(256, len(values) // (4 * count)))
-    peaks = np.maximum.reduceat(values, np.arange(0, len(values), size))
+    size = min(256, len(values) // (4 * count))
+    peaks = values  # as blocks of less than 32 would cost more than they save
+    if size >= 32:
+        peaks = np.maximum.reduceat(values, np.arange(0, len(values), size))
     best = np.flatnonzero(values >= np.partition(peaks, -count)[-count])
     return best[np.argsort(-values[best], kind="stable")[:count]]

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.random import default_rng  # np.random imports it late, perhaps during a fork
 
 from sf_local.artifact.manifest import LOGITS_BLOCK
+from sf_local.request.output import NO_TOP, TopTokens
 from sf_local.request.params import SamplingParams
 from sf_local.sampling.distribution import Distribution, Tokens, candidates, find
 from sf_local.sampling.logits import (
@@ -31,12 +32,11 @@ FLAT = 1e6  # a temperature at which all tokens are equally likely
 
 @dataclass(frozen=True)
 class Sampled:
-    """A token; its log probability and the likeliest tokens, (log probability, token), if asked
-    for."""
+    """A token; its log probability and the likeliest tokens, if asked for."""
 
     token: int
     logprob: float | None = None
-    top: Sequence[tuple[float, int]] = ()
+    top: TopTokens = NO_TOP
 
 
 class Allowed(Protocol):
@@ -175,7 +175,7 @@ def _next(sampler: Sampler, output: ModelOutput, i: int, allowed: Allowed | None
     found = _choose(sampler, summarize(logits[None], inv_temperatures))
     if tokens is None:
         return found
-    top = [(value, int(tokens[token])) for value, token in found.top]
+    top = TopTokens(found.top.logprobs, tokens[found.top.ids].astype(np.int32))
     return Sampled(int(tokens[found.token]), found.logprob, top)
 
 
@@ -206,5 +206,5 @@ def _choose(sampler: Sampler, output: ModelOutput) -> Sampled:
     total = math.log(row.total)
     tops = row.likeliest(params.top_logprobs_num)
     tops = tops[row.logits[tops] > -np.inf]
-    top = zip((row.logs(tops) - total).tolist(), tops.tolist(), strict=True)
-    return Sampled(token, float(row.logs(np.array([token]))[0]) - total, list(top))
+    top = TopTokens(row.logs(tops) - total, tops.astype(np.int32))
+    return Sampled(token, float(row.logs(np.array([token]))[0]) - total, top)

@@ -22,7 +22,7 @@ import pytest
 from sf_local import Engine, SamplingParams
 from sf_local.artifact.manifest import CONFIG, MANIFEST, VMFB
 from sf_local.artifact.open import open_artifact
-from sf_local.engine.scheduler import limits_of
+from sf_local.engine.limits import limits_of
 from sf_local.errors import CorruptFileError, EngineError, MismatchError, RequestError
 from sf_local.sampling.logits import spread
 from tests.support.reference import forward, logprobs, random_weights, write_hf_folder

@@ -287,6 +287,7 @@ def check_random_schedule(chance: random.Random, num_requests: int, page_size: i
         chance.choice([(1,), (1, 2, 4), (3,)]),
         prefill_tokens=chance.choice([1, 4, 8, 16, 64]),
         max_running=chance.randint(1, 8),
+        logits_tokens=page_size * chance.choice([1, 2, 100]),
     )
     runner = UnluckyRunner(1 + needed + chance.choice([0, 0, 1, 2, 4, 20]), page_size, limits)
     runner.chance = chance

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+import copy
+import gc
+import pickle
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sf_local import Engine, SamplingParams
+from sf_local.engine import limits
 from sf_local.errors import RequestError
+from sf_local.request.batch import Row
+from sf_local.request.output import Logprobs, TopTokens
+from sf_local.sampling.logits import Floats
 from sf_local.sampling.logprobs import PromptLogprobs
 from tests.support.reference import forward, logprobs
+from tests.support.running import Runners
 from tests.support.tiny import TinyModel
 
 PROMPT = [5, 100, 33, 7, 250, 12, 99, 98, 97, 96]
@@ -104,3 +114,77 @@ def test_chunks_may_come_twice_and_overlap() -> None:
         pieces.add(start, logits[start:end])
     assert at_once.result() == pieces.result()
     assert len(at_once.result().prompt) == 5
+
+
+@pytest.mark.parametrize("regex", [None, "[a-z ]*"])
+def test_the_likeliest_tokens_are_objects_only_once_they_are_read(
+    engine: Engine, regex: str | None
+) -> None:
+    """Until then a few a token; then a float and a tuple for each, in the reader's thread."""
+    prompt = np.random.default_rng(3).integers(3, 300, 150).tolist()
+    params = replace(PARAMS, max_new_tokens=50, top_logprobs_num=200, regex=regex)
+    engine.generate(prompt, params)
+    gc.collect()
+    before = sys.getallocatedblocks()
+    found = engine.generate(prompt, params).logprobs
+    gc.collect()
+    assert found is not None
+    assert sys.getallocatedblocks() - before < 20 * 200
+    made = [top for top in [*found.prompt_top, *found.output_top] if top]
+    assert sys.getallocatedblocks() - before > 2 * sum(map(len, made)) > 2 * 149 * 200
+
+
+def test_the_likeliest_tokens_take_twelve_bytes_each() -> None:
+    found = PromptLogprobs(list(range(11)), 0, 1000)
+    found.add(0, np.random.default_rng(0).normal(size=(10, 5000)).astype(np.float32))
+    tops = [top for top in found.result().__dict__["_prompt_top"] if top]
+    assert [top.ids.nbytes + top.logprobs.nbytes for top in tops] == [12_000] * 10
+
+
+def test_lists_that_are_made_later_are_as_good_as_any() -> None:
+    tops = [[(-0.5, 7), (-1.5, 2)], []]
+    arrays = [TopTokens(np.array([-0.5, -1.5]), np.array([7, 2], np.int32))]
+    arrays.append(TopTokens(np.empty(0), np.empty(0, np.int32)))
+
+    def later() -> Logprobs:
+        found = Logprobs([1, 2], [None, -0.5], output=[-0.25, 0.0])
+        found.make_later("prompt_top", [None, arrays[0]])
+        found.make_later("output_top", arrays)
+        return found
+
+    plain = Logprobs([1, 2], [None, -0.5], [None, tops[0]], [-0.25, 0.0], tops)
+    assert later() == plain and plain == later()
+    assert repr(later()) == repr(plain) and asdict(later()) == asdict(plain)
+    assert replace(later(), output=[]) == replace(plain, output=[])
+    for copied in copy.copy(later()), copy.deepcopy(later()), pickle.loads(pickle.dumps(later())):
+        assert copied == plain
+    assert later().output_top is not later().output_top and not hasattr(later(), "tops")
+    found: Any = later()
+    assert found.output_top is found.output_top
+    found.output_top = []
+    assert found.output_top == []
+
+
+def test_few_logits_are_read_at_a_time(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a long prompt alone, of several at once, and only where they are wanted."""
+    monkeypatch.setattr(limits, "MAX_LOGITS", 300 * 40)
+    runners, lengths = Runners(), []
+    long = np.random.default_rng(2).integers(3, 300, 200).tolist()
+    with Engine(tiny.artifact, _make_runner=runners) as engine:
+        prefill_all = runners[0].prefill_all
+
+        async def counting(rows: Sequence[Row], *spec: Any) -> list[Floats]:
+            lengths.append(sum(len(row.tokens) for row in rows))
+            return await prefill_all(rows, *spec)
+
+        monkeypatch.setattr(runners[0], "prefill_all", counting)
+        engine.generate(long, replace(PARAMS, logprob_start_len=100))
+        assert sum(lengths) == 100 and max(lengths) <= 48  # whole pages
+        prompts = [[i, *long] for i in range(4)]
+        params = [replace(PARAMS, logprob_start_len=i * 60, top_logprobs_num=0) for i in range(4)]
+        handles = [engine.submit(*pair) for pair in zip(prompts, params, strict=True)]
+        for i, (prompt, handle) in enumerate(zip(prompts, handles, strict=True)):
+            found, rows = handle.result().logprobs, exact(tiny, prompt)
+            wanted = [rows[at - 1, prompt[at]] for at in range(i * 60 + 1, len(prompt))]
+            assert found is not None and found.prompt[1:] == pytest.approx(wanted, abs=1e-4)
+        assert max(lengths) <= 48

@@ -214,7 +214,9 @@ def test_rows_do_not_depend_on_their_company() -> None:
     together, alone = [Sampler(p) for p in params], [Sampler(p) for p in params]
     for _ in range(40):
         row = [sample([s], WIDE[i : i + 1], [masks[i]])[0] for i, s in enumerate(alone)]
-        assert sample(together, WIDE, masks) == row
+        for one, other in zip(sample(together, WIDE, masks), row, strict=True):
+            assert (one.token, one.logprob) == (other.token, other.logprob)
+            assert one.top.pairs() == other.top.pairs()
         for samplers in together, alone:
             for sampler, sampled in zip(samplers, row, strict=True):
                 sampler.push(sampled.token)
@@ -343,8 +345,8 @@ def test_logprobs_are_those_of_the_distribution_before_it_is_cut() -> None:
     order = np.argsort(-exact)[:3].tolist()
     assert sampled.token == order[0]
     assert sampled.logprob == pytest.approx(exact[order[0]], abs=1e-6)
-    assert [token for _, token in sampled.top] == order
-    assert [value for value, _ in sampled.top] == pytest.approx(exact[order].tolist(), abs=1e-6)
+    assert sampled.top.ids.tolist() == order
+    assert sampled.top.logprobs.tolist() == pytest.approx(exact[order].tolist(), abs=1e-6)
 
 
 def test_logprobs_of_a_greedy_token_ignore_the_temperature() -> None:
@@ -363,5 +365,5 @@ def test_top_k_beyond_the_vocabulary_is_none() -> None:
 def test_as_many_top_logprobs_as_asked_for_at_any_temperature() -> None:
     params = SamplingParams(temperature=0.001, return_logprob=True, top_logprobs_num=8)
     [sampled] = sample([Sampler(params)], LOGITS[None] * 9, [None])
-    assert len(sampled.top) == 8
-    assert sampled.top[7][0] < -300
+    assert len(sampled.top.ids) == 8
+    assert sampled.top.logprobs[7] < -300
