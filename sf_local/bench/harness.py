@@ -37,13 +37,15 @@ class Sizes:
     choose: int = 500  # words before a choice
     long: int = 4000  # the prompt that is prefilled beside a stream
     steps: int = 100  # steps of 8 rows in which time outside compiled functions is measured
+    newcomers: int = 7000  # the prompt that 64 which come at once have in common
     waiting: int = 1000  # number of requests that wait
     nodes: int = 10_000  # nodes of the prefix cache, one page each
 
 
 QUICK = Sizes(
     (8, 16, 32, 64), (SHORT, 64, 128), decode=16, first=96, fresh=64, idle=0.1, shared=96, fork=4,
-    requests=20, preamble=48, turn=8, choose=20, long=160, steps=40, waiting=100, nodes=1000,
+    requests=20, preamble=48, turn=8, choose=20, long=160, steps=40, newcomers=160,
+    waiting=100, nodes=1000,
 )  # fmt: skip
 
 

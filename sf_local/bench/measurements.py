@@ -30,14 +30,15 @@ from sf_local.bench.engine_costs import (
 from sf_local.bench.harness import QUICK, ROWS, SHORT, Bench, Sizes
 from sf_local.bench.model_speed import constrained, context, decode, first_token, fresh, prefill
 from sf_local.bench.report import Figure, summary
+from sf_local.bench.stream_gaps import gaps
 from sf_local.device.info import find_device
 from sf_local.engine.engine import Engine
 from sf_local.engine.placement import Place
 from sf_local.errors import RequestError
 
 MEASUREMENTS = (
-    prefill, decode, context, first_token, constrained, fork, batch, chat, stream, behind, grammar,
-    choose, outside, fresh,
+    prefill, decode, context, first_token, constrained, fork, batch, chat, stream, behind, gaps,
+    grammar, choose, outside, fresh,
 )  # fmt: skip
 
 
