@@ -18,6 +18,7 @@ from sf_local.engine.executor import Executor, unencoded
 from sf_local.engine.failures import Failures
 from sf_local.engine.finish_callback import FinishCallback
 from sf_local.engine.generation import Generation
+from sf_local.engine.grammar_turns import in_turn
 from sf_local.engine.output_processor import OutputProcessor
 from sf_local.engine.scheduler import Limits, Scheduler
 from sf_local.engine.stats import Counters, stats
@@ -75,7 +76,7 @@ class EngineCore:
         Text of the tokens that a step samples is delivered while the next call runs.
         """
         self._outputs.expire()
-        step = self.scheduler.next_step()
+        step = in_turn(self.scheduler.next_step(), self._outputs.generations)
         if not step:
             self._outputs.deliver()
             return False

@@ -47,6 +47,8 @@ class Grammar:
 
     Attributes:
         num_words: the length of a mask, ceil(vocab_size / 32).
+        seconds: CPU time that its calls took since it was last in a step, which was at `stepped_at`
+            by `time.perf_counter()`; kept by whoever makes the steps.
     """
 
     def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary, compiled: Compiled) -> None:
@@ -57,6 +59,7 @@ class Grammar:
         self._native: NDArray[np.int32] | None = None  # llguidance's mask, if that is wider
         if vocabulary.native_size != vocabulary.vocab_size:
             self._native = np.zeros((vocabulary.native_size + 31) // 32, np.int32)
+        self.seconds = self.stepped_at = 0.0
         matcher.consume_tokens([])  # notices that nothing may follow at all
 
     @property
@@ -122,7 +125,9 @@ class Grammar:
         self._check(token)
         if (grown := new_memory() - memory) > 0:
             self._compiled.grow(grown)
-        if time.thread_time() - started_at > MAX_SECONDS:
+        seconds = time.thread_time() - started_at
+        self.seconds += seconds
+        if seconds > MAX_SECONDS:
             self._compiled.drop()
             raise GrammarError(
                 "The grammar is too complex to follow further: finding out what may come next took "
