@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 from sf_local.engine.chat_processor import ChatOptions, ChatProcessor, Messages
 from sf_local.engine.generation import Generation
 from sf_local.engine.handle import AsyncStream, Handle, Stream
+from sf_local.engine.preparation import Preparation
 from sf_local.engine.replicas import Replicas
 from sf_local.request.output import Output, ToolCall
 from sf_local.request.params import SamplingParams
 
 
 class ChatCompletions:
-    """The entry points that take messages. A subclass sets the two attributes."""
+    """The entry points that take messages. A subclass sets the attributes."""
 
     _chats: ChatProcessor
+    _preparation: Preparation
     _replicas: Replicas
 
     def submit_chat(
@@ -89,7 +91,9 @@ class ChatCompletions:
         """`stream_chat` for asyncio, as `astream`."""
 
         async def prepare() -> Generation:
-            return await asyncio.to_thread(self._chat_generation, messages, params, **options)
+            return await self._preparation.run(
+                self._chat_generation, messages, params, time.perf_counter(), **options
+            )
 
         return AsyncStream(self._replicas, prepare)
 
@@ -118,7 +122,11 @@ class ChatCompletions:
         )  # fmt: skip
 
     def _chat_generation(
-        self, messages: Messages, params: SamplingParams | None, **options: Unpack[ChatOptions]
+        self,
+        messages: Messages,
+        params: SamplingParams | None,
+        started_at: float | None = None,
+        **options: Unpack[ChatOptions],
     ) -> Generation:
         self._replicas.check_usable()
-        return self._chats.generation(messages, params, options)
+        return self._chats.generation(messages, params, options, started_at)

@@ -10,7 +10,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from sf_local.engine.generation import Generation
-from sf_local.engine.input_processor import InputProcessor, checked
+from sf_local.engine.input_processor import InputProcessor, checked, deadline_of
 from sf_local.errors import ChatTemplateError, RequestError
 from sf_local.request.params import SamplingParams
 from sf_local.text.prompt_encoder import PromptEncoder
@@ -65,15 +65,16 @@ class ChatProcessor:
         return self.template().render(plain_messages(messages), tools=tools, **options)
 
     def generation(
-        self, messages: Messages, params: SamplingParams | None, options: ChatOptions
-    ) -> Generation:
+        self, messages: Messages, params: SamplingParams | None, options: ChatOptions,
+        started_at: float | None = None,
+    ) -> Generation:  # fmt: skip
         """A request for the next message, with all that its answer needs; raises as
-        `Engine.submit_chat` does."""
+        `Engine.submit_chat` does. started_at: `time.perf_counter()` of the call; else now."""
         from sf_local.engine.answer_form import AnswerForm
 
-        started_at = time.perf_counter()
+        started_at = time.perf_counter() if started_at is None else started_at
         params, template = checked(params), self.template()
-        deadline = None if params.timeout is None else started_at + params.timeout
+        deadline = deadline_of(params, started_at)
         turns, images = self._messages(messages, options.get("images") or ())
         form = AnswerForm.of(template, options.get("tools"), options.get("tool_choice"), params)
         chat = _Chat(template, turns, form.tools or None, options.get("chat_template_kwargs"))

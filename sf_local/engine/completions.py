@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Unpack
 
 from sf_local.engine.generation import Generation
 from sf_local.engine.handle import AsyncStream, Handle, Stream
-from sf_local.engine.input_processor import InputProcessor, PromptInput, RequestOptions, checked
+from sf_local.engine.input_processor import (
+    InputProcessor,
+    PromptInput,
+    RequestOptions,
+    checked,
+    deadline_of,
+)
+from sf_local.engine.preparation import Preparation
 from sf_local.engine.replicas import Replicas
 from sf_local.engine.scoring import score_requests, scores
 from sf_local.errors import RequestError
@@ -27,6 +35,7 @@ class Completions:
     tokenizer: Tokenizer
     image_token: str | None
     _inputs: InputProcessor
+    _preparation: Preparation
     _replicas: Replicas
 
     def submit(
@@ -56,7 +65,9 @@ class Completions:
     ) -> list[Output]:
         """`params.n` answers to one prompt, whose KV pages they share; their seeds count up from
         `params.seed`. Arguments and errors as for `submit`; if one fails, the others end."""
-        return self._results(self._samples(prompt, params, **options))
+        started_at = time.perf_counter()
+        requests = self._samples(prompt, params, started_at, **options)
+        return self._results(requests, started_at)
 
     def stream(
         self,
@@ -97,7 +108,10 @@ class Completions:
         """`stream` for asyncio: `async for text in engine.astream(prompt)`. Mistakes raise at the
         first delta, or at once in `stream = await engine.astream(prompt)`. Once it has ended,
         `stream.output` is the whole result."""
-        return AsyncStream(self._replicas, lambda: self._agenerated(prompt, params, **options))
+        return AsyncStream(
+            self._replicas,
+            lambda: self._agenerated(prompt, params, time.perf_counter(), **options),
+        )
 
     async def asamples(
         self,
@@ -106,8 +120,9 @@ class Completions:
         **options: Unpack[RequestOptions],
     ) -> list[Output]:
         """`samples` for asyncio; cancelling the task cancels the generations."""
-        requests = await asyncio.to_thread(self._samples, prompt, params, **options)
-        return await self._aresults(requests)
+        started_at = time.perf_counter()
+        requests = await self._preparation.run(self._samples, prompt, params, started_at, **options)
+        return await self._aresults(requests, started_at)
 
     def score(
         self,
@@ -128,11 +143,11 @@ class Completions:
 
         Raises as `submit` does, and EngineError if the timeout passes.
         """
-        images = options.get("images", ())
+        images, started_at = options.get("images", ()), time.perf_counter()
         requests = score_requests(
-            self._inputs, prompt, continuations, unconditional, checked(params), images
+            self._inputs, prompt, continuations, unconditional, checked(params), started_at, images
         )
-        return scores(self._results(requests), unconditional)
+        return scores(self._results(requests, started_at), unconditional)
 
     async def ascore(
         self,
@@ -144,12 +159,12 @@ class Completions:
         **options: Unpack[RequestOptions],
     ) -> list[Score]:
         """`score` for asyncio; cancelling the task ends the scoring."""
-        images = options.get("images", ())
-        requests = await asyncio.to_thread(
+        images, started_at = options.get("images", ()), time.perf_counter()
+        requests = await self._preparation.run(
             score_requests,
-            self._inputs, prompt, continuations, unconditional, checked(params), images,
+            self._inputs, prompt, continuations, unconditional, checked(params), started_at, images,
         )  # fmt: skip
-        return scores(await self._aresults(requests), unconditional)
+        return scores(await self._aresults(requests, started_at), unconditional)
 
     def warm(self, prompt: str, **options: Unpack[RequestOptions]) -> None:
         """A hint that prompts will begin so: compute it into the prefix cache. Returns at once, and
@@ -190,34 +205,40 @@ class Completions:
         self,
         prompt: PromptInput,
         params: SamplingParams | None,
+        started_at: float,
         **options: Unpack[RequestOptions],
     ) -> list[tuple[PromptInput, SamplingParams]]:
         """The requests of `samples`."""
         params = checked(params)
-        ready = self.prepare(prompt, options.get("images", ()))
+        deadline = deadline_of(params, started_at)
+        ready = self._inputs.prepare(prompt, options.get("images", ()), deadline)
         first = params.seed
         seeds = [None if first is None else (first + i) % 2**64 for i in range(params.n)]
         return [(ready, replace(params, seed=seed, n=1)) for seed in seeds]
 
-    def _results(self, requests: Sequence[tuple[PromptInput, SamplingParams]]) -> list[Output]:
+    def _results(
+        self, requests: Sequence[tuple[PromptInput, SamplingParams]], started_at: float
+    ) -> list[Output]:
         """Outputs of requests that run at once; if one fails, the others are cancelled."""
         handles: list[Handle] = []
         try:
             for prompt, params in requests:
-                handles.append(self.submit(prompt, params))
+                generation = self._generation(prompt, params, started_at)
+                handles.append(Handle(self, self._replicas, generation))
             return [handle.result() for handle in handles]
         finally:
             for handle in handles:
                 handle.cancel()
 
     async def _aresults(
-        self, requests: Sequence[tuple[PromptInput, SamplingParams]]
+        self, requests: Sequence[tuple[PromptInput, SamplingParams]], started_at: float
     ) -> list[Output]:
         """The same for asyncio."""
         streams: list[AsyncStream] = []
         try:
             for prompt, params in requests:
-                streams.append(await self.asubmit(prompt, params))
+                prepare = partial(self._agenerated, prompt, params, started_at)
+                streams.append(await AsyncStream(self._replicas, prepare))
             return [await stream.result() for stream in streams]
         finally:
             for stream in streams:
@@ -227,20 +248,24 @@ class Completions:
         self,
         prompt: PromptInput,
         params: SamplingParams | None,
+        started_at: float | None = None,
         **options: Unpack[RequestOptions],
     ) -> Generation:
         self._replicas.check_usable()
-        return self._inputs.generation(prompt, params, **options)
+        return self._inputs.generation(prompt, params, started_at=started_at, **options)
 
     async def _agenerated(
         self,
         prompt: PromptInput,
         params: SamplingParams | None,
+        started_at: float,
         **options: Unpack[RequestOptions],
     ) -> Generation:
         """`_generation`, in a thread if it can take longer than a few milliseconds."""
         is_long = isinstance(prompt, str) and len(prompt) > MANY_CHARACTERS
         is_constrained = isinstance(params, SamplingParams) and params.is_constrained
         if is_long or is_constrained or options.get("images"):
-            return await asyncio.to_thread(self._generation, prompt, params, **options)
-        return self._generation(prompt, params, **options)
+            return await self._preparation.run(
+                self._generation, prompt, params, started_at, **options
+            )
+        return self._generation(prompt, params, started_at, **options)

@@ -22,6 +22,7 @@ from sf_local.engine.interrupts import check_threads
 from sf_local.engine.kv_budget import memory_bytes
 from sf_local.engine.metrics import metrics_text
 from sf_local.engine.placement import MakeRunner, Place, log_loaded, place_workers
+from sf_local.engine.preparation import Preparation
 from sf_local.engine.scheduler import MAX_RUNNING, PREFILL_TOKENS
 from sf_local.engine.sources import from_source
 from sf_local.engine.worker import finish_closing
@@ -155,6 +156,7 @@ class Engine(Batches):
             places, prefill_tokens=prefill_tokens, max_running=max_running,
             jump_forward=jump_forward, on_finish=on_finish, make_runner=_make_runner,
         )  # fmt: skip
+        self._preparation = Preparation(self._replicas)
         # Garbage collection would drop a KeyboardInterrupt that is raised while it waits
         self._finalizer = weakref.finalize(self, self._replicas.ask_to_close)
         try:
@@ -226,6 +228,7 @@ class Engine(Batches):
         if drain:
             self._replicas.drain()
         self._replicas.close()
+        self._preparation.close()
         self._finalizer.detach()
 
     def __enter__(self) -> Engine:

@@ -82,6 +82,12 @@ def checked(params: SamplingParams | None) -> SamplingParams:
     return params
 
 
+def deadline_of(params: SamplingParams, started_at: float) -> float | None:
+    """When the timeout of a request passes that was made at `started_at`, both by
+    `time.perf_counter()`; None for no timeout."""
+    return None if params.timeout is None else started_at + params.timeout
+
+
 class InputProcessor:
     """Makes generations that can be computed: whatever is refused is refused here.
 
@@ -173,8 +179,7 @@ class InputProcessor:
         if params.n != 1:
             raise RequestError(f"n={params.n}: several answers to one prompt come from `samples`")
         started_at = time.perf_counter() if started_at is None else started_at
-        deadline = None if params.timeout is None else started_at + params.timeout
-        ready = self.prepare(prompt, images, deadline)
+        ready = self.prepare(prompt, images, deadline_of(params, started_at))
         self._check_params(params, len(ready.ids))
         max_new_tokens = min(params.max_new_tokens, self.max_tokens - len(ready.ids))
         request = Request(

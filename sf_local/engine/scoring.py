@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sf_local.engine.input_processor import InputProcessor, PromptInput, needs_all_logits
+from sf_local.engine.input_processor import (
+    InputProcessor,
+    PromptInput,
+    deadline_of,
+    needs_all_logits,
+)
 from sf_local.errors import EngineError, RequestError
 from sf_local.kv_cache.radix_cache import common_prefix_len
 from sf_local.request.checks import shown
@@ -21,10 +26,13 @@ def score_requests(
     continuations: Sequence[str],
     unconditional: bool,
     params: SamplingParams,
+    started_at: float,
     images: Sequence[ImageInput] = (),
 ) -> list[tuple[PromptInput, SamplingParams]]:
     """Every continuation after the prompt, then, with `unconditional`, each alone; arguments and
     errors as for `Engine.score`. The prompt is computed once, if it is not cached.
+
+    started_at: `time.perf_counter()` of the call.
 
     Raises RequestError for a continuation that adds no token.
     """
@@ -33,7 +41,8 @@ def score_requests(
         raise RequestError(f"choices={shown(continuations)} must be a list of str, not empty")
     if (k := inputs.artifact.config.top_k) is not None:
         raise needs_all_logits("choices", continuations, k)
-    prompts, starts = _prompts(inputs, prompt, continuations, inputs.given(images))
+    deadline = deadline_of(params, started_at)
+    prompts, starts = _prompts(inputs, prompt, continuations, inputs.given(images), deadline)
     params = SamplingParams(
         max_new_tokens=0, return_logprob=True, priority=params.priority, timeout=params.timeout
     )
@@ -60,11 +69,11 @@ def scores(outputs: Sequence[Output], unconditional: bool) -> list[Score]:
 
 def _prompts(
     inputs: InputProcessor, prompt: str, continuations: Sequence[str],
-    images: Sequence[ImageInput],
+    images: Sequence[ImageInput], deadline: float | None,
 ) -> tuple[list[Prompt], list[int]]:  # fmt: skip
     """The prompt with each continuation, and how many of its tokens are the prompt's alone."""
-    before = inputs.prepare(inputs.encode(prompt), images).ids if prompt else []
-    prompts = [inputs.prepare(inputs.encode(prompt, c), images) for c in continuations]
+    before = inputs.prepare(inputs.encode(prompt), images, deadline).ids if prompt else []
+    prompts = [inputs.prepare(inputs.encode(prompt, c), images, deadline) for c in continuations]
     starts = [common_prefix_len(before, ready.ids) for ready in prompts]
     for index, (ready, start) in enumerate(zip(prompts, starts, strict=True)):
         if not 0 < start < len(ready.ids):

@@ -271,7 +271,7 @@ def _check_state(
         if before["model"] != model:
             raise RequestError(
                 f"{file.with_suffix('')} has answers of another model; use the same one, give "
-                "another output, or continue nevertheless with force (--force)"
+                "another output, or continue nevertheless with force (sf-local batch --force)"
             )
         hashes = before["lines"]
         changed = [key for key in done if key in now and hashes.get(key, now[key]) != now[key]]
@@ -279,7 +279,7 @@ def _check_state(
             raise RequestError(
                 f"{len(changed)} lines have changed since they were answered, such as "
                 f"{changed[0]!r}; give another output, or continue nevertheless with force "
-                "(--force)"
+                "(sf-local batch --force)"
             )
     partly = file.with_name(f"{file.name}.{os.getpid()}")
     partly.write_text(json.dumps({"model": model, "lines": now}))
@@ -295,7 +295,7 @@ def _read_state(file: Path) -> dict[str, Any]:
         pass
     raise RequestError(
         f"{file} is missing or damaged, so that nobody knows what the answers were computed from; "
-        "give another output, or continue nevertheless with force (--force)"
+        "give another output, or continue nevertheless with force (sf-local batch --force)"
     )
 
 

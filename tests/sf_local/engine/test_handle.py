@@ -7,6 +7,7 @@ import gc
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 
 from sf_local import AsyncStream, Engine, Handle, SamplingParams
 from sf_local.engine.generation import Generation
+from sf_local.engine.input_processor import InputProcessor
 from sf_local.errors import EngineError, RequestError
 from tests.support.child import run_program
 from tests.support.running import Runners
@@ -253,6 +255,106 @@ def test_samples_and_scores_for_asyncio(engine: Engine) -> None:
             await engine.ascore("abc", ["d"], params=SamplingParams(timeout=0.0))
 
     run(main())
+
+
+@pytest.mark.parametrize("use", ["samples", "score", "asamples", "ascore", "agenerate"])
+def test_a_timeout_counts_from_the_call(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, use: str
+) -> None:
+    """By a clock on which every prompt takes 1,000 seconds to be encoded."""
+    now, encode, passed = time.perf_counter, InputProcessor.encode, [0]
+
+    def slow(*arguments: Any) -> list[int]:
+        passed[0] += 1000
+        return encode(*arguments)
+
+    monkeypatch.setattr(InputProcessor, "encode", slow)
+    monkeypatch.setattr(time, "perf_counter", lambda: now() + passed[0])
+    params = replace(PARAMS, timeout=500.0, regex="[a-z]+" if use == "agenerate" else None)
+    call = getattr(engine, use)
+    arguments = ("abc", ["d", "ef"]) if "score" in use else ("abc",)
+
+    def answer() -> Any:
+        result = call(*arguments, params=params)
+        return asyncio.run(result) if use.startswith("a") else result
+
+    if "score" in use:
+        with pytest.raises(EngineError, match="ended early: timeout"):
+            answer()
+        return
+    outputs = [answer()] if use == "agenerate" else answer()
+    for output in outputs:
+        assert output.finish_reason == "timeout" and not output.token_ids
+        assert output.latency >= 1000
+
+
+def test_the_threads_of_asyncio_may_be_busy(tiny: TinyModel) -> None:
+    """As in an app that waits in them for the answers."""
+
+    async def main(engine: Engine) -> None:
+        go_on = threading.Event()
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        busy = loop.run_in_executor(None, go_on.wait, TIMEOUT)
+        params = replace(PARAMS, regex="[a-z]{3,5}")
+        answers = asyncio.gather(
+            engine.agenerate("a", params), engine.achat([{"role": "user", "content": "a"}], params),
+            engine.asamples("a", params), engine.ascore("a", ["b"]),
+        )  # fmt: skip
+        try:
+            await asyncio.wait_for(answers, TIMEOUT / 2)
+        finally:
+            go_on.set()
+            await busy
+
+    with Engine(tiny.artifact, chat_template="{{ messages[0].content }}") as engine:
+        run(main(engine))
+
+
+def test_threads_of_preparation(tiny: TinyModel) -> None:
+    """They end with the engine; a forked child, which lacks them, is told so and does not wait."""
+    program = """
+import asyncio, os, sys, threading, time
+from sf_local import Engine, SamplingParams
+from sf_local.errors import EngineError
+params = SamplingParams(regex="[a-z]{3,5}", max_new_tokens=8)
+
+def prepare_threads():
+    return [t for t in threading.enumerate() if t.name.startswith("sf_local-prepare")]
+
+engine = Engine(sys.argv[1])
+asyncio.run(engine.agenerate("a", params))
+assert prepare_threads()
+child = os.fork()
+if child == 0:
+    for call in (engine.agenerate("a", params), engine.asamples("a"), engine.ascore("a", ["b"])):
+        try:
+            asyncio.run(call)
+        except EngineError as error:
+            assert "after os.fork()" in str(error)
+        else:
+            os._exit(1)
+    engine.shutdown()
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+engine.shutdown()
+for thread in prepare_threads():
+    thread.join(60)
+print(len(prepare_threads()))
+try:
+    asyncio.run(engine.agenerate("a", params))
+except EngineError as error:
+    print(error)
+engine = Engine(sys.argv[1])
+asyncio.run(engine.agenerate("a", params))
+threads = prepare_threads()
+del engine
+for thread in threads:
+    thread.join(60)
+print(len(threads), len(prepare_threads()))
+"""
+    child, left, closed, collected = run_program(program, tiny.artifact).splitlines()
+    assert (child, left, collected) == ("7", "0", "1 0") and "closed" in closed
 
 
 async def _first(stream: AsyncStream) -> None:
