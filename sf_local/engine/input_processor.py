@@ -113,7 +113,7 @@ class InputProcessor:
         it."""
         with _grammar_lock:
             if self._grammars is None:
-                import llguidance.gbnf_to_lark  # noqa: F401 - the compiler does it even later
+                import llguidance  # noqa: F401 - the compiler does it even later
 
                 from sf_local.grammar.compiler import GrammarCompiler
 

@@ -42,7 +42,13 @@ LIMITS: dict[str, Any] = {
 # Of a row of items, with one more for every 4 characters: a choice among n texts has n items. The
 # time of a mask grows with the square of a row, and rows of ambiguous grammars grow with the text.
 MAX_ITEMS = 2_000
-EBNF_LIMITS = {**LIMITS, "initial_lexer_fuel": 50_000}  # its regexes are not read here
+EBNF_LIMITS = {
+    **LIMITS,
+    "initial_lexer_fuel": 50_000,  # its regexes are not read here
+    # In a mask, which then takes 0.1 s. Parts of one character take one or more for every node in
+    # the tree of the vocabulary's texts, of which 49,152 tokens have 100,000.
+    "step_max_items": 400_000,
+}
 
 CACHE_BYTES = 256 << 20
 MATCHER_BYTES = 64 << 10  # of any compiled grammar: its parser and first lexer states
@@ -106,6 +112,9 @@ class GrammarCompiler:
 
     def ebnf(self, text: str) -> Grammar:
         """Texts of a grammar, in llguidance's Lark dialect or llama.cpp's GBNF (`root ::= ...`).
+
+        In Lark a terminal takes the longest text that it can; in GBNF all ways to read a text
+        count. Rules of GBNF that begin with themselves are refused, as in llama.cpp.
 
         Schemas in `%json {...}` are treated as those of `json_schema`, and exclude `%ignore`.
         Special tokens and the attributes stop, max_tokens and temperature are refused.

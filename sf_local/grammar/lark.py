@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+from sf_local.grammar.gbnf import gbnf_to_lark
 from sf_local.grammar.json_schema import checked_schema
 from sf_local.grammar.limits import (
     MAX_OPTIONAL,
@@ -14,6 +15,7 @@ from sf_local.grammar.limits import (
     Refused,
     as_json,
     lark_grammar,
+    place,
     shown,
 )
 
@@ -50,19 +52,8 @@ def ebnf_grammar(text: str) -> str:
         Refused: it is not GBNF, has what is not supported, or is too large.
     """
     if _GBNF_RULE.search(text):
-        text = _gbnf_to_lark(text)
+        text = gbnf_to_lark(text)
     return lark_grammar("".join(_LarkCheck(text).pieces()) + _NO_FORCING)
-
-
-def _gbnf_to_lark(text: str) -> str:
-    from llguidance.gbnf_to_lark import gbnf_to_lark
-
-    try:
-        return gbnf_to_lark(text)
-    except RecursionError:
-        raise
-    except Exception as error:  # it raises nothing narrower
-        raise Refused(f"is not GBNF: {error}.") from None
 
 
 class _LarkCheck:
@@ -104,7 +95,7 @@ class _LarkCheck:
         if kind in ("special", "attribute"):
             raise Refused(
                 f"has the {'special token' if kind == 'special' else kind} {shown(found[0])} at "
-                f"{_place(self._text, found.start())}, which is not supported. Remove it."
+                f"{place(self._text, found.start())}, which is not supported. Remove it."
             )
         if kind == "open":
             self._depth += 1
@@ -165,14 +156,9 @@ class _LarkCheck:
         try:
             value, end = json.JSONDecoder().raw_decode(text, start)
         except json.JSONDecodeError as error:
-            where = _place(text, error.pos)
+            where = place(text, error.pos)
             raise Refused(f"has no JSON after %{directive}: {error.msg} at {where}.") from None
         if directive == "llguidance" and value != {}:
-            where = _place(text, start)
+            where = place(text, start)
             raise Refused(f"has options in %llguidance at {where}; only {{}} is supported.")
         return f" {as_json(checked_schema(value) if directive == 'json' else value)}", end
-
-
-def _place(text: str, index: int) -> str:
-    line = text.count("\n", 0, index) + 1
-    return f"line {line}, column {index - text.rfind(chr(10), 0, index)}"

@@ -23,6 +23,12 @@ def shown(text: str, limit: int = 60) -> str:
     return repr(text) if len(text) <= limit else f"{text[:limit]!r}..."
 
 
+def place(text: str, index: int) -> str:
+    """Where `index` is in `text`, for a message."""
+    line = text.count("\n", 0, index) + 1
+    return f"line {line}, column {index - text.rfind(chr(10), 0, index)}"
+
+
 def lark_grammar(text: str) -> str:
     """A Lark text as llguidance's list of grammars, which is JSON."""
     return json.dumps({"grammars": [{"lark_grammar": text}]})
