@@ -574,9 +574,9 @@ def test_slow_preparations_leave_the_event_loop_free(
     generation = type(engine._inputs).generation
     threads: list[int] = []
 
-    def spy(*args: Any) -> Any:
+    def spy(*args: Any, **options: Any) -> Any:
         threads.append(threading.get_ident())
-        return generation(*args)
+        return generation(*args, **options)
 
     monkeypatch.setattr(type(engine._inputs), "generation", spy)
 

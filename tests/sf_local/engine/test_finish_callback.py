@@ -71,7 +71,7 @@ def test_every_request_is_told_of_once(tiny: TinyModel, monkeypatch: pytest.Monk
             engine.generate(PROMPT, bad)
         expected.append((raised.value, bad))
         with pytest.raises(RequestError):
-            engine.generate([], PARAMS)  # which is none
+            engine.generate("", PARAMS)  # which is none
         samples = engine.samples(PROMPT, replace(PARAMS, seed=5, n=3))
         engine.score("abc", ["d", "e"])
         engine.warm("abcdef")

@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prompt_toolkit.application import create_app_session
-from prompt_toolkit.history import FileHistory
-from prompt_toolkit.input import create_pipe_input
-from prompt_toolkit.output import DummyOutput
 
 from sf_local import Engine, SamplingParams
 from sf_local.engine.handle import Handle
 from sf_local.errors import ChatTemplateError, RequestError
 from sf_local.frontend import terminal_chat
 from sf_local.frontend.conversation import Conversation
+from tests.support.child import run_program
 from tests.support.pictures import picture
 from tests.support.running import assert_idle
 from tests.support.tiny import TinyModel
@@ -126,27 +123,41 @@ def test_images(make_seeing: Any, said: list[str], tmp_path: Path) -> None:
         assert conversation.last.prompt_tokens < seen
 
 
-def test_a_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+EDITOR = r"""
+import os, sys
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.history import FileHistory
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
+from sf_local.frontend.terminal_chat import terminal_prompt
+
+def entered(keys):
+    pipe.send_text(keys)
+    try:
+        return ask()
+    except BaseException as error:
+        return type(error).__name__
+
+os.environ["XDG_STATE_HOME"] = sys.argv[1]
+with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
+    ask = terminal_prompt()
+    print([entered(keys) for keys in ("one\x1b\rtwo\r", "dropped\x03", "three\r", "\x04")])
+    print(list(FileHistory(sys.argv[1] + "/sf-local/history").load_history_strings()))
+    os.environ["XDG_STATE_HOME"] = "/proc/no"
+    ask = terminal_prompt()
+    print(entered("last\r"))
+"""
+
+
+def test_a_terminal(tmp_path: Path) -> None:
     """Alt-Enter begins a new line, Ctrl-C drops a line, and Ctrl-D ends; the history, which Up goes
-    through, outlives the chat, if it can be written."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
-        ask = terminal_chat.terminal_prompt()
-        pipe.send_text("one\x1b\rtwo\r")
-        assert ask() == "one\ntwo"
-        pipe.send_text("dropped\x03")
-        with pytest.raises(KeyboardInterrupt):
-            ask()
-        pipe.send_text("three\r")
-        assert ask() == "three"
-        pipe.send_text("\x04")
-        with pytest.raises(EOFError):
-            ask()
-        kept = FileHistory(str(tmp_path / "sf-local" / "history")).load_history_strings()
-        assert list(kept) == ["three", "one\ntwo"]
-        monkeypatch.setenv("XDG_STATE_HOME", "/proc/no")
-        pipe.send_text("last\r")
-        assert terminal_chat.terminal_prompt()() == "last"
+    through, outlives the chat, if it can be written. In a process of its own: the editor's select()
+    knows no file descriptors beyond 1,023, of which this process may have more."""
+    assert run_program(EDITOR, tmp_path).splitlines() == [
+        "['one\\ntwo', 'KeyboardInterrupt', 'three', 'EOFError']",
+        "['three', 'one\\ntwo']",
+        "last",
+    ]
 
 
 def test_a_chat_on_a_terminal(
