@@ -14,6 +14,7 @@ from typing import Any
 from sf_local.errors import GrammarError
 from sf_local.grammar.formats import FORMAT_PATTERNS
 from sf_local.grammar.limits import MAX_PATTERNS, Refused, as_json, shown
+from sf_local.grammar.pattern_properties import named_keys, write_out_patterns
 from sf_local.grammar.regex import RegexWriter
 from sf_local.grammar.schema_parts import (
     is_tagged,
@@ -270,9 +271,11 @@ class _SchemaCheck:
             if self._num_pattern_properties > MAX_PATTERN_PROPERTIES:
                 raise Refused(f"has more than {MAX_PATTERN_PROPERTIES} patternProperties.")
             path += "/patternProperties"
-            schema["patternProperties"] = {
-                self._rewritten(pattern, path): child for pattern, child in properties.items()
+            patterns = {
+                pattern: (self._rewritten(pattern, path), child)
+                for pattern, child in properties.items()
             }
+            write_out_patterns(schema, patterns, named_keys(self._root))
 
     def _rewritten(self, pattern: str, path: str) -> str:
         try:
