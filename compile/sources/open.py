@@ -8,6 +8,7 @@ the config is checked later, by `weights.check_tensors`.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -183,6 +184,10 @@ def _why_not(repo_id: str, error: BaseException) -> str:
             f"{found}; look whether {page} is gated, and {log_in} with a token that is valid and "
             "may read gated repos"
         )
+    if 429 in statuses:
+        return f"{found}; wait some minutes, or {log_in}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"{found}; free some space there, or set HF_HOME to a folder elsewhere"
     if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes):
         found += "; unset HF_HUB_OFFLINE"
     return f"{found}; or download it on another machine (hf download {repo_id}) and pass the folder"
