@@ -189,6 +189,7 @@ def write_descriptions(folder: Path, source: Source, emitter: Emitter, target: T
         hidden_size=source.config.hidden_size,
         bos_token_id=source.bos_token_id,
         eos_token_ids=source.eos_token_ids,
+        sampling_defaults=source.sampling_defaults,
         functions=model.function_names,
         config=dataclasses.asdict(config),
         parameters_sha256=parameters_sha256(

@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "--raw", action="store_true",
         help="continue the prompt as it stands, without the model's chat template",
     )  # fmt: skip
-    generate.add_argument("--stop", action="append", default=[], help="may be repeated")
+    generate.add_argument("--stop", action="append", help="may be repeated")
     generate.add_argument("--regex", help="that the whole answer matches")
     generate.add_argument("--json-schema", help="JSON text that the answer is valid under")
     generate.add_argument("--ebnf", help="grammar of the answer, in Lark's syntax or GBNF")
@@ -77,13 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("artifact", help=ARTIFACT)
         command.add_argument("--device", default="auto", help=DEVICES)
         command.add_argument("--kv-memory", type=_size, metavar="SIZE", help=KV_MEMORY)
-        command.add_argument("--max-new-tokens", type=int, default=512)
-        command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-        command.add_argument("--top-p", type=float, default=1.0)
-        command.add_argument("--top-k", type=int, default=-1)
-        command.add_argument("--min-p", type=float, default=0.0)
-        command.add_argument("--repetition-penalty", type=float, default=1.0)
-        command.add_argument("--seed", type=int)
+        _add_sampling(command)
     batch = commands.add_parser(
         "batch", help="answer a file of requests; run again, it continues",
         description="Exit code 2 if requests failed, which stand in the output.",
@@ -118,18 +112,33 @@ def _size(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
+def _add_sampling(command: argparse.ArgumentParser) -> None:
+    """Options that are named like fields of SamplingParams; None where they are not given."""
+    group = command.add_argument_group(
+        "sampling", "What is not given is as the model's makers recommend (generation_config.json, "
+        "shown by `sf-local inspect`), else as in brackets."
+    )  # fmt: skip
+    group.add_argument("--max-new-tokens", type=int, help="length of the answer (128)")
+    group.add_argument("--temperature", type=float, help="0 is greedy (1)")
+    group.add_argument("--top-p", type=float, help="draw from tokens of this probability (1)")
+    group.add_argument("--top-k", type=int, help="draw from so many tokens; -1 is all (-1)")
+    group.add_argument("--min-p", type=float, help="least share of the best's probability (0)")
+    group.add_argument("--repetition-penalty", type=float, help="1 is none (1)")
+    group.add_argument("--seed", type=int, help="makes the answer repeatable")
+
+
 def _artifact(args: argparse.Namespace) -> Path:
     """The artifact that is meant, compiled if it must be."""
     return from_source(args.artifact, getattr(args, "device", "auto"), progress=True)
 
 
-def _params(args: argparse.Namespace, stop: Sequence[str] = ()) -> SamplingParams:
+def _params(args: argparse.Namespace) -> SamplingParams:
     """SamplingParams of all options that are named like one of its fields."""
     from sf_local.request.params import SamplingParams
 
-    names = {field.name for field in fields(SamplingParams)} - {"stop"}
+    names = {field.name for field in fields(SamplingParams)}
     values = {name: value for name, value in vars(args).items() if name in names}
-    return SamplingParams(**values, stop=stop)
+    return SamplingParams(**values)
 
 
 def _engine(args: argparse.Namespace, chat_template: str | None = None) -> Engine:
@@ -142,7 +151,7 @@ def _engine(args: argparse.Namespace, chat_template: str | None = None) -> Engin
 def _generate(args: argparse.Namespace) -> None:
     from sf_local.frontend.conversation import speed
 
-    params = _params(args, args.stop)
+    params = _params(args)
     prompt = sys.stdin.read() if args.prompt is None else args.prompt
     with _engine(args) as engine:
         if args.raw or not engine.tokenizer.chat_templates:
@@ -268,6 +277,7 @@ def describe(artifact: Artifact) -> list[tuple[str, str]]:
         *lines,
         ("vocabulary", str(manifest.vocab_size)),
         ("functions", ", ".join(manifest.functions)),
+        ("sampling", ", ".join(f"{k} {v}" for k, v in manifest.sampling_defaults.items()) or "-"),
     ]
 
 

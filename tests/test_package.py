@@ -126,7 +126,7 @@ def modules_in(folder: Path) -> set[str]:
 def test_engine_options_are_those_of_the_engine() -> None:
     parameters = inspect.signature(Engine).parameters.values()
     options = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
-    del options["_make_runner"], options["chat_template"]  # ShortfinLocal has one of its own
+    del options["_make_runner"]
     assert {
         name: ref.__forward_arg__ for name, ref in EngineOptions.__annotations__.items()
     } == options

@@ -22,6 +22,7 @@ from compile.formats.quantize import Groups, from_gguf
 from compile.models.registry import find_gguf_family
 from compile.reading import corrupt, map_file, unsupported
 from compile.sources.gguf_tokenizer import convert_tokenizer, special_id
+from compile.sources.sampling_defaults import of_gguf
 from compile.sources.source import Progress, Rows, Source, SourceTensor, check_bias
 from sf_local.artifact.cache import known_sha256
 from sf_local.errors import SourceError, UnsupportedError
@@ -70,7 +71,10 @@ def open_gguf(path: Path, progress: Progress, sha256: str | None = None) -> Sour
     tokenizer_json = tokenizer.to_str(pretty=True).encode()
     if sha256 is None:
         sha256 = known_sha256(path, progress)
-    return Source(path.name, config, kept, sha256, tokenizer_json, tokenizer_config, bos, eos)
+    return Source(
+        path.name, config, kept, sha256, tokenizer_json, tokenizer_config, bos, eos,
+        sampling_defaults=of_gguf(path, fields),
+    )  # fmt: skip
 
 
 class _Cursor:

@@ -18,6 +18,7 @@ from compile.models.spec import LlamaConfig
 from compile.reading import corrupt, map_file, read_json, unsupported
 from compile.sources.hf_files import INDEX, folder_sha256, weight_files
 from compile.sources.hf_tokenizer import open_tokenizer
+from compile.sources.sampling_defaults import of_generation_config
 from compile.sources.source import Progress, Source, SourceTensor, check_bias
 
 log = logging.getLogger("sf_local.compile")
@@ -39,12 +40,14 @@ def open_folder(folder: Path, name: str, progress: Progress) -> Source:
     tensors = {n: t for n, t in tensors.items() if family.is_weight(n, config, vision)}
     found = open_tokenizer(folder)
     text = raw["text_config"] if vision else {}
-    bos, eos = _special_ids(folder, text | raw)
+    path = folder / "generation_config.json"
+    generation = read_json(path) if path.exists() else {}
+    bos, eos = _special_ids(folder, text | raw, generation)
     settings = family.image_settings(folder, raw, vision, found.tokenizer)
     sha256 = folder_sha256(folder, files, progress)
     return Source(
         name, config, tensors, sha256, found.tokenizer_json, found.config, bos, eos, vision,
-        settings,
+        settings, of_generation_config(path, generation),
     )  # fmt: skip
 
 
@@ -108,10 +111,10 @@ def _add_tensors(path: Path, family: HuggingFaceFamily, tensors: dict[str, Sourc
         tensors[canonical] = SourceTensor(shape, entry["dtype"], data.__getitem__)
 
 
-def _special_ids(folder: Path, raw: dict[str, Any]) -> tuple[int | None, tuple[int, ...]]:
+def _special_ids(
+    folder: Path, raw: dict[str, Any], generation: dict[str, Any]
+) -> tuple[int | None, tuple[int, ...]]:
     """bos, and every id that either config calls eos."""
-    path = folder / "generation_config.json"
-    generation = read_json(path) if path.exists() else {}
 
     def read(key: str) -> list[Any]:
         found = [raw.get(key), generation.get(key)]  # each one id, or a list

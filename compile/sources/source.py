@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Source:
     [H, 3 * patch * patch] are channel by channel, and the first row of v.position_embd.weight is
     that of the class token, if there is one.
     `image_settings` are the fields of sf_local's ImageSettings. `sha256` covers every input file;
-    any of `eos_token_ids` ends generation.
+    any of `eos_token_ids` ends generation. `sampling_defaults` are fields of SamplingParams.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Source:
     eos_token_ids: tuple[int, ...]
     vision: VisionConfig | None = None
     image_settings: Mapping[str, Any] | None = None
+    sampling_defaults: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def weight_dtype(self) -> str:

@@ -75,11 +75,12 @@ def compare(args: argparse.Namespace, candidates: Sequence[Tuning]) -> list[list
 
 def _decode(rows: int) -> Measure:
     def measure(engine: Engine) -> float:
-        params = SamplingParams(max_new_tokens=64, ignore_eos=True, temperature=0)
+        count = 64
+        params = SamplingParams(max_new_tokens=count, ignore_eos=True, temperature=0)
         handles = [engine.submit(_prompt(engine, 16), params) for _ in range(rows)]
         outputs = [handle.result() for handle in handles]
         spans = [output.latency - output.time_to_first_token for output in outputs]
-        return rows * (params.max_new_tokens - 1) / median(spans)
+        return rows * (count - 1) / median(spans)
 
     return measure
 

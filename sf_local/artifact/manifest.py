@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from sf_local.artifact.json_file import is_file_name
+from sf_local.artifact.sampling_defaults import check_sampling_defaults
 
-FORMAT_VERSION = 4  # until 3, the best token of AMD code was -1 in every row
+FORMAT_VERSION = 5  # until 4, without the sampling parameters that the model recommends
 COMPILER_VERSION = "3.9.0"  # of iree-compile, whose bytecode shortfin reads
 VMFB, WEIGHTS, CONFIG, MANIFEST = "model.vmfb", "weights.irpa", "config.json", "artifact.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -123,6 +124,7 @@ class Manifest:
     hidden_size: int  # of an embedding
     bos_token_id: int | None
     eos_token_ids: Sequence[int]
+    sampling_defaults: Mapping[str, float]  # by the names of SamplingParams
     functions: Sequence[str]
     config: Mapping[str, Any]  # the content of config.json
     parameters_sha256: str
@@ -145,6 +147,8 @@ class Manifest:
         _positive_int("vocab_size", self.vocab_size)
         _positive_int("hidden_size", self.hidden_size)
         _instance("source", self.source["name"], str)
+        _instance("sampling_defaults", self.sampling_defaults, dict)
+        check_sampling_defaults(self.sampling_defaults)
         _instance("config", self.config, dict)
         _instance("config/paged_kv_cache", self.config["paged_kv_cache"], dict)
         if self.images is not None:

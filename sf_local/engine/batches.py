@@ -11,7 +11,7 @@ from sf_local.engine.chat_completions import ChatCompletions
 from sf_local.engine.chat_processor import ChatOptions, Messages
 from sf_local.engine.completions import Completions
 from sf_local.engine.generation import Generation
-from sf_local.engine.input_processor import RequestOptions, checked
+from sf_local.engine.input_processor import RequestOptions
 from sf_local.engine.log import log
 from sf_local.engine.many_requests import (
     is_batch,
@@ -174,8 +174,9 @@ class Batches(Completions, ChatCompletions):
             check_bool(name, value)
         check_int("max_in_flight", max_in_flight, 1)
         self._replicas.check_usable()
+        make = partial(self._generation_of, self._inputs.resolved(params), options)
         return run_lazily(
-            self._replicas, partial(self._generation_of, checked(params), options), items,
+            self._replicas, make, items,
             ordered=ordered, progress=progress, max_in_flight=max_in_flight,
             return_exceptions=return_exceptions,
         )  # fmt: skip

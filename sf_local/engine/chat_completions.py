@@ -38,7 +38,7 @@ class ChatCompletions:
             messages: dicts with "role" and "content", as OpenAI and transformers have them, or
                 objects with these fields, oldest first. A content is a text or a list of parts,
                 {"type": "text", "text": ...} and {"type": "image", "image": ...}.
-            params: how to answer; by default `SamplingParams()`.
+            params: how to answer; by default as `resolved` tells.
             tools: functions that the model may ask to be called, in OpenAI's form or as Python
                 functions with type hints. Its calls are `Output.tool_calls`.
             tool_choice: "auto"; "none"; "required" for one or more calls, whose arguments are then

@@ -10,7 +10,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from sf_local.engine.generation import Generation
-from sf_local.engine.input_processor import InputProcessor, checked, deadline_of
+from sf_local.engine.input_processor import InputProcessor, deadline_of
 from sf_local.errors import ChatTemplateError, RequestError
 from sf_local.request.params import SamplingParams
 from sf_local.text.prompt_encoder import PromptEncoder
@@ -73,7 +73,7 @@ class ChatProcessor:
         from sf_local.engine.answer_form import AnswerForm
 
         started_at = time.perf_counter() if started_at is None else started_at
-        params, template = checked(params), self.template()
+        params, template = self._inputs.resolved(params), self.template()
         deadline = deadline_of(params, started_at)
         turns, images = self._messages(messages, options.get("images") or ())
         form = AnswerForm.of(template, options.get("tools"), options.get("tool_choice"), params)

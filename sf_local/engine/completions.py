@@ -15,7 +15,6 @@ from sf_local.engine.input_processor import (
     InputProcessor,
     PromptInput,
     RequestOptions,
-    checked,
     deadline_of,
 )
 from sf_local.engine.preparation import Preparation
@@ -23,7 +22,7 @@ from sf_local.engine.replicas import Replicas
 from sf_local.engine.scoring import score_requests, scores
 from sf_local.errors import RequestError
 from sf_local.request.output import Output, Score
-from sf_local.request.params import SamplingParams
+from sf_local.request.params import ResolvedParams, SamplingParams
 from sf_local.request.prompt import Prompt
 from sf_local.text.tokenizer import MANY_CHARACTERS, Tokenizer
 from sf_local.vision.image_file import GivenImage, ImageInput
@@ -48,7 +47,7 @@ class Completions:
 
         Args:
             prompt: text, token ids, or what `prepare` returned.
-            params: how to continue it; by default `SamplingParams()`.
+            params: how to continue it; by default as `resolved` tells.
             images: one for each image marker of the prompt (such as "<image>"): a path, the bytes
                 of a file, a PIL image, or a data URL.
 
@@ -145,7 +144,7 @@ class Completions:
         """
         images, started_at = options.get("images", ()), time.perf_counter()
         requests = score_requests(
-            self._inputs, prompt, continuations, unconditional, checked(params), started_at, images
+            self._inputs, prompt, continuations, unconditional, params, started_at, images
         )
         return scores(self._results(requests, started_at), unconditional)
 
@@ -162,7 +161,7 @@ class Completions:
         images, started_at = options.get("images", ()), time.perf_counter()
         requests = await self._preparation.run(
             score_requests,
-            self._inputs, prompt, continuations, unconditional, checked(params), started_at, images,
+            self._inputs, prompt, continuations, unconditional, params, started_at, images,
         )  # fmt: skip
         return scores(await self._aresults(requests, started_at), unconditional)
 
@@ -170,7 +169,7 @@ class Completions:
         """A hint that prompts will begin so: compute it into the prefix cache. Returns at once, and
         ignores a prompt that cannot work."""
         with contextlib.suppress(RequestError):
-            params = SamplingParams(max_new_tokens=0, temperature=0)
+            params = ResolvedParams(max_new_tokens=0, temperature=0)
             self._replicas.submit(self._generation(prompt, params, **options))
 
     def given(self, images: Sequence[ImageInput]) -> list[GivenImage]:
@@ -209,7 +208,7 @@ class Completions:
         **options: Unpack[RequestOptions],
     ) -> list[tuple[PromptInput, SamplingParams]]:
         """The requests of `samples`."""
-        params = checked(params)
+        params = self._inputs.resolved(params)
         deadline = deadline_of(params, started_at)
         ready = self._inputs.prepare(prompt, options.get("images", ()), deadline)
         first = params.seed
@@ -263,8 +262,8 @@ class Completions:
     ) -> Generation:
         """`_generation`, in a thread if it can take longer than a few milliseconds."""
         is_long = isinstance(prompt, str) and len(prompt) > MANY_CHARACTERS
-        is_constrained = isinstance(params, SamplingParams) and params.is_constrained
-        if is_long or is_constrained or options.get("images"):
+        params = self._inputs.resolved(params)
+        if is_long or params.is_constrained or options.get("images"):
             return await self._preparation.run(
                 self._generation, prompt, params, started_at, **options
             )

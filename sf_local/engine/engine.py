@@ -29,11 +29,12 @@ from sf_local.engine.worker import finish_closing
 from sf_local.errors import RequestError
 from sf_local.model.runner import ModelRunner
 from sf_local.request.checks import check_bool, check_int, shown
+from sf_local.request.params import ResolvedParams, SamplingParams
 from sf_local.text.tokenizer import Tokenizer
 
 
-class EngineOptions(TypedDict, total=False):
-    """What `Engine` takes beside an artifact and a device, for whoever passes it on."""
+class BackendOptions(TypedDict, total=False):
+    """What `Engine` takes beside an artifact and a device, and ShortfinLocal passes on."""
 
     config: str | Path | None
     parameters: str | Path | Sequence[str | Path] | None
@@ -48,6 +49,13 @@ class EngineOptions(TypedDict, total=False):
     reuse_answer_tokens: bool
     escape_special_tokens: bool
     on_finish: OnFinish | None
+
+
+class EngineOptions(BackendOptions, total=False):
+    """All that `Engine` takes beside an artifact and a device."""
+
+    chat_template: str | None
+    defaults: SamplingParams | None
 
 
 class Engine(Batches):
@@ -81,12 +89,13 @@ class Engine(Batches):
             written by; by default the model's own.
         escape_special_tokens: encode special tokens in the messages of chats as plain text, so that
             nobody can end a message within its content. Those of the template stay tokens.
+        defaults: parameters of requests that do not give them.
         on_finish: called once for every request that was submitted and has ended, with what
             `result()` returns (an Output, also of aborts and timeouts) or raises (an SfLocalError),
-            and with its SamplingParams. Each of `samples`, each text of `score` and each `warm` is
-            a request. Calls come one after another on a thread of their own, in the order in which
-            requests end, and hold up no stream; what one raises is logged. `shutdown` waits for
-            them. A function that refers to the engine keeps it open until `shutdown`.
+            and with its resolved SamplingParams. Each of `samples`, each text of `score` and each
+            `warm` is a request. Calls come one after another on a thread of their own, in the order
+            in which requests end, and hold up no stream; what one raises is logged. `shutdown`
+            waits for them. A function that refers to the engine keeps it open until `shutdown`.
 
     Any number of generations run at once, from any thread. A generation depends only on its prompt
     (as token ids) and parameters, not on what runs beside it. Raises RequestError for an option
@@ -112,6 +121,7 @@ class Engine(Batches):
         reuse_answer_tokens: bool = True,
         chat_template: str | None = None,
         escape_special_tokens: bool = True,
+        defaults: SamplingParams | None = None,
         on_finish: OnFinish | None = None,
         _make_runner: MakeRunner = ModelRunner,
     ) -> None:
@@ -146,7 +156,7 @@ class Engine(Batches):
         self.max_tokens = min(place.max_tokens for place in places)
         self._inputs = InputProcessor(
             self.artifact, self.tokenizer, self.max_tokens, image_bytes, allow_urls,
-            reuse_answer_tokens,
+            reuse_answer_tokens, defaults,
         )  # fmt: skip
         self._chats = ChatProcessor(self._inputs, chat_template, escape_special_tokens)
         if chat_template is not None:
@@ -184,6 +194,12 @@ class Engine(Batches):
         """
         artifact = from_source(source, device, progress=progress, **(build_options or {}))
         return cls(artifact, device, **options)
+
+    def resolved(self, params: SamplingParams | None = None) -> ResolvedParams:
+        """The parameters that hold for a request with `params`: what these give, else the engine's
+        `defaults`, else what the model's makers recommend in generation_config.json, else what
+        SamplingParams says. Raises RequestError for parameters that contradict each other."""
+        return self._inputs.resolved(params)
 
     def stats(self) -> dict[str, float]:
         """Counters since the start, and what is going on; sums over all devices.

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from sf_local.engine.interrupts import Latch
 from sf_local.request.output import Delivery, Delta, Logprobs, Output
-from sf_local.request.params import SamplingParams
+from sf_local.request.params import ResolvedParams
 from sf_local.request.request import Request
 from sf_local.sampling.logprobs import PromptLogprobs
 from sf_local.sampling.sampler import Sampled, Sampler
@@ -242,7 +242,7 @@ def _prompt_logprobs(request: Request) -> PromptLogprobs | None:
 
 
 def _stop_ids(
-    params: SamplingParams, tokenizer: Tokenizer, eos_ids: frozenset[int]
+    params: ResolvedParams, tokenizer: Tokenizer, eos_ids: frozenset[int]
 ) -> dict[int, str | int]:
     """Tokens that end a generation, and what to report as matched.
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from numbers import Integral
-from typing import TYPE_CHECKING, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from sf_local.artifact.manifest import ImageSettings
 from sf_local.artifact.open import Artifact
@@ -17,7 +17,7 @@ from sf_local.engine.generation import Generation
 from sf_local.engine.interrupts import uninterrupted
 from sf_local.errors import PromptTooLongError, RequestError
 from sf_local.request.checks import shown
-from sf_local.request.params import SamplingParams
+from sf_local.request.params import GRAMMARS, ResolvedParams, SamplingParams
 from sf_local.request.prompt import Prompt
 from sf_local.request.request import Request
 from sf_local.text.inserted_text import InsertedText, MarkedText
@@ -41,7 +41,7 @@ NEED_ALL_LOGITS = (
     "regex", "json_schema", "ebnf", "return_logprob", "min_new_tokens", "logit_bias",
     "frequency_penalty", "presence_penalty", "repetition_penalty",
 )  # fmt: skip
-NEUTRAL = SamplingParams()
+NEUTRAL = ResolvedParams()
 # Held while the grammar compiler is imported and built. A fork waits for it: a child that is forked
 # meanwhile waits for ever for the module, or for llguidance.
 _grammar_lock = threading.Lock()
@@ -74,12 +74,11 @@ def _eos_ids(artifact: Artifact, tokenizer: Tokenizer) -> frozenset[int]:
     return tokenizer.end_ids | frozenset(declared)
 
 
-def checked(params: SamplingParams | None) -> SamplingParams:
-    """`params`, or those that hold without any; raises RequestError for anything else."""
-    params = SamplingParams() if params is None else params
-    if not isinstance(params, SamplingParams):
-        raise RequestError(f"params={shown(params)} must be SamplingParams")
-    return params
+def _given(name: str, params: SamplingParams | None) -> dict[str, Any]:
+    """What `params` give, by name; raises RequestError, which calls them `name`, for no params."""
+    if not isinstance(params, SamplingParams | None):
+        raise RequestError(f"{name}={shown(params)} must be SamplingParams")
+    return params.given() if params else {}
 
 
 def deadline_of(params: SamplingParams, started_at: float) -> float | None:
@@ -91,12 +90,13 @@ def deadline_of(params: SamplingParams, started_at: float) -> float | None:
 class InputProcessor:
     """Makes generations that can be computed: whatever is refused is refused here.
 
-    max_tokens: of a prompt and its answer.
+    max_tokens: of a prompt and its answer. defaults: parameters where a request gives none. Raises
+    RequestError for those that cannot hold together.
     """
 
     def __init__(
         self, artifact: Artifact, tokenizer: Tokenizer, max_tokens: int, image_bytes: int,
-        allow_urls: bool, reuse_answer_tokens: bool,
+        allow_urls: bool, reuse_answer_tokens: bool, defaults: SamplingParams | None = None,
     ) -> None:  # fmt: skip
         self.artifact, self.tokenizer, self.max_tokens = artifact, tokenizer, max_tokens
         manifest = artifact.manifest
@@ -107,6 +107,18 @@ class InputProcessor:
         self.reuses_answer_tokens = reuse_answer_tokens
         self._grammars: GrammarCompiler | None = None
         self._inserted: InsertedText | None = None
+        recommended = manifest.sampling_defaults if manifest else {}
+        self._defaults = {**recommended, **_given("defaults", defaults)}
+        self.resolved(None)
+
+    def resolved(self, params: SamplingParams | None) -> ResolvedParams:
+        """As `Engine.resolved`; what is resolved stays as it is."""
+        if isinstance(params, ResolvedParams):
+            return params
+        given, defaults = _given("params", params), self._defaults
+        if params is not None and params.is_constrained:
+            defaults = {name: defaults[name] for name in defaults.keys() - GRAMMARS}
+        return ResolvedParams(**(defaults | given))
 
     def _grammar_compiler(self) -> GrammarCompiler:
         """Made on first use, with its imports: they take a tenth of the time of all, and few need
@@ -175,7 +187,7 @@ class InputProcessor:
         started_at: `time.perf_counter()` of the call; else now. parser: of a chat's answer.
         make_grammar: makes the answer's grammar, if that is not one of the parameters'.
         """
-        params = checked(params)
+        params = self.resolved(params)
         if params.n != 1:
             raise RequestError(f"n={params.n}: several answers to one prompt come from `samples`")
         started_at = time.perf_counter() if started_at is None else started_at
@@ -196,7 +208,7 @@ class InputProcessor:
             generation.remember = functools.partial(self._encode.remember, ready.text, ready.plain)
         return generation
 
-    def _check_params(self, params: SamplingParams, prompt_len: int) -> None:
+    def _check_params(self, params: ResolvedParams, prompt_len: int) -> None:
         """What depends on the model or the prompt; the rest was checked when they were made."""
         if self.artifact.config.top_k is not None:
             _check_top_k(params, self.artifact.config.top_k)
@@ -259,7 +271,7 @@ class InputProcessor:
         return prompt
 
 
-def _grammar(params: SamplingParams, grammars: GrammarCompiler) -> Grammar:
+def _grammar(params: ResolvedParams, grammars: GrammarCompiler) -> Grammar:
     """Of parameters that have one."""
     if params.regex is not None:
         return grammars.regex(params.regex)
@@ -268,7 +280,7 @@ def _grammar(params: SamplingParams, grammars: GrammarCompiler) -> Grammar:
     return grammars.ebnf(cast(str, params.ebnf))
 
 
-def _check_top_k(params: SamplingParams, k: int) -> None:
+def _check_top_k(params: ResolvedParams, k: int) -> None:
     """Raise RequestError for what the k likeliest tokens do not suffice for."""
     for name in NEED_ALL_LOGITS:
         value = getattr(params, name)

@@ -15,7 +15,7 @@ from sf_local.errors import EngineError, RequestError
 from sf_local.kv_cache.radix_cache import common_prefix_len
 from sf_local.request.checks import shown
 from sf_local.request.output import Output, Score
-from sf_local.request.params import SamplingParams
+from sf_local.request.params import ResolvedParams, SamplingParams
 from sf_local.request.prompt import Prompt
 from sf_local.vision.image_file import ImageInput
 
@@ -25,10 +25,10 @@ def score_requests(
     prompt: str,
     continuations: Sequence[str],
     unconditional: bool,
-    params: SamplingParams,
+    params: SamplingParams | None,
     started_at: float,
     images: Sequence[ImageInput] = (),
-) -> list[tuple[PromptInput, SamplingParams]]:
+) -> list[tuple[PromptInput, ResolvedParams]]:
     """Every continuation after the prompt, then, with `unconditional`, each alone; arguments and
     errors as for `Engine.score`. The prompt is computed once, if it is not cached.
 
@@ -41,18 +41,19 @@ def score_requests(
         raise RequestError(f"choices={shown(continuations)} must be a list of str, not empty")
     if (k := inputs.artifact.config.top_k) is not None:
         raise needs_all_logits("choices", continuations, k)
-    deadline = deadline_of(params, started_at)
+    given = inputs.resolved(params)
+    deadline = deadline_of(given, started_at)
     prompts, starts = _prompts(inputs, prompt, continuations, inputs.given(images), deadline)
-    params = SamplingParams(
-        max_new_tokens=0, return_logprob=True, priority=params.priority, timeout=params.timeout
+    scored = ResolvedParams(
+        max_new_tokens=0, return_logprob=True, priority=given.priority, timeout=given.timeout
     )
     pairs = list(zip(prompts, starts, strict=True))
-    requests: list[tuple[PromptInput, SamplingParams]] = [
-        (ready, replace(params, logprob_start_len=start - 1)) for ready, start in pairs
+    requests: list[tuple[PromptInput, ResolvedParams]] = [
+        (ready, replace(scored, logprob_start_len=start - 1)) for ready, start in pairs
     ]
     if unconditional:
-        params = replace(params, logprob_start_len=0)
-        requests += [(ready.ids[start:], params) for ready, start in pairs]
+        alone = replace(scored, logprob_start_len=0)
+        requests += [(ready.ids[start:], alone) for ready, start in pairs]
     return requests
 
 

@@ -24,7 +24,7 @@ from sglang.lang.choices import (
 from sglang.lang.interpreter import StreamExecutor
 from sglang.lang.ir import SglSamplingParams
 
-from sf_local.engine.engine import Engine, EngineOptions
+from sf_local.engine.engine import BackendOptions, Engine
 from sf_local.errors import RequestError
 from sf_local.frontend.sgl_chat_template import resolve_chat_template
 from sf_local.frontend.translation import entries, meta_info, to_params
@@ -94,7 +94,7 @@ class ShortfinLocal(BaseBackend):  # type: ignore[misc]
         *,
         chat_template: str | ChatTemplate | None = None,
         defaults: SamplingParams | None = None,
-        **engine_options: Unpack[EngineOptions],
+        **engine_options: Unpack[BackendOptions],
     ) -> None:
         super().__init__()
         self._defaults = SamplingParams() if defaults is None else defaults

@@ -75,8 +75,8 @@ class Conversation:
         return handle
 
     def _has_room(self, handle: Handle[Any]) -> bool:
-        most = self.engine.max_tokens
-        return handle.num_prompt_tokens <= most - min(self.params.max_new_tokens, most // SHARE)
+        most, answer = self.engine.max_tokens, self.engine.resolved(self.params).max_new_tokens
+        return handle.num_prompt_tokens <= most - min(answer, most // SHARE)
 
     def _drop_oldest(self) -> list[dict[str, Any]]:
         """The oldest exchange, which is no longer in the conversation."""

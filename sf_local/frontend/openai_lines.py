@@ -102,7 +102,7 @@ def _request(
         values["logit_bias"] = _logit_bias(body["logit_bias"])
     options = {key: body[key] for key in ("tools", "tool_choice", "chat_template_kwargs")
                if body.get(key) is not None}  # fmt: skip
-    params = SamplingParams(**values, n=1 if body.get("n") is None else body["n"])
+    params = SamplingParams(**values, n=body.get("n"))
     return BatchRequest(custom_id, url, body[name], params, options, body.get("model"))
 
 
@@ -148,11 +148,11 @@ def _logit_bias(given: object) -> dict[int, float]:
 
 def sampled(request: BatchRequest) -> list[SamplingParams]:
     """Parameters of each choice; seeds count up."""
-    params = replace(request.params, n=1)
+    params, count = replace(request.params, n=1), request.params.n or 1
     if params.seed is None:
-        return [params] * request.params.n
+        return [params] * count
     seed = params.seed
-    return [replace(params, seed=(seed + i) % 2**64) for i in range(request.params.n)]
+    return [replace(params, seed=(seed + i) % 2**64) for i in range(count)]
 
 
 def answer_line(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from sglang.lang.ir import REGEX_BOOL, REGEX_FLOAT, REGEX_INT, REGEX_STR, SglSamplingParams
@@ -11,7 +10,7 @@ from sglang.lang.ir import REGEX_BOOL, REGEX_FLOAT, REGEX_INT, REGEX_STR, SglSam
 from sf_local.errors import RequestError
 from sf_local.request.checks import shown
 from sf_local.request.output import Logprobs, Output, Top
-from sf_local.request.params import GRAMMARS, SamplingParams
+from sf_local.request.params import GRAMMARS, ResolvedParams, SamplingParams
 from sf_local.text.tokenizer import Tokenizer
 
 _SAME_NAME = (
@@ -31,8 +30,9 @@ _DTYPES: dict[object, tuple[str, Sequence[str]]] = {
 }
 
 
-def to_params(sampling: SglSamplingParams, defaults: SamplingParams) -> SamplingParams:
-    """The parameters of one `sgl.gen`; those that it does not give come from `defaults`.
+def to_params(sampling: SglSamplingParams, defaults: SamplingParams) -> ResolvedParams:
+    """The parameters of one `sgl.gen`; those that it does not give come from `defaults`. All are
+    set, since a program means SGLang's values, whatever the model's makers recommend.
 
     Raises:
         RequestError: one is unknown, contradicts another, or is not allowed.
@@ -55,9 +55,9 @@ def to_params(sampling: SglSamplingParams, defaults: SamplingParams) -> Sampling
     with_text = _given(sampling, "return_text_in_logprobs", False)
     if not isinstance(with_text, bool):
         raise RequestError(f"return_text_in_logprobs={shown(with_text)} must be True or False")
-    values["stop"] = _joined(defaults.stop, stop)
-    values["stop_token_ids"] = _joined(defaults.stop_token_ids, sampling.stop_token_ids)
-    return replace(defaults, **values)
+    values["stop"] = _joined(defaults.stop or (), stop)
+    values["stop_token_ids"] = _joined(defaults.stop_token_ids or (), sampling.stop_token_ids)
+    return ResolvedParams(**(defaults.given() | values))
 
 
 def meta_info(output: Output, tokenizer: Tokenizer, sampling: SglSamplingParams) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from numbers import Integral, Real
 
 from sf_local.errors import RequestError
 
@@ -17,27 +18,41 @@ def shown(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def check_bool(name: str, value: object) -> None:
-    """Raise RequestError unless the value is a bool."""
+def check_bool(name: str, value: object) -> bool:
+    """The value, if it is a bool, of Python or numpy; else raises RequestError."""
+    value = _number(value)
     if not isinstance(value, bool):
         raise RequestError(f"{name}={shown(value)} must be True or False")
+    return value
 
 
-def check_int(name: str, value: object, low: int, high: int | None = None) -> None:
-    """Raise RequestError unless the value is an int from `low` to `high`."""
-    fits = isinstance(value, int) and not isinstance(value, bool)
-    if not fits or value < low or (high is not None and value > high):  # type: ignore[operator]
-        bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise RequestError(f"{name}={shown(value)} must be an integer {bounds}")
+def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
+    """The value as Python's int, if it is an integer from `low` to `high`, of Python or numpy; else
+    raises RequestError."""
+    number = _number(value)
+    if isinstance(number, Integral) and not isinstance(number, bool):
+        number = int(number)
+        if number >= low and (high is None or number <= high):
+            return number
+    bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
+    raise RequestError(f"{name}={shown(value)} must be an integer {bounds}")
 
 
 def check_float(
     name: str, value: object, low: float, high: float, *, open_low: bool = False
-) -> None:
-    """Raise RequestError unless the value is a finite number from `low` to `high`, or above `low`
-    with `open_low`."""
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (fits and low <= value <= min(high, sys.float_info.max)) or (open_low and value == low):  # type: ignore[operator]
-        bounds = f"{'above' if open_low else 'at least'} {low}"
-        bounds += f" and at most {high}" if math.isfinite(high) else " and finite"
-        raise RequestError(f"{name}={shown(value)} must be a number {bounds}")
+) -> float:
+    """The value as Python's number, if it is a finite number from `low` to `high`, or above `low`
+    with `open_low`, of Python or numpy; else raises RequestError."""
+    number = _number(value)
+    if isinstance(number, Real) and not isinstance(number, bool):
+        is_inside = low <= number <= min(high, sys.float_info.max)  # type: ignore[operator]
+        if is_inside and not (open_low and number == low):
+            return number if isinstance(number, int) else float(number)
+    bounds = f"{'above' if open_low else 'at least'} {low}"
+    bounds += f" and at most {high}" if math.isfinite(high) else " and finite"
+    raise RequestError(f"{name}={shown(value)} must be a number {bounds}")
+
+
+def _number(value: object) -> object:
+    """Python's number for a numpy scalar or an array without dimensions; else the value."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value  # type: ignore[attr-defined]

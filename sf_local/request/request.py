@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from sf_local.request.params import SamplingParams
+from sf_local.request.params import ResolvedParams
 
 if TYPE_CHECKING:
     from sf_local.request.prompt import Span
@@ -45,7 +45,7 @@ class Request:
     """
 
     prompt_ids: Sequence[int]
-    params: SamplingParams
+    params: ResolvedParams
     max_new_tokens: int
     output_ids: list[int] = field(default_factory=list)
     spans: Sequence[Span] = ()

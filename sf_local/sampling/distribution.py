@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sf_local.artifact.manifest import LOGITS_BLOCK
-from sf_local.request.params import SamplingParams
+from sf_local.request.params import ResolvedParams
 from sf_local.sampling.logits import ModelOutput, WrongLogits, what_is_wrong
 from sf_local.sampling.logprobs import likeliest
 
@@ -74,7 +74,7 @@ class Distribution:
         return np.asarray(tokens[self.logits[tokens] >= logit])
 
 
-def candidates(row: Distribution, params: SamplingParams) -> Tokens:
+def candidates(row: Distribution, params: ResolvedParams) -> Tokens:
     """Tokens that may be drawn: top-k, of these top-p, of these min-p, in SGLang's order."""
     least = max(params.min_p, float(np.finfo(np.float32).tiny))  # the largest weight is 1
     total = row.total

@@ -17,7 +17,7 @@ from numpy.random import default_rng  # np.random imports it late, perhaps durin
 
 from sf_local.artifact.manifest import LOGITS_BLOCK
 from sf_local.request.output import NO_TOP, TopTokens
-from sf_local.request.params import SamplingParams
+from sf_local.request.params import ResolvedParams
 from sf_local.sampling.distribution import Distribution, Tokens, candidates, find
 from sf_local.sampling.logits import (
     Floats,
@@ -59,7 +59,7 @@ class Sampler:
     """
 
     def __init__(
-        self, params: SamplingParams, prompt_ids: Iterable[int] = (), end_ids: Iterable[int] = ()
+        self, params: ResolvedParams, prompt_ids: Iterable[int] = (), end_ids: Iterable[int] = ()
     ) -> None:
         self.params, self.is_greedy = params, params.is_greedy
         self.inv_temperature = 1.0 if params.is_greedy else 1 / min(params.temperature, FLAT)

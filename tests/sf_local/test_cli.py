@@ -42,7 +42,7 @@ def test_generate_follows_a_grammar(
 def test_generate_reads_standard_input(
     tiny: TinyModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["generate", str(tiny.artifact), "--max-new-tokens", "9"]
+    arguments = ["generate", str(tiny.artifact), "--max-new-tokens", "9", "--seed", "1"]
     main([*arguments, "--prompt", "abc"])
     expected = capsys.readouterr().out
     monkeypatch.setattr("sys.stdin", io.StringIO("abc"))

@@ -354,8 +354,8 @@ def test_parameters_sha256_depends_on_names_and_types_alone() -> None:
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"format_version": 1}, ["format_version 1", "this sf_local reads 4"]),
-        ({"format_version": 3, "target": "gfx942"}, ["format_version 3", "--target gfx942"]),
+        ({"format_version": 1}, ["format_version 1", "this sf_local reads 5"]),
+        ({"format_version": 4, "target": "gfx942"}, ["format_version 4", "--target gfx942"]),
         ({"format_version": None}, ["format_version None"]),
         ({"format_version": 1, "surprise": 1}, ["format_version 1"]),  # not the unknown key
         ({"compiler_version": "3.10.0"}, ["iree-compile 3.10.0", "only what 3.9.0 made"]),
@@ -372,7 +372,7 @@ def test_another_version(folder: Path, changes: dict[str, Any], parts: list[str]
 def test_unknown_and_missing_keys_of_the_manifest(folder: Path) -> None:
     edit_json(folder / MANIFEST, surprise=1)
     fails(CorruptFileError, folder / MANIFEST, "unknown keys: surprise", vmfb=folder)
-    (folder / MANIFEST).write_text('{"format_version": 4}')
+    (folder / MANIFEST).write_text('{"format_version": 5}')
     fails(CorruptFileError, folder / MANIFEST, "compiler_version", vmfb=folder)
 
 

@@ -75,7 +75,10 @@ def test_every_request_is_told_of_once(tiny: TinyModel, monkeypatch: pytest.Monk
         samples = engine.samples(PROMPT, replace(PARAMS, seed=5, n=3))
         engine.score("abc", ["d", "e"])
         engine.warm("abcdef")
-    assert all(a is b and p == q for (a, p), (b, q) in zip(calls, expected, strict=False))
+    assert all(
+        result is told and engine.resolved(given) == params
+        for (told, params), (result, given) in zip(calls, expected, strict=False)
+    )
     results = [result for result, _ in calls]
     assert [sum(result is sample for result in results) for sample in samples] == [1, 1, 1]
     assert sorted(p.seed for _, p in calls[4:7] if p.seed is not None) == [5, 6, 7]

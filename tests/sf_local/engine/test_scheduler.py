@@ -19,7 +19,7 @@ from sf_local.engine.scheduler import MAX_EXAMINED, Limits, Scheduler
 from sf_local.kv_cache.page_pool import PagePool
 from sf_local.kv_cache.radix_cache import Node, RadixCache
 from sf_local.request.batch import Chunk, Step
-from sf_local.request.params import SamplingParams
+from sf_local.request.params import ResolvedParams
 from sf_local.request.request import Request, RequestStatus
 
 GARBAGE = 0
@@ -55,7 +55,7 @@ def generate(request: Request) -> Request:
 def make_request(
     prompt: Sequence[int], max_new_tokens: int, priority: int = 0, *, ignore_eos: bool = True
 ) -> Request:
-    params = SamplingParams(priority=priority, ignore_eos=ignore_eos)
+    params = ResolvedParams(priority=priority, ignore_eos=ignore_eos)
     return Request(list(prompt), params, max_new_tokens)
 
 

@@ -19,6 +19,7 @@ from sglang.lang.ir import SglSamplingParams
 import sf_local
 from sf_local.errors import ChatTemplateError, RequestError
 from sf_local.frontend.backend import to_params
+from sf_local.request.params import ResolvedParams
 from tests.support.tiny import TinyModel
 
 
@@ -413,13 +414,13 @@ def test_unset_values_mean_defaults() -> None:
     """A bare SglSamplingParams has (None,) in three fields; speculation passes stop=None."""
     bare = SglSamplingParams()
     bare.stop = None  # type: ignore[assignment]
-    assert to_params(bare, sf_local.SamplingParams()) == sf_local.SamplingParams()
+    assert to_params(bare, sf_local.SamplingParams()) == ResolvedParams()
 
 
 def test_what_a_newer_sglang_asks_for_is_refused() -> None:
     newer = SglSamplingParams()
     newer.stop_regex = ""  # type: ignore[attr-defined]
-    assert to_params(newer, sf_local.SamplingParams()) == sf_local.SamplingParams()
+    assert to_params(newer, sf_local.SamplingParams()) == ResolvedParams()
     newer.stop_regex = "a+"  # type: ignore[attr-defined]
     with pytest.raises(RequestError, match=r"stop_regex='a\+' is not supported"):
         to_params(newer, sf_local.SamplingParams())

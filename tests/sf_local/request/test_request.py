@@ -1,6 +1,7 @@
 """SamplingParams refuses every value that cannot work; Request slices prompt and answer as one."""
 
 import math
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -10,23 +11,23 @@ from hypothesis import strategies as st
 
 from sf_local.errors import RequestError, SfLocalError
 from sf_local.request.checks import shown
-from sf_local.request.params import MAX_STOPS, SamplingParams
+from sf_local.request.params import MAX_STOPS, ResolvedParams, SamplingParams
 from sf_local.request.request import Request
 
 BAD_VALUES: list[tuple[str, list[Any]]] = [
-    ("max_new_tokens", [-1, True, 1.0, math.nan, math.inf, "8", None, [8]]),
-    ("temperature", [-0.1, math.nan, math.inf, -math.inf, True, "1", None, [1.0], 1j, 10**400]),
-    ("top_p", [0, 0.0, -0.5, 1.0001, 2, math.nan, math.inf, True, "0.9", None, (0.9,)]),
-    ("top_k", [0, -2, False, True, 1.5, math.nan, math.inf, "40", None]),
-    ("ignore_eos", [0, 1, "yes", None, 1.0]),
-    ("return_logprob", [0, 1, "yes", None]),
-    ("min_new_tokens", [-1, True, 1.0, "8", None, 129]),  # more than max_new_tokens
-    ("min_p", [-0.1, 1.1, math.nan, True, "0.1", None]),
-    ("frequency_penalty", [-2.1, 2.1, math.nan, math.inf, True, "0.1", None]),
-    ("presence_penalty", [-2.1, 2.1, math.nan, math.inf, True, "0.1", None]),
-    ("repetition_penalty", [0, 0.0, -1, 2.1, math.nan, True, "1", None]),
-    ("logprob_start_len", [-2, True, 1.0, "0", None]),
-    ("top_logprobs_num", [-1, True, 1.0, "5", None, 1001]),
+    ("max_new_tokens", [-1, True, 1.0, math.nan, math.inf, "8", [8]]),
+    ("temperature", [-0.1, math.nan, math.inf, -math.inf, True, "1", [1.0], 1j, 10**400]),
+    ("top_p", [0, 0.0, -0.5, 1.0001, 2, math.nan, math.inf, True, "0.9", (0.9,)]),
+    ("top_k", [0, -2, False, True, 1.5, math.nan, math.inf, "40"]),
+    ("ignore_eos", [0, 1, "yes", 1.0]),
+    ("return_logprob", [0, 1, "yes"]),
+    ("min_new_tokens", [-1, True, 1.0, "8"]),
+    ("min_p", [-0.1, 1.1, math.nan, True, "0.1"]),
+    ("frequency_penalty", [-2.1, 2.1, math.nan, math.inf, True, "0.1"]),
+    ("presence_penalty", [-2.1, 2.1, math.nan, math.inf, True, "0.1"]),
+    ("repetition_penalty", [0, 0.0, -1, 2.1, math.nan, True, "1"]),
+    ("logprob_start_len", [-2, True, 1.0, "0"]),
+    ("top_logprobs_num", [-1, True, 1.0, "5", 1001]),
     ("logit_bias", [5, "1", [1], [(1, 2.0)]]),
     ("seed", [2**64, -1, True, 0.5, math.nan, "7", [7]]),
     ("stop", [5, 1.5, True, b"end", {"end"}, ["end", 5], ["end", None], [["end"]], [b"end"]]),
@@ -113,13 +114,13 @@ def list_of(value: Any) -> Any:
     ("temperature", "greedy"), [(0, True), (9.9e-7, True), (1e-6, False), (1.0, False)]
 )
 def test_is_greedy(temperature: float, greedy: bool) -> None:
-    assert SamplingParams(temperature=temperature).is_greedy is greedy
+    assert ResolvedParams(temperature=temperature).is_greedy is greedy
 
 
 @pytest.mark.parametrize(
     ("given_stop", "stop"),
     [
-        (None, ()),
+        (None, None),
         ((), ()),
         ("", ()),
         ("end", ("end",)),
@@ -129,15 +130,28 @@ def test_is_greedy(temperature: float, greedy: bool) -> None:
         (["", ""], ()),
     ],
 )
-def test_stop_becomes_a_tuple(given_stop: Any, stop: tuple[str, ...]) -> None:
+def test_stop_becomes_a_tuple(given_stop: Any, stop: tuple[str, ...] | None) -> None:
     assert SamplingParams(stop=given_stop).stop == stop
 
 
 @pytest.mark.parametrize(
-    ("given_ids", "ids"), [(None, ()), ([], ()), ([5, 0], (5, 0)), ((7,), (7,)), (range(2), (0, 1))]
+    ("given_ids", "ids"),
+    [(None, None), ([], ()), ([5, 0], (5, 0)), ((7,), (7,)), (range(2), (0, 1))],
 )
-def test_stop_token_ids_become_a_tuple(given_ids: Any, ids: tuple[int, ...]) -> None:
+def test_stop_token_ids_become_a_tuple(given_ids: Any, ids: tuple[int, ...] | None) -> None:
     assert SamplingParams(stop_token_ids=given_ids).stop_token_ids == ids
+
+
+def test_what_is_not_given_is_none() -> None:
+    """And has a value once it is resolved, unless none is one."""
+    assert SamplingParams().given() == {}
+    assert SamplingParams(top_k=5, stop=[], seed=0).given() == {"top_k": 5, "stop": (), "seed": 0}
+    names = {field.name for field in fields(ResolvedParams)}
+    optional = {"regex", "json_schema", "ebnf", "seed", "timeout"}
+    assert ResolvedParams().given().keys() == names - optional
+    assert ResolvedParams(**dict.fromkeys(names)) == ResolvedParams()
+    with pytest.raises(RequestError, match="min_new_tokens=129 must be an integer from 0 to 128"):
+        ResolvedParams(min_new_tokens=129)
 
 
 def test_params_are_values() -> None:
@@ -157,16 +171,16 @@ def test_params_are_values() -> None:
 def test_tokens_slices_like_a_list(
     prompt: list[int], output: list[int], start: int, end: int
 ) -> None:
-    request = Request(prompt, SamplingParams(), 10, output_ids=output)
+    request = Request(prompt, ResolvedParams(), 10, output_ids=output)
     whole = prompt + output
     assert request.num_tokens == len(whole)
     assert request.tokens(start, end) == whole[start:end]
     assert request.tokens(0, request.num_tokens) == whole
-    assert Request(tuple(prompt), SamplingParams(), 10).tokens(start, end) == prompt[start:end]
+    assert Request(tuple(prompt), ResolvedParams(), 10).tokens(start, end) == prompt[start:end]
 
 
 def test_requests_share_nothing() -> None:
-    first, second = (Request([1], SamplingParams(), 1) for _ in range(2))
+    first, second = (Request([1], ResolvedParams(), 1) for _ in range(2))
     assert first != second and len({first, second}) == 2
     first.append(5)
     first.pages.append(5)

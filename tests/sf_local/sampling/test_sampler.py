@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from sf_local.artifact.manifest import LOGITS_BLOCK
-from sf_local.request.params import SamplingParams
+from sf_local.request.params import ResolvedParams
 from sf_local.sampling.distribution import Distribution, candidates
 from sf_local.sampling.logits import summarize
 from sf_local.sampling.sampler import Sampled, Sampler
@@ -22,7 +22,7 @@ from sf_local.sampling.sampler import sample as sample_rows
 LOGITS = np.random.default_rng(3).permutation(np.linspace(-2, 2, 20, dtype=np.float32))
 
 
-def oracle(logits: list[float], params: SamplingParams) -> dict[int, float]:
+def oracle(logits: list[float], params: ResolvedParams) -> dict[int, float]:
     """Temperature, top-k, renormalize, top-p, renormalize, min-p: token -> probability."""
     best = sorted(range(len(logits)), key=lambda token: -logits[token])
     if params.top_k > 0:
@@ -38,7 +38,7 @@ def oracle(logits: list[float], params: SamplingParams) -> dict[int, float]:
     return {token: share / math.fsum(kept.values()) for token, share in kept.items()}
 
 
-def is_on_the_edge(logits: list[float], params: SamplingParams) -> bool:
+def is_on_the_edge(logits: list[float], params: ResolvedParams) -> bool:
     """Whether rounding may decide if a token is kept."""
     shares = list(oracle(logits, replace(params, top_p=1.0, min_p=0.0)).values())
     at_top_p = params.top_p < 1 and any(abs(m - params.top_p) < 1e-5 for m in accumulate(shares))
@@ -58,7 +58,7 @@ class Only:
         return np.array(self._tokens, np.intp)
 
 
-def distribution(logits: NDArray[np.float32], params: SamplingParams) -> dict[int, float]:
+def distribution(logits: NDArray[np.float32], params: ResolvedParams) -> dict[int, float]:
     scale = 1 / params.temperature
     row = Distribution(summarize(logits[None], np.array([scale], np.float32)), scale)
     tokens = candidates(row, params)
@@ -100,7 +100,7 @@ def test_candidates_match_the_oracle(
     values: list[float], temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
     logits = np.array(values, np.float32)
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    params = ResolvedParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     assume(not is_on_the_edge(logits.tolist(), params))
     expected = oracle(logits.tolist(), params)
     found = distribution(logits, params)
@@ -118,7 +118,7 @@ def test_candidates_match_the_oracle(
 def test_ties_keep_the_likeliest(values: list[int], top_k: int, top_p: float) -> None:
     """Which of two equals is kept is open, but never a lesser one, and never too many."""
     logits = np.array(values, np.float32)
-    params = SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p)
+    params = ResolvedParams(temperature=1.0, top_k=top_k, top_p=top_p)
     found = distribution(logits, params)
     kept = sorted((values[token] for token in found), reverse=True)
     assert kept == sorted(values, reverse=True)[: len(kept)]
@@ -127,19 +127,19 @@ def test_ties_keep_the_likeliest(values: list[int], top_k: int, top_p: float) ->
 
 def test_temperature_below_the_limit_is_greedy() -> None:
     for temperature in (0.0, 1e-9, 9.9e-7):
-        sampler = Sampler(SamplingParams(temperature=temperature, top_k=3, top_p=0.5))
+        sampler = Sampler(ResolvedParams(temperature=temperature, top_k=3, top_p=0.5))
         assert {draw(sampler) for _ in range(20)} == {int(LOGITS.argmax())}
 
 
 def test_a_tiny_temperature_samples_without_overflow() -> None:
-    sampler = Sampler(SamplingParams(temperature=1e-6, seed=1))
+    sampler = Sampler(ResolvedParams(temperature=1e-6, seed=1))
     with np.errstate(over="raise", invalid="raise"):
         assert {draw(sampler, LOGITS * 1000) for _ in range(20)} == {int(LOGITS.argmax())}
 
 
 @pytest.mark.parametrize("params", [{"top_k": 1}, {"top_p": 1e-9}, {"top_k": 1, "top_p": 1e-9}])
 def test_one_candidate_is_the_likeliest(params: dict[str, Any]) -> None:
-    sampler = Sampler(SamplingParams(**params))
+    sampler = Sampler(ResolvedParams(**params))
     assert {draw(sampler) for _ in range(20)} == {int(LOGITS.argmax())}
 
 
@@ -157,7 +157,7 @@ def test_one_candidate_is_the_likeliest(params: dict[str, Any]) -> None:
 )
 def test_draws_follow_the_distribution(params: dict[str, Any]) -> None:
     """Chi-square; the limit is about six standard deviations above its mean."""
-    sampling = SamplingParams(seed=11, **params)
+    sampling = ResolvedParams(seed=11, **params)
     expected = oracle(LOGITS.tolist(), sampling)
     assert len(expected) > 2
     sampler, draws = Sampler(sampling), 20_000
@@ -172,7 +172,7 @@ def test_draws_follow_the_distribution(params: dict[str, Any]) -> None:
 
 def test_a_seed_repeats_and_another_differs() -> None:
     def draws(seed: int | None) -> list[int]:
-        sampler = Sampler(SamplingParams(seed=seed))
+        sampler = Sampler(ResolvedParams(seed=seed))
         return [draw(sampler) for _ in range(50)]
 
     assert draws(5) == draws(5)
@@ -181,10 +181,10 @@ def test_a_seed_repeats_and_another_differs() -> None:
 
 
 def test_samplers_do_not_share_their_state() -> None:
-    params = SamplingParams(seed=5)
+    params = ResolvedParams(seed=5)
     alone = Sampler(params)
     expected = [draw(alone) for _ in range(20)]
-    first, other = Sampler(params), Sampler(SamplingParams(seed=6))
+    first, other = Sampler(params), Sampler(ResolvedParams(seed=6))
     found = []
     for _ in range(20):
         found.append(draw(first))
@@ -193,7 +193,7 @@ def test_samplers_do_not_share_their_state() -> None:
 
 
 def test_returns_plain_ints() -> None:
-    for params in (SamplingParams(temperature=0), SamplingParams(top_k=3, seed=1)):
+    for params in (ResolvedParams(temperature=0), ResolvedParams(top_k=3, seed=1)):
         assert type(draw(Sampler(params))) is int
 
 
@@ -210,7 +210,7 @@ def test_rows_do_not_depend_on_their_company() -> None:
         {"min_p": 0.05, "temperature": 1.5},
     ]
     masks = [None, Only(list(range(0, 1000, 2))), Only(list(range(0, 1000, 3))), None, None, None]
-    params = [SamplingParams(seed=i, **kind) for i, kind in enumerate(kinds)]
+    params = [ResolvedParams(seed=i, **kind) for i, kind in enumerate(kinds)]
     together, alone = [Sampler(p) for p in params], [Sampler(p) for p in params]
     for _ in range(40):
         row = [sample([s], WIDE[i : i + 1], [masks[i]])[0] for i, s in enumerate(alone)]
@@ -225,7 +225,7 @@ def test_rows_do_not_depend_on_their_company() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_masked_tokens_are_never_chosen(temperature: float) -> None:
     tokens = np.argsort(WIDE[0])[:40].tolist()  # the least likely ones
-    sampler = Sampler(SamplingParams(temperature=temperature, seed=1))
+    sampler = Sampler(ResolvedParams(temperature=temperature, seed=1))
     drawn = {draw(sampler, WIDE[0], Only(tokens)) for _ in range(500)}
     assert drawn <= set(tokens)
     assert (len(drawn) == 1) == (temperature == 0)
@@ -240,7 +240,7 @@ def chi_square(counts: Counter[int], shares: dict[int, float]) -> float:
 def test_a_masked_draw_follows_the_distribution(params: dict[str, Any]) -> None:
     """Whether tokens not allowed are drawn again, or taken out from the start."""
     tokens = [2, 3, 5, 7, 11, 13]
-    sampling = SamplingParams(seed=3, **params)
+    sampling = ResolvedParams(seed=3, **params)
     shares = oracle(LOGITS[tokens].tolist(), sampling)
     sampler = Sampler(sampling)
     counts = Counter(tokens.index(draw(sampler, allowed=Only(tokens))) for _ in range(20_000))
@@ -251,7 +251,7 @@ def test_a_masked_draw_follows_the_distribution(params: dict[str, Any]) -> None:
 @pytest.mark.parametrize("params", [{"temperature": 0.7}, {"top_p": 0.95}, {"min_p": 0.02}])
 def test_wide_draws_follow_the_distribution(params: dict[str, Any]) -> None:
     """Over several blocks, the last one partial; rare tokens are counted together."""
-    sampling = SamplingParams(seed=9, **params)
+    sampling = ResolvedParams(seed=9, **params)
     shares = oracle(WIDE[0].tolist(), sampling)
     sampler, draws = Sampler(sampling), 20_000
     counts = Counter(draw(sampler, WIDE[0]) for _ in range(draws))
@@ -279,7 +279,7 @@ def test_a_draw_ends_at_the_first_and_the_last_possible_token(width: int) -> Non
 
     logits = np.full(width + 2, -np.inf, np.float32)
     logits[1:-1] = WIDE[1, :width]
-    sampler = Fixed(SamplingParams())
+    sampler = Fixed(ResolvedParams())
     assert draw(sampler, logits) == 1
     sampler.number = 1 - 2**-53
     assert draw(sampler, logits) in range(max(1, width - 200), width + 1)
@@ -290,17 +290,17 @@ def test_what_a_grammar_raises_is_its_own_row_s() -> None:
         def has(self, token: int) -> bool:
             raise ValueError("broken")
 
-    samplers = [Sampler(SamplingParams(seed=i)) for i in range(3)]
+    samplers = [Sampler(ResolvedParams(seed=i)) for i in range(3)]
     output = summarize(WIDE[:3], np.ones(3, np.float32))
     found = sample_rows(samplers, output, [None, Broken([]), None])
     assert isinstance(found[1], ValueError)
-    alone = [Sampler(SamplingParams(seed=i)) for i in (0, 2)]
+    alone = [Sampler(ResolvedParams(seed=i)) for i in (0, 2)]
     assert [found[0], found[2]] == [
         sample([alone[0]], WIDE[:1], [None])[0], sample([alone[1]], WIDE[2:3], [None])[0]
     ]  # fmt: skip
 
 
-def changed(logits: list[float], params: SamplingParams, prompt: list[int], answer: list[int]):
+def changed(logits: list[float], params: ResolvedParams, prompt: list[int], answer: list[int]):
     sampler = Sampler(params, prompt, end_ids=[0])
     for token in answer:
         sampler.push(token)
@@ -310,24 +310,24 @@ def changed(logits: list[float], params: SamplingParams, prompt: list[int], answ
 
 
 def test_frequency_and_presence_count_the_answer_only() -> None:
-    params = SamplingParams(frequency_penalty=0.5, presence_penalty=0.25)
+    params = ResolvedParams(frequency_penalty=0.5, presence_penalty=0.25)
     assert changed([1, 1, 1, 1], params, [0, 1], [1, 2, 2]) == [1, 0.25, -0.25, 1]
-    params = SamplingParams(frequency_penalty=-0.5)
+    params = ResolvedParams(frequency_penalty=-0.5)
     assert changed([1, 1, 1], params, [], [1, 1]) == [1, 2, 1]
 
 
 def test_repetition_penalty_counts_the_prompt_too() -> None:
-    params = SamplingParams(repetition_penalty=2.0)
+    params = ResolvedParams(repetition_penalty=2.0)
     assert changed([1, -1, 4, 8], params, [0, 1], [2, 2, 2]) == [0.5, -2, 2, 8]
 
 
 def test_bias_comes_after_penalties() -> None:
-    params = SamplingParams(repetition_penalty=2.0, logit_bias={1: 3.0, 2: -1.5})
+    params = ResolvedParams(repetition_penalty=2.0, logit_bias={1: 3.0, 2: -1.5})
     assert changed([1, 1, 1], params, [1], []) == [1, 3.5, -0.5]
 
 
 def test_end_tokens_are_impossible_until_the_answer_is_long_enough() -> None:
-    params = SamplingParams(min_new_tokens=2)
+    params = ResolvedParams(min_new_tokens=2)
     assert changed([1, 1], params, [], [1])[0] == -math.inf
     sampler = Sampler(params, [], end_ids=[0])
     sampler.push(1)
@@ -336,7 +336,7 @@ def test_end_tokens_are_impossible_until_the_answer_is_long_enough() -> None:
 
 
 def test_logprobs_are_those_of_the_distribution_before_it_is_cut() -> None:
-    params = SamplingParams(
+    params = ResolvedParams(
         temperature=0.5, top_k=1, return_logprob=True, top_logprobs_num=3, seed=1
     )
     [sampled] = sample([Sampler(params)], LOGITS[None], [None])
@@ -350,7 +350,7 @@ def test_logprobs_are_those_of_the_distribution_before_it_is_cut() -> None:
 
 
 def test_logprobs_of_a_greedy_token_ignore_the_temperature() -> None:
-    params = SamplingParams(temperature=0.0, return_logprob=True)
+    params = ResolvedParams(temperature=0.0, return_logprob=True)
     [sampled] = sample([Sampler(params)], LOGITS[None], [None])
     total = math.log(np.exp(LOGITS.astype(np.float64)).sum())
     assert sampled.logprob == pytest.approx(float(LOGITS.max()) - total, abs=1e-6)
@@ -358,12 +358,12 @@ def test_logprobs_of_a_greedy_token_ignore_the_temperature() -> None:
 
 def test_top_k_beyond_the_vocabulary_is_none() -> None:
     for top_k in (len(WIDE[0]), 1 << 30):
-        params = SamplingParams(top_k=top_k, top_p=0.5)
+        params = ResolvedParams(top_k=top_k, top_p=0.5)
         assert distribution(WIDE[0], params) == distribution(WIDE[0], replace(params, top_k=-1))
 
 
 def test_as_many_top_logprobs_as_asked_for_at_any_temperature() -> None:
-    params = SamplingParams(temperature=0.001, return_logprob=True, top_logprobs_num=8)
+    params = ResolvedParams(temperature=0.001, return_logprob=True, top_logprobs_num=8)
     [sampled] = sample([Sampler(params)], LOGITS[None] * 9, [None])
     assert len(sampled.top.ids) == 8
     assert sampled.top.logprobs[7] < -300
