@@ -11,7 +11,7 @@ from sf_local.engine.chat_completions import ChatCompletions
 from sf_local.engine.chat_processor import ChatOptions, Messages
 from sf_local.engine.completions import Completions
 from sf_local.engine.generation import Generation
-from sf_local.engine.input_processor import RequestOptions
+from sf_local.engine.input_processor import RequestOptions, split_options
 from sf_local.engine.log import log
 from sf_local.engine.many_requests import (
     is_batch,
@@ -23,7 +23,7 @@ from sf_local.engine.many_requests import (
 from sf_local.errors import RequestError
 from sf_local.request.checks import check_bool, check_int, shown
 from sf_local.request.output import Output
-from sf_local.request.params import SamplingParams
+from sf_local.request.params import SamplingOptions, SamplingParams
 from sf_local.request.prompt import Prompt
 
 
@@ -44,6 +44,7 @@ class Batches(Completions, ChatCompletions):
         params: SamplingParams | list[SamplingParams] | None = None,
         *,
         return_exceptions: Literal[False] = False,
+        **options: Unpack[SamplingOptions],
     ) -> list[Output]: ...
     @overload
     def generate(
@@ -52,6 +53,7 @@ class Batches(Completions, ChatCompletions):
         params: SamplingParams | list[SamplingParams] | None = None,
         *,
         return_exceptions: bool,
+        **options: Unpack[SamplingOptions],
     ) -> list[Output | Exception]: ...
     def generate(
         self, prompt: Any, params: Any = None, *, return_exceptions: bool = False, **options: Any
@@ -64,8 +66,9 @@ class Batches(Completions, ChatCompletions):
         """
         if not is_batch(prompt):
             return self._told(self.submit(prompt, params, **options).result())
-        if options:
-            raise RequestError(f"{min(options)} is for one prompt; use `chat` for a list of them")
+        params, others = split_options(params, options)
+        if others:
+            raise RequestError(f"{min(others)} is for one prompt; use `chat` for a list of them")
         check_bool("return_exceptions", return_exceptions)
         return run_all(self._replicas, self._generation, prompt, params, return_exceptions)
 
@@ -116,7 +119,8 @@ class Batches(Completions, ChatCompletions):
         if not is_chat_batch(messages):
             return self.submit_chat(messages, params, **options).result()
         check_bool("return_exceptions", return_exceptions)
-        make = partial(self._chat_generation, **options)
+        params, others = split_options(params, options, ChatOptions)
+        make = partial(self._chat_generation, **others)
         return run_all(self._replicas, make, messages, params, return_exceptions)
 
     @overload
@@ -161,7 +165,8 @@ class Batches(Completions, ChatCompletions):
             max_in_flight: how many run or wait at a time; four times as many are read ahead.
             return_exceptions: yield the error of an item, with its `index`. Otherwise the first one
                 is raised here, and the others are cancelled.
-            options: of `submit_chat`, for messages.
+            options: of `submit_chat`, for messages; and fields of SamplingParams, in the place of
+                `params`.
 
         Leaving the loop cancels what is under way. Raises RequestError for arguments that cannot
         work.
@@ -172,9 +177,10 @@ class Batches(Completions, ChatCompletions):
             ("ordered", ordered), ("progress", progress), ("return_exceptions", return_exceptions),
         ):  # fmt: skip
             check_bool(name, value)
-        check_int("max_in_flight", max_in_flight, 1)
+        max_in_flight = check_int("max_in_flight", max_in_flight, 1)
         self._replicas.check_usable()
-        make = partial(self._generation_of, self._inputs.resolved(params), options)
+        params, others = split_options(params, options, ChatOptions)
+        make = partial(self._generation_of, self._inputs.resolved(params), others)
         return run_lazily(
             self._replicas, make, items,
             ordered=ordered, progress=progress, max_in_flight=max_in_flight,
@@ -182,7 +188,7 @@ class Batches(Completions, ChatCompletions):
         )  # fmt: skip
 
     def _generation_of(
-        self, params: SamplingParams, options: ChatOptions, item: Any, _: object = None
+        self, params: SamplingParams, options: dict[str, Any], item: Any, _: object = None
     ) -> Generation:
         if is_messages(item):
             return self._chat_generation(item, params, **options)

@@ -9,6 +9,7 @@ from typing import Any, Unpack
 from sf_local.engine.chat_processor import ChatOptions, ChatProcessor, Messages
 from sf_local.engine.generation import Generation
 from sf_local.engine.handle import AsyncStream, Handle, Stream
+from sf_local.engine.input_processor import split_options
 from sf_local.engine.preparation import Preparation
 from sf_local.engine.replicas import Replicas
 from sf_local.request.output import Output, ToolCall
@@ -46,6 +47,7 @@ class ChatCompletions:
             images: for the parts of type "image" that hold none, in their order. If there are no
                 such parts, the last message of the user begins with them.
             chat_template_kwargs: more that the template looks at, such as enable_thinking.
+            options: fields of SamplingParams, in the place of `params`.
 
         Raises RequestError for messages or parameters that cannot work, ChatTemplateError for a
         model without a chat template, or one that refuses the messages, and what `submit` raises.
@@ -126,7 +128,9 @@ class ChatCompletions:
         messages: Messages,
         params: SamplingParams | None,
         started_at: float | None = None,
+        /,
         **options: Unpack[ChatOptions],
     ) -> Generation:
         self._replicas.check_usable()
-        return self._chats.generation(messages, params, options, started_at)
+        params, others = split_options(params, options, ChatOptions)
+        return self._chats.generation(messages, params, others, started_at)

@@ -7,12 +7,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from sf_local.engine.generation import Generation
 from sf_local.engine.input_processor import InputProcessor, deadline_of
 from sf_local.errors import ChatTemplateError, RequestError
-from sf_local.request.params import SamplingParams
+from sf_local.request.params import SamplingOptions, SamplingParams
 from sf_local.text.prompt_encoder import PromptEncoder
 from sf_local.vision.image_file import ImageInput
 
@@ -23,7 +23,7 @@ Messages = Sequence[Any]
 Turns = list[dict[str, Any]]
 
 
-class ChatOptions(TypedDict, total=False):
+class ChatOptions(SamplingOptions, total=False):
     """What every entry point for chats takes besides messages and parameters; see `submit_chat`."""
 
     tools: Sequence[Any] | None
@@ -65,7 +65,7 @@ class ChatProcessor:
         return self.template().render(plain_messages(messages), tools=tools, **options)
 
     def generation(
-        self, messages: Messages, params: SamplingParams | None, options: ChatOptions,
+        self, messages: Messages, params: SamplingParams | None, options: Mapping[str, Any],
         started_at: float | None = None,
     ) -> Generation:  # fmt: skip
         """A request for the next message, with all that its answer needs; raises as

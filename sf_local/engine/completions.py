@@ -16,6 +16,7 @@ from sf_local.engine.input_processor import (
     PromptInput,
     RequestOptions,
     deadline_of,
+    split_options,
 )
 from sf_local.engine.preparation import Preparation
 from sf_local.engine.replicas import Replicas
@@ -50,6 +51,8 @@ class Completions:
             params: how to continue it; by default as `resolved` tells.
             images: one for each image marker of the prompt (such as "<image>"): a path, the bytes
                 of a file, a PIL image, or a data URL.
+            options: fields of SamplingParams in the place of `params`, such as max_new_tokens=8,
+                which max_tokens=8 says, too.
 
         Raises RequestError for a prompt or parameters that cannot work, ImageError for an image,
         GrammarError for a grammar, and EngineError or DeviceError once the engine is closed.
@@ -137,14 +140,14 @@ class Completions:
         Args:
             continuations: each adds at least one token to the prompt.
             unconditional: score every continuation without the prompt as well.
-            params: only priority and timeout count.
+            params: only priority and timeout count; both may be keyword arguments instead.
             images: as for `submit`.
 
         Raises as `submit` does, and EngineError if the timeout passes.
         """
-        images, started_at = options.get("images", ()), time.perf_counter()
+        started_at = time.perf_counter()
         requests = score_requests(
-            self._inputs, prompt, continuations, unconditional, params, started_at, images
+            self._inputs, prompt, continuations, unconditional, params, options, started_at
         )
         return scores(self._results(requests, started_at), unconditional)
 
@@ -158,19 +161,19 @@ class Completions:
         **options: Unpack[RequestOptions],
     ) -> list[Score]:
         """`score` for asyncio; cancelling the task ends the scoring."""
-        images, started_at = options.get("images", ()), time.perf_counter()
+        started_at = time.perf_counter()
         requests = await self._preparation.run(
             score_requests,
-            self._inputs, prompt, continuations, unconditional, params, started_at, images,
+            self._inputs, prompt, continuations, unconditional, params, options, started_at,
         )  # fmt: skip
         return scores(await self._aresults(requests, started_at), unconditional)
 
-    def warm(self, prompt: str, **options: Unpack[RequestOptions]) -> None:
+    def warm(self, prompt: str, *, images: Sequence[ImageInput] = ()) -> None:
         """A hint that prompts will begin so: compute it into the prefix cache. Returns at once, and
         ignores a prompt that cannot work."""
         with contextlib.suppress(RequestError):
             params = ResolvedParams(max_new_tokens=0, temperature=0)
-            self._replicas.submit(self._generation(prompt, params, **options))
+            self._replicas.submit(self._generation(prompt, params, images=images))
 
     def given(self, images: Sequence[ImageInput]) -> list[GivenImage]:
         """Images that will be used in several prompts, so that each is read once; raises
@@ -205,15 +208,17 @@ class Completions:
         prompt: PromptInput,
         params: SamplingParams | None,
         started_at: float,
+        /,
         **options: Unpack[RequestOptions],
     ) -> list[tuple[PromptInput, SamplingParams]]:
         """The requests of `samples`."""
-        params = self._inputs.resolved(params)
-        deadline = deadline_of(params, started_at)
-        ready = self._inputs.prepare(prompt, options.get("images", ()), deadline)
-        first = params.seed
-        seeds = [None if first is None else (first + i) % 2**64 for i in range(params.n)]
-        return [(ready, replace(params, seed=seed, n=1)) for seed in seeds]
+        params, others = split_options(params, options)
+        resolved = self._inputs.resolved(params)
+        deadline = deadline_of(resolved, started_at)
+        ready = self._inputs.prepare(prompt, others.get("images", ()), deadline)
+        first = resolved.seed
+        seeds = [None if first is None else (first + i) % 2**64 for i in range(resolved.n)]
+        return [(ready, replace(resolved, seed=seed, n=1)) for seed in seeds]
 
     def _results(
         self, requests: Sequence[tuple[PromptInput, SamplingParams]], started_at: float
@@ -248,23 +253,27 @@ class Completions:
         prompt: PromptInput,
         params: SamplingParams | None,
         started_at: float | None = None,
+        /,
         **options: Unpack[RequestOptions],
     ) -> Generation:
         self._replicas.check_usable()
-        return self._inputs.generation(prompt, params, started_at=started_at, **options)
+        params, others = split_options(params, options)
+        return self._inputs.generation(prompt, params, started_at=started_at, **others)
 
     async def _agenerated(
         self,
         prompt: PromptInput,
         params: SamplingParams | None,
         started_at: float,
+        /,
         **options: Unpack[RequestOptions],
     ) -> Generation:
         """`_generation`, in a thread if it can take longer than a few milliseconds."""
         is_long = isinstance(prompt, str) and len(prompt) > MANY_CHARACTERS
-        params = self._inputs.resolved(params)
-        if is_long or params.is_constrained or options.get("images"):
+        params, others = split_options(params, options)
+        resolved = self._inputs.resolved(params)
+        if is_long or resolved.is_constrained or others.get("images"):
             return await self._preparation.run(
-                self._generation, prompt, params, started_at, **options
+                self._generation, prompt, resolved, started_at, **others
             )
-        return self._generation(prompt, params, started_at, **options)
+        return self._generation(prompt, resolved, started_at, **others)

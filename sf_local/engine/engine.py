@@ -17,7 +17,7 @@ from sf_local.device.info import device_names, find_device
 from sf_local.engine.batches import Batches
 from sf_local.engine.chat_processor import ChatProcessor
 from sf_local.engine.finish_callback import OnFinish
-from sf_local.engine.input_processor import InputProcessor
+from sf_local.engine.input_processor import InputProcessor, split_options
 from sf_local.engine.interrupts import check_threads
 from sf_local.engine.kv_budget import memory_bytes
 from sf_local.engine.metrics import metrics_text
@@ -29,7 +29,7 @@ from sf_local.engine.worker import finish_closing
 from sf_local.errors import RequestError
 from sf_local.model.runner import ModelRunner
 from sf_local.request.checks import check_bool, check_int, shown
-from sf_local.request.params import ResolvedParams, SamplingParams
+from sf_local.request.params import ResolvedParams, SamplingOptions, SamplingParams
 from sf_local.text.tokenizer import Tokenizer
 
 
@@ -128,11 +128,12 @@ class Engine(Batches):
         started_at = time.perf_counter()
         check_threads()
         image_bytes = memory_bytes("image_memory", image_memory, None)
-        check_int("prefill_tokens", prefill_tokens, 1)
-        check_int("max_running", max_running, 1)
-        check_bool("jump_forward", jump_forward)
-        check_bool("reuse_answer_tokens", reuse_answer_tokens)
-        check_bool("escape_special_tokens", escape_special_tokens)
+        prefill_tokens = check_int("prefill_tokens", prefill_tokens, 1)
+        max_running = check_int("max_running", max_running, 1)
+        allow_urls = check_bool("allow_urls", allow_urls)
+        jump_forward = check_bool("jump_forward", jump_forward)
+        reuse_answer_tokens = check_bool("reuse_answer_tokens", reuse_answer_tokens)
+        escape_special_tokens = check_bool("escape_special_tokens", escape_special_tokens)
         if not isinstance(chat_template, str | None):
             raise RequestError(f"chat_template={shown(chat_template)} must be a Jinja text")
         if not (on_finish is None or callable(on_finish)):
@@ -195,11 +196,13 @@ class Engine(Batches):
         artifact = from_source(source, device, progress=progress, **(build_options or {}))
         return cls(artifact, device, **options)
 
-    def resolved(self, params: SamplingParams | None = None) -> ResolvedParams:
-        """The parameters that hold for a request with `params`: what these give, else the engine's
+    def resolved(
+        self, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
+    ) -> ResolvedParams:
+        """The parameters that hold for a request with these: what they give, else the engine's
         `defaults`, else what the model's makers recommend in generation_config.json, else what
         SamplingParams says. Raises RequestError for parameters that contradict each other."""
-        return self._inputs.resolved(params)
+        return self._inputs.resolved(split_options(params, options, SamplingOptions)[0])
 
     def stats(self) -> dict[str, float]:
         """Counters since the start, and what is going on; sums over all devices.

@@ -69,7 +69,7 @@ class Handle(Generic[Item]):
         again, iterate, or cancel it. (`SamplingParams.timeout` ends the generation itself.)
         """
         if timeout is not None:
-            check_float("timeout", timeout, 0.0, float("inf"))
+            timeout = check_float("timeout", timeout, 0.0, float("inf"))
         self._replicas.check_process()
         try:
             has_ended = self._generation.ended.wait(timeout)

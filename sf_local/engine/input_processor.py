@@ -6,18 +6,24 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from sf_local.artifact.manifest import ImageSettings
 from sf_local.artifact.open import Artifact
 from sf_local.engine.generation import Generation
 from sf_local.engine.interrupts import uninterrupted
 from sf_local.errors import PromptTooLongError, RequestError
-from sf_local.request.checks import shown
-from sf_local.request.params import GRAMMARS, ResolvedParams, SamplingParams
+from sf_local.request.checks import plain_number, shown, unknown_name
+from sf_local.request.params import (
+    GRAMMARS,
+    SAMPLING_NAMES,
+    ResolvedParams,
+    SamplingOptions,
+    SamplingParams,
+)
 from sf_local.request.prompt import Prompt
 from sf_local.request.request import Request
 from sf_local.text.inserted_text import InsertedText, MarkedText
@@ -52,7 +58,7 @@ os.register_at_fork(
 )
 
 
-class RequestOptions(TypedDict, total=False):
+class RequestOptions(SamplingOptions, total=False):
     """What every entry point of Engine takes besides prompt and parameters; see `Engine.submit`."""
 
     images: Sequence[ImageInput]
@@ -72,6 +78,30 @@ def _eos_ids(artifact: Artifact, tokenizer: Tokenizer) -> frozenset[int]:
     """What ends an answer: all that config.json, generation_config.json and the tokenizer say."""
     declared = artifact.manifest.eos_token_ids if artifact.manifest else ()
     return tokenizer.end_ids | frozenset(declared)
+
+
+def split_options(
+    params: Any, options: Mapping[str, Any], kind: type = RequestOptions
+) -> tuple[Any, dict[str, Any]]:
+    """The parameters, which are `params` or else the keyword options that are named so; and the
+    other options.
+
+    kind: the TypedDict of all options. Raises RequestError for `params` beside such options, and
+    for an option that is none.
+    """
+    for name, value in options.items():
+        if name not in kind.__annotations__:
+            raise unknown_name(name, value, kind.__annotations__)
+    sampling = {name: value for name, value in options.items() if name in SAMPLING_NAMES}
+    others = {name: value for name, value in options.items() if name not in sampling}
+    if params is None:
+        return SamplingParams.from_dict(sampling), others
+    if sampling:
+        name = next(iter(sampling))
+        raise RequestError(
+            f"{name}={shown(sampling[name])} beside params: give one of them; params can hold all"
+        )
+    return params, others
 
 
 def _given(name: str, params: SamplingParams | None) -> dict[str, Any]:
@@ -253,7 +283,7 @@ class InputProcessor:
         elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
             raise RequestError(f"prompt={shown(prompt)} must be a str, or a list of token ids")
         else:
-            ids = list(cast(Sequence[int], prompt))
+            ids = [cast(int, plain_number(token)) for token in prompt]
         if not ids:
             raise RequestError("prompt is empty; give at least one token (a BOS, or a space)")
         self._check_tokens("prompt", ids)

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from typing import cast
 
 from sf_local.artifact.manifest import ModelConfig
 from sf_local.device.host_memory import ROOM
 from sf_local.device.info import DeviceInfo
 from sf_local.errors import DeviceError, RequestError
+from sf_local.request.checks import check_int, plain_number
 
 GIB = 1 << 30
 UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
@@ -36,15 +38,17 @@ def num_kv_pages(
     """
     if pages is not None and memory is not None:
         raise RequestError(f"kv_pages={pages} and kv_memory={memory!r}: give one of them")
+    memory = cast("int | str | None", plain_number(memory))
     if pages is None and memory is None:
         return max(1, _default_pages(config, device, available))
     if pages is None:
         pages = memory_bytes("kv_memory", memory, available) // config.page_bytes
-        name, low = f"kv_memory={memory!r}", f"one page of {config.page_bytes} bytes"
+        name = f"kv_memory={memory!r}"
+        if pages < 1:
+            raise RequestError(f"{name} must be at least one page of {config.page_bytes} bytes")
     else:
-        name, low = f"kv_pages={pages!r}", "1"
-    if not isinstance(pages, int) or isinstance(pages, bool) or pages < 1:
-        raise RequestError(f"{name} must be at least {low}")
+        pages = check_int("kv_pages", pages, 1)
+        name = f"kv_pages={pages}"
     if available is not None and pages * config.page_bytes > available:
         beside = f"weights of {size_text(weight_bytes, 'GiB')}"
         if device == "cpu":
@@ -99,6 +103,7 @@ def _default_pages(config: ModelConfig, device: str, available: int | None) -> i
 def memory_bytes(name: str, memory: int | str | None, available: int | None) -> int:
     """Bytes of a size such as 1073741824, "1GiB", "512MiB", or "50%" of what is available; raises
     RequestError, which calls the size `name`."""
+    memory = cast("int | str | None", plain_number(memory))
     if isinstance(memory, int) and not isinstance(memory, bool) and memory >= 0:
         return memory
     match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)\s*(%|[KMGT]iB|B)", str(memory).strip())

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from sf_local.engine.input_processor import (
     InputProcessor,
     PromptInput,
     deadline_of,
     needs_all_logits,
+    split_options,
 )
 from sf_local.errors import EngineError, RequestError
 from sf_local.kv_cache.radix_cache import common_prefix_len
@@ -26,8 +28,8 @@ def score_requests(
     continuations: Sequence[str],
     unconditional: bool,
     params: SamplingParams | None,
+    options: Mapping[str, Any],
     started_at: float,
-    images: Sequence[ImageInput] = (),
 ) -> list[tuple[PromptInput, ResolvedParams]]:
     """Every continuation after the prompt, then, with `unconditional`, each alone; arguments and
     errors as for `Engine.score`. The prompt is computed once, if it is not cached.
@@ -41,9 +43,10 @@ def score_requests(
         raise RequestError(f"choices={shown(continuations)} must be a list of str, not empty")
     if (k := inputs.artifact.config.top_k) is not None:
         raise needs_all_logits("choices", continuations, k)
-    given = inputs.resolved(params)
+    params, others = split_options(params, options)
+    given, images = inputs.resolved(params), inputs.given(others.get("images", ()))
     deadline = deadline_of(given, started_at)
-    prompts, starts = _prompts(inputs, prompt, continuations, inputs.given(images), deadline)
+    prompts, starts = _prompts(inputs, prompt, continuations, images, deadline)
     scored = ResolvedParams(
         max_new_tokens=0, return_logprob=True, priority=given.priority, timeout=given.timeout
     )

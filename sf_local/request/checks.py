@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterable
+from difflib import get_close_matches
 from numbers import Integral, Real
 
 from sf_local.errors import RequestError
@@ -18,9 +20,17 @@ def shown(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
+def unknown_name(name: object, value: object, allowed: Iterable[str]) -> RequestError:
+    """The refusal of a parameter that is none of those allowed, with the nearest of them."""
+    names = list(allowed)
+    near = get_close_matches(str(name), names, 1)
+    remedy = f"did you mean {near[0]}?" if near else f"use one of {', '.join(names)}"
+    return RequestError(f"{name}={shown(value)}: there is no such parameter; {remedy}")
+
+
 def check_bool(name: str, value: object) -> bool:
     """The value, if it is a bool, of Python or numpy; else raises RequestError."""
-    value = _number(value)
+    value = plain_number(value)
     if not isinstance(value, bool):
         raise RequestError(f"{name}={shown(value)} must be True or False")
     return value
@@ -29,7 +39,7 @@ def check_bool(name: str, value: object) -> bool:
 def check_int(name: str, value: object, low: int, high: int | None = None) -> int:
     """The value as Python's int, if it is an integer from `low` to `high`, of Python or numpy; else
     raises RequestError."""
-    number = _number(value)
+    number = plain_number(value)
     if isinstance(number, Integral) and not isinstance(number, bool):
         number = int(number)
         if number >= low and (high is None or number <= high):
@@ -43,7 +53,7 @@ def check_float(
 ) -> float:
     """The value as Python's number, if it is a finite number from `low` to `high`, or above `low`
     with `open_low`, of Python or numpy; else raises RequestError."""
-    number = _number(value)
+    number = plain_number(value)
     if isinstance(number, Real) and not isinstance(number, bool):
         is_inside = low <= number <= min(high, sys.float_info.max)  # type: ignore[operator]
         if is_inside and not (open_low and number == low):
@@ -53,6 +63,6 @@ def check_float(
     raise RequestError(f"{name}={shown(value)} must be a number {bounds}")
 
 
-def _number(value: object) -> object:
+def plain_number(value: object) -> object:
     """Python's number for a numpy scalar or an array without dimensions; else the value."""
     return value.item() if getattr(value, "ndim", None) == 0 else value  # type: ignore[attr-defined]

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any
+from typing import Any, Self, TypedDict
 
 from sf_local.errors import RequestError
-from sf_local.request.checks import check_bool, check_float, check_int, shown
+from sf_local.request.checks import check_bool, check_float, check_int, shown, unknown_name
 
 MAX_STOPS = 256
 MAX_SAMPLES = 1024
@@ -94,6 +94,26 @@ class SamplingParams:
                 f"{' and '.join(given)}: give one of them; a text follows one grammar"
             )
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Parameters by name, such as those of a JSON file; max_tokens means max_new_tokens.
+
+        Raises RequestError for a wrong value, and for an unknown name, with the nearest one.
+        """
+        if not isinstance(values, Mapping):
+            raise RequestError(f"{shown(values)} must be a dict of sampling parameters")
+        for name, value in values.items():
+            if name not in SAMPLING_NAMES:
+                raise unknown_name(name, value, SAMPLING_NAMES)
+        if "max_tokens" not in values:
+            return cls(**values)
+        if "max_new_tokens" in values:
+            raise RequestError(
+                "max_tokens and max_new_tokens: give one of them; they mean the same"
+            )
+        rest = {name: value for name, value in values.items() if name != "max_tokens"}
+        return cls(**rest, max_new_tokens=values["max_tokens"])
+
     def given(self) -> dict[str, Any]:
         """The values that are given, by name."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -103,6 +123,38 @@ class SamplingParams:
     def is_constrained(self) -> bool:
         """Whether the answer follows a regex, a JSON schema or a grammar."""
         return any(getattr(self, name) is not None for name in GRAMMARS)
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of SamplingParams as keyword arguments; max_tokens means max_new_tokens."""
+
+    max_tokens: int | None
+    max_new_tokens: int | None
+    min_new_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    frequency_penalty: float | None
+    presence_penalty: float | None
+    repetition_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    regex: str | None
+    json_schema: str | Mapping[str, Any] | type | None
+    ebnf: str | None
+    return_logprob: bool | None
+    logprob_start_len: int | None
+    top_logprobs_num: int | None
+    stop: Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool | None
+    seed: int | None
+    n: int | None
+    priority: int | None
+    timeout: float | None
+
+
+SAMPLING_NAMES = tuple(SamplingOptions.__annotations__)
 
 
 @dataclass(frozen=True)

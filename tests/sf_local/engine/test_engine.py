@@ -730,7 +730,7 @@ def test_so_many_requests_run_at_a_time(tiny: TinyModel) -> None:
 
 
 def test_an_option_that_does_not_exist(engine: Engine) -> None:
-    with pytest.raises(TypeError, match="picture"):
+    with pytest.raises(RequestError, match=r"picture='cat.png': there is no such parameter; use"):
         engine.generate(PROMPT, greedy(3), picture="cat.png")  # type: ignore[call-arg]
     with pytest.raises(RequestError, match="jump_forward=1 must be True or False"):
         Engine("nowhere", jump_forward=1)  # type: ignore[arg-type]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import sglang as sgl
 
 from sf_local import Engine, SamplingParams, cli
 from sf_local.artifact.manifest import MANIFEST
-from sf_local.errors import CorruptFileError, RequestError
+from sf_local.errors import CorruptFileError, EngineError, RequestError
 from sf_local.request.params import ResolvedParams
 from tests.support.running import assert_idle
 from tests.support.tiny import TinyModel
@@ -101,6 +103,145 @@ def test_parameters_that_cannot_hold(engine: Engine) -> None:
         engine.submit(PROMPT, SamplingParams(min_new_tokens=10))
     with pytest.raises(RequestError, match=r"params=\{'seed': 1\} must be SamplingParams"):
         engine.resolved({"seed": 1})  # type: ignore[arg-type]
+
+
+Call = Callable[..., Any]
+
+
+def collected(stream: Iterable[Any]) -> str:
+    return "".join(stream)
+
+
+async def acollected(stream: AsyncIterable[Any]) -> str:
+    return "".join([delta async for delta in stream])
+
+
+def run(make: Callable[..., Coroutine[Any, Any, Any]]) -> Call:
+    return lambda *args, **options: asyncio.run(make(*args, **options))
+
+
+def text_of(answer: Any) -> str:
+    return str(getattr(answer, "text", answer))
+
+
+def entry_points(engine: Engine) -> dict[str, Call]:
+    """Each takes parameters as `params` or by name, and gives the text of an answer."""
+
+    async def asubmit(*args: Any, **options: Any) -> Any:
+        return await (await engine.asubmit(*args, **options)).result()
+
+    async def astream(*args: Any, **options: Any) -> str:
+        return await acollected(engine.astream(*args, **options))
+
+    async def asubmit_chat(*args: Any, **options: Any) -> Any:
+        return await (await engine.asubmit_chat(*args, **options)).result()
+
+    async def astream_chat(*args: Any, **options: Any) -> str:
+        return await acollected(engine.astream_chat(*args, **options))
+
+    return {
+        "submit": lambda *args, **options: engine.submit(*args, **options).result(),
+        "generate": engine.generate,
+        "generate a list": lambda prompt, *args, **options: engine.generate(
+            [prompt], *args, **options
+        )[0],
+        "stream": lambda *args, **options: collected(engine.stream(*args, **options)),
+        "samples": lambda *args, **options: engine.samples(*args, **options)[0],
+        "map": lambda prompt, *args, **options: next(
+            engine.map([prompt], *args, progress=False, **options)
+        ),
+        "agenerate": run(engine.agenerate),
+        "asubmit": run(asubmit),
+        "astream": run(astream),
+        "asamples": lambda *args, **options: run(engine.asamples)(*args, **options)[0],
+        "chat": engine.chat,
+        "chat a list": lambda chat, *args, **options: engine.chat([chat], *args, **options)[0],
+        "stream_chat": lambda *args, **options: collected(engine.stream_chat(*args, **options)),
+        "submit_chat": lambda *args, **options: engine.submit_chat(*args, **options).result(),
+        "achat": run(engine.achat),
+        "asubmit_chat": run(asubmit_chat),
+        "astream_chat": run(astream_chat),
+    }
+
+
+NAMES = list(entry_points(Engine.__new__(Engine)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_by_name(engine: Engine, name: str) -> None:
+    """In every entry point, which refuses them beside `params`, and names that are none."""
+    call = entry_points(engine)[name]
+    prompt: Any = [{"role": "user", "content": "a"}] if "chat" in name else PROMPT
+    expected = text_of(call(prompt, SamplingParams(max_new_tokens=3, temperature=0.9, seed=1)))
+    options = {"temperature": np.float64(0.9), "seed": np.int64(1)}
+    assert text_of(call(prompt, max_new_tokens=3, **options)) == expected
+    assert text_of(call(prompt, max_tokens=3, **options)) == expected
+    assert 0 < len(expected) <= 3
+    for wrong, message in (
+        ({"params": SamplingParams(), "max_tokens": 3}, "max_tokens=3 beside params: give one"),
+        ({"max_tokens": 3, "max_new_tokens": 3}, "max_tokens and max_new_tokens: give one"),
+        ({"temprature": 1}, "temprature=1: there is no such parameter; did you mean temperature?"),
+        ({"image": []}, "image=[]: there is no such parameter; did you mean images?"),
+        ({"started_at": 0.0}, "started_at=0.0: there is no such parameter"),
+        ({"top_p": 2}, "top_p=2 must be"),
+    ):
+        with pytest.raises(RequestError) as caught:
+            call(prompt, **wrong)
+        assert message in str(caught.value)
+
+
+def test_scores_by_name(engine: Engine) -> None:
+    for score in (engine.score, run(engine.ascore)):
+        assert len(score(PROMPT, ["d"], timeout=60, priority=np.int8(1))) == 1
+        with pytest.raises(EngineError, match="scoring ended early: timeout"):
+            score(PROMPT, ["d"], timeout=0.0)
+        with pytest.raises(RequestError, match=r"timeout=1 beside params: give one of them"):
+            score(PROMPT, ["d"], params=SamplingParams(), timeout=1)
+        with pytest.raises(RequestError, match=r"image=\[\]: there is no such"):
+            score(PROMPT, ["d"], image=[])
+
+
+def test_lists_by_name(engine: Engine) -> None:
+    """One mistake for all, and not one for each."""
+    with pytest.raises(RequestError, match="seed=1 beside params: give one of them"):
+        engine.generate([PROMPT] * 2, [SamplingParams()] * 2, seed=1, return_exceptions=True)
+    with pytest.raises(RequestError, match="did you mean seed"):
+        engine.generate([PROMPT] * 2, sed=1, return_exceptions=True)  # type: ignore[call-overload]
+    with pytest.raises(RequestError, match="images is for one prompt"):
+        engine.generate([PROMPT] * 2, images=[])  # type: ignore[call-overload]
+    texts = [output.text for output in engine.generate([PROMPT] * 2, max_tokens=2)]
+    assert texts[0] == texts[1] and len(texts[0]) == 2
+
+
+def test_resolved_by_name(engine: Engine) -> None:
+    assert engine.resolved(max_tokens=5) == engine.resolved(SamplingParams(max_new_tokens=5))
+    with pytest.raises(RequestError, match="images="):
+        engine.resolved(images=[])  # type: ignore[call-arg]
+
+
+def test_token_ids_of_numpy(engine: Engine) -> None:
+    ids = np.array([5, 6, 7])
+    output = engine.generate(list(ids), max_tokens=3)
+    assert engine.generate(ids.tolist(), max_tokens=3).token_ids == output.token_ids
+    prepared = engine.prepare(list(ids))
+    assert {type(token) for token in prepared.ids} == {int}
+
+
+def test_numbers_of_numpy_as_options(tiny: TinyModel) -> None:
+    with Engine(
+        tiny.artifact, kv_pages=np.int64(8), image_memory=np.int32(0), prefill_tokens=np.int64(16),
+        max_running=np.array(2), jump_forward=np.bool_(True), allow_urls=np.bool_(False),
+    ) as engine:  # fmt: skip
+        stats = engine.stats()
+        assert (stats["pages_total"], stats["prefill_tokens"], stats["max_running"]) == (8, 16, 2)
+    with Engine(tiny.artifact, kv_memory=np.int64(1 << 20)) as engine:
+        assert engine.stats()["pages_total"] > 8
+    for option, value in (
+        ("kv_pages", np.float64(8)), ("max_running", np.int64(0)), ("allow_urls", 1),
+        ("kv_memory", np.float64(1e9)),
+    ):  # fmt: skip
+        with pytest.raises(RequestError, match=f"{option}="):
+            Engine(tiny.artifact, **{option: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

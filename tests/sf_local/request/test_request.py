@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sf_local.errors import RequestError, SfLocalError
 from sf_local.request.checks import shown
-from sf_local.request.params import MAX_STOPS, ResolvedParams, SamplingParams
+from sf_local.request.params import MAX_STOPS, ResolvedParams, SamplingOptions, SamplingParams
 from sf_local.request.request import Request
 
 BAD_VALUES: list[tuple[str, list[Any]]] = [
@@ -152,6 +152,84 @@ def test_what_is_not_given_is_none() -> None:
     assert ResolvedParams(**dict.fromkeys(names)) == ResolvedParams()
     with pytest.raises(RequestError, match="min_new_tokens=129 must be an integer from 0 to 128"):
         ResolvedParams(min_new_tokens=129)
+
+
+def test_keyword_arguments_are_the_fields() -> None:
+    options = {name: ref.__forward_arg__ for name, ref in SamplingOptions.__annotations__.items()}
+    assert options.pop("max_tokens") == options["max_new_tokens"]
+    assert options == {field.name: field.type for field in fields(SamplingParams)}
+
+
+def test_from_dict() -> None:
+    values = {"temperature": 0.5, "stop": ["a"], "seed": None}
+    assert SamplingParams.from_dict(values) == SamplingParams(temperature=0.5, stop=["a"])
+    assert SamplingParams.from_dict({}) == SamplingParams()
+    assert SamplingParams.from_dict({"max_tokens": 8}) == SamplingParams(max_new_tokens=8)
+    given = SamplingParams(top_k=5, logit_bias={3: 1.0}, json_schema={"type": "object"})
+    assert SamplingParams.from_dict(given.given()) == given
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temprature": 0.5}, "temprature=0.5: there is no such parameter; did you mean temp"),
+        ({"max_new_token": 5}, "did you mean max_new_tokens?"),
+        ({"best_of": 5}, "best_of=5: there is no such parameter; use one of max_tokens, max_new"),
+        ({5: 5}, "5=5: there is no such parameter; use one of"),
+        ({"max_tokens": 5, "max_new_tokens": 5}, "max_tokens and max_new_tokens: give one"),
+        ({"max_tokens": -1}, "max_new_tokens=-1 must be an integer of at least 0"),
+        ([("top_k", 5)], "[('top_k', 5)] must be a dict of sampling parameters"),
+        (None, "None must be a dict"),
+    ],
+)  # fmt: skip
+def test_dicts_that_are_none(values: Any, message: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        SamplingParams.from_dict(values)
+    assert message in str(caught.value)
+
+
+NUMBERS: list[tuple[str, Any, Any]] = [
+    *((name, 5, np.int64) for name in ("max_new_tokens", "top_k", "seed", "n", "priority")),
+    ("max_new_tokens", 5, np.uint8),
+    ("top_logprobs_num", 5, np.array),
+    ("temperature", 0.5, np.float32),
+    ("temperature", 0.5, np.float16),
+    ("temperature", 0.5, np.longdouble),
+    ("top_p", 0.5, np.array),
+    ("min_p", 1, np.int32),
+    ("timeout", 0.25, np.float64),
+    ("ignore_eos", True, np.bool_),
+    ("return_logprob", False, np.array),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "kind"), NUMBERS)
+def test_numbers_of_numpy_become_pythons(name: str, value: Any, kind: Any) -> None:
+    found = getattr(SamplingParams(**{name: kind(value)}), name)
+    assert found == value and type(found) is type(value)
+
+
+def test_numbers_of_numpy_in_lists() -> None:
+    params = SamplingParams(
+        stop_token_ids=list(np.array([1, 2])), logit_bias={np.int64(3): np.float32(0.5)}
+    )
+    assert params.stop_token_ids == (1, 2) and params.logit_bias == {3: 0.5}
+    found = [*params.stop_token_ids, *params.logit_bias, *params.logit_bias.values()]
+    assert [type(number) for number in found] == [int, int, int, float]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", np.float64(5)), ("max_new_tokens", np.bool_(True)),
+        ("max_new_tokens", np.array([5])), ("temperature", np.float32("nan")),
+        ("temperature", np.bool_(True)), ("temperature", np.complex64(1)),
+        ("temperature", np.str_("1")), ("ignore_eos", np.int64(1)), ("top_k", np.array(0)),
+    ],
+)  # fmt: skip
+def test_numbers_of_numpy_that_are_wrong(name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=f"{name}="):
+        SamplingParams(**{name: value})
 
 
 def test_params_are_values() -> None:
