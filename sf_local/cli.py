@@ -28,7 +28,8 @@ ARTIFACT = (
     "folder made by sf-compile, or a .vmfb file; or what is compiled on first use: demo, a .gguf "
     "file, a Hugging Face folder, or a repo id such as org/name"
 )
-KV_MEMORY = "of the KV cache: 2GiB, 50%%, or bytes"
+KV_MEMORY = "of the KV cache: 2GiB, 2GB, 50%%, or bytes"
+THREADS = "on the CPU (default: one on each core)"
 DEVICES = "cpu, hip, hip:N, hip:GPU-<uuid>, or auto: what the artifact is for (default)"
 
 
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("artifact", help=ARTIFACT)
         command.add_argument("--device", default="auto", help=DEVICES)
         command.add_argument("--kv-memory", type=_size, metavar="SIZE", help=KV_MEMORY)
+        command.add_argument("--num-threads", type=int, metavar="N", help=THREADS)
         _add_sampling(command)
     batch = commands.add_parser(
         "batch", help="answer a file of requests; run again, it continues",
@@ -87,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     batch.add_argument("-o", "--output", required=True, help="where answers are appended")
     batch.add_argument("--device", default="auto", help=DEVICES)
     batch.add_argument("--kv-memory", type=_size, metavar="SIZE", help=KV_MEMORY)
+    batch.add_argument("--num-threads", type=int, metavar="N", help=THREADS)
     batch.add_argument("--max-in-flight", type=int, default=256, help="requests at a time: 256")
     batch.add_argument("--retry-errors", action="store_true", help="answer again what failed")
     batch.add_argument(
@@ -101,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("artifact", nargs="?", default=argparse.SUPPRESS, help=ARTIFACT)
     which.add_argument("--vmfb", dest="artifact", metavar="ARTIFACT", help="the same")
     bench.add_argument("--device", default="auto", help=DEVICES)
+    bench.add_argument("--num-threads", type=int, metavar="N", help=THREADS)
     bench.add_argument("--rounds", type=int, default=3, help="default: 3")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     bench.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there as well")
@@ -145,7 +149,10 @@ def _engine(args: argparse.Namespace, chat_template: str | None = None) -> Engin
     from sf_local.engine.engine import Engine
 
     path = _artifact(args)
-    return Engine(path, args.device, kv_memory=args.kv_memory, chat_template=chat_template)
+    return Engine(
+        path, args.device, kv_memory=args.kv_memory, num_threads=args.num_threads,
+        chat_template=chat_template,
+    )  # fmt: skip
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -233,7 +240,10 @@ def _bench(args: argparse.Namespace) -> None:
 
     if args.plot:
         check_plot(args.plot)
-    report = run(_artifact(args), args.device, args.rounds, quick=args.quick, progress=progress)
+    report = run(
+        _artifact(args), args.device, args.rounds, num_threads=args.num_threads, quick=args.quick,
+        progress=progress,
+    )  # fmt: skip
     print(table(report))
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")

@@ -188,7 +188,10 @@ def grammar(bench: Bench) -> list[Figure]:
     jumping = _object(bench.engine, prompts[0], params)
     artifact = bench.engine.artifact
     pages = -(-bench.engine.max_tokens // artifact.config.page_size)  # one context
-    with Engine(artifact.vmfb, bench.device, kv_pages=pages, jump_forward=False) as engine:
+    with Engine(
+        artifact.vmfb, bench.device, kv_pages=pages, num_threads=bench.num_threads,
+        jump_forward=False,
+    ) as engine:  # fmt: skip
         plain = _object(engine, prompts[0], params)
     return [
         Figure(

@@ -45,6 +45,7 @@ def run(
     artifact: Artifact,
     device: str = "cpu",
     *,
+    num_threads: int | None = None,
     prompt: int = 512,
     answer: int = 64,
     idle_seconds: float = 3.0,
@@ -58,7 +59,7 @@ def run(
         subprocess.CalledProcessError: the process failed; it has printed why.
     """
     pages = -(-(prompt + answer) // artifact.config.page_size) + 1
-    sizes = map(str, (pages, prompt, answer, idle_seconds))
+    sizes = map(str, (pages, prompt, answer, idle_seconds, num_threads or ""))
     command = [sys.executable, "-m", __name__, str(artifact.vmfb), device, *sizes]
     started_at = time.perf_counter()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -74,9 +75,12 @@ def run(
     )
 
 
-def _main(vmfb: str, device: str, pages: str, prompt: str, answer: str, idle_seconds: str) -> None:
+def _main(
+    vmfb: str, device: str, pages: str, prompt: str, answer: str, idle_seconds: str, threads: str
+) -> None:
     opened_at = time.perf_counter()
-    with Engine(vmfb, device, kv_pages=int(pages)) as engine:
+    num_threads = int(threads) if threads else None
+    with Engine(vmfb, device, kv_pages=int(pages), num_threads=num_threads) as engine:
         ready_at = time.perf_counter()
         engine.generate([1, 2, 3], _params(1))
         first_token_at = time.perf_counter()

@@ -57,6 +57,7 @@ class Bench:
     device: str
     sizes: Sizes
     random: random.Random
+    num_threads: int | None = None
 
     def prompt(self, length: int) -> list[int]:
         """`length` random token ids."""

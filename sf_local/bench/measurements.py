@@ -47,6 +47,7 @@ def run(
     device: str = "cpu",
     rounds: int = 3,
     *,
+    num_threads: int | None = None,
     quick: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -56,6 +57,7 @@ def run(
         artifact: the artifact's folder, or its .vmfb file.
         device: a device's name, as `Engine` takes it.
         rounds: of all measurements; each figure has as many values.
+        num_threads: of a CPU, as `Engine` takes it. The limits of the machine stay those of all.
         quick: one round with small sizes.
         progress: called with what is measured next.
 
@@ -71,9 +73,9 @@ def run(
     found = find_device(device, compiled_targets(artifact))
     place = Place.of(found, artifact, None, "50%" if found.kind == "cpu" else None)
     opened, pages = place.artifact, min(sizes.nodes, place.num_pages - 1)
-    with Engine(artifact, device, kv_pages=pages) as engine:
+    with Engine(artifact, device, kv_pages=pages, num_threads=num_threads) as engine:
         figures = [Figure("memory after load", _resident_megabytes(), "MB")]
-        bench = Bench(engine, device, sizes, random.Random(0))
+        bench = Bench(engine, device, sizes, random.Random(0), num_threads)
         bench.run([bench.prompt(SHORT) for _ in range(ROWS)], SHORT)  # reads the weights
         for number in range(rounds):
             for measurement in MEASUREMENTS:
@@ -81,7 +83,8 @@ def run(
                 engine.flush_cache()
                 figures += measurement(bench)
         figures.append(Figure("memory at the end", _resident_megabytes(), "MB"))
-    return report(opened, device, rounds, figures) | {"kv_pages": pages}
+    settings = {"kv_pages": pages, "num_threads": num_threads}
+    return report(opened, device, rounds, figures) | settings
 
 
 def report(

@@ -105,6 +105,7 @@ def fresh(bench: Bench) -> list[Figure]:
     found = fresh_process.run(
         bench.engine.artifact,
         bench.device,
+        num_threads=bench.num_threads,
         prompt=bench.sizes.fresh,
         answer=bench.sizes.decode,
         idle_seconds=bench.sizes.idle,

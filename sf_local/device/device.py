@@ -15,6 +15,7 @@ import re
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,20 +51,24 @@ class Device:
     """An open device. `close` ends its threads; free all arrays on it first.
 
     spec: a name as in `info.find_device`, which tells what is raised; DeviceError also if the
-    device cannot be opened.
+    device cannot be opened. num_threads: of a CPU, on a core each; by default on all that the
+    process may use.
 
     kind: "cpu" or "hip". index: of a GPU, among those of its kind. chip: its target, "cpu" or such
-    as "gfx942". shares_memory: whether the host's memory is the device's. system, worker, fiber,
-    scoped: shortfin's objects; `await scoped` waits for all that was queued.
+    as "gfx942". shares_memory: whether the host's memory is the device's. cores: logical CPUs that
+    its threads run on. system, worker, fiber, scoped: shortfin's objects; `await scoped` waits for
+    all that was queued.
     """
 
-    def __init__(self, spec: str) -> None:
+    def __init__(self, spec: str, num_threads: int | None = None) -> None:
         info = find_device(spec)
         self.kind, self.index, self.chip = info.kind, info.index, info.chip
         self.shares_memory = self.kind == "cpu"
         with _process_lock:
             _parse_iree_flags()
-            self.system = _cpu_system() if self.kind == "cpu" else _hip_system(self.index)
+            is_cpu = self.kind == "cpu"
+            self.cores = _free_cores(num_threads) if is_cpu else []
+            self.system = _cpu_system(self.cores) if is_cpu else _hip_system(self.index)
             _open.add(self)
         self.worker = self.system.create_worker("sf_local")
         self._is_lost = False  # a call took too long, and the worker may wait for ever
@@ -182,9 +187,15 @@ os.register_at_fork(
 )
 
 
-def _cpu_system() -> Any:
+def _free_cores(count: int | None) -> list[int]:
+    """The cores that the fewest open devices use; all of them without a count."""
+    used = Counter(core for device in tuple(_open) for core in device.cores)
+    return sorted(sorted(usable_cores(), key=used.__getitem__)[:count])
+
+
+def _cpu_system(cores: list[int]) -> Any:
     library = libshortfin()
-    with workers_on(ctypes.CDLL(str(library)), library, usable_cores()):
+    with workers_on(ctypes.CDLL(str(library)), library, cores):
         return sf.host.CPUSystemBuilder().create_system()
 
 

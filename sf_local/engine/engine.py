@@ -21,7 +21,13 @@ from sf_local.engine.input_processor import InputProcessor, split_options
 from sf_local.engine.interrupts import check_threads
 from sf_local.engine.kv_budget import memory_bytes
 from sf_local.engine.metrics import metrics_text
-from sf_local.engine.placement import MakeRunner, Place, log_loaded, place_workers
+from sf_local.engine.placement import (
+    MakeRunner,
+    Place,
+    checked_num_threads,
+    log_loaded,
+    place_workers,
+)
 from sf_local.engine.preparation import Preparation
 from sf_local.engine.scheduler import MAX_RUNNING, PREFILL_TOKENS
 from sf_local.engine.sources import from_source
@@ -42,6 +48,7 @@ class BackendOptions(TypedDict, total=False):
     kv_pages: int | None
     kv_memory: int | str | None
     image_memory: int | str
+    num_threads: int | None
     allow_urls: bool
     prefill_tokens: int
     max_running: int
@@ -69,11 +76,14 @@ class Engine(Batches):
         config, parameters, tokenizer: files that do not lie beside the .vmfb.
         kv_pages: KV pages to allocate, on each device. On the CPU they take memory as they are
             used.
-        kv_memory: the same as bytes, "2GiB", or "50%" of the free memory, which replicas on one
-            device share. By default one full context times the largest compiled batch, at most
-            1 GiB; on a GPU 80% of what the weights leave free.
+        kv_memory: the same as bytes, "2GiB" (2^31 bytes), "2GB" (2 * 10^9), or "50%" of the free
+            memory, which replicas on one device share. By default one full context times the
+            largest compiled batch, at most 1 GiB; on a GPU 80% of what the weights leave free.
         image_memory: bytes, or a text such as "256MiB", of images that are kept so that they need
             not be encoded again.
+        num_threads: threads that compute on a CPU, of each replica; 1 to the number of cores that
+            the process may use, which is the default. Each has a core of its own, those that other
+            engines of the process use last. Refused for a GPU.
         allow_urls: whether images may be fetched from http(s) URLs.
         prefill_tokens: prompt tokens that are computed in one step, padding included. More make
             long prompts faster, and the other requests wait longer between two of their tokens.
@@ -114,6 +124,7 @@ class Engine(Batches):
         kv_pages: int | None = None,
         kv_memory: int | str | None = None,
         image_memory: int | str = "256MiB",
+        num_threads: int | None = None,
         allow_urls: bool = False,
         prefill_tokens: int = PREFILL_TOKENS,
         max_running: int = MAX_RUNNING,
@@ -142,6 +153,7 @@ class Engine(Batches):
         finish_closing()
         devices = [find_device(name, compiled_targets(vmfb)) for name in names]
         self.devices = [found.name for found in devices]
+        num_threads = checked_num_threads(num_threads, devices)
         places = [
             Place.of(
                 found, vmfb, kv_pages, kv_memory, self.devices.count(found.name), config=config,
@@ -164,7 +176,7 @@ class Engine(Batches):
             self._chats.template()  # raises what is wrong with it
         self.vocab_size = self._inputs.vocab_size
         self._replicas = place_workers(
-            places, prefill_tokens=prefill_tokens, max_running=max_running,
+            places, num_threads=num_threads, prefill_tokens=prefill_tokens, max_running=max_running,
             jump_forward=jump_forward, on_finish=on_finish, make_runner=_make_runner,
         )  # fmt: skip
         self._preparation = Preparation(self._replicas)

@@ -14,8 +14,13 @@ from sf_local.errors import DeviceError, RequestError
 from sf_local.request.checks import check_int, plain_number
 
 GIB = 1 << 30
-UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-SMALLER = dict(zip([*UNITS][1:], UNITS, strict=False))
+BINARY = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+DECIMAL = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS = BINARY | DECIMAL
+SMALLER = {
+    unit: smaller for units in (BINARY, DECIMAL)
+    for unit, smaller in zip([*units][1:], units, strict=False)
+}  # fmt: skip
 MAX_DEFAULT_BYTES = 1 << 30  # on the CPU, and where the driver does not say what is free
 GPU_SHARE = 0.8  # of what the weights leave free; activations need some of the rest
 
@@ -101,14 +106,14 @@ def _default_pages(config: ModelConfig, device: str, available: int | None) -> i
 
 
 def memory_bytes(name: str, memory: int | str | None, available: int | None) -> int:
-    """Bytes of a size such as 1073741824, "1GiB", "512MiB", or "50%" of what is available; raises
-    RequestError, which calls the size `name`."""
+    """Bytes of a size such as 1073741824, "1GiB" (2^30 bytes), "1GB" (10^9), or "50%" of what is
+    available; raises RequestError, which calls the size `name`."""
     memory = cast("int | str | None", plain_number(memory))
     if isinstance(memory, int) and not isinstance(memory, bool) and memory >= 0:
         return memory
-    match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)\s*(%|[KMGT]iB|B)", str(memory).strip())
+    match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)\s*(%|[KMGT]iB|[kMGT]?B)", str(memory).strip())
     if not match:
-        raise RequestError(f'{name}={memory!r} must be bytes, "2GiB", "512MiB" or "50%"')
+        raise RequestError(f'{name}={memory!r} must be bytes, "2GiB", "2GB", "512MiB" or "50%"')
     number, unit = Fraction(match[1]), match[2]
     if unit == "%":
         if available is None:

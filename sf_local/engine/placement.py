@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sf_local.artifact.open import Artifact, check_target, open_artifact
+from sf_local.device.cpu_threads import usable_cores
 from sf_local.device.device import Device
 from sf_local.device.info import DeviceInfo
 from sf_local.engine.core import EngineCore
@@ -20,7 +21,9 @@ from sf_local.engine.log import log
 from sf_local.engine.replicas import Core, Replicas
 from sf_local.engine.scheduler import Limits
 from sf_local.engine.worker import Worker
+from sf_local.errors import RequestError
 from sf_local.model.runner import ModelRunner
+from sf_local.request.checks import check_int, shown
 
 MIB = 1 << 20
 MakeRunner = Callable[[Artifact, Device, int, int], ModelRunner]
@@ -62,6 +65,19 @@ class Place:
         return min(artifact.max_tokens, (self.num_pages - 1) * artifact.config.page_size)
 
 
+def checked_num_threads(num_threads: int | None, devices: Sequence[DeviceInfo]) -> int | None:
+    """Engine's `num_threads`; raises RequestError for more than there are cores, and for a GPU."""
+    if num_threads is None:
+        return None
+    for device in devices:
+        if device.kind != "cpu":
+            raise RequestError(
+                f"num_threads={shown(num_threads)} is for the CPU, and device={device.name!r} is "
+                "none; leave it out"
+            )
+    return check_int("num_threads", num_threads, 1, len(usable_cores()))
+
+
 def log_loaded(places: Sequence[Place], seconds: float) -> None:
     """Log what was opened, a line a device. seconds: for all of them together."""
     for place in places:
@@ -79,6 +95,7 @@ def log_loaded(places: Sequence[Place], seconds: float) -> None:
 def place_workers(
     places: Sequence[Place],
     *,
+    num_threads: int | None = None,
     prefill_tokens: int,
     max_running: int,
     jump_forward: bool,
@@ -87,14 +104,15 @@ def place_workers(
 ) -> Replicas:
     """A worker for every device; `Replicas.start` opens them.
 
+    num_threads: of each CPU; None for all cores.
     make_runner: called once a device, with the artifact, the open device, the number of pages, and
     the tokens that are prefilled in one step. Tests pass runners that fail or wait.
     """
     callback = None if on_finish is None else FinishCallback(on_finish)
     workers = [
         _worker(
-            place, limits_of(place.artifact, prefill_tokens, max_running), jump_forward, callback,
-            make_runner,
+            place, num_threads, limits_of(place.artifact, prefill_tokens, max_running),
+            jump_forward, callback, make_runner,
         )
         for place in places
     ]  # fmt: skip
@@ -102,8 +120,8 @@ def place_workers(
 
 
 def _worker(
-    place: Place, limits: Limits, jump_forward: bool, on_finish: FinishCallback | None,
-    make_runner: MakeRunner,
+    place: Place, num_threads: int | None, limits: Limits, jump_forward: bool,
+    on_finish: FinishCallback | None, make_runner: MakeRunner,
 ) -> Worker[Core]:  # fmt: skip
     def open_core(device: Device, failures: Failures) -> Core:
         runner = make_runner(place.artifact, device, place.num_pages, limits.prefill_tokens)
@@ -112,4 +130,4 @@ def _worker(
             on_finish=on_finish,
         )  # fmt: skip
 
-    return Worker(place.device.name, open_core)
+    return Worker(place.device.name, open_core, num_threads)

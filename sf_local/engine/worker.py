@@ -54,9 +54,13 @@ class Worker(Generic[Core]):
     closed on a thread of its own, as signals reach only the main one.
     """
 
-    def __init__(self, device: str, open_core: Callable[[Device, Failures], Core]) -> None:
-        """device: its name. open_core: makes the core on the open device, once."""
-        self._name, self._open_core = device, open_core
+    def __init__(
+        self, device: str, open_core: Callable[[Device, Failures], Core],
+        num_threads: int | None = None,
+    ) -> None:  # fmt: skip
+        """device: its name. open_core: makes the core on the open device, once. num_threads: of a
+        CPU."""
+        self._name, self._open_core, self._num_threads = device, open_core, num_threads
         self._inbox: deque[Callable[[], None]] = deque()
         self._idle: Any = None  # the future that the thread waits on when it has no work
         self._is_closing = self._is_draining = False
@@ -197,7 +201,7 @@ class Worker(Generic[Core]):
             self._closed.set()
 
     def _open(self) -> None:
-        self._device = Device(self._name)
+        self._device = Device(self._name, self._num_threads)
         try:
             self.core = self._open_core(self._device, self._failures)
         except BaseException as error:

@@ -37,6 +37,24 @@ def test_a_worker_on_each_core(count: int) -> None:
     assert sorted(map(int, done.stdout.split())) == cores, done.stderr
 
 
+FEWER = """
+from sf_local.device.device import Device
+one, other, all = Device("cpu", 1), Device("cpu", 1), Device("cpu")
+print(*one.cores, *other.cores, *all.cores)
+one.close()
+print(*Device("cpu", 1).cores)
+"""
+
+
+@pytest.mark.skipif(len(cpu_threads.usable_cores()) < 2, reason="needs two cores")
+def test_fewer_threads_take_cores_that_others_do_not_use() -> None:
+    cores = cpu_threads.usable_cores()
+    done = subprocess.run([sys.executable, "-c", FEWER], capture_output=True, text=True, timeout=60)
+    used, again = ([int(core) for core in line.split()] for line in done.stdout.splitlines())
+    assert used == [*cores[:2], *cores], done.stderr
+    assert again == cores[:1]
+
+
 def test_usable_cores_are_allowed_ones() -> None:
     assert set(cpu_threads.usable_cores()) <= os.sched_getaffinity(0)
 

@@ -677,7 +677,7 @@ def test_kv_memory_by_default_holds_the_largest_batch(tiny: TinyModel) -> None:
     "size",
     [
         {"kv_memory": "lots"},
-        {"kv_memory": "1GB"},
+        {"kv_memory": "1Gb"},
         {"kv_memory": 100},
         {"kv_memory": "0%"},
         {"kv_memory": "900TiB"},

@@ -2,11 +2,18 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sf_local.artifact.manifest import ModelConfig, PagedKVCache
 from sf_local.device.info import DeviceInfo, find_device
-from sf_local.engine.kv_budget import GPU_SHARE, MAX_DEFAULT_BYTES, memory_left, num_kv_pages
+from sf_local.engine.kv_budget import (
+    GPU_SHARE,
+    MAX_DEFAULT_BYTES,
+    memory_bytes,
+    memory_left,
+    num_kv_pages,
+)
 from sf_local.errors import DeviceError, RequestError
 
 CACHE = PagedKVCache(2, 16, 64, "float16")
@@ -31,6 +38,28 @@ def test_a_share_of_the_memory() -> None:
     assert num_kv_pages(CONFIG, "hip", 1000 * PAGE, None, "25%") == 250
     with pytest.raises(RequestError, match="kv_memory='25%': give bytes"):
         num_kv_pages(CONFIG, "hip", None, None, "25%")
+
+
+@pytest.mark.parametrize(
+    ("size", "num_bytes"),
+    [
+        ("2GB", 2 * 10**9), ("2GiB", 2 << 30), ("1.5 MB", 1_500_000), ("512kB", 512_000),
+        ("512KiB", 512 << 10), ("1TB", 10**12), ("7B", 7), (7, 7), (np.int64(7), 7),
+    ],
+)  # fmt: skip
+def test_units(size: Any, num_bytes: int) -> None:
+    assert memory_bytes("kv_memory", size, None) == num_bytes
+
+
+@pytest.mark.parametrize("size", ["2gb", "2 G", "2Gb", "GB", "-1GB", 1.5, True, None])
+def test_what_is_no_size(size: Any) -> None:
+    with pytest.raises(RequestError, match='must be bytes, "2GiB", "2GB", "512MiB" or "50%"'):
+        memory_bytes("kv_memory", size, None)
+
+
+def test_a_remedy_in_the_unit_that_was_asked_in() -> None:
+    with pytest.raises(RequestError, match=r"39.9 GB of KV pages, but 3 GB .*use at most 3 GB"):
+        num_kv_pages(CONFIG, "cpu", 3 * 10**9, None, "40GB")
 
 
 def test_more_than_there_is() -> None:
