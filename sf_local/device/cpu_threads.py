@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,3 +69,27 @@ def _quota() -> int:
         return max(1, math.ceil(int(quota) / int(period)))
     except (OSError, ValueError):  # there is none, or it is "max"
         return MAX_THREADS
+
+
+def claim_cpus(count: int) -> list[socket.socket]:
+    """Let this thread, and those that it starts, run only on `count` logical CPUs, at least one,
+    that no other process of this machine has claimed.
+
+    Cores are taken whole as far as they go. If fewer are free, those are taken; if none is, nothing
+    changes. A claim lasts as long as the sockets are open that are returned, or the process lives.
+    """
+    allowed = os.sched_getaffinity(0)
+    claims: dict[int, socket.socket] = {}
+    for cpu in sorted(allowed, key=lambda cpu: (min(_siblings(cpu) & allowed), cpu)):
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0sf_local cpu {cpu}")  # a name without a file, which ends with its socket
+        except OSError:
+            claim.close()
+            continue
+        claims[cpu] = claim
+        if len(claims) >= count:
+            break
+    if claims:
+        os.sched_setaffinity(0, claims)
+    return list(claims.values())

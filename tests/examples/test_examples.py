@@ -131,10 +131,19 @@ def test_metrics(tiny: TinyModel) -> None:
     assert sum(sample.value for sample in families["sf_local_requests"].samples) == 1
 
 
+@pytest.mark.slow
+def test_ray_batch(tiny: TinyModel, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    out = run("ray_batch.py", "--vmfb", str(tiny.artifact), HOME=str(tmp_path))
+    places = re.findall(r"^(\w+): '", out, re.MULTILINE)
+    assert sorted(places) == sorted(["France", "Italy", "Egypt", "Japan"] * 2)
+
+
 def test_there_is_no_other_example() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "common.py", "multi_turn.py", "streaming.py", "fork.py", "batch.py", "constrained.py",
         "offline_batch.py", "describe_image.py", "random_smolvlm.py", "bench_peers.py",
         "bench_shape.py", "bench_images.py", "first_run_on_gpu.py", "metrics.py",
         "chat.py", "many_prompts.py", "serve_fastapi.py", "bench_batch.py",
+        "ray_batch.py",
     }  # fmt: skip

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -77,3 +79,37 @@ def test_hyperthreads_share_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_threads, "_siblings", lambda cpu: {cpu % 8, cpu % 8 + 8})
     monkeypatch.setattr(cpu_threads, "_quota", lambda: 63)
     assert cpu_threads.usable_cores() == [1, 2, 3, 4]
+
+
+CLAIM = """
+import os, sys
+from sf_local.device.cpu_threads import claim_cpus
+claims = claim_cpus(int(sys.argv[1]))
+print(len(claims), *os.sched_getaffinity(0), flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def claiming(count: int) -> Iterator[tuple[int, set[int]]]:
+    """A process that claims CPUs: how many it has got, and on which it may run."""
+    command = [sys.executable, "-c", CLAIM, str(count)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        got, *cpus = map(int, process.stdout.readline().split())
+        yield got, set(cpus)
+        process.kill()
+
+
+def test_processes_share_the_cpus() -> None:
+    """A process that was killed has none."""
+    everything = os.sched_getaffinity(0)
+    half = max(len(everything) // 2, 1)
+    for _ in range(2):
+        with claiming(half) as (got, first):
+            assert got == half == len(first)
+            with claiming(1000) as (got, rest):
+                assert rest == (everything - first or everything)
+                assert got == len(everything - first)
+                with claiming(1) as (got, unclaimed):
+                    assert (got, unclaimed) == (0, everything)
