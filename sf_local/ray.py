@@ -203,7 +203,4 @@ def _params(params: object) -> SamplingParams:
         return params or SamplingParams()
     if not isinstance(params, Mapping):
         raise RequestError(f"params={shown(params)} must be SamplingParams, or a dict of fields")
-    try:
-        return SamplingParams(**params)
-    except TypeError as error:
-        raise RequestError(f"params={shown(params)}: {error}") from None
+    return SamplingParams.from_dict(params)

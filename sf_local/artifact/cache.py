@@ -29,8 +29,9 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
-from sf_local.artifact.manifest import COMPILER_VERSION, MANIFEST, VMFB, file_sha256
+from sf_local.artifact.manifest import COMPILER_VERSION, MANIFEST, file_sha256
 from sf_local.artifact.open import compiled_targets, open_artifact
+from sf_local.artifact.path_kinds import is_artifact
 from sf_local.errors import ArtifactError, CompileError, OutputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def as_artifact(source: str | Path) -> Path | None:
         return None
     path = Path(os.path.expanduser(source))
     try:
-        is_one = path.suffix == ".vmfb" or (path / VMFB).exists() or (path / MANIFEST).exists()
+        is_one = path.suffix == ".vmfb" or is_artifact(path)
         targets = [manifest.parent.name for manifest in path.glob(f"*/{MANIFEST}")]
     except (OSError, ValueError):  # no path at all, or a folder that must not be read
         return None

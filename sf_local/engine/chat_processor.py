@@ -85,7 +85,7 @@ class ChatProcessor:
             ids = self._encode.joined(text, ids)
         prompt = self._inputs.prepare(ids, images, deadline)
         if not params.ignore_eos:
-            params = replace(params, stop=(*params.stop, *template.stop_strings()))
+            params = replace(params, stop=(*params.stop, *template.stop_strings))
         opening = chat.opening(text) if form.knows_reasoning else ""
         generation = self._inputs.generation(
             prompt, params, started_at=started_at, parser=form.parser(opening),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Unpack
 
@@ -216,9 +215,7 @@ class Completions:
         resolved = self._inputs.resolved(params)
         deadline = deadline_of(resolved, started_at)
         ready = self._inputs.prepare(prompt, others.get("images", ()), deadline)
-        first = resolved.seed
-        seeds = [None if first is None else (first + i) % 2**64 for i in range(resolved.n)]
-        return [(ready, replace(resolved, seed=seed, n=1)) for seed in seeds]
+        return [(ready, each) for each in resolved.samples()]
 
     def _results(
         self, requests: Sequence[tuple[PromptInput, SamplingParams]], started_at: float

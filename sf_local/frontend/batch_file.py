@@ -31,7 +31,6 @@ from sf_local.frontend.openai_lines import (
     error_line,
     parse_json,
     parse_line,
-    sampled,
 )
 from sf_local.request.output import Output
 
@@ -160,7 +159,7 @@ def _started(
         if line.error:
             raise RequestError(line.error)
         request = parse_line(file.readline().decode(), engine.max_tokens)
-        for params in sampled(request):
+        for params in request.params.samples():
             if request.url == CHAT:
                 handles.append(engine.submit_chat(request.given, params, **request.options))
             else:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from sf_local.errors import RequestError
+from sf_local.request.checks import shown
 from sf_local.request.output import Output
 from sf_local.request.params import SamplingParams
 
@@ -62,13 +63,13 @@ def parse_line(text: str, most_tokens: int) -> BatchRequest:
     if line.get("custom_id") is None:
         raise RequestError("custom_id: is missing")
     if line.get("method") != "POST":
-        raise RequestError(f"method={line.get('method')!r} must be 'POST'")
+        raise RequestError(f"method={shown(line.get('method'))} must be 'POST'")
     url: Any = line.get("url")
     body: Any = line.get("body")
     if url not in (CHAT, TEXT):
-        raise RequestError(f"url={url!r} must be {CHAT!r} or {TEXT!r}")
+        raise RequestError(f"url={shown(url)} must be {CHAT!r} or {TEXT!r}")
     if not isinstance(body, dict):
-        raise RequestError(f"body={body!r} must be an object")
+        raise RequestError(f"body={shown(body)} must be an object")
     return _request(line["custom_id"], url, body, most_tokens if url == CHAT else _TEXT_TOKENS)
 
 
@@ -87,7 +88,7 @@ def _request(
     custom_id: object, url: str, body: dict[str, Any], most_tokens: int | None
 ) -> BatchRequest:
     if custom_id is not None and not (isinstance(custom_id, str) and custom_id):
-        raise RequestError(f"custom_id={custom_id!r} must be a text")
+        raise RequestError(f"custom_id={shown(custom_id)} must be a text")
     name = "messages" if url == CHAT else "prompt"
     _check_fields(body, name, url)
     values = {key: value for key, value in body.items() if key in _OWN and value is not None}
@@ -121,7 +122,7 @@ def _check_fields(body: Mapping[str, Any], name: str, url: str) -> None:
         raise RequestError("parallel_tool_calls=false: is not supported; leave it out")
     model = body.get("model")
     if not (model is None or isinstance(model, str)):
-        raise RequestError(f"model={model!r} must be a str")
+        raise RequestError(f"model={shown(model)} must be a str")
 
 
 def _response_format(given: object) -> dict[str, Any]:
@@ -133,8 +134,8 @@ def _response_format(given: object) -> dict[str, Any]:
         case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
             return {"json_schema": schema}
     raise RequestError(
-        f"response_format={given!r} must have the type text, json_object, or json_schema with a "
-        "json_schema.schema"
+        f"response_format={shown(given)} must have the type text, json_object, or "
+        "json_schema with a json_schema.schema"
     )
 
 
@@ -143,16 +144,7 @@ def _logit_bias(given: object) -> dict[int, float]:
     try:
         return {int(token): bias for token, bias in given.items()}  # type: ignore[attr-defined]
     except (AttributeError, ValueError):
-        raise RequestError(f"logit_bias={given!r} must be an object of token ids") from None
-
-
-def sampled(request: BatchRequest) -> list[SamplingParams]:
-    """Parameters of each choice; seeds count up."""
-    params, count = replace(request.params, n=1), request.params.n or 1
-    if params.seed is None:
-        return [params] * count
-    seed = params.seed
-    return [replace(params, seed=(seed + i) % 2**64) for i in range(count)]
+        raise RequestError(f"logit_bias={shown(given)} must be an object of token ids") from None
 
 
 def answer_line(

@@ -89,7 +89,7 @@ def resolve_chat_template(
 
 def _derive(model: TurnTemplate, name: str, image_token: str | None) -> ChatTemplate:
     parts = _split(model)
-    stops = model.stop_strings(parts.assistant[1])
+    stops = model.stops_after(parts.assistant[1])
     if parts.system and (difference := _difference(model, parts, [SYSTEM_TURN, USER_TURN])):
         parts = replace(parts, system=None, no_system=f"In a system message {difference}")
     if difference := _difference(model, parts, [USER_TURN]):

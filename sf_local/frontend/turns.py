@@ -57,9 +57,9 @@ class TurnTemplate:
             gaps.append(gap)
         return [*gaps, text]
 
-    def stop_strings(self, reply_suffix: str) -> tuple[str, ...]:
+    def stops_after(self, reply_suffix: str) -> tuple[str, ...]:
         """As JinjaTemplate's."""
-        return self._model.stop_strings(reply_suffix)
+        return self._model.stops_after(reply_suffix)
 
     def fail(self, what: str) -> NoReturn:
         """Raise ChatTemplateError: this template does `what`."""

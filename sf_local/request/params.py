@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, Self, TypedDict
 
@@ -118,6 +118,11 @@ class SamplingParams:
         """The values that are given, by name."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
+
+    def samples(self) -> list[Self]:
+        """The parameters of each of the `n` samples; their seeds count up."""
+        seeds = [None if self.seed is None else self.seed + i for i in range(self.n or 1)]
+        return [replace(self, n=1, seed=None if s is None else s % 2**64) for s in seeds]
 
     @property
     def is_constrained(self) -> bool:

@@ -13,7 +13,7 @@ from sf_local.errors import ChatTemplateError
 from sf_local.text.jinja import compile_template, plain_data
 from sf_local.text.messages import as_parts, as_text, has_image, with_objects
 from sf_local.text.tokenizer import Tokenizer
-from sf_local.text.tool_formats import ToolFormat, tool_format
+from sf_local.text.tool_formats import tool_format
 
 Messages = Sequence[dict[str, Any]]
 
@@ -44,6 +44,12 @@ class JinjaTemplate:
 
     Where the template does not write what messages hold, because it expects contents or the
     arguments of tool calls in another form, they are given to it in that form.
+
+    Attributes:
+        writes_tools: prompts tell of tools that are given.
+        tool_format: how the model writes calls of tools; None if that is not known.
+        knows_reasoning: it reads or writes <think>, so that answers may begin with it.
+        stop_strings: the special token that ends a reply, if the template writes one.
     """
 
     def __init__(
@@ -84,6 +90,11 @@ class JinjaTemplate:
         self._forms = {
             key: self._form(sources[key], now) for key in ("default", "tool_use") if key in sources
         }
+        with_tools = self._form_for(())
+        self.writes_tools = with_tools.writes_tools
+        self.tool_format = tool_format(with_tools.source)
+        self.knows_reasoning = any("think>" in form.source for form in self._forms.values())
+        self.stop_strings = self.stops_after(self._reply_suffix())
 
     def _form(self, source: str, now: Callable[[], datetime]) -> _Form:
         try:
@@ -180,31 +191,16 @@ class JinjaTemplate:
         default = self._forms["default"]
         return default if tools is None else self._forms.get("tool_use", default)
 
-    @property
-    def writes_tools(self) -> bool:
-        """Whether prompts tell of tools that are given."""
-        return self._form_for(()).writes_tools
+    def _reply_suffix(self) -> str:
+        """What stands after the last reply of a conversation."""
+        form = self._forms["default"]
+        turns = [_QUESTION, {"role": "assistant", "content": _REPLY}]
+        turns = [self._adapted(form, turn) for turn in turns]
+        return self._tried(form, turns, add_generation_prompt=False).rpartition(_REPLY)[2]
 
-    @property
-    def tool_format(self) -> ToolFormat | None:
-        """How the model writes calls of tools; None if that is not known."""
-        return tool_format(self._form_for(()).source)
-
-    @property
-    def knows_reasoning(self) -> bool:
-        """Whether it reads or writes <think>, so that answers may begin with it."""
-        return any("think>" in form.source for form in self._forms.values())
-
-    def stop_strings(self, reply_suffix: str | None = None) -> tuple[str, ...]:
-        """The special token that ends a reply, if the template writes one; else nothing.
-
-        `reply_suffix` is what stands after a reply, by default after the last of a conversation.
-        """
-        if reply_suffix is None:
-            turns = [_QUESTION, {"role": "assistant", "content": _REPLY}]
-            turns = [self._adapted(self._forms["default"], turn) for turn in turns]
-            text = self._tried(self._forms["default"], turns, add_generation_prompt=False)
-            reply_suffix = text.rpartition(_REPLY)[2]
+    def stops_after(self, reply_suffix: str) -> tuple[str, ...]:
+        """The special token that ends a reply, if what stands after it begins with one; else
+        nothing."""
         suffix = reply_suffix.lstrip()
         starts = (suffix[:end] for end in range(len(suffix), 0, -1))
         is_token = self._tokenizer.token_id

@@ -8,10 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sf_local.errors import RequestError
+from sf_local.request.checks import shown
 from sf_local.text.jinja import plain_data
-
-Message = Mapping[str, Any]
-Part = Mapping[str, Any]
 
 # Names for what a model thought before its answer; templates read the first, or the second
 _REASONING = "reasoning_content", "thinking", "reasoning"
@@ -30,7 +28,7 @@ def plain_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
     Raises RequestError for anything else.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-        raise RequestError(f"messages={_shown(messages)} must be a list of messages; {_EXAMPLE}")
+        raise RequestError(f"messages={shown(messages)} must be a list of messages; {_EXAMPLE}")
     if not messages:
         raise RequestError(f"messages=[] is no conversation; {_EXAMPLE}")
     return [_plain_message(f"messages[{i}]", message) for i, message in enumerate(messages)]
@@ -96,7 +94,7 @@ def _plain_message(name: str, message: object) -> dict[str, Any]:
     except RecursionError:
         raise RequestError(f"{name} is nested too deep, or contains itself") from None
     if not isinstance(plain, dict) or not isinstance(plain.get("role"), str):
-        raise RequestError(f'{name}={_shown(message)} must be a dict with a "role"; {_EXAMPLE}')
+        raise RequestError(f'{name}={shown(message)} must be a dict with a "role"; {_EXAMPLE}')
     plain = {key: value for key, value in plain.items() if value is not None}
     content = plain.get("content", "")
     if isinstance(content, tuple):
@@ -105,21 +103,21 @@ def _plain_message(name: str, message: object) -> dict[str, Any]:
         for number, part in enumerate(content):
             _check_part(f"{name}.content[{number}]", part)
     elif not isinstance(content, str):
-        raise RequestError(f"{name}.content={_shown(content)} must be a str or a list of parts")
+        raise RequestError(f"{name}.content={shown(content)} must be a str or a list of parts")
     calls = plain.get("tool_calls", [])
     if not isinstance(calls, list | tuple) or not all(isinstance(call, dict) for call in calls):
-        raise RequestError(f"{name}.tool_calls={_shown(calls)} must be a list of dicts")
+        raise RequestError(f"{name}.tool_calls={shown(calls)} must be a list of dicts")
     return _with_reasoning(plain)
 
 
 def _check_part(name: str, part: object) -> None:
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         raise RequestError(
-            f'{name}={_shown(part)} must be a dict with a "type", such as '
+            f'{name}={shown(part)} must be a dict with a "type", such as '
             '{"type": "text", "text": "Hello!"}'
         )
     if part["type"] == "text" and not isinstance(part.get("text"), str):
-        raise RequestError(f"{name}.text={_shown(part.get('text'))} must be a str")
+        raise RequestError(f"{name}.text={shown(part.get('text'))} must be a str")
     if part["type"] in _OTHER_MEDIA:
         raise RequestError(f"{name}.type={part['type']!r}: models here read text and images only")
 
@@ -168,8 +166,3 @@ def _without_media(message: object) -> object:
         return fields or message
     parts = [{"type": "image"} if _is_image(_fields(part)) else part for part in content]
     return {**fields, "content": parts}
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

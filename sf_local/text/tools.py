@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from sf_local.errors import RequestError
+from sf_local.request.checks import shown
 
 _NAME = re.compile("[a-zA-Z0-9_-]{1,64}")
 _KEYS = frozenset(("type", "function"))
@@ -47,7 +47,7 @@ def normalized_tools(tools: object) -> list[dict[str, Any]]:
     if tools is None:
         return []
     if not isinstance(tools, Sequence) or isinstance(tools, str | bytes | bytearray):
-        raise RequestError(f"tools={reprlib.repr(tools)} must be a list; each is {_FORMS}")
+        raise RequestError(f"tools={shown(tools)} must be a list; each is {_FORMS}")
     normal = [_normalized(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
     names: dict[str, int] = {}
     for i, tool in enumerate(normal):
@@ -88,8 +88,7 @@ def checked_tool_choice(choice: object, tools: Sequence[Mapping[str, Any]]) -> T
             is_name = False
     if not is_name:
         raise RequestError(
-            f"tool_choice={reprlib.repr(choice)} must be 'auto', 'none', 'required' or "
-            '{"name": ...}'
+            f"tool_choice={shown(choice)} must be 'auto', 'none', 'required' or {{\"name\": ...}}"
         )
     names = [tool["function"]["name"] for tool in tools]
     if name not in names:
@@ -105,10 +104,10 @@ def _normalized(tool: object, path: str) -> dict[str, Any]:
         inner = {key: value for key, value in tool.items() if key != "type"}
         tool = {"type": tool.get("type", "function"), "function": inner}
     if not isinstance(tool, Mapping) or not isinstance(tool.get("function"), Mapping):
-        raise RequestError(f"{path}={reprlib.repr(tool)} must be {_FORMS}")
+        raise RequestError(f"{path}={shown(tool)} must be {_FORMS}")
     copy = _copied(tool if "type" in tool else {"type": "function", **tool}, path)
     if copy["type"] != "function":
-        raise RequestError(f"{path}.type={reprlib.repr(copy['type'])} must be 'function'")
+        raise RequestError(f"{path}.type={shown(copy['type'])} must be 'function'")
     _check_keys(copy, _KEYS, path)
     _check_function(copy["function"], f"{path}.function")
     return copy
@@ -141,17 +140,17 @@ def _check_function(function: dict[str, Any], path: str) -> None:
     name = function.get("name")
     if not (isinstance(name, str) and _NAME.fullmatch(name)):
         raise RequestError(
-            f"{path}.name={reprlib.repr(name)} must be 1 to 64 letters a-z, A-Z, digits, "
+            f"{path}.name={shown(name)} must be 1 to 64 letters a-z, A-Z, digits, "
             "underscores and hyphens"
         )
     for key, kind in (("description", str), ("parameters", dict), ("strict", bool)):
         value = function.get(key)
         if value is not None and not isinstance(value, kind):
-            raise RequestError(f"{path}.{key}={reprlib.repr(value)} must be a {kind.__name__}")
+            raise RequestError(f"{path}.{key}={shown(value)} must be a {kind.__name__}")
     kinds = (function.get("parameters") or {}).get("type", "object")
     if kinds != "object" and not (isinstance(kinds, list) and "object" in kinds):
         raise RequestError(
-            f"{path}.parameters.type={reprlib.repr(kinds)} must be 'object'; each argument is one "
+            f"{path}.parameters.type={shown(kinds)} must be 'object'; each argument is one "
             "of its properties"
         )
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from sf_local.text.tokenizer import Tokenizer
 
@@ -143,15 +142,3 @@ def byte_tokenizer(folder: Path, chat_template: Any, **config: Any) -> Tokenizer
     config["chat_template"] = chat_template
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return Tokenizer(folder)
-
-
-def rendered_by_transformers(text: str, tokenizer: Tokenizer, turns: list[tuple[str, str]]) -> str:
-    """The prompt of a conversation, by transformers."""
-    (prompt,), _ = render_jinja_template(
-        [[{"role": role, "content": content} for role, content in turns]],
-        chat_template=text,
-        add_generation_prompt=True,
-        bos_token=tokenizer.bos_token,
-        eos_token=tokenizer.eos_token,
-    )
-    return str(prompt)

@@ -90,7 +90,7 @@ def test_every_way_to_chat(engine: Engine) -> None:
 def test_an_answer_ends_where_the_template_ends_it(engine: Engine) -> None:
     """Also a template whose end is plain text; unless ends are ignored."""
     with Engine(engine.artifact.vmfb, chat_template=TEMPLATE.replace("</s>", "\x00")) as other:
-        assert other._chats.template().stop_strings() == ()
+        assert other._chats.template().stop_strings == ()
     handle = engine.submit_chat(HELLO, SamplingParams(max_new_tokens=3, temperature=0))
     assert handle._generation.request.params.stop == ("</s>",)
     assert handle.result().finish_reason in ("stop", "length")

@@ -27,8 +27,8 @@ from tests.support.chat_templates import (
     SMOLLM2,
     TINYLLAMA,
     byte_tokenizer,
-    rendered_by_transformers,
 )
+from tests.support.conversations import by_transformers
 
 
 @pytest.fixture
@@ -81,12 +81,13 @@ def sglang_prompts(template: ChatTemplate, system: str | None, reply: str) -> li
 
 def model_prompts(text: str, tokenizer: Tokenizer, system: str | None) -> list[str]:
     """What transformers renders for the same conversation."""
-    turns = [] if system is None else [("system", system)]
-    prompts: list[str] = []
+    named = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    prompts = []
     for turn in range(3):
-        turns.append(("user", f"Question {turn}?"))
-        prompts.append(rendered_by_transformers(text, tokenizer, turns))
-        turns.append(("assistant", "An answer."))
+        messages.append({"role": "user", "content": f"Question {turn}?"})
+        prompts.append(by_transformers(text, messages, add_generation_prompt=True, **named) or "")
+        messages.append({"role": "assistant", "content": "An answer."})
     return prompts
 
 

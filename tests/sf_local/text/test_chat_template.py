@@ -58,7 +58,7 @@ def test_prompts_are_those_of_transformers(
 ) -> None:
     tokenizer = byte_tokenizer(tmp_path, text, **config)
     template = JinjaTemplate(tokenizer, "the model")
-    assert template.stop_strings() == (stop,)
+    assert template.stop_strings == (stop,)
     messages = TURNS if system is None else [{"role": "system", "content": system}, *TURNS]
     if text == GEMMA and system is not None:
         with pytest.raises(ChatTemplateError, match="the model refuses a conversation of system"):
@@ -168,7 +168,7 @@ def test_no_template(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer(tmp_path, None)
     with pytest.raises(ChatTemplateError, match=r"m has no chat template in its tokenizer_config"):
         JinjaTemplate(tokenizer, "m")
-    assert JinjaTemplate(tokenizer, "m", CHATML).stop_strings() == ("<|im_end|>",)
+    assert JinjaTemplate(tokenizer, "m", CHATML).stop_strings == ("<|im_end|>",)
 
 
 def test_import_is_light() -> None:
