@@ -92,7 +92,7 @@ MEMORY = Job("memory", lambda rng: [])
 
 
 def rows(artifacts: Mapping[str, Artifact]) -> list[Row]:
-    """Issue 5's table, as far as the artifacts go; what has no target is for information."""
+    """The comparisons, as far as the artifacts go; what has no target is for information."""
     table = []
     for width, (target, prefill) in {
         "bf16": (1.3, {512: 2.0, 2048: 1.7}), "int8": (1.5, {512: None}), "int4": (1.5, {512: None})

@@ -17,7 +17,7 @@ from sf_local.request.params import SamplingParams
 from tests.support.child import run_program
 from tests.support.perplexity import perplexity, step_logprobs
 from tests.support.running import open_runner
-from tests.support.tiny import ONE_SIZE, shared_data
+from tests.support.tiny import DATA, ONE_SIZE
 
 pytestmark = pytest.mark.model
 TIE = 0.05  # llama.cpp's KV cache is f16: nearer than this, either token may follow
@@ -25,9 +25,7 @@ TIE = 0.05  # llama.cpp's KV cache is f16: nearer than this, either token may fo
 
 @pytest.fixture(scope="module")
 def golden() -> list[dict[str, Any]]:
-    cases: list[dict[str, Any]] = json.loads(shared_data("smollm2_greedy.json").read_text())[
-        "cases"
-    ]
+    cases: list[dict[str, Any]] = json.loads((DATA / "smollm2_greedy.json").read_text())["cases"]
     assert len(cases) == 16
     return cases
 
@@ -78,7 +76,7 @@ def test_perplexity(
     """Against llama.cpp's in f32; the demo's matrices are 4-bit blocks, which int4 keeps."""
     built = {"f32": smollm2_f32, "default": smollm2}
     artifact = built.get(dtype) or make_smollm2(weight_dtype=dtype, **ONE_SIZE)
-    data = json.loads(shared_data("smollm2_perplexity.json").read_text())
+    data = json.loads((DATA / "smollm2_perplexity.json").read_text())
     assert perplexity(artifact, data["ids"]) == pytest.approx(data["ppl"], rel=most)
 
 

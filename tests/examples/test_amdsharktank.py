@@ -26,7 +26,7 @@ from sf_local.engine.limits import limits_of
 from sf_local.errors import CorruptFileError, EngineError, MismatchError, RequestError
 from sf_local.sampling.logits import spread
 from tests.support.reference import forward, logprobs, random_weights, write_hf_folder
-from tests.support.tiny import TINY, TinyModel, peer, shared_data
+from tests.support.tiny import DATA, TINY, TinyModel, peer
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "peers"
 
@@ -304,7 +304,7 @@ def check_logits(engine: Engine) -> None:
 @pytest.mark.model
 def test_shortfins_own_server_serves_ours(smollm2: Path) -> None:
     """Its answers to greedy requests are the engine's."""
-    cases = json.loads(shared_data("smollm2_greedy.json").read_text())["cases"][:4]
+    cases = json.loads((DATA / "smollm2_greedy.json").read_text())["cases"][:4]
     prompts = [case["prompt_ids"] for case in cases]
     jobs = "".join(json.dumps(["generate", prompt, 16]) + "\n" for prompt in prompts)
     command = [peer("shortfin"), EXAMPLES / "shortfin_http.py", smollm2]

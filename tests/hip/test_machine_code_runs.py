@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.hip.driver import Driver
-from tests.tools.run_machine_code import GOLDEN, Case, pairs, run_cases
+from tests.tools.run_machine_code import Case, pairs, run_cases
 
 
 @pytest.mark.slow
@@ -14,8 +14,6 @@ from tests.tools.run_machine_code import GOLDEN, Case, pairs, run_cases
     [pytest.param(*pair, id=f"{pair[0].name}-{pair[1]}") for pair in pairs(some=True)],
 )
 def test_a_run(hip_driver: Driver, case: Case, chip: str) -> None:
-    if case.name == "smollm2" and not GOLDEN.exists():
-        pytest.skip(f"{GOLDEN} is missing: golden data is only there in development and CI")
     [result] = run_cases([(case, chip)], lambda result: None)
     assert not result.problems
     assert result.dispatches

@@ -1,14 +1,14 @@
 """The reference itself, judged by llama.cpp on the real SmolLM2."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.support.reference import forward, logprobs
+from tests.support.tiny import DATA
 
-GOLDEN = Path("/work/shared/data/smollm2_greedy.json")  # llama.cpp, f32
+GOLDEN = DATA / "smollm2_greedy.json"  # llama.cpp, f32
 
 
 @pytest.mark.model

@@ -24,7 +24,7 @@ from tests.support.vision_reference import (
     write_vision_folder,
 )
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+DATA = Path(__file__).parents[1] / "data"
 PEERS = os.environ.get("SF_LOCAL_PEERS", "")
 CI = bool(os.environ.get("CI"))
 
@@ -149,14 +149,6 @@ class SeeingModels:
         options = replace(SEEING_OPTIONS, **rest)
         artifact = build(folder / "source", folder / "artifact", options, keep_mlir=keep_mlir)
         return SeeingModel(vision, weights, folder / "source", artifact)
-
-
-def shared_data(name: str) -> Path:
-    """A golden file; the test skips where the development data is missing."""
-    path = SHARED / name
-    if not path.exists():
-        pytest.skip(f"{path} is missing: golden data is only there in development and CI")
-    return path
 
 
 def peer(name: str) -> Path:

@@ -31,7 +31,7 @@ from tests.hip.driver import Driver, Outcome, build_driver, compile_twins
 from tests.hip.machine_runs import Run, run_beside_twins
 from tests.hip.model_calls import Plan
 from tests.support.reference import forward, random_weights, uneven_weights, write_hf_folder
-from tests.support.tiny import TINY, TINY_OPTIONS
+from tests.support.tiny import DATA, TINY, TINY_OPTIONS
 from tests.support.vision_reference import IDEFICS3, LLAVA, random_model, write_vision_folder
 
 MAIN = ("gfx942", "gfx90a", "gfx1100", "gfx1201")
@@ -44,7 +44,7 @@ SOME = {
 }  # fmt: skip
 ORDERS = ("forward", "backward", "random")  # of waves, by turns
 CACHE = Path(__file__).parents[2] / ".pytest_cache" / "d" / "hip"  # as the tests have it
-GOLDEN = Path(__file__).parents[3] / "shared" / "data" / "smollm2_greedy.json"
+GOLDEN = DATA / "smollm2_greedy.json"
 SHORT = (6, 14)  # numbers of golden prompts of 4 and 9 tokens
 TIMEOUT = 3600  # seconds of a child
 

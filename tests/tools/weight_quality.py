@@ -21,11 +21,11 @@ from compile.sources.source import Source, SourceTensor
 from sf_local import from_source
 from tests.support.perplexity import perplexity, step_logprobs
 from tests.support.quantized import plain_int4
-from tests.support.tiny import SHARED
+from tests.support.tiny import DATA
 
 
 def agreement(dtype: str) -> str:
-    cases = json.loads((SHARED / "smollm2_greedy.json").read_text())["cases"]
+    cases = json.loads((DATA / "smollm2_greedy.json").read_text())["cases"]
     found = step_logprobs(from_source("demo", weight_dtype=dtype), cases)
     same = [
         logprobs.argmax(axis=-1) == case["greedy_ids"][: len(logprobs)]
@@ -36,7 +36,7 @@ def agreement(dtype: str) -> str:
 
 def cost(artifact: Path) -> str:
     """What its perplexity is above llama.cpp's in f32."""
-    data = json.loads((SHARED / "smollm2_perplexity.json").read_text())
+    data = json.loads((DATA / "smollm2_perplexity.json").read_text())
     return f"{100 * (perplexity(artifact, data['ids']) / data['ppl'] - 1):+.2f}%"
 
 
