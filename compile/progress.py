@@ -12,7 +12,8 @@ from typing import Protocol
 class Progress(Protocol):
     """Is called with what is being done, and its share that is done, if that is known."""
 
-    def __call__(self, stage: str, share: float | None) -> None: ...
+    def __call__(self, stage: str, share: float | None) -> None:
+        """stage: in words. share: from 0 to 1; None if it is not known."""
 
 
 def silent(stage: str, share: float | None) -> None:

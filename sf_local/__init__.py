@@ -1,20 +1,20 @@
 """LLMs inside your own process: an engine for IREE-compiled Llama models and an SGLang backend.
 
-Engine            loads a compiled model and generates text
-SamplingParams    how one request samples, stops and is scheduled
-Output            a finished generation
-ToolCall          a call of a tool that an answer asks for
-Handle            a generation under way: read it as a stream or wait for its Output
-Stream            the text of a generation, as it grows
-AsyncStream       a generation for asyncio
-Score             log probabilities of a text that could continue a prompt
-ShortfinLocal     the engine as a backend for programs of SGLang's frontend language
-DeviceInfo        a CPU or GPU that models can run on
-devices           lists them
-from_source       the path of a model's artifact, compiled on first use
-run_batch         answers a file of requests into another file, and continues
-SfLocalError      the base class of all errors that are raised on purpose
-errors            the module with its subclasses
+    Engine            loads a compiled model and generates text
+    SamplingParams    how one request samples, stops and is scheduled
+    Output            a finished generation
+    ToolCall          a call of a tool that an answer asks for
+    Handle            a generation under way: read it as a stream or wait for its Output
+    Stream            the text of a generation, as it grows
+    AsyncStream       a generation for asyncio
+    Score             log probabilities of a text that could continue a prompt
+    ShortfinLocal     the engine as a backend for programs of SGLang's frontend language
+    DeviceInfo        a CPU or GPU that models can run on
+    devices           lists them
+    from_source       the path of a model's artifact, compiled on first use
+    run_batch         answers a file of requests into another file, and continues
+    SfLocalError      the base class of all errors that are raised on purpose
+    errors            the module with its subclasses
 
 Each loads when it is first used. `import sf_local` itself loads nothing heavy; it attaches
 `sglang.ShortfinLocal`, now or as soon as sglang is imported.

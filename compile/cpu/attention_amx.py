@@ -34,12 +34,15 @@ class AmxAttention(Attention):
 
     @property
     def max_queries(self) -> int:
+        """Queries of one task, at most."""
         return ROWS_PER_TASK
 
     def num_tasks(self, num_groups: Scalar, num_splits: Scalar) -> Scalar:
+        """One for each group of rows and query head; nothing is split."""
         return num_groups * self.config.num_heads
 
     def task(self, number: Scalar, num_splits: Scalar) -> tuple[Scalar, Scalar, Scalar | None]:
+        """Its group of rows and query head."""
         query, group = number % self.config.num_heads, number // self.config.num_heads
         return group, query, None
 

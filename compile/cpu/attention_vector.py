@@ -21,12 +21,15 @@ class VectorAttention(Attention):
 
     @property
     def max_queries(self) -> int:
+        """Queries of one task, at most."""
         return ROWS_PER_TASK * self.groups
 
     def num_tasks(self, num_groups: Scalar, num_splits: Scalar) -> Scalar:
+        """One for each group of rows, split of the context and KV head."""
         return num_groups * num_splits * self.config.num_kv_heads
 
     def task(self, number: Scalar, num_splits: Scalar) -> tuple[Scalar, Scalar, Scalar | None]:
+        """Its group of rows, KV head, and in decode its split of the context."""
         heads = self.config.num_kv_heads
         head, group = number % heads, number // heads // num_splits
         return group, head, number // heads % num_splits if self.memory.splits else None
@@ -35,6 +38,7 @@ class VectorAttention(Attention):
         self, row: Scalar, num_rows: Scalar | int, head: Scalar, layer: Scalar,
         split: Scalar | None = None,
     ) -> None:  # fmt: skip
+        """As `Attention.attend`, for all query heads of a KV head."""
         assert isinstance(num_rows, int)
         k = self.k
         space = self.softmax.open(self.memory.workgroup, num_rows * self.groups)

@@ -1,0 +1,1 @@
+"""A model as tensor operations for AMD GPUs, of which iree-compile makes kernels."""

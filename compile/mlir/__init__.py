@@ -1,0 +1,1 @@
+"""Writes MLIR as text: values, tensor operations, and the ABI. Knows nothing of models."""

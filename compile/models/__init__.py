@@ -1,0 +1,1 @@
+"""Families of models: hyperparameters, tensors, and what configs of others mean."""

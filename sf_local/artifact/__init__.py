@@ -1,0 +1,1 @@
+"""Compiled models on disk: found, read, checked, and kept in a cache."""

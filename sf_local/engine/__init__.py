@@ -1,0 +1,1 @@
+"""Schedules requests and runs them; `Engine`, and the handles that callers wait with."""

@@ -1,1 +1,1 @@
-"""The engine as a backend of SGLang's frontend language. Only this package imports sglang."""
+"""Ways to the engine: SGLang, files of requests, a terminal, llm. Only it imports sglang."""

@@ -1,0 +1,1 @@
+"""Calls a compiled model: arguments, padding, KV pages, results."""

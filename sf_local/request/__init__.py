@@ -1,0 +1,1 @@
+"""Plain data: parameters, requests, prompts, batches and outputs. Imports only errors."""

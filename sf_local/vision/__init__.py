@@ -1,0 +1,1 @@
+"""Image files, and images as tiles of pixels in a prompt."""

@@ -36,7 +36,7 @@ def test_exports() -> None:
     assert {"Engine", "Handle", "Output", "SamplingParams", "Score", "ShortfinLocal"} <= {*names}
     assert names == sorted(names) and {*names} <= {*dir(sf_local)}
     for name in names:
-        assert getattr(sf_local, name).__doc__ and f"\n{name} " in str(sf_local.__doc__)
+        assert getattr(sf_local, name).__doc__ and f"\n    {name} " in str(sf_local.__doc__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         sf_local.nothing  # noqa: B018
 
