@@ -1,4 +1,4 @@
-"""Errors advise only what there is: an option that a text names is one of the command before it."""
+"""Errors and pages advise only what there is: an option is one of the command before it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 from compile.__main__ import main as sf_compile
 from sf_local.cli import main as sf_local
+from tests.support.pages import PAGES
 
 ROOT = Path(__file__).parents[1]
 OPTION = r"(?<![\w-])--[a-z][a-z-]*"
@@ -87,4 +88,16 @@ def test_options_that_errors_name(options: Callable[[str], set[str]]) -> None:
             if command.startswith("sf-"):
                 found += 1
                 assert word in known.setdefault(command, options(command)), f"{place}: {text}"
+    assert found > 15
+
+
+def test_options_that_pages_name(options: Callable[[str], set[str]]) -> None:
+    known: dict[str, set[str]] = {}
+    found = 0
+    for page in PAGES:
+        text = page.read_text()
+        for command, rest in re.findall(r"(sf-compile|sf-local [a-z]+)\b([^`\n]*)", text):
+            for option in re.findall(OPTION, rest):
+                found += 1
+                assert option in known.setdefault(command, options(command)), f"{page}: {option}"
     assert found > 15

@@ -1,9 +1,9 @@
 """The backend on the newest sglang. `python tests/tools/newest_sglang.py FOLDER [VERSION]`
 
 Makes a virtual environment in FOLDER with the newest sglang (or VERSION), without its dependencies,
-which are CUDA packages. Installs this checkout beside it with the README's commands, which must
-leave sglang as it is. Then runs programs of every structure on a tiny random model, built here with
-`compile`. Exits with 1 if one of them fails.
+which are CUDA packages. Installs this checkout beside it with the commands of sf_local/README.md,
+which must leave sglang as it is. Then runs programs of every structure on a tiny random model,
+built here with `compile`. Exits with 1 if one of them fails.
 
 From 0.5.11 on `import sglang` loads `sglang.srt.utils`, whose `__init__` needs torch; SGLang's
 language uses nothing of it. Where torch is missing an empty package takes its place.
@@ -62,10 +62,10 @@ def make_environment(folder: Path, version: str | None) -> Path:
 
 
 def readme_commands() -> list[list[str]]:
-    """What the README passes to `pip install` beside a newer sglang, for this checkout."""
+    """What sf_local/README.md passes to `pip install` beside a newer sglang, for this checkout."""
     found = re.findall(
         r"^pip install (--no-deps sf-local)\npip install (.*)$",
-        (CHECKOUT / "README.md").read_text(),
+        (CHECKOUT / "sf_local" / "README.md").read_text(),
         re.MULTILINE,
     )
     [commands] = [[shlex.split(line) for line in lines] for lines in found]
@@ -216,10 +216,10 @@ def regex(sgl: Any, backend: Any) -> None:
 
 
 def new_arguments(sgl: Any, backend: Any) -> None:
-    """Those of `sgl.gen` that the README has no row for are refused by name."""
+    """Those of `sgl.gen` that sf_local/README.md has no row for are refused by name."""
     from sf_local.errors import RequestError
 
-    readme = (CHECKOUT / "README.md").read_text()
+    readme = (CHECKOUT / "sf_local" / "README.md").read_text()
     for name in inspect.signature(sgl.gen).parameters:
         if re.search(rf"^\|[^|]*`{name}`[^|]*\|", readme, re.M):
             continue

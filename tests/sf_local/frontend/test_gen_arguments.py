@@ -1,4 +1,4 @@
-"""Every argument of `sgl.gen`, on a tiny model: each has an effect, and a row in the README."""
+"""Every argument of `sgl.gen`, on a tiny model: each has an effect, and a row in a README."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.tiny import TinyModel
 
 Backend = sf_local.ShortfinLocal
 EOS = 2
-README = (Path(__file__).parents[3] / "README.md").read_text()
+README = (Path(__file__).parents[3] / "sf_local" / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
