@@ -1,4 +1,4 @@
-"""Writes the API reference, as HTML from docstrings: `python docs/api_reference.py [FOLDER]`.
+"""Writes the API reference, HTML from docstrings: `python -m tests.tools.api_reference [FOLDER]`.
 
 pdoc makes it (`pip install -e ".[docs]"`), of what `from sf_local import ...` and
 `from compile import ...` give. FOLDER is build/api by default; open index.html there.
@@ -34,4 +34,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE.parent / "build" / "api")
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE.parents[2] / "build" / "api")
