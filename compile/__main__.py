@@ -14,13 +14,15 @@ from pathlib import Path
 
 from compile.build import build
 from compile.formats.layout import DTYPES, QUANTIZED
-from compile.options import BuildOptions
+from compile.options import ACTIVATIONS, BuildOptions
 from compile.progress import progress_display
 from compile.target import CPU_LEVELS, HIP_CHIPS
 from compile.toolchain import check_installed
 from sf_local.errors import SfLocalError
 
-OPTIONS = {"weight_dtype": "--weights", "kv_dtype": "--kv"}  # that are not called as the field
+OPTIONS = {  # that are not called as the field
+    "weight_dtype": "--weights", "activation_dtype": "--activations", "kv_dtype": "--kv",
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
             target=args.target,
             cpu=args.cpu,
             weight_dtype=args.weights,
+            activation_dtype=args.activations,
             kv_dtype=args.kv,
             page_size=args.page_size,
             prefill_batch_sizes=args.prefill_batch_sizes,
@@ -98,6 +101,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=[*DTYPES, *QUANTIZED],
         help="weight type (default: as the source; of floats bf16 on CPUs that have it, else f16)",
     )
+    parser.add_argument(
+        "--activations", choices=ACTIVATIONS,
+        help="what int8 and int4 weights are multiplied with (default: bf16 on CPUs with AMX, else "
+        "int16; int8 is faster, and less accurate)",
+    )  # fmt: skip
     parser.add_argument("--kv", choices=list(DTYPES), help="KV cache type (default: as --weights)")
     parser.add_argument(
         "--page-size", type=int, default=defaults.page_size, help="tokens a page (%(default)s)"

@@ -40,6 +40,7 @@ def _model_options(source: Source, options: BuildOptions, target: Target) -> Mod
     whole_pages = context - context % options.page_size
     return ModelOptions(
         weight_dtype=weight_dtype,
+        activation_dtype=_activation_dtype(weight_dtype, options, target),
         kv_dtype=options.kv_dtype or _kv_dtype(weight_dtype, target),
         page_size=options.page_size,
         prefill_batch_sizes=options.prefill_batch_sizes,
@@ -59,6 +60,25 @@ def _default_weight_dtype(source: Source, options: BuildOptions, target: Target)
         return target.weight_dtype
     bits, _ = GGUF_BLOCKS.get(stored, (8, 0))
     return f"int{bits}"
+
+
+def _activation_dtype(weight_dtype: str, options: BuildOptions, target: Target) -> str | None:
+    """What quantized weights are multiplied with; None for others."""
+    given, vectors = options.activation_dtype, target.vectors
+    if weight_dtype not in QUANTIZED or vectors is None:
+        if given is not None:
+            raise UnsupportedError(
+                f"activation_dtype={given!r} is for int8 and int4 weights on CPUs, and these are "
+                f"{weight_dtype} on {target.name}; leave it out"
+            )
+        return None
+    has_tiles = vectors.has_tiles and vectors.has_int8_dot
+    if given == "bf16" and not has_tiles:
+        raise UnsupportedError(
+            f"activation_dtype='bf16' needs a CPU with AMX, and cpu={target.cpu_level!r} has none; "
+            "use int16 or int8"
+        )
+    return given or ("bf16" if has_tiles else "int16")
 
 
 def _kv_dtype(weight_dtype: str, target: Target) -> str:

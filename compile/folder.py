@@ -184,6 +184,7 @@ def write_descriptions(folder: Path, source: Source, emitter: Emitter, target: T
         device=target.device,
         cpu_features=target.cpu_features,
         weight_dtype=model.weight_dtype,
+        activation_dtype=model.activation_dtype,
         kv_dtype=model.kv_dtype,
         vocab_size=source.config.vocab_size,
         hidden_size=source.config.hidden_size,

@@ -22,6 +22,7 @@ class ModelOptions:
     decode_batch_sizes: tuple[int, ...]
     max_seq_len: int  # tokens
     image_batch_sizes: tuple[int, ...] = ()  # tiles of images; none without a vision tower
+    activation_dtype: str | None = None  # one of ACTIVATIONS where weights are quantized
 
     @property
     def calls(self) -> list[tuple[str, int]]:
@@ -45,6 +46,7 @@ class ModelOptions:
         return [f"{name}_bs{size}" for name, size in [*self.calls, *images]]
 
 
+ACTIVATIONS = ("int8", "int16", "bf16")
 MAX_BATCH_SIZE = 256  # rows of a call
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)  # tokens
 
@@ -58,6 +60,9 @@ class BuildOptions:
     cpu: "host", "generic", "x86-64-v3" or "x86-64-v4".
     weight_dtype: "f32", "f16", "bf16", and on CPUs "int8" or "int4". By default as the source: 16
     bits for floats, int4 for Q4_0 and Q4_1, int8 for other quantized types; on GPUs 16 bits.
+    activation_dtype: what int8 and int4 weights are multiplied with: "int16", which is exact enough
+    for prefill and decode to agree to the bit; "bf16", for CPUs with AMX and there the default, by
+    which prefill is three times as fast; or "int8", the fastest without AMX, and less accurate.
     kv_dtype: a float type; by default that of the weights, or of unquantized ones.
     page_size: tokens a KV page.
     prefill_batch_sizes, decode_batch_sizes: rows of the calls that are compiled, ascending.
@@ -71,6 +76,7 @@ class BuildOptions:
     target: str = "cpu"
     cpu: str = "host"
     weight_dtype: str | None = None
+    activation_dtype: str | None = None
     kv_dtype: str | None = None
     page_size: int = 16
     prefill_batch_sizes: tuple[int, ...] = (1, 4)
@@ -93,7 +99,11 @@ class BuildOptions:
         for name in ("target", "cpu"):
             if not isinstance(value := getattr(self, name), str):
                 raise UnsupportedError(f"{name}={value!r} must be a str")
-        for name, allowed in (("weight_dtype", (*DTYPES, *QUANTIZED)), ("kv_dtype", DTYPES)):
+        for name, allowed in (
+            ("weight_dtype", (*DTYPES, *QUANTIZED)),
+            ("activation_dtype", ACTIVATIONS),
+            ("kv_dtype", DTYPES),
+        ):
             if (value := getattr(self, name)) not in (None, *allowed):
                 raise UnsupportedError(f"{name}={value!r}; use one of {', '.join(allowed)}")
         if self.page_size not in PAGE_SIZES:

@@ -8,45 +8,46 @@ from compile.cpu.kernel import KernelBuilder, Views
 from compile.cpu.operands import Operand
 from compile.cpu.vector_builder import lanes_of, vector_type
 from compile.formats.layout import ITEM_BYTES
-from compile.formats.quantize import GROUP
+from compile.formats.quantize import GROUP, ZERO
 from compile.mlir.values import Scalar
 
-PARTS = 2  # bytes of a quantized activation: high, low
-LARGEST = 127 * 128 + 63  # of its values
+LARGEST = {1: 127, 2: 127 * 128 + 63}  # of integers of so many bytes
+NUMBERS = 3  # of a group: its scale, and twice its sum
 
 
 class Activations:
     """Rows of activations [M, K]: floats for float weights, integers for quantized ones.
 
-    Integers have 15 bits and come in groups of 32 with a scale f32 and their sum i32. This is like
-    Q8_1 of llama.cpp, whose 7 bits would cost more accuracy than 4-bit weights do. An integer is
-    128 * high + low, both i8. A row holds its high parts (K bytes), its low parts (K bytes), then
-    the scales, then the sums.
+    Integers come in groups of 32 with a scale. With two parts they have 15 bits, 128 * high + low,
+    both i8; one part is like Q8_1 of llama.cpp, whose 7 bits cost more accuracy than 4-bit weights
+    do. A row holds its high parts (K bytes), its low parts (K bytes), then the scales in f32, then
+    -ZERO times the groups' sums in i32, then the scales times the sums in f32.
 
-    operand: how the floats are multiplied; None for quantized weights.
+    kind: how the floats are multiplied, or the number of an integer's parts.
     """
 
     def __init__(
-        self, k: KernelBuilder, views: Views, operand: Operand | None, lanes: int, width: int
+        self, k: KernelBuilder, views: Views, kind: Operand | int, lanes: int, width: int
     ) -> None:
         self._k, self._width = k, width
-        self.is_quantized = operand is None
-        self.step = lanes if operand else GROUP  # features that are stored together
-        self.row_bytes = self.bytes_of_row(operand, width)
-        if operand is None:
+        self.is_quantized = isinstance(kind, int)
+        self.step = GROUP if self.is_quantized else lanes  # features that are stored together
+        self.row_bytes = self.bytes_of_row(kind, width)
+        if isinstance(kind, int):
+            self.parts = kind
             self.codes = views.open("i8", "i32", "f32")
             return
-        views = views.open(operand.other, "i32")
-        self.elements = views[operand.other]
-        self.units = views["i32" if operand.unit == 2 else operand.other]
+        views = views.open(kind.other, "i32")
+        self.elements = views[kind.other]
+        self.units = views["i32" if kind.unit == 2 else kind.other]
         self.unit_bytes = 4
 
     @staticmethod
-    def bytes_of_row(operand: Operand | None, width: int) -> int:
+    def bytes_of_row(kind: Operand | int, width: int) -> int:
         """Bytes of a row of `width` activations."""
-        if operand is None:
-            return PARTS * width + width // GROUP * 8
-        return width * ITEM_BYTES[operand.other]
+        if isinstance(kind, int):
+            return kind * width + width // GROUP * NUMBERS * 4
+        return width * ITEM_BYTES[kind.other]
 
     def store(self, values: Sequence[Scalar], row: Scalar, feature: Scalar) -> None:
         """Store f32 vectors: `step` features of a row, or fewer if they are not quantized."""
@@ -65,7 +66,7 @@ class Activations:
         largest = values[0].math("absf")
         for value in values[1:]:
             largest = largest.maximum(value.math("absf"))
-        scale = k.maximum(largest) / float(LARGEST)
+        scale = k.maximum(largest) / float(LARGEST[self.parts])
         # 0 / 0 is NaN, so a group of zeros is divided by 1.
         one = k.scalar(1.0, "f32")
         is_zero = k.op(f"arith.cmpf oeq, {scale.name}, {k.scalar(0.0, 'f32').name} : f32", "i1")
@@ -75,13 +76,17 @@ class Activations:
         for i, value in enumerate(values):
             number = (value * inverse).math("roundeven").to_int(whole)
             total = total + number
-            high = k.bits("shrsi", number + 64, 7)
-            for part, code in enumerate((high, number - k.bits("shli", high, 7))):
+            codes = [number]
+            if self.parts == 2:
+                high = k.bits("shrsi", number + 64, 7)
+                codes = [high, number - k.bits("shli", high, 7)]
+            for part, code in enumerate(codes):
                 at = self.codes_at(row, group, part) + i * lanes
                 self.codes["i8"].store_vector(code.to(vector_type(lanes, "i8")), at)
         self.codes["f32"].store(scale, self._number(row, group, 0))
         sum_ = k.op(f"vector.reduction <add>, {total.name} : {whole} into i32", "i32")
-        self.codes["i32"].store(sum_, self._number(row, group, 1))
+        self.codes["i32"].store(sum_ * -ZERO, self._number(row, group, 1))
+        self.codes["f32"].store(sum_.to("f32") * scale, self._number(row, group, 2))
 
     def codes_at(self, row: Scalar, group: Scalar, part: int) -> Scalar:
         """The byte where the high (part 0) or low (part 1) parts of a group begin."""
@@ -91,11 +96,15 @@ class Activations:
         """The factor of a group's integers, f32."""
         return self.codes["f32"].load(self._number(row, group, 0))
 
-    def total(self, row: Scalar, group: Scalar) -> Scalar:
-        """The sum of a group's integers, i32."""
+    def offset(self, row: Scalar, group: Scalar) -> Scalar:
+        """What a group's integers times -ZERO are, i32."""
         return self.codes["i32"].load(self._number(row, group, 1))
 
+    def total(self, row: Scalar, group: Scalar) -> Scalar:
+        """The sum of a group's activations, f32."""
+        return self.codes["f32"].load(self._number(row, group, 2))
+
     def _number(self, row: Scalar, group: Scalar, which: int) -> Scalar:
-        """The index of a group's scale (which=0) or sum (1), in units of four bytes."""
-        start = PARTS * self._width + which * (self._width // GROUP * 4)
+        """The index of one of a group's numbers, in units of four bytes."""
+        start = self.parts * self._width + which * (self._width // GROUP * 4)
         return row * (self.row_bytes // 4) + group + start // 4

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 
 from compile.cpu.activations import Activations
 from compile.cpu.kernel import KernelBuilder, Memory, Views
-from compile.cpu.matmul import Format
 from compile.mlir.values import Scalar
 
 LINES = 16  # rows of activations in a tile, or pairs of columns
 LINE_BYTES = 64
 COLUMNS = 32  # of activations in a tile
 MAX_ROWS = 2 * LINES  # of one product
-SCRATCH = MAX_ROWS * 2 * LINES  # f32: the sums of one product
-WORKGROUP_SCRATCH = SCRATCH + 16  # and a configuration
+WORDS_OF_ROW = 2 * LINES  # f32: the sums of a row
+WORDS_OF_CONFIG = 16
+PANEL = 1024  # columns of a block that are expanded at once, so that they and 256 rows fit the L2
 FIRST_X, FIRST_WEIGHT = 4, 6  # registers; before them are the sums
 
 
@@ -42,14 +42,45 @@ class TileConfig:
 WHOLE = TileConfig()
 
 
+@dataclass(frozen=True)
+class Scratch:
+    """Memory of one workgroup: a configuration, sums of rows, and columns that are expanded."""
+
+    num_rows: int = MAX_ROWS
+    num_columns: int = 0
+
+    @property
+    def words(self) -> int:
+        """Its size, in units of four bytes."""
+        return WORDS_OF_CONFIG + (self.num_rows + self.num_columns // 2) * WORDS_OF_ROW
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns of a block as pairs of bf16: `count` from `first` on, at byte `start` of `memory`.
+
+    ahead: bytes to prefetch where few rows are multiplied.
+    """
+
+    memory: Memory
+    start: Scalar
+    count: Scalar | int
+    first: Scalar
+    ahead: int = 0
+
+
 class TileRegisters:
     """Writes what one workgroup does with its tile registers.
 
-    scratch: memory in which WORKGROUP_SCRATCH f32 from `start` on are this workgroup's own.
+    scratch: memory in which words from `start` on are this workgroup's own: a configuration, the
+    sums of `num_rows` rows, and columns that were expanded.
     """
 
-    def __init__(self, k: KernelBuilder, scratch: Views, start: Scalar) -> None:
-        self._k, self._scratch, self._start = k, scratch, start
+    def __init__(self, k: KernelBuilder, scratch: Views, workgroup: Scalar, size: Scratch) -> None:
+        self._k, self._scratch = k, scratch
+        self._config = workgroup * size.words
+        self._sums = self._config + WORDS_OF_CONFIG
+        self.expanded_at = self._sums + size.num_rows * WORDS_OF_ROW
 
     def request_permission(self) -> None:
         """Ask Linux for the right to use the registers: arch_prctl(ARCH_REQ_XCOMP_PERM, 18).
@@ -66,7 +97,7 @@ class TileRegisters:
 
     def configure(self, config: TileConfig = WHOLE) -> None:
         """Set the sizes of all registers, which also makes them zero."""
-        words, first = self._scratch["i32"], self._start + SCRATCH
+        words, first = self._scratch["i32"], self._config
         for i, word in enumerate(config.words()):
             words.store(self._k.scalar(word, "i32"), first + i)
         self._do("ldtilecfg", self._k.pointer(words, first * 4))
@@ -92,38 +123,50 @@ class TileRegisters:
         self._do("tdpbf16ps", *map(self._register, (total, x, weights)))
 
     def multiply(
-        self, format_: Format, weights: Views, block: Scalar, cols: int, x: Activations,
-        row: Scalar, num_tiles: int,
+        self, columns: Columns, x: Activations, row: Scalar, num_tiles: int,
+        to: Scalar | int = 0, *, adds: bool = False,
     ) -> None:  # fmt: skip
-        """Rows of x [M, K], from `row` on, times the block at byte `block`, into the scratch.
+        """Rows of x [M, K], from `row` on, times columns of a block, into the sums of rows `to` on.
 
-        The sums are f32 [num_tiles * 16, 2 vectors]; read them by `sums`.
+        adds: to what these sums are. Read them by `sums`.
         """
         k, line = self._k, 2 * LINE_BYTES  # of a block: a pair of columns of both vectors
-        memory, step = weights[format_.operand.unit_dtype], LINES * line
+        memory, step = columns.memory, LINES * line
+        first = k.as_index(to)
         sums = [(r, t) for r in range(num_tiles) for t in range(2)]
-        for r, t in sums:
-            self.zero(2 * r + t)
-        with k.loop(0, cols // COLUMNS) as i:
-            at = block + i * step
-            if num_tiles == 1:
+        totals = [
+            (2 * r + t, (self._sums + (first + r * LINES) * WORDS_OF_ROW + t * LINES) * 4)
+            for r, t in sums
+        ]
+        for total, at in totals:
+            if adds:
+                self.load(total, self._scratch["f32"], at, line)
+            else:
+                self.zero(total)
+        with k.loop(0, k.as_index(columns.count) // COLUMNS) as i:
+            at = columns.start + i * step
+            if num_tiles == 1 and columns.ahead:
                 for byte in range(0, step, LINE_BYTES):
-                    memory.prefetch((at + (format_.vectors.tuning.ahead + byte)) // 4)
+                    memory.prefetch((at + (columns.ahead + byte)) // 4)
             for t in range(2):
                 self.load(FIRST_WEIGHT + t, memory, at + t * LINE_BYTES, line)
             for r in range(num_tiles):
-                start = (row + r * LINES) * x.row_bytes + i * LINE_BYTES
+                start = (row + r * LINES) * x.row_bytes + (i * LINE_BYTES + columns.first * 2)
                 self.load(FIRST_X + r, x.units, start, x.row_bytes)
             for r, t in sums:
                 self.multiply_add(2 * r + t, FIRST_X + r, FIRST_WEIGHT + t)
-        for r, t in sums:
-            to = (self._start + (r * LINES * 2 + t) * LINES) * 4
-            self.store(2 * r + t, self._scratch["f32"], to, line)
+        for total, at in totals:
+            self.store(total, self._scratch["f32"], at, line)
 
     def sums(self, row: Scalar) -> list[Scalar]:
-        """Both vectors of a row of the last product."""
-        at = self._start + row * (2 * LINES)
+        """Both vectors of a row's sums."""
+        at = self._sums + row * WORDS_OF_ROW
         return [self._scratch["f32"].load_vector(at + t * LINES, LINES) for t in range(2)]
+
+    @property
+    def expanded(self) -> Memory:
+        """The scratch, as i32; columns that are expanded begin at `expanded_at`."""
+        return self._scratch["i32"]
 
     def _move(self, name: str, register: int, memory: Memory, at: Scalar, stride: int) -> None:
         width = self._k.scalar(stride, "i64")

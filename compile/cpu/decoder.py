@@ -8,7 +8,7 @@ each.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from compile.cpu.activations import Activations
 from compile.cpu.amx import COLUMNS, MAX_ROWS
@@ -79,6 +79,15 @@ class DecoderLayout:
         inner = padded(config.intermediate_size, math.lcm(vectors.lanes, group, columns))
         return cls(config, options, vectors, layers, embedding_format, hidden, inner, {})
 
+    def layers_of(self, kind: KernelKind) -> Format:
+        """How a kernel multiplies the matrices of layers. In decode there are too few rows for
+        weights that become floats to pay off."""
+        given = self.options.activation_dtype or "int16"
+        is_float = given == "bf16"
+        return replace(
+            self.layers, activation_dtype="int16" if is_float and kind.is_decode else given
+        )
+
     @property
     def heads_width(self) -> int:
         """Features of all query heads."""
@@ -129,7 +138,7 @@ class DecoderKernel(TransformerKernel):
     def __init__(self, model: DecoderLayout, kind: KernelKind) -> None:
         c = model.config
         super().__init__(
-            kind.name, model.layers, c.hidden_size, model.hidden, c.rms_eps, model.offsets,
+            kind.name, model.layers_of(kind), c.hidden_size, model.hidden, c.rms_eps, model.offsets,
             model.matrices(), PhaseTable(BEFORE_LAYERS, LAYER, AFTER_LAYERS, c.num_layers),
         )  # fmt: skip
         self.model, self.kind, self.config = model, kind, c
@@ -191,11 +200,20 @@ class DecoderKernel(TransformerKernel):
         self.residual = self.result(("rows", m.hidden))
         self.act = self.activations(max(m.hidden, m.heads_width))
         self.mlp_act = self.activations(m.inner)
-        self.mlp_floats = self.result(("rows" if m.layers.is_quantized else 1, m.inner))
+        self.mlp_floats = self.result(("rows" if self.layers.takes_integers else 1, m.inner))
+        head_act = self._head_act()
         call = CallMemory(tokens, start_pos, seq_lens, page_ids, header, table)
         self._bind_tables_and_attention(call, kv, cache)
         head = "token_embd" if c.tied_embeddings else "output"
-        self.logits = LogitsPhases(self, self.tables, logits, head, m.embedding_format)
+        self.logits = LogitsPhases(self, self.tables, logits, head, m.embedding_format, head_act)
+
+    def _head_act(self) -> Activations:
+        """What the head is multiplied with: integers of two bytes if it is quantized."""
+        format_, width = self.model.embedding_format, self.model.hidden
+        if format_.activation_bytes(width) == self.layers.activation_bytes(width):
+            return self.act
+        views = self.output(("padded_rows", format_.activation_bytes(width)), "i8")
+        return format_.activations(self.k, views, width)
 
     def _bind_tables_and_attention(self, call: CallMemory, kv: KVLayout, cache: Views) -> None:
         k, m, c, op = self.k, self.model, self.config, kv.operand
@@ -275,7 +293,7 @@ class DecoderKernel(TransformerKernel):
 
         def norm(name: str) -> None:
             with self.phase(numbers[name], rows) as row:
-                self.rms_norm(row, self.weight_at(f"blk.0.{name}.weight", layer), row)
+                self.rms_norm(row, self.weight_at(f"blk.0.{name}.weight", layer), self.act, row)
 
         norm("attn_norm")
         linear("attn_qkv", self.act, self._store_qkv)
@@ -288,7 +306,7 @@ class DecoderKernel(TransformerKernel):
         linear("attn_output", self.act, self.add_to_residual)
         norm("ffn_norm")
         linear("ffn_gate_up", self.act, self._silu)
-        if self.layers.is_quantized:
+        if self.layers.takes_integers:
             with self.phase(numbers["quantize"], rows) as row:
                 self._quantize_mlp(row)
         linear("ffn_down", self.mlp_act, self.add_to_residual)
@@ -319,7 +337,7 @@ class DecoderKernel(TransformerKernel):
         for r in range(len(sums) // 2):
             gate, up = sums[2 * r : 2 * r + 2]
             value = gate / (self.k.exp(gate * -1.0) + 1.0) * up
-            if self.layers.is_quantized:  # in groups, which are larger than a vector
+            if self.layers.takes_integers:  # in groups, which are larger than a vector
                 self.mlp_floats.store_vector(value, (row + r) * inner + feature)
             else:
                 self.mlp_act.store([value], row + r, feature)

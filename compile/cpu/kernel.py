@@ -154,7 +154,11 @@ class KernelBuilder(VectorBuilder):
 
     def at(self, index: Index) -> str:
         """The SSA name of an index."""
-        return index.name if isinstance(index, Scalar) else self.scalar(index, "index").name
+        return self.as_index(index).name
+
+    def as_index(self, index: Index) -> Scalar:
+        """An index as a value."""
+        return index if isinstance(index, Scalar) else self.scalar(index, "index")
 
     def pointer(self, memory: Memory, byte: Scalar) -> Scalar:
         """An LLVM pointer to a byte of memory."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from compile.cpu.activations import Activations
 from compile.cpu.kernel import Memory
 from compile.cpu.matmul import Format
 from compile.cpu.row_tables import NUM_OUTPUTS, RowTables
@@ -40,15 +41,16 @@ class LogitsMemory:
 class LogitsPhases:
     """Writes the phases AFTER_LAYERS of a kernel.
 
-    head: the name of the matrix [vocab, hidden]; format_: how it is stored.
+    head: the name of the matrix [vocab, hidden]; format_: how it is stored. act: activations that
+    are multiplied with it.
     """
 
     def __init__(
         self, kernel: TransformerKernel, tables: RowTables, memory: LogitsMemory, head: str,
-        format_: Format,
+        format_: Format, act: Activations,
     ) -> None:  # fmt: skip
         self.kernel, self.tables, self.memory = kernel, tables, memory
-        self.head_name, self.format = head, format_
+        self.head_name, self.format, self.act = head, format_, act
         self.k, self.lanes = kernel.k, kernel.vectors.lanes
         self.vocab = tables.config.vocab_size
         self.num_blocks = -(-self.vocab // LOGITS_BLOCK)
@@ -59,10 +61,11 @@ class LogitsPhases:
         after = kernel.phases.after(k)
         outputs = tables.number(NUM_OUTPUTS)
         with kernel.phase(after["output_norm"], outputs) as i:
-            kernel.rms_norm(tables.output_row(i), kernel.weight_at("output_norm.weight"), i)
+            weight = kernel.weight_at("output_norm.weight")
+            kernel.rms_norm(tables.output_row(i), weight, self.act, i)
         head = kernel.weight_at(f"{self.head_name}.weight")
         size = kernel.matrices[self.head_name]
-        kernel.matmul(after["head"], head, size, kernel.act, outputs, self._store, self.format)
+        kernel.matmul(after["head"], head, size, self.act, outputs, self._store, self.format)
         if all_logits:
             return
         num_tasks = -(-self.num_blocks // BLOCKS_PER_TASK)

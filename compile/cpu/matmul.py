@@ -24,21 +24,37 @@ from compile.target import VECTORS_PER_BLOCK, Vectors
 
 @dataclass(frozen=True)
 class Format:
-    """How matrices are stored and multiplied: "f32", "f16", "bf16", "int8" or "int4"."""
+    """How matrices are stored and multiplied: "f32", "f16", "bf16", "int8" or "int4".
+
+    activation_dtype: what integer weights are multiplied with: integers of one byte ("int8") or two
+    ("int16"); or, after a block has become floats, "bf16" in AMX tiles, which is several times as
+    fast for many rows.
+    """
 
     dtype: str
     vectors: Vectors
+    activation_dtype: str = "int16"
+
+    @property
+    def expands(self) -> bool:
+        """Whether integer weights become floats before they are multiplied."""
+        return self.is_quantized and self.activation_dtype == "bf16"
 
     @property
     def is_quantized(self) -> bool:
         """Whether weights are integers in groups with scales."""
         return self.dtype in QUANTIZED
 
+    @property
+    def takes_integers(self) -> bool:
+        """Whether activations are integers, too."""
+        return self.is_quantized and not self.expands
+
     @cached_property
     def operand(self) -> Operand:
         """How float weights are multiplied."""
-        assert not self.is_quantized
-        return operand(self.dtype, self.vectors, self.vectors.lanes)
+        assert not self.takes_integers
+        return operand("bf16" if self.expands else self.dtype, self.vectors, self.vectors.lanes)
 
     @cached_property
     def quantized(self) -> QuantizedBlocks:
@@ -64,7 +80,7 @@ class Format:
     @property
     def uses_amx(self) -> bool:
         """Whether matrices of whole AMX tiles are multiplied with them; see `compile.cpu.amx`."""
-        return not self.is_quantized and self.unit == 2 and self.vectors.has_tiles
+        return self.expands or (not self.is_quantized and self.unit == 2 and self.vectors.has_tiles)
 
     @property
     def blocks_at_once(self) -> int:
@@ -88,15 +104,18 @@ class Format:
 
     def activation_bytes(self, width: int) -> int:
         """Bytes of a row of `width` activations, as `activations` stores it."""
-        return Activations.bytes_of_row(self._activation_operand, width)
+        return Activations.bytes_of_row(self._activation_kind, width)
 
     def activations(self, k: KernelBuilder, views: Views, width: int) -> Activations:
         """Rows of `width` activations that matrices of this format are multiplied with."""
-        return Activations(k, views, self._activation_operand, self.vectors.lanes, width)
+        return Activations(k, views, self._activation_kind, self.vectors.lanes, width)
 
     @property
-    def _activation_operand(self) -> Operand | None:
-        return None if self.is_quantized else self.operand
+    def _activation_kind(self) -> Operand | int:
+        """How floats are multiplied, or the bytes of an integer."""
+        if not self.takes_integers:
+            return self.operand
+        return 1 if self.activation_dtype == "int8" else 2
 
     def product(
         self, k: KernelBuilder, weights: Views, blocks: Sequence[Scalar], cols: int, x: Activations,

@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from compile.cpu.activations import Activations
-from compile.cpu.amx import COLUMNS, LINES, MAX_ROWS, TileRegisters
+from compile.cpu.amx import COLUMNS, LINES, MAX_ROWS, PANEL, Columns, TileRegisters
 from compile.cpu.kernel import KernelBuilder, Memory, Views
 from compile.cpu.matmul import Format
+from compile.formats.quantize import GROUP
 from compile.mlir.builder import Builder, Dim, Tensor, tensor_type
 from compile.mlir.values import Scalar
 from compile.target import VECTORS_PER_BLOCK
@@ -134,7 +135,9 @@ class MatrixKernel:
             high = (low + height).minimum(num_rows)
             last = (first + run).minimum(k.scalar(num_blocks, "index"))
             task = Task(format_, weight, size[1], x, first, last, low, high, use)
-            if format_.uses_amx and size[1] % COLUMNS == 0:
+            if format_.expands:
+                self._expand_and_multiply(task)
+            elif format_.uses_amx and size[1] % COLUMNS == 0:
                 self._multiply_amx(task)
             else:
                 self._multiply_vectors(task)
@@ -167,13 +170,44 @@ class MatrixKernel:
             """Rows from `first` on times all blocks, which keeps stores in few pages of memory."""
             rows = (task.high - first).minimum(self.k.scalar(count, "index"))
             with self.k.loop(task.first, task.last) as block:
-                start, num_tiles = task.block_at(block), count // LINES
-                amx.multiply(task.format, self.weights, start, task.cols, task.x, first, num_tiles)
+                columns = Columns(
+                    self.weights[task.format.operand.unit_dtype], task.block_at(block), task.cols,
+                    self.k.scalar(0, "index"), self.vectors.tuning.ahead,
+                )  # fmt: skip
+                amx.multiply(columns, task.x, first, count // LINES)
                 with self.k.loop(0, rows) as row:
                     task.use(amx.sums(row), first + row, block)
 
-        height = (task.high - task.low + (LINES - 1)) // LINES * LINES
-        self._in_groups(task.low, task.low + height, MAX_ROWS, LINES, multiply)
+        self._in_groups(task.low, task.low + _whole_tiles(task), MAX_ROWS, LINES, multiply)
+
+    def _expand_and_multiply(self, task: Task) -> None:
+        """Each block becomes bf16, a panel of columns after another, for all rows of the task."""
+        assert self.amx is not None
+        k, amx = self.k, self.amx
+        num_panels = -(-task.cols // PANEL)
+        width = padded(-(-task.cols // num_panels), COLUMNS)
+
+        def add_panel(start: Scalar, first: Scalar, *, adds: bool) -> None:
+            count = (k.scalar(task.cols, "index") - first).minimum(k.scalar(width, "index"))
+            groups = first // GROUP, (first + count) // GROUP
+            task.format.quantized.expand(
+                k, self.weights, start, groups, amx.expanded, amx.expanded_at
+            )
+            columns = Columns(amx.expanded, amx.expanded_at * 4, count, first)
+            self._in_groups(
+                task.low, task.low + _whole_tiles(task), MAX_ROWS, LINES,
+                lambda row, num_rows: amx.multiply(
+                    columns, task.x, row, num_rows // LINES, row - task.low, adds=adds
+                ),
+            )  # fmt: skip
+
+        with k.loop(task.first, task.last) as block:
+            start = task.block_at(block)
+            add_panel(start, k.scalar(0, "index"), adds=False)
+            with k.loop(1, num_panels) as panel:
+                add_panel(start, panel * width, adds=True)
+            with k.loop(task.low, task.high) as row:
+                task.use(amx.sums(row - task.low), row, block)
 
     def _in_groups(
         self, low: Scalar, high: Scalar, most: int, least: int, do: Callable[[Scalar, int], None]
@@ -194,6 +228,11 @@ class MatrixKernel:
             (value, row + i // 2, block * self.vectors.block + i % 2 * lanes)
             for i, value in enumerate(sums)
         ]
+
+
+def _whole_tiles(task: Task) -> Scalar:
+    """The rows of a task, with those that fill the last AMX tile."""
+    return (task.high - task.low + (LINES - 1)) // LINES * LINES
 
 
 def padded(size: int, unit: int) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compile.cpu.activations import PARTS, Activations
+from compile.cpu.activations import Activations
 from compile.cpu.kernel import KernelBuilder, Memory, Views
 from compile.cpu.operands import REGISTER_BITS
 from compile.cpu.vector_builder import vector_type
@@ -70,7 +70,7 @@ class QuantizedBlocks:
             for r, row in enumerate(rows):
                 scale = x.scale(row, g)
                 wide = k.broadcast(scale, lanes)
-                total = k.broadcast(x.total(row, g).to("f32") * scale, lanes)
+                total = k.broadcast(x.total(row, g), lanes)
                 for t in range(VECTORS_PER_BLOCK):
                     i = r * VECTORS_PER_BLOCK + t
                     value = k.fma(dots[i], scales[t] * wide, sums[i])
@@ -81,6 +81,38 @@ class QuantizedBlocks:
 
         return k.fold(0, num_groups, sums, group)
 
+    def expand(
+        self, k: KernelBuilder, weights: Views, start: Scalar, groups: tuple[Scalar, Scalar],
+        memory: Memory, to: Scalar,
+    ) -> None:  # fmt: skip
+        """Write columns of the block at byte `start` as pairs of bf16: i32 [columns / 2, block].
+
+        groups: the first one, and the one after the last. to: where they go in `memory`, of i32.
+        """
+        lanes, (first, last) = self.vectors.lanes, groups
+        kind = vector_type(lanes, "f32")
+        with k.loop(first, last) as g:
+            at = start + g * self.group_bytes
+            numbers = (at + (self.group_bytes - self._scale_bytes)) // 2
+            half = [numbers + t * lanes for t in range(self._scale_bytes // 2 // lanes)]
+            loaded = [weights["f16"].load_vector(a, lanes).to(kind) for a in half]
+            scales = loaded[:VECTORS_PER_BLOCK]
+            minima = loaded[VECTORS_PER_BLOCK:] or [scale * float(-ZERO) for scale in scales]
+            line = to + (g - first) * (GROUP // 2 * self.vectors.block)
+            for i in range(GROUP // 4):
+                quads = self._quads(k, weights["i32"], at // 4 + i * self._unit_bytes // 4)
+                for t, (quad, scale, least) in enumerate(zip(quads, scales, minima, strict=True)):
+                    floats = [
+                        k.fma(
+                            k.bits("andi", k.bits("shrui", quad, 8 * j), 255).to(kind), scale, least
+                        )
+                        for j in range(4)
+                    ]
+                    for pair in (0, 1):
+                        both = k.pairs(floats[2 * pair], floats[2 * pair + 1])
+                        at_pair = line + (2 * i + pair) * self.vectors.block + t * lanes
+                        memory.store_vector(both, at_pair)
+
     def _dots(
         self, k: KernelBuilder, weights: Views, at: Scalar, x: Activations, rows: Sequence[Scalar],
         group: Scalar,
@@ -89,27 +121,29 @@ class QuantizedBlocks:
         lanes = self.vectors.lanes
         kind, whole = vector_type(lanes, "f32"), vector_type(lanes, "i32")
         multiply = self._dots_of_quads if self.unit == 4 else self._dots_of_bytes
-        parts = [
-            multiply(k, weights, at, x, [x.codes_at(row, group, part) for row in rows])
-            for part in range(PARTS)
-        ]
-        dots = [k.bits("shli", high, 7) + low for high, low in zip(*parts, strict=True)]
+        start = [k.scalar(0, whole)] * len(rows)
         if self.dtype == "int8":  # codes are unsigned: ZERO stands for 0
-            for r, row in enumerate(rows):
-                offset = k.broadcast(x.total(row, group) * -ZERO, lanes)
-                of_row = slice(r * VECTORS_PER_BLOCK, (r + 1) * VECTORS_PER_BLOCK)
-                dots[of_row] = [dot + offset for dot in dots[of_row]]
-        assert all(dot.dtype == whole for dot in dots)
+            start = [k.broadcast(x.offset(row, group), lanes) for row in rows]
+        *high, low = (
+            multiply(
+                k, weights, at, x, [x.codes_at(row, group, part) for row in rows],
+                start if part == x.parts - 1 else [k.scalar(0, whole)] * len(rows),
+            )
+            for part in range(x.parts)
+        )  # fmt: skip
+        dots = [k.bits("shli", a, 7) + b for a, b in zip(*high, low, strict=True)] if high else low
         return [dot.to(kind) for dot in dots]
 
     def _dots_of_quads(
-        self, k: KernelBuilder, weights: Views, at: Scalar, x: Activations, rows: Sequence[Scalar]
-    ) -> list[Scalar]:
-        """Codes times activations with the CPU's dot products of four bytes: i32 vectors."""
+        self, k: KernelBuilder, weights: Views, at: Scalar, x: Activations, rows: Sequence[Scalar],
+        sums: Sequence[Scalar],
+    ) -> list[Scalar]:  # fmt: skip
+        """Codes times activations, added to each row's `sums`, with the CPU's dot products of four
+        bytes: two i32 vectors for each row."""
         lanes = self.vectors.lanes
         whole, quads = vector_type(lanes, "i32"), vector_type(4 * lanes, "i8")
         name = f"x86.avx512.vpdpbusd.{REGISTER_BITS[lanes]}"
-        dots = [k.scalar(0, whole)] * (VECTORS_PER_BLOCK * len(rows))
+        dots = [total for total in sums for _ in range(VECTORS_PER_BLOCK)]
         for i in range(GROUP // 4):
             codes = self._quads(k, weights["i32"], at // 4 + i * self._unit_bytes // 4)
             codes = [k.bitcast(code, quads) for code in codes]
@@ -130,9 +164,10 @@ class QuantizedBlocks:
         return [k.bits("andi", both, low), k.bits("andi", k.bits("shrui", both, 4), low)]
 
     def _dots_of_bytes(
-        self, k: KernelBuilder, weights: Views, at: Scalar, x: Activations, rows: Sequence[Scalar]
-    ) -> list[Scalar]:
-        """Codes times activations in f32, whose 24 bits hold the sums exactly: i32 vectors."""
+        self, k: KernelBuilder, weights: Views, at: Scalar, x: Activations, rows: Sequence[Scalar],
+        sums: Sequence[Scalar],
+    ) -> list[Scalar]:  # fmt: skip
+        """The same with products in f32, whose 24 bits hold their sums exactly."""
         lanes = self.vectors.lanes
         kind, whole = vector_type(lanes, "f32"), vector_type(lanes, "i32")
 
@@ -151,8 +186,8 @@ class QuantizedBlocks:
             ]
 
         none = k.scalar(0.0, kind)
-        sums = k.fold(0, GROUP, [none] * (VECTORS_PER_BLOCK * len(rows)), step)
-        return [total.to_int(whole) for total in sums]
+        dots = k.fold(0, GROUP, [none] * (VECTORS_PER_BLOCK * len(rows)), step)
+        return [dot.to_int(whole) + sums[d // VECTORS_PER_BLOCK] for d, dot in enumerate(dots)]
 
     def element(
         self, k: KernelBuilder, weights: Views, start: Scalar, feature: Scalar, col: Scalar

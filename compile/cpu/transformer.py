@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from compile.cpu.activations import Activations
-from compile.cpu.amx import WORKGROUP_SCRATCH, TileRegisters
+from compile.cpu.amx import LINES, PANEL, Scratch, TileRegisters
 from compile.cpu.attention import Attention, AttentionMemory
 from compile.cpu.attention_amx import AmxAttention
 from compile.cpu.attention_vector import VectorAttention
 from compile.cpu.kernel import Memory, Views
 from compile.cpu.kv_layout import KVLayout
 from compile.cpu.matmul import Format
-from compile.cpu.matrix_kernel import WORKGROUPS, MatrixKernel, Use
+from compile.cpu.matrix_kernel import WORKGROUPS, MatrixKernel, Use, padded
 from compile.cpu.operands import Operand
 from compile.cpu.phases import Phases, PhaseTable
 from compile.cpu.vector_builder import vector_type
@@ -63,15 +63,22 @@ class TransformerKernel(MatrixKernel):
         """Scratch for AMX if it is used, and the workspace of attention, of all workgroups."""
         scratch = None
         if self.layers.uses_amx:
-            scratch = self.output((WORKGROUPS, WORKGROUP_SCRATCH)).open("f32", "i32")
+            scratch = self.output((WORKGROUPS, self._scratch.words)).open("f32", "i32")
         return scratch, Views(self.k, self.k.binding()).open("f32", operand.other, "i32")
 
     def bind_workgroup(self, scratch: Views | None) -> Scalar:
         """The number of the workgroup; sets `amx` if there is scratch for it."""
         workgroup = self.k.workgroup()
         if scratch:
-            self.amx = TileRegisters(self.k, scratch, workgroup * WORKGROUP_SCRATCH)
+            self.amx = TileRegisters(self.k, scratch, workgroup, self._scratch)
         return workgroup
+
+    @property
+    def _scratch(self) -> Scratch:
+        if not self.layers.expands:
+            return Scratch()
+        widest = max(cols for _, cols in self.matrices.values())
+        return Scratch(padded(self.vectors.tuning.row_chunk, LINES), min(PANEL, widest))
 
     def bind_attention(
         self, layout: KVLayout, memory: AttentionMemory, position: Callable[[Scalar], Scalar],
@@ -137,7 +144,7 @@ class TransformerKernel(MatrixKernel):
 
     # Of rows of the residual
 
-    def rms_norm(self, row: Scalar, weight: Scalar, to: Scalar) -> None:
+    def rms_norm(self, row: Scalar, weight: Scalar, act: Activations, to: Scalar) -> None:
         """RMS norm of a row of the residual, into row `to` of `act`; weight: its first byte."""
         k, lanes = self.k, self.vectors.lanes
         start, weight = row * self.hidden, weight // 4
@@ -150,12 +157,12 @@ class TransformerKernel(MatrixKernel):
         [squares] = k.fold(0, self.hidden, [zero], square, lanes)
         mean = k.sum(squares) / self.features + self.eps
         inverse = k.broadcast(k.scalar(1.0, "f32") / mean.math("sqrt"), lanes)
-        with k.loop(0, self.hidden, self.act.step) as i:
+        with k.loop(0, self.hidden, act.step) as i:
             values = []
-            for j in range(0, self.act.step, lanes):
+            for j in range(0, act.step, lanes):
                 x = self.residual.load_vector(start + i + j, lanes) * inverse
                 values.append(x * self.weights["f32"].load_vector(weight + i + j, lanes))
-            self.act.store(values, to, i)
+            act.store(values, to, i)
 
     def layer_norm(
         self, row: Scalar, name: str, layer: Scalar | None, use: Callable[[Scalar, Scalar], None]

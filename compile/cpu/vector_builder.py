@@ -80,6 +80,13 @@ class VectorBuilder(TextBuilder):
             return self.intrinsic("x86.avx512bf16.cvtneps2bf16.512", [x], kind)
         return x.to(kind)
 
+    def pairs(self, first: Scalar, second: Scalar) -> Scalar:
+        """Two vectors of 16 f32 as 16 pairs of bf16, each an i32 whose lower half is `first`'s."""
+        kind = vector_type(32, "bf16")
+        joined = self.intrinsic("x86.avx512bf16.cvtne2ps2bf16.512", [second, first], kind)
+        woven = self.shuffle(joined, joined, [i // 2 + i % 2 * 16 for i in range(32)])
+        return self.bitcast(woven, vector_type(16, "i32"))
+
     def sum(self, value: Scalar) -> Scalar:
         """The sum of an f32 vector's elements."""
         return self._reduction("add", value)

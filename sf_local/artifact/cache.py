@@ -269,7 +269,9 @@ def _check_compiler(source: str, options: BuildOptions) -> None:
 
 def _command(source: str, options: BuildOptions) -> str:
     """The call of sf-compile with these options."""
-    flags = {"weight_dtype": "--weights", "kv_dtype": "--kv"}
+    flags = {
+        "weight_dtype": "--weights", "activation_dtype": "--activations", "kv_dtype": "--kv",
+    }  # fmt: skip
     words = ["sf-compile", source]
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)

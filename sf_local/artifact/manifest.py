@@ -129,6 +129,7 @@ class Manifest:
     config: Mapping[str, Any]  # the content of config.json
     parameters_sha256: str
     files: Mapping[str, Mapping[str, Any]]  # name -> size, sha256
+    activation_dtype: str | None = None  # that quantized weights are multiplied with
     images: Mapping[str, Any] | None = None  # fields of ImageSettings, if the model reads images
 
     def check(self) -> None:
@@ -144,6 +145,8 @@ class Manifest:
             _instance(name, getattr(self, name), list)
             for value in getattr(self, name):
                 _instance(name, value, kind)
+        if self.activation_dtype is not None:
+            _instance("activation_dtype", self.activation_dtype, str)
         _positive_int("vocab_size", self.vocab_size)
         _positive_int("hidden_size", self.hidden_size)
         _instance("source", self.source["name"], str)

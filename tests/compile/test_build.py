@@ -257,6 +257,7 @@ def test_refused_before_work_starts(
     ("options", "message"),
     [
         ({"weight_dtype": "q4"}, "weight_dtype='q4'"),
+        ({"activation_dtype": "int4"}, "activation_dtype='int4'"),
         ({"kv_dtype": "int8"}, "kv_dtype='int8'"),
         ({"page_size": 7}, "page_size=7"),
         ({"prefill_batch_sizes": ()}, "prefill_batch_sizes"),

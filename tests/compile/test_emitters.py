@@ -13,7 +13,8 @@ import pytest
 from compile.emitters import find_emitter
 from compile.options import BuildOptions
 from compile.sources.open import open_source
-from compile.target import resolve_target
+from compile.target import Target, resolve_target
+from sf_local.errors import UnsupportedError
 from tests.support.toy_sources import hf_weights, write_folder, write_gguf, write_wide_gguf
 
 NO_BF16, AMX = "x86-64-v4", ("avx512f", "avx512_bf16", "f16c")
@@ -46,6 +47,30 @@ def test_floats_become_what_the_cpu_multiplies(tmp_path: Path, dtype: type) -> N
     for features, expected in ((AMX, "bf16"), (("f16c",), "f16"), ((), "f32")):
         target = replace(resolve_target("cpu"), cpu_features=features)
         assert find_emitter(source, BuildOptions(), target).options.weight_dtype == expected
+
+
+def test_what_quantized_weights_are_multiplied_with(tmp_path: Path) -> None:
+    source = open_source(write_wide_gguf(tmp_path / "toy.gguf", gguf.GGMLQuantizationType.Q4_0))
+    with_dots = "avx512f", "avx512_vnni"
+    with_tiles = *with_dots, "avx512_bf16", "amx_tile", "amx_bf16"
+    plain, dots, tiles = (
+        replace(resolve_target("cpu"), cpu_features=features)
+        for features in ((), with_dots, with_tiles)
+    )
+
+    def resolved(given: str | None, target: Target, weights: str | None = None) -> str | None:
+        options = BuildOptions(activation_dtype=given, weight_dtype=weights)
+        return find_emitter(source, options, target).options.activation_dtype
+
+    assert [resolved(None, cpu) for cpu in (plain, dots, tiles)] == ["int16", "int16", "bf16"]
+    assert [resolved("int8", cpu) for cpu in (plain, dots, tiles)] == ["int8"] * 3
+    assert resolved("int16", tiles) == "int16"
+    with pytest.raises(UnsupportedError, match=r"activation_dtype='bf16'.*AMX.*int16 or int8"):
+        resolved("bf16", dots)
+    for target, weights in ((plain, "f32"), (resolve_target("gfx942"), None)):
+        assert resolved(None, target, weights) is None
+        with pytest.raises(UnsupportedError, match=r"activation_dtype='int8'.*CPUs.*leave it out"):
+            resolved("int8", target, weights)
 
 
 def test_most_weights_of_the_layers_decide(tmp_path: Path) -> None:

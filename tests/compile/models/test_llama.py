@@ -15,7 +15,7 @@ from compile.gpu.emitter import LlamaEmitter
 from compile.models.spec import LlamaConfig, RopeScaling
 from compile.options import ModelOptions
 from compile.target import Vectors, resolve_target
-from sf_local.artifact.open import host_cpu_features
+from sf_local.artifact.open import host_cpu_features, open_artifact
 from sf_local.errors import UnsupportedError
 from sf_local.model.outputs import OutputSpec
 from sf_local.model.runner import ModelRunner
@@ -257,17 +257,16 @@ QUANTIZABLE = {"head_dim": 32, "num_heads": 3, "num_kv_heads": 1, "hidden_size":
 @pytest.mark.parametrize("cpu", ["host", "x86-64-v3", "generic"])
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_quantized_weights(make_tiny: Callable[..., TinyModel], dtype: str, cpu: str) -> None:
-    """As the reference with the same quantized weights; a row of any batch equal to the bit."""
+    """As the reference with the same quantized weights; a row of any batch equal to the bit, and
+    prefill equal to decode."""
     features = resolve_target("cpu", cpu).cpu_features
     if missing := set(features) - host_cpu_features():
         pytest.skip(f"this CPU lacks {missing}")
-    model = make_tiny(weight_dtype=dtype, cpu=cpu, prefill_batch_sizes=(1,), **QUANTIZABLE)
-    weights = {
-        name: quantized_like(name, weight, dtype) if weight.ndim == 2 else weight
-        for name, weight in model.weights.items()
-    }
-    tokens = tokens_of(model, 2 * PAGE + 5)
-    expected = forward(model.config, weights, tokens)
+    model = make_tiny(
+        weight_dtype=dtype, activation_dtype="int16", kv_dtype="f32", cpu=cpu,
+        prefill_batch_sizes=(1,), **QUANTIZABLE,
+    )  # fmt: skip
+    tokens, expected = quantized_reference(model, dtype, 2 * PAGE + 5)
 
     async def use(runner: ModelRunner) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rows = [Row(tokens[-1:], len(tokens) - 1, [3, 9, 4])]
@@ -281,6 +280,45 @@ def test_quantized_weights(make_tiny: Callable[..., TinyModel], dtype: str, cpu:
     assert np.abs(every - expected).max() <= 2e-3 * np.abs(expected).max()
     assert np.abs(alone - expected[-1]).max() <= 2e-3 * np.abs(expected).max()
     np.testing.assert_array_equal(together, alone)
+
+
+@pytest.mark.parametrize("activations", ["int8", "bf16"])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_quantized_weights_and_short_activations(
+    make_tiny: Callable[..., TinyModel], dtype: str, activations: str
+) -> None:
+    """Activations of 8 bits cost what 16-bit floats do. Matrices of 2,080 columns become floats in
+    three panels."""
+    vectors = resolve_target("cpu").vectors
+    if activations == "bf16" and not (vectors and vectors.has_tiles):
+        pytest.skip("this CPU has no AMX")
+    model = make_tiny(
+        weight_dtype=dtype, activation_dtype=activations, intermediate_size=2080, num_layers=1,
+        **QUANTIZABLE, **ONE_SIZE,
+    )  # fmt: skip
+    assert open_artifact(model.artifact).manifest.activation_dtype == activations
+    tokens, expected = quantized_reference(model, dtype, 3 * PAGE + 5)
+
+    async def use(runner: ModelRunner) -> tuple[np.ndarray, np.ndarray]:
+        every = (await runner.prefill_all([Row(tokens, 0, [3, 9, 4, 5])]))[0]
+        return every, (
+            await runner.decode([Row(tokens[-1:], len(tokens) - 1, [3, 9, 4, 5])])
+        ).logits[0]
+
+    with open_runner(model.artifact) as run:
+        every, last = run(use)
+    assert np.abs(every - expected).max() <= 0.03 * np.abs(expected).max()
+    assert np.abs(last - expected[-1]).max() <= 0.03 * np.abs(expected).max()
+
+
+def quantized_reference(model: TinyModel, dtype: str, count: int) -> tuple[list[int], np.ndarray]:
+    """Tokens, and the logits of the reference with the weights that the artifact holds."""
+    weights = {
+        name: quantized_like(name, weight, dtype) if weight.ndim == 2 else weight
+        for name, weight in model.weights.items()
+    }
+    tokens = tokens_of(model, count)
+    return tokens, forward(model.config, weights, tokens)
 
 
 def quantized_like(name: str, weight: np.ndarray, dtype: str) -> np.ndarray:
