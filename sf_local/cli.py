@@ -283,6 +283,7 @@ def describe(artifact: Artifact) -> list[tuple[str, str]]:
         ("source", f"{manifest.source['name']} (sha256 {manifest.source['sha256'][:16]})"),
         ("target", f"{manifest.target} {' '.join(manifest.cpu_features)}".strip()),
         ("weight type", manifest.weight_dtype),
+        ("multiplied with", manifest.activation_dtype or manifest.weight_dtype),
         ("compiler", f"iree-compile {manifest.compiler_version}"),
         *lines,
         ("vocabulary", str(manifest.vocab_size)),

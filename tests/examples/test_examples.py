@@ -65,6 +65,14 @@ def test_bench_batch(tiny: TinyModel) -> None:
     assert 0 < shuffled <= 1.1 * in_order
 
 
+def test_bench_artifacts(tiny: TinyModel) -> None:
+    sizes = ["--prompts", "8", "20", "--rows", "2", "--answer", "4", "--rounds", "1"]
+    out = run("bench_artifacts.py", str(tiny.artifact), str(tiny.artifact), *sizes)
+    names = [line.split(" | ")[0] for line in out.splitlines()[1:]]
+    assert names == ["prefill 8", "prefill 20", "decode 2"]
+    assert all(line.count(", 1.00 | ") == 1 for line in out.splitlines()[1:])
+
+
 def test_describe_image(tmp_path: Path) -> None:
     """The second question does not compute the picture again. The random model is made anew, with
     a cache of its own: the user's would hide what changed since."""
@@ -145,5 +153,5 @@ def test_there_is_no_other_example() -> None:
         "offline_batch.py", "describe_image.py", "random_smolvlm.py", "bench_peers.py",
         "bench_shape.py", "bench_images.py", "first_run_on_gpu.py", "metrics.py",
         "chat.py", "many_prompts.py", "serve_fastapi.py", "bench_batch.py",
-        "ray_batch.py",
+        "bench_artifacts.py",        "ray_batch.py",
     }  # fmt: skip
