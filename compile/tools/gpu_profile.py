@@ -25,6 +25,11 @@ class Work:
     transcendental_cycles: float = 0
 
     @property
+    def load_bytes(self) -> float:
+        """Bytes that one lane of each wave loads from memory."""
+        return sum(size * number for size, number in self.loads.items())
+
+    @property
     def cycles(self) -> float:
         """That a SIMD needs to issue it all; what can overlap does."""
         return max(self.vector_cycles, self.matrix_cycles, self.transcendental_cycles)

@@ -88,10 +88,12 @@ def _code(
     code, has = kernel.code, kernel.code.resources
     lds = has["group_segment_fixed_size"]
     waves = card.waves(has["next_free_vgpr"], lds, found.waves)
+    loaded = found.work.load_bytes * code.lanes * dispatch.workgroups
     spilled = f", spills {kernel.spilled} bytes a thread" if kernel.spilled else ""
     yield (
         f"{has['num_vgpr']} VGPRs, {has['num_agpr']} AGPRs, {has['numbered_sgpr']} SGPRs, "
-        f"{lds} bytes of LDS, {waves} waves a SIMD{spilled}; a workgroup: {_text(found.work)}"
+        f"{lds} bytes of LDS, {waves} waves a SIMD{spilled}; all lanes load {loaded / 1e6:.2f} MB; "
+        f"a workgroup: {_text(found.work)}"
     )
     if dispatch.weights:
         lanes = code.lanes * dispatch.workgroups / dispatch.weights

@@ -65,6 +65,7 @@ def test_what_a_loop_does() -> None:
     found = of_loop("gfx1100", body, threads=96)
     work = found.loops[0].work
     assert work.loads == {16: 3, 2: 1}
+    assert work.load_bytes == 50
     assert (work.vector, work.matrix, work.barriers) == (7, 2, 1)
     assert work.lds_bytes == 32 * (16 + 16)
     assert found.waves == 3
