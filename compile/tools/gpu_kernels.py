@@ -10,9 +10,9 @@ import math
 import re
 import resource
 import tempfile
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from compile.formats.layout import ITEM_BYTES
@@ -21,9 +21,10 @@ from compile.models.spec import LlamaConfig, VisionConfig
 from compile.options import BuildOptions, ModelOptions
 from compile.target import resolve_target
 from compile.toolchain import iree_compile
+from compile.tools.gpu_cards import MATRIX
+from compile.tools.gpu_code import Code, parse
 
 SIZES = ITEM_BYTES | {"i64": 8, "i32": 4}
-MATRIX = re.compile(r"\bv_((?:mfma|smfmac|wmma|swmmac|dot\d)\w*)")
 # A kernel that picks elements, by what is in its text: it reads at most so many times what it
 # writes
 PICKING = {"iree_linalg_ext.gather ": 1, "tensor.extract ": 4}
@@ -33,27 +34,71 @@ _ITEM = re.compile(r"tensor<[^>]*>(?:\{[^}]*\})?|%[\w#]+(?:\{[^}]*\})?|\w+")  # 
 _DISPATCH = re.compile(
     r"= flow\.dispatch @[\w$]+::@([\w$]+)(?:\[(.*?)\])?\((.*?)\) : \((.*?)\) -> (.*)"
 )
+_SUBMITTED = re.compile(
+    r"stream\.cmd\.dispatch @[\w$]+::@([\w$]+)(?:\[.*?\])?(?:\((.*?) : .*?\))? \{\n(.*?)\n\s*\}",
+    re.S,
+)
 _OPERATION = re.compile(
     r"(%\w+) = (?:arith\.constant (-?\d+) :|(hal\.buffer_view\.dim)<"
-    r"|arith\.(\w+) (%\w+), (%\w+)|util\.(?:assume\.int|optimization_barrier) (%\w+)\b)"
+    r"|(?:arith|util)\.(\w+) (%\w+), (%\w+)"
+    r"|(?:util\.(?:assume\.int|optimization_barrier)|arith\.(?:index_castui|trunci|extui))"
+    r" (%\w+)\b)"
 )
-_ARITHMETIC = {
+_ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     "addi": int.__add__, "subi": int.__sub__, "muli": int.__mul__, "divui": int.__floordiv__,
     "divsi": int.__floordiv__, "remui": int.__mod__, "remsi": int.__mod__,
+    "shrui": int.__rshift__, "shli": int.__lshift__, "ori": int.__or__,
+    "align": lambda a, b: -(-a // b) * b,
 }  # fmt: skip
 
 Values = dict[str, int]
+
+
+@dataclass
+class Arguments:
+    """What a kernel is called with, as far as it is known: numbers behind addresses of tensors."""
+
+    end: int  # bytes
+    values: dict[int, int] = field(default_factory=dict)  # byte offset -> 32 bits
+
+    def append(self, value: int | None) -> None:
+        """Another 32 bits."""
+        if value is not None:
+            self.values[self.end] = value & 0xFFFFFFFF
+        self.end += 4
+
+    def with_grid(self, counts: Sequence[int], size: Sequence[int]) -> dict[int, int]:
+        """All of them, with those that the compiler adds: workgroups (32 bits each of x, y, z) and
+        their threads (16 bits each)."""
+        start = -(-self.end // 8) * 8
+        numbers = [*counts, size[0] | size[1] << 16, size[2]]
+        return self.values | {start + 4 * k: number for k, number in enumerate(numbers)}
 
 
 @dataclass(frozen=True)
 class Kernel:
     """A kernel, as it is compiled."""
 
-    threads: int  # of a workgroup
-    workgroups: str  # a Python expression of their number, over the workload `w`
-    instructions: Counter[str]  # matrix and dot instructions
-    spilled: int  # bytes a thread that do not fit its registers
+    size: tuple[int, int, int]  # threads of a workgroup
+    workgroups: str  # a Python expression of their numbers (x, y, z), over the workload `w`
     picking: int | None  # of PICKING, or None if it reads its operands whole
+    code: Code
+
+    @property
+    def threads(self) -> int:
+        """Of a workgroup."""
+        return math.prod(self.size)
+
+    @property
+    def instructions(self) -> Counter[str]:
+        """Matrix instructions in its code."""
+        names = (instruction.name for instruction in self.code.instructions)
+        return Counter(name.removeprefix("v_") for name in names if name.startswith(MATRIX))
+
+    @property
+    def spilled(self) -> int:
+        """Bytes a thread that do not fit its registers."""
+        return self.code.resources["private_segment_fixed_size"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +109,8 @@ class Dispatch:
     workgroups: int
     num_bytes: int
     operations: int
+    weights: int = 0  # numbers in the matrix that a product reads
+    arguments: dict[int, int] = field(default_factory=dict, compare=False)  # offset -> 32 bits
 
 
 @dataclass(frozen=True)
@@ -78,6 +125,7 @@ class Report:
     weight_bytes: int
     kernels: dict[str, Kernel]
     flow: str  # IREE's text of all functions
+    stream: str  # the same later, where kernels have got their arguments
 
     def dispatches(self, function: str, rows: int, length: int, context: int) -> list[Dispatch]:
         """What a function dispatches for `rows` rows of `length` tokens that see `context` each."""
@@ -94,13 +142,17 @@ class Report:
 
     def _dispatches(self, function: str, sizes: Sequence[int], attention: int) -> list[Dispatch]:
         """sizes: of the function's arguments. attention: the operations of attention."""
-        body = _between(self.flow, f"util.func public @{function}$async(", "util.return")
+        start = f"util.func public @{function}$async("
+        body = _between(self.flow, start, "util.return")
         values = _values(body, sizes)
-        found = [self._dispatch(match, values) for match in _DISPATCH.finditer(body)]
+        given = _constants(_between(self.stream, start, "util.return"), sizes)
+        found = [self._dispatch(match, values, given) for match in _DISPATCH.finditer(body)]
         return [replace(d, operations=attention) if "_attention_" in d.name else d for d in found]
 
-    def _dispatch(self, match: re.Match[str], values: Values) -> Dispatch:
-        """Without the operations of attention."""
+    def _dispatch(
+        self, match: re.Match[str], values: Values, given: dict[str, list[Arguments]]
+    ) -> Dispatch:
+        """Without the operations of attention. given: the arguments of each kernel's calls."""
         name, workload, arguments, types, results = match.groups()
         kernel = self.kernels[name]
         operands = dict(zip(arguments.split(", "), _ITEM.findall(types), strict=True))
@@ -112,13 +164,17 @@ class Report:
             written += sum(read)
         if kernel.picking:
             read = [min(size, kernel.picking * written) for size in read]
-        operations = 0
+        operations = weights = 0
         if "_matmul_like_" in name or "_matvec_like_" in name:
             tensors = [t for t in operands.values() if t.startswith("tensor")]
             left, right = (_shape(t, values) for t in tensors[:2])
-            operations = 2 * math.prod(left) * right[0]
+            operations, weights = 2 * math.prod(left) * right[0], math.prod(right)
         sizes = [values[size] for size in workload.split(", ")] if workload else []
-        return Dispatch(name, _count(kernel.workgroups, sizes), sum(read) + written, operations)
+        counts = _counts(kernel.workgroups, sizes)
+        return Dispatch(
+            name, math.prod(counts), sum(read) + written, operations, weights,
+            given[name].pop(0).with_grid(counts, kernel.size),
+        )  # fmt: skip
 
 
 def compile_shape(
@@ -148,6 +204,7 @@ def compile_shape(
             config, vision, options, seconds, (folder / "model.vmfb").stat().st_size,
             sum(parameter.num_bytes for parameter in emitter.parameters.values()),
             _kernels(flow, _text(folder, "*.executable-targets.mlir"), assembly), flow,
+            _text(folder, "*.stream.mlir"),
         )  # fmt: skip
 
 
@@ -174,23 +231,22 @@ def _kernels(flow: str, targets: str, assembly: str) -> dict[str, Kernel]:
         r" (.*?) : .*?workgroup_size = \[(.*?)\]",
         targets, re.S,
     )  # fmt: skip
+    codes = parse(assembly)
     kernels = {}
     for name, arguments, body, results, threads in exports:
-        code = _between(assembly, f"\n{name}:", "\n.Lfunc_end")
         source = _between(flow, f"func.func @{name}(", "\n      }\n")
-        [spilled] = re.findall(rf"\.set {re.escape(name)}\.private_seg_size, (\d+)", assembly)
+        x, y, z = map(int, re.findall(r"\d+", threads.replace(": index", "")))
         kernels[name] = Kernel(
-            math.prod(map(int, re.findall(r"\d+", threads.replace(": index", "")))),
+            (x, y, z),
             _workgroups(arguments, body, results, maps),
-            Counter(MATRIX.findall(code)),
-            int(spilled),
             next((most for text, most in PICKING.items() if text in source), None),
+            codes[name],
         )
     return kernels
 
 
 def _workgroups(arguments: str, body: str, results: str, maps: dict[str, str]) -> str:
-    """A Python expression over `w`, the workload: the product of the three counts."""
+    """A Python expression of the three counts, over `w`, the workload."""
     names = {a: f"w[{i}]" for i, a in enumerate(re.findall(r"(%\w+): index", arguments))}
     for name, value in re.findall(r"(%\w+) = arith\.constant (\d+)", body):
         names[name] = value
@@ -204,11 +260,24 @@ def _workgroups(arguments: str, body: str, results: str, maps: dict[str, str]) -
         values = [names[operand] for operand in operands.split(", ")]
         text = re.sub(r"\bs(\d+)\b", lambda match, v=values: v[int(match[1])], text)  # type: ignore[misc]
         names[name] = f"min({text})" if operation == "min" else f"({text})"
-    return " * ".join(names[result] for result in results.split(", "))
+    return ", ".join(names[result] for result in results.split(", "))
 
 
-def _count(workgroups: str, workload: Sequence[int]) -> int:
-    return int(eval(workgroups, {"__builtins__": {}, "min": min, "w": workload}))
+def _counts(workgroups: str, workload: Sequence[int]) -> tuple[int, int, int]:
+    x, y, z = eval(workgroups, {"__builtins__": {}, "min": min, "w": workload})
+    return x, y, z
+
+
+def _constants(body: str, sizes: Sequence[int]) -> dict[str, list[Arguments]]:
+    """The arguments of each call of a function's kernels, as far as they are numbers."""
+    values = _values(body, sizes)
+    found: dict[str, list[Arguments]] = defaultdict(list)
+    for name, numbers, tensors in _SUBMITTED.findall(body):
+        given = Arguments(8 * len(re.findall(r"^\s*(?:ro|wo|rw) ", tensors, re.M)))
+        for number in numbers.split(", ") if numbers else []:
+            given.append(values.get(number))
+        found[name].append(given)
+    return found
 
 
 def _values(body: str, sizes: Sequence[int]) -> Values:

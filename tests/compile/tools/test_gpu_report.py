@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 
 import pytest
 
 from compile.models.spec import LlamaConfig, VisionConfig
 from compile.options import BuildOptions
+from compile.tools.gpu_cards import CARDS, LAUNCH_SECONDS, Card
 from compile.tools.gpu_kernels import Dispatch, Report, compile_shape
-from compile.tools.gpu_report import MI300X, SHAPES, TOWERS, table
+from compile.tools.gpu_profile import Profile, profile
+from compile.tools.gpu_report import SHAPES, TOWERS, table
 
 CONFIG = LlamaConfig(4096, 1024, 2048, 2, 8, 2, 64, 1e-5, 1e4, 1024, True)
 MATRICES = 2 * 2 * (1024 * (512 + 2 * 128) + 512 * 1024 + 3 * 1024 * 2048) + 2 * 4096 * 1024
@@ -50,6 +53,11 @@ def multiplying(report: Report, dispatches: list[Dispatch]) -> list[Dispatch]:
     """Products and attention, which have matrix instructions."""
     found = [*products(dispatches), *(d for d in dispatches if "_attention_" in d.name)]
     return [d for d in found if report.kernels[d.name].instructions]
+
+
+def profiled(report: Report, dispatch: Dispatch, card: Card) -> Profile:
+    kernel = report.kernels[dispatch.name]
+    return profile(kernel.code, dispatch.arguments, kernel.size, card.architecture)
 
 
 def check_parallel(report: Report, dispatches: list[Dispatch]) -> None:
@@ -108,9 +116,41 @@ def test_a_prefill_with_embeddings(seeing: Report) -> None:
     check_parallel(seeing, step)
 
 
-def test_table(report: Report) -> None:
+STEPS = [
+    ("decode_next_bs1", 1, 1, 128), ("decode_next_bs8", 8, 1, 300),
+    ("prefill_next_bs1", 1, 256, 256),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "rows", "length", "context"), STEPS)
+def test_every_loop_is_counted(
+    report: Report, chip_card: Card, function: str, rows: int, length: int, context: int
+) -> None:
+    """It is known how often loops are gone through, and then products load all their weights, and
+    execute as many matrix instructions as they have operations, or more for padding."""
+    for dispatch in report.dispatches(function, rows, length, context):
+        found = profiled(report, dispatch, chip_card)
+        assert not found.has_unknown, dispatch.name
+        lanes = report.kernels[dispatch.name].code.lanes * dispatch.workgroups
+        assert found.work.load_bytes * lanes >= 2 * dispatch.weights, dispatch.name
+        if found.work.matrix and "_attention_" not in dispatch.name:
+            executed = found.work.matrix * dispatch.workgroups * 2 * 16**3
+            assert executed >= dispatch.operations, dispatch.name
+
+
+@pytest.fixture
+def chip_card(report: Report) -> Card:
+    """The card with the report's chip."""
+    lanes = {kernel.code.lanes for kernel in report.kernels.values()}
+    return CARDS["gfx942" if lanes == {64} else "gfx1100"]
+
+
+def test_table(report: Report, chip_card: Card) -> None:
     step = report.dispatches("decode_next_bs1", 1, 1, 128)
-    lines = table(step, report.kernels, MI300X)
-    total = sum(MI300X.seconds(d.num_bytes, d.operations) for d in step) * 1e6
-    assert lines[-1] == f"{len(step):4} dispatches: at least {total:.0f} us"
-    assert any("matvec_like_4096x1024" in line for line in lines)
+    text = "\n".join(table(step, report.kernels, chip_card))
+    memory = 1e6 * sum(d.num_bytes for d in step) / chip_card.bandwidth
+    sums = rf"{len(step)} dispatches: at least (\d+) us \(by memory alone (\d+), .*; (\d+) us with"
+    least, alone, launched = map(int, re.findall(sums, text)[0])
+    assert alone == round(memory) <= least
+    assert launched - least == pytest.approx(1e6 * LAUNCH_SECONDS * len(step), abs=1)
+    assert re.search(r"matvec_like_4096x1024.*: memory\n.* VGPRs, 0 AGPRs.*\n.*a weight: \d", text)
