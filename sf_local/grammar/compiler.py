@@ -104,6 +104,10 @@ class GrammarCompiler:
         schemas. Unknown keywords are ignored, as JSON Schema asks. A `pattern` allows what it
         matches in JavaScript, Python and Rust alike, so `\w` is ASCII there and `\W` excludes every
         letter, and its classes and dots exclude control characters but \b, \t, \n, \f and \r.
+        Keys of patternProperties are such as well, and have no control characters or line ends;
+        values are valid under all patterns that match their key in any of the three languages.
+        Where objects may have keys that are not named, strings have no \uXXXX, so no control
+        characters but those five.
 
         Raises:
             GrammarError: not a schema, a keyword or format that is not supported, or a schema that
