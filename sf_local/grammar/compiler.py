@@ -59,8 +59,9 @@ class GrammarCompiler:
     """Compiles and caches the grammars of one tokenizer; usable from any thread.
 
     Each method returns the state of one new generation. The first call builds llguidance's view of
-    the vocabulary, which takes 0.2 s for 49,152 tokens. All threads wait for most of it, as
-    llguidance makes its trie and what speeds up its masks in one native call that holds the GIL.
+    the vocabulary, which takes 0.2 s for 49,152 tokens. All threads wait for most of it, in two
+    parts: llguidance makes its trie, and then what speeds up its masks, in native calls that hold
+    the GIL.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[int]) -> None:

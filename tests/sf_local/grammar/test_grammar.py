@@ -15,8 +15,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from unittest.mock import Mock
 
 import jsonschema
+import llguidance
 import numpy as np
 import pydantic
 import pytest
@@ -938,6 +940,17 @@ def test_equal_texts_are_compiled_once(
     compiler.json_schema("true")
     compiler.json_schema(True)
     assert len(compiled) == 2
+
+
+def test_other_threads_have_a_turn_while_the_vocabulary_is_built(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every native call holds the GIL to its end, so what makes masks fast is prepared in another
+    one than the tokens."""
+    native = Mock(wraps=llguidance.LLTokenizer)
+    monkeypatch.setattr(llguidance, "LLTokenizer", native)
+    new_compiler(tokenizer).build()
+    assert native.call_args.kwargs["slices"] == [] and native.general_slices.called
 
 
 def test_cache_is_bounded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
