@@ -296,9 +296,16 @@ class InputProcessor:
             whose = f" ({of_images} of images)" if of_images else ""
             raise PromptTooLongError(
                 f"prompt: {len(prompt.ids)} tokens{whose} leave no room for an answer in a context "
-                f"of {self.max_tokens}; shorten it, or raise kv_pages or the model's max_seq_len"
+                f"of {self.max_tokens}; shorten it, or {self._longer_context()}"
             )
         return prompt
+
+    def _longer_context(self) -> str:
+        """How the context gets longer: what limits it is the KV cache, or the compiled model."""
+        if self.max_tokens < self.artifact.max_tokens:
+            most = self.artifact.max_tokens
+            return f"raise kv_memory or kv_pages, up to the model's {most} tokens"
+        return "compile a model for more, where it knows more: sf-compile SOURCE --max-seq-len N"
 
 
 def _grammar(params: ResolvedParams, grammars: GrammarCompiler) -> Grammar:

@@ -59,8 +59,9 @@ class GrammarCompiler:
     """Compiles and caches the grammars of one tokenizer; usable from any thread.
 
     Each method returns the state of one new generation. The first call builds llguidance's view of
-    the vocabulary, which takes 0.2 s for 49,152 tokens. All threads wait for most of it, as
-    llguidance makes its trie and what speeds up its masks in one native call that holds the GIL.
+    the vocabulary, which takes 0.2 s for 49,152 tokens. All threads wait for most of it, in two
+    parts: llguidance makes its trie, and then what speeds up its masks, in native calls that hold
+    the GIL.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: frozenset[int]) -> None:
@@ -104,6 +105,10 @@ class GrammarCompiler:
         schemas. Unknown keywords are ignored, as JSON Schema asks. A `pattern` allows what it
         matches in JavaScript, Python and Rust alike, so `\w` is ASCII there and `\W` excludes every
         letter, and its classes and dots exclude control characters but \b, \t, \n, \f and \r.
+        Keys of patternProperties are such as well, and have no control characters or line ends;
+        values are valid under all patterns that match their key in any of the three languages.
+        Where objects may have keys that are not named, strings have no \uXXXX, so no control
+        characters but those five.
 
         Raises:
             GrammarError: not a schema, a keyword or format that is not supported, or a schema that

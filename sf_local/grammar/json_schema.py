@@ -5,16 +5,22 @@ Keywords that llguidance ignores, gets wrong or crashes on are refused, with the
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
 from sf_local.errors import GrammarError
 from sf_local.grammar.formats import FORMAT_PATTERNS
 from sf_local.grammar.limits import MAX_PATTERNS, Refused, as_json, shown
-from sf_local.grammar.pattern_properties import named_keys, write_out_patterns
+from sf_local.grammar.pattern_properties import (
+    ONE_SPELLING,
+    has_other_keys,
+    named_keys,
+    rewrite_pattern_properties,
+)
 from sf_local.grammar.regex import RegexWriter
 from sf_local.grammar.schema_parts import (
     is_tagged,
@@ -117,8 +123,9 @@ def checked_schema(schema: Any) -> dict[str, Any]:
     schema = unwrapped(schema)
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
-    _SchemaCheck(schema).run()
-    return {**schema, "x-guidance": JSON_STYLE}
+    checked = _SchemaCheck(schema).run()
+    spelling = ONE_SPELLING if any(map(has_other_keys, checked)) else {}
+    return {**schema, "x-guidance": JSON_STYLE | spelling}
 
 
 def _rewrite_format(schema: dict[str, Any]) -> None:
@@ -148,11 +155,11 @@ class _SchemaCheck:
         self._regexes = RegexWriter()
         self._pending: list[tuple[Any, str]] = [(root, "#")]
         self._seen = {id(root)}
-        self._checked: set[int] = set()
+        self._checked: dict[int, dict[str, Any]] = {}
         self._num_patterns: dict[int, int] = {}  # what _most_patterns found, by id of schema
 
-    def run(self) -> None:
-        """Check the root and all that it refers to.
+    def run(self) -> Iterable[dict[str, Any]]:
+        """Check the root and all that it refers to; returns the schemas in it.
 
         Raises:
             Refused: something in it is not supported.
@@ -171,6 +178,7 @@ class _SchemaCheck:
                 "Join them."
             )
         self._close_objects()
+        return self._checked.values()
 
     def _close_objects(self) -> None:
         """Forbid properties that a schema does not list, unless it is combined with others.
@@ -209,7 +217,7 @@ class _SchemaCheck:
             if not isinstance(schema, dict):
                 raise Refused(f"has {shown(repr(schema))} at {path}; a schema is an object.")
             if id(schema) not in self._checked:  # a $ref may lead into a tree that was checked
-                self._checked.add(id(schema))
+                self._checked[id(schema)] = schema
                 self._check_schema(schema, path)
             todo += [(child, f"{path}/{at}", level + 1) for _, at, child in subschemas(schema)]
         return depth
@@ -264,22 +272,20 @@ class _SchemaCheck:
 
     def _rewrite_patterns(self, schema: dict[str, Any], path: str) -> None:
         if isinstance(schema.get("pattern"), str):
-            schema["pattern"] = self._rewritten(schema["pattern"], f"{path}/pattern")
-        properties = schema.get("patternProperties")
-        if isinstance(properties, dict):
-            self._num_pattern_properties += len(properties)
+            write = functools.partial(self._regexes.write, is_search=True)
+            schema["pattern"] = self._rewritten(f"{path}/pattern", write, schema["pattern"])
+        patterns = schema.get("patternProperties")
+        if isinstance(patterns, dict) and isinstance(schema.get("properties", {}), dict):
+            self._num_pattern_properties += len(patterns)
             if self._num_pattern_properties > MAX_PATTERN_PROPERTIES:
                 raise Refused(f"has more than {MAX_PATTERN_PROPERTIES} patternProperties.")
             path += "/patternProperties"
-            patterns = {
-                pattern: (self._rewritten(pattern, path), child)
-                for pattern, child in properties.items()
-            }
-            write_out_patterns(schema, patterns, named_keys(self._root))
+            write_key = functools.partial(self._rewritten, path, self._regexes.write_key)
+            rewrite_pattern_properties(schema, path, write_key, named_keys(self._root))
 
-    def _rewritten(self, pattern: str, path: str) -> str:
+    def _rewritten(self, path: str, write: Callable[..., str], pattern: str, *how: bool) -> str:
         try:
-            return self._regexes.write(pattern, is_search=True)
+            return write(pattern, *how)
         except Refused as error:
             raise Refused(f"has {shown(pattern)} at {path}, which {error}") from None
 

@@ -28,11 +28,17 @@ _LARGEST_SETS = {
     "WORD": r"\p{L}\p{M}\p{N}\p{Pc}\p{Alphabetic}\p{Join_Control}",
     "SPACE": _PYTHON_SPACE + r"\uFEFF",
 }
+# llguidance compares the patterns of keys, and gives up where they are as large as \w.
+_LARGER_SETS = {**_LARGEST_SETS, "WORD": r"0-9A-Za-z_\x{80}-\x{10FFFF}"}
 _LINE_ENDS = r"\x0A\x0D\u2028\u2029"  # which JavaScript's dot does not match
 # Characters that JSON writes as \u00XX. llguidance allows \" and \\ wherever a class has all
 # control characters, so no class of a schema's pattern has these.
 _CONTROLS = r"\x00-\x07\x0B\x0E-\x1F"
 _CONTROL_CODES = frozenset(range(0x20)) - set(b"\b\t\n\f\r")
+# Characters that JSON can write in several ways, or that decide where `.` and `$` match. Keys that
+# patterns match have none of them.
+NOT_IN_KEYS = r"\x00-\x1F\x7F\u2028\u2029"
+_INSIDE, _AT_EDGE, _ANCHORED = range(3)  # places in a regex; anchored is an edge with ^ or $
 _NOT_REGULAR = {
     "ASSERT": "look-ahead or look-behind",
     "ASSERT_NOT": "negative look-ahead or look-behind",
@@ -62,7 +68,7 @@ class RegexWriter:
 
     def __init__(self) -> None:
         self._num_optional = self._num_sets = 0
-        self._is_search = self._is_ascii = False
+        self._is_search = self._is_key = self._is_largest = self._is_ascii = False
 
     def write(self, text: str, is_search: bool = False) -> str:
         """A regex for the texts that `text` matches as a whole, or anywhere with `is_search`.
@@ -70,6 +76,23 @@ class RegexWriter:
         Raises:
             Refused: `text` is not a regex, not regular, or too large.
         """
+        self._is_search, self._is_key, self._is_largest = is_search, False, False
+        return self._written(text)
+
+    def write_key(self, text: str, is_largest: bool) -> str:
+        """A regex for the keys of JSON objects that `text` matches anywhere, without those that
+        have characters of NOT_IN_KEYS.
+
+        Args:
+            is_largest: take keys that it matches in JavaScript, Python or Rust, not in all of them.
+
+        Raises:
+            Refused: as in `write`.
+        """
+        self._is_search, self._is_key, self._is_largest = True, True, is_largest
+        return f"^(?:{self._written(text)})$"
+
+    def _written(self, text: str) -> str:
         try:
             tree = _parser.parse(text)
         except re.error as error:
@@ -77,28 +100,38 @@ class RegexWriter:
         except OverflowError as error:
             raise Refused(f"is not a regex: {error}. Lower its counts.") from None
         flags = tree.state.flags
-        self._is_search, self._is_ascii = is_search, bool(flags & re.ASCII)
+        self._is_ascii = bool(flags & re.ASCII)
         if self._is_ascii and flags & re.IGNORECASE:
             raise Refused("combines the flags a and i, which is not supported. Remove one.")
-        pattern = self._sequence(tree, bool(flags & re.DOTALL), True, True)
+        pattern = self._sequence(tree, bool(flags & re.DOTALL), _AT_EDGE, _AT_EDGE)
         return f"(?i:{pattern})" if flags & re.IGNORECASE else pattern
 
-    def _sequence(self, tree: Any, dotall: bool, first: bool, last: bool) -> str:
-        """`first`, `last`: whether `tree` is at the beginning and at the end of the regex."""
+    def _sequence(self, tree: Any, dotall: bool, first: int, last: int) -> str:
+        """`first`, `last`: where the beginning and the end of `tree` are in the regex."""
+        anchors = {str(value)[:6] for op, value in tree if str(op) == "AT"}
+        first = _ANCHORED if first and "AT_BEG" in anchors else first
+        last = _ANCHORED if last and "AT_END" in anchors else last
         solid = [i for i, (op, _) in enumerate(tree) if str(op) != "AT"]
         start, end = (solid[0], solid[-1]) if solid else (len(tree), -1)
         # A sequence of n parts that may be empty takes time and space with the square of n.
         self._num_optional += sum(tree[i : i + 1].getwidth()[0] == 0 for i in solid)
         if self._num_optional > MAX_OPTIONAL:
             raise Refused(f"has more than {MAX_OPTIONAL:,} optional parts. Simplify it.")
-        return "".join(
-            self._item(str(op), value, dotall, first and i <= start, last and i >= end)
+        parts = [
+            self._item(str(op), value, dotall, first * (i <= start), last * (i >= end))
             for i, (op, value) in enumerate(tree)
-        )
+        ]
+        if self._is_key:  # what it may be found between; groups have that themselves
+            if first == _AT_EDGE and not _is_group(tree[start : start + 1]):
+                parts.insert(0, f"[^{NOT_IN_KEYS}]*")
+            if last == _AT_EDGE and not _is_group(tree[end : end + 1]):
+                parts.append(f"[^{NOT_IN_KEYS}]*")
+        return "".join(parts)
 
-    def _item(self, op: str, value: Any, dotall: bool, first: bool, last: bool) -> str:
+    def _item(self, op: str, value: Any, dotall: bool, first: int, last: int) -> str:
         if op == "LITERAL":
-            return _escaped(value)
+            is_class = self._is_key and re.match(f"[{NOT_IN_KEYS}]", chr(value))
+            return self._class([(op, value)]) if is_class else _escaped(value)
         if op == "NOT_LITERAL":
             return self._class([("NEGATE", None), ("LITERAL", value)])
         if op == "ANY":
@@ -116,7 +149,7 @@ class RegexWriter:
             return self._repeat(value, dotall)
         raise Refused(f"contains {_NOT_REGULAR.get(op, op)}, which is not supported. Rewrite it.")
 
-    def _anchor(self, name: str, first: bool, last: bool) -> str:
+    def _anchor(self, name: str, first: int, last: int) -> str:
         if name in ("AT_BEGINNING", "AT_BEGINNING_STRING"):
             is_edge, written = first, "^"
         elif name in ("AT_END", "AT_END_STRING"):
@@ -125,9 +158,9 @@ class RegexWriter:
             raise Refused("contains a word boundary (\\b, \\B), which is not supported. Remove it.")
         if not is_edge:
             raise Refused(f"has {written} in the middle, which is not supported. Remove it.")
-        return written if self._is_search else ""
+        return written if self._is_search and not self._is_key else ""
 
-    def _group(self, value: Any, dotall: bool, first: bool, last: bool) -> str:
+    def _group(self, value: Any, dotall: bool, first: int, last: int) -> str:
         _, add, remove, tree = value
         if (add | remove) & (re.ASCII | re.UNICODE):
             raise Refused("changes the flags a or u for a part, which is not supported.")
@@ -141,11 +174,13 @@ class RegexWriter:
         low, high, tree = value
         if low * tree.getwidth()[0] > MAX_FORCED:
             raise Refused(f"demands more than {MAX_FORCED:,} characters. Lower its counts.")
-        inner = self._sequence(tree, dotall, False, False)
+        inner = self._sequence(tree, dotall, _INSIDE, _INSIDE)
         most = "" if high == _parser.MAXREPEAT else int(high)
         return f"(?:{inner}){{{int(low)},{most}}}"
 
     def _dot(self, dotall: bool) -> str:
+        if self._is_key:
+            return f"[^{NOT_IN_KEYS}]"
         if self._is_search:
             return f"[^{_CONTROLS}{'' if dotall else _LINE_ENDS}]"
         return "(?s:.)" if dotall else r"[^\x0A]"
@@ -156,7 +191,7 @@ class RegexWriter:
         sets = [self._set(value, is_negated) for op, value in items if op == "CATEGORY"]
         chars = [_characters(op, value) for op, value in items if op != "CATEGORY"]
         if self._is_search:
-            return _without_controls("".join(sets + chars), items, is_negated)
+            return self._without_controls("".join(sets + chars), items, is_negated)
         written = f"[{'^' * is_negated}{''.join(sets + chars)}]"
         # Python's sets do not change with the case, but llguidance would add to them: U+0345 to \w,
         # since its upper case is that of a letter.
@@ -175,21 +210,26 @@ class RegexWriter:
         elif not self._is_search:
             sets = _PYTHON_SETS
         else:
-            sets = _ASCII_SETS if is_opposite == is_negated else _LARGEST_SETS
+            largest = _LARGER_SETS if self._is_largest else _LARGEST_SETS
+            sets = largest if self._is_largest == (is_opposite == is_negated) else _ASCII_SETS
         self._num_sets += sets is not _ASCII_SETS
         if self._num_sets > MAX_SETS:
             raise Refused(f"has more than {MAX_SETS:,} classes such as \\w or \\S. Use {{n}}.")
         chars = sets[name.removeprefix("NOT_")]
         return f"[^{chars}]" if is_opposite else chars
 
+    def _without_controls(self, chars: str, items: list[tuple[str, Any]], is_negated: bool) -> str:
+        """A class without control characters, unless it asks for nothing else."""
+        controls = NOT_IN_KEYS if self._is_key else _CONTROLS
+        if is_negated:
+            return f"[^{chars}{controls}]"
+        if not self._is_key and all(op == "LITERAL" and v in _CONTROL_CODES for op, v in items):
+            return f"[{chars}]"
+        return f"[[{chars}]--[{controls}]]"
 
-def _without_controls(chars: str, items: list[tuple[str, Any]], is_negated: bool) -> str:
-    """A class without `_CONTROLS`, unless it asks for nothing else."""
-    if is_negated:
-        return f"[^{chars}{_CONTROLS}]"
-    if all(op == "LITERAL" and value in _CONTROL_CODES for op, value in items):
-        return f"[{chars}]"
-    return f"[[{chars}]--[{_CONTROLS}]]"
+
+def _is_group(part: Any) -> bool:
+    return any(str(op) in ("BRANCH", "SUBPATTERN") for op, _ in part)
 
 
 def _has_case(op: str, value: Any) -> bool:

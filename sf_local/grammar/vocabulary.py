@@ -67,7 +67,9 @@ class Vocabulary:
         eos_ids = self._eos_ids or [self.vocab_size]
         encoder = _Encoder(self._tokenizer, self.vocab_size, self.native_size, eos_ids)
         wrapper = TokenizerWrapper(encoder)
-        native = LLTokenizer(wrapper, eos_token=eos_ids)
+        # Both calls hold the GIL to their ends, so other threads have a turn in between.
+        native = LLTokenizer(wrapper, eos_token=eos_ids, slices=[])
+        native = native.with_slices(LLTokenizer.general_slices())
         assert native.is_canonical and native.vocab_size == self.native_size
         wrapper.tokens = encoder.tokens = ()  # llguidance has its own copy
         # Not `native` itself, which holds the encoder: garbage collection does not see that.

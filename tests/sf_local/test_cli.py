@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sf_local.artifact.open import open_artifact
 from sf_local.cli import main
 from tests.support.reference import write_hf_folder
 from tests.support.tiny import TinyModel
@@ -92,6 +93,12 @@ def test_kv_memory(tiny: TinyModel, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, "--kv-memory", "999999TiB"]) == 1
     advised = capsys.readouterr().err.strip().rsplit("use at most ", 1)[1]
     assert re.fullmatch(r"[\d.]+ [MGT]iB", advised)
+    few = 2 * open_artifact(tiny.artifact).config.page_bytes  # less than the model's context
+    long = ["generate", str(tiny.artifact), "--raw", "--prompt", "abc" * 40]
+    assert main([*long, "--kv-memory", str(few)]) == 1
+    assert "raise kv_memory or kv_pages, up to the model's " in capsys.readouterr().err
+    assert main([*long, "--prompt", "abc" * 400]) == 1
+    assert "sf-compile SOURCE --max-seq-len" in capsys.readouterr().err
     assert main([*arguments, "--kv-memory", "2"]) == 1
     assert "must be at least one page" in capsys.readouterr().err
 

@@ -9,10 +9,6 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
-from sf_local.grammar.matcher import Grammar
-from sf_local.text.tokenizer import Tokenizer
-from tests.support.walk import EOS
-
 ALPHABET = "ab -é"
 
 
@@ -130,19 +126,3 @@ RECURSIVE = st.fixed_dictionaries(
     }
 )
 TEXTS = st.lists(st.text(ALPHABET + "c", max_size=8), min_size=20, max_size=20)
-
-
-def accepts(tokenizer: Tokenizer, grammar: Grammar, text: str) -> bool:
-    """Whether `text`, byte for byte, and then the end fit `grammar`."""
-    for byte in text.encode():
-        token = _byte_tokens(tokenizer)[byte]
-        if not grammar.allows(token):
-            return False
-        grammar.accept(token)
-    return grammar.is_complete or grammar.allows(EOS)
-
-
-@functools.lru_cache(maxsize=2)
-def _byte_tokens(tokenizer: Tokenizer) -> dict[int, int]:
-    pieces = {i: tokenizer.token_bytes(i) for i in reversed(range(tokenizer.vocab_size))}
-    return {piece[0]: i for i, piece in pieces.items() if len(piece) == 1}

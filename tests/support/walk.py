@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from sf_local.grammar.matcher import Grammar
@@ -45,3 +47,19 @@ class Walk:
     def _choose(self, tokenizer: Tokenizer, ids: list[int]) -> int:
         last = [i for i in ids if i == EOS or tokenizer.token_bytes(i)[:1] in CLOSING]
         return int(self._random.choice(last if last and self._random.random() < 0.4 else ids))
+
+
+def accepts(tokenizer: Tokenizer, grammar: Grammar, text: str) -> bool:
+    """Whether `text`, byte for byte, and then the end fit `grammar`."""
+    for byte in text.encode():
+        token = _byte_tokens(tokenizer)[byte]
+        if not grammar.allows(token):
+            return False
+        grammar.accept(token)
+    return grammar.is_complete or grammar.allows(EOS)
+
+
+@functools.lru_cache(maxsize=2)
+def _byte_tokens(tokenizer: Tokenizer) -> dict[int, int]:
+    pieces = {i: tokenizer.token_bytes(i) for i in reversed(range(tokenizer.vocab_size))}
+    return {piece[0]: i for i, piece in pieces.items() if len(piece) == 1}

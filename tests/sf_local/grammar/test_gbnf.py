@@ -15,13 +15,12 @@ from tests.support.gbnf import (
     REGULAR,
     TEXTS,
     Tree,
-    accepts,
     gbnf,
     matches,
     regex,
 )
 from tests.support.toy_tokenizers import byte_level_tokenizer, save
-from tests.support.walk import EOS, Walk
+from tests.support.walk import EOS, Walk, accepts
 
 
 @pytest.fixture(scope="module")
