@@ -296,7 +296,7 @@ class InputProcessor:
             whose = f" ({of_images} of images)" if of_images else ""
             raise PromptTooLongError(
                 f"prompt: {len(prompt.ids)} tokens{whose} leave no room for an answer in a context "
-                f"of {self.max_tokens}; shorten it, or raise kv_pages or the model's max_seq_len"
+                f"of {self.max_tokens}; shorten it, or raise kv_memory or the model's max_seq_len"
             )
         return prompt
 
