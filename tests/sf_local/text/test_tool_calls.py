@@ -120,7 +120,10 @@ def test_formats_of_published_templates() -> None:
     """Those that write calls otherwise are not taken for one of ours."""
     forms = {name: tool_format(text) for name, text in published_templates().items()}
     ours = {name for name, form in forms.items() if form is not None}
-    assert ours == {*PUBLISHED, "MiMo-VL", "Qwen-QwQ-32B", "Reka-Edge", "ibm-granite-granite-4.1"}
+    assert ours == {
+        *PUBLISHED, "Mistral-Nemo-Instruct-2407", "MiMo-VL", "Qwen-QwQ-32B", "Reka-Edge",
+        "ibm-granite-granite-4.1", "granite-4.0", "granite-4.1",
+    }  # fmt: skip
 
 
 def test_text_and_reasoning_beside_calls() -> None:
