@@ -19,8 +19,8 @@ from sf_local.errors import RequestError
 
 class ChatRequest(BaseModel):
     messages: list[dict[str, Any]]
-    max_tokens: int = 128
-    temperature: float = 0.7
+    max_tokens: int | None = None  # what is not given is as the model's makers recommend
+    temperature: float | None = None
     stream: bool = False
 
 

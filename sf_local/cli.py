@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }  # fmt: skip
         return commands[args.command](args) or 0
     except SfLocalError as error:
-        print(f"sf-local: {error}", file=sys.stderr)
+        print(f"sf-local: {_told(args, error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -51,6 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `| head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _told(args: argparse.Namespace, error: Exception) -> str:
+    """The text of an error, in which parameters that are options of this command are called so."""
+    text = str(error)
+    for name in vars(args):
+        option = f"--{name.replace('_', '-')}"
+        text = re.sub(rf"(?<![\w.('\"]){name}=", f"{option} ", text)
+        if "_" in name:  # the others are words as well
+            text = re.sub(rf"(?<![\w.('\"]){name}\b(?!=)", option, text)
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,12 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--regex", help="that the whole answer matches")
     generate.add_argument("--json-schema", help="JSON text that the answer is valid under")
     generate.add_argument("--ebnf", help="grammar of the answer, in Lark's syntax or GBNF")
-    for command in (chat, generate):
+    for command, length in ((chat, "to the end of the context"), (generate, "128")):
         command.add_argument("artifact", help=ARTIFACT)
         command.add_argument("--device", default="auto", help=DEVICES)
         command.add_argument("--kv-memory", type=_size, metavar="SIZE", help=KV_MEMORY)
         command.add_argument("--num-threads", type=int, metavar="N", help=THREADS)
-        _add_sampling(command)
+        _add_sampling(command, length)
     batch = commands.add_parser(
         "batch", help="answer a file of requests; run again, it continues",
         description="Exit code 2 if requests failed, which stand in the output.",
@@ -116,13 +130,16 @@ def _size(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
-def _add_sampling(command: argparse.ArgumentParser) -> None:
-    """Options that are named like fields of SamplingParams; None where they are not given."""
+def _add_sampling(command: argparse.ArgumentParser, length: str) -> None:
+    """Options that are named like fields of SamplingParams; None where they are not given.
+
+    length: what the most tokens of an answer are by default.
+    """
     group = command.add_argument_group(
         "sampling", "What is not given is as the model's makers recommend (generation_config.json, "
         "shown by `sf-local inspect`), else as in brackets."
     )  # fmt: skip
-    group.add_argument("--max-new-tokens", type=int, help="length of the answer (128)")
+    group.add_argument("--max-new-tokens", type=int, help=f"length of the answer ({length})")
     group.add_argument("--temperature", type=float, help="0 is greedy (1)")
     group.add_argument("--top-p", type=float, help="draw from tokens of this probability (1)")
     group.add_argument("--top-k", type=int, help="draw from so many tokens; -1 is all (-1)")
@@ -174,8 +191,11 @@ def _generate(args: argparse.Namespace) -> None:
 def _chat(args: argparse.Namespace) -> None:
     from sf_local.frontend.terminal_chat import chat
 
-    with _engine(args, _chat_template(args.chat_template)) as engine:
-        chat(engine, _params(args), args.system)
+    params, template = _params(args), _chat_template(args.chat_template)
+    with _engine(args, template) as engine:
+        if args.max_new_tokens is None:
+            params = replace(params, max_new_tokens=engine.max_tokens)
+        chat(engine, params, args.system, partial(_told, args))
 
 
 def _chat_template(file: Path | None) -> str | None:
@@ -190,11 +210,14 @@ def _batch(args: argparse.Namespace) -> int:
     from sf_local.frontend.batch_file import run_batch
 
     with _engine(args) as engine:
+        started_at = time.perf_counter()
         summary = run_batch(
             engine, args.input, args.output, force=args.force, retry_errors=args.retry_errors,
             max_in_flight=args.max_in_flight,
         )  # fmt: skip
-    print(f"{summary.answered} answered, {summary.failed} failed", file=sys.stderr)
+        rate = engine.stats()["completion_tokens"] / (time.perf_counter() - started_at)
+    counts = f"{summary.answered} answered, {summary.failed} failed"
+    print(f"{counts}, {rate:.0f} tokens/s", file=sys.stderr)
     return 2 if summary.failed else 0
 
 

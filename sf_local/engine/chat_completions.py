@@ -38,7 +38,8 @@ class ChatCompletions:
         Args:
             messages: dicts with "role" and "content", as OpenAI and transformers have them, or
                 objects with these fields, oldest first. A content is a text or a list of parts,
-                {"type": "text", "text": ...} and {"type": "image", "image": ...}.
+                {"type": "text", "text": ...} and {"type": "image", "image": ...}. "tool_calls" of
+                the assistant may be `Output.tool_calls`; their results have the role "tool".
             params: how to answer; by default as `resolved` tells.
             tools: functions that the model may ask to be called, in OpenAI's form or as Python
                 functions with type hints. Its calls are `Output.tool_calls`.

@@ -122,7 +122,8 @@ class ChatProcessor:
             raise ChatTemplateError(
                 f"The chat template of {self._inputs.artifact.name} writes contents with special "
                 "tokens so that they cannot be told from its own. Remove such tokens from the "
-                "messages, or give Engine(escape_special_tokens=False) if you trust all of them."
+                "messages; or, if you trust all of them, use Engine(escape_special_tokens=False) "
+                "in Python."
             )
         return parts
 

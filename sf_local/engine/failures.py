@@ -24,9 +24,7 @@ class Failures:
     def lost(self, what: str, error: BaseException) -> DeviceError:
         """The device is lost: it failed at start, or later; with the remedy."""
         text = reason(error)
-        remedy = ""
-        if "OutOfMemory" in text:
-            remedy = " with a smaller kv_memory (sf-local chat or generate --kv-memory)"
+        remedy = " with a smaller kv_memory" if "OutOfMemory" in text else ""
         lost = DeviceError(
             f"{self.name} {what}: {text}; it is lost to this process: start the program "
             f"again{remedy}, or make an engine with device='cpu'"

@@ -304,7 +304,7 @@ class InputProcessor:
         """How the context gets longer: what limits it is the KV cache, or the compiled model."""
         if self.max_tokens < self.artifact.max_tokens:
             most = self.artifact.max_tokens
-            return f"raise kv_memory or kv_pages, up to the model's {most} tokens"
+            return f"raise kv_memory, up to the model's {most} tokens"
         return "compile a model for more, where it knows more: sf-compile SOURCE --max-seq-len N"
 
 

@@ -32,6 +32,7 @@ from sf_local.frontend.openai_lines import (
     parse_json,
     parse_line,
 )
+from sf_local.request.checks import check_int
 from sf_local.request.output import Output
 
 # What some readers take for the end of a line, and JSON leaves as it is
@@ -70,10 +71,11 @@ def run_batch(
         max_in_flight: requests that run or wait at a time.
         progress: show a bar on a terminal.
 
-    Raises RequestError for files that cannot be used, or if another process writes the output; what
-    is wrong with a line is that line's error. Raises EngineError or DeviceError if the engine ends;
-    call it again to continue.
+    Raises RequestError for files that cannot be used, such as an output for which there is no more
+    room, or if another process writes the output; what is wrong with a line is that line's error.
+    Raises EngineError or DeviceError if the engine ends. Call it again to continue.
     """
+    max_in_flight = check_int("max_in_flight", max_in_flight, 1)
     lines = read_input(Path(source))
     with ExitStack() as stack:
         file = stack.enter_context(_opened(Path(output)))
@@ -85,7 +87,8 @@ def run_batch(
         left = sorted(line for line in lines if line.key not in done)
         with tqdm(total=len(lines), initial=len(lines) - len(left), unit=" requests",
                   disable=None if progress else True) as bar:  # fmt: skip
-            _answer(engine, Path(source), left, max_in_flight, _Writer(file, done, bar))
+            _answer(engine, Path(source), left, max_in_flight,
+                    _Writer(file, Path(output), done, bar))  # fmt: skip
     failed = sum(done.values())
     return Summary(len(done) - failed, failed)
 
@@ -93,14 +96,17 @@ def run_batch(
 class _Writer:
     """Appends lines to the output, and notes in `done` which have failed."""
 
-    def __init__(self, file: IO[bytes], done: dict[str, bool], bar: Any) -> None:
-        self._file, self._done, self._bar, self._tokens = file, done, bar, 0
+    def __init__(self, file: IO[bytes], output: Path, done: dict[str, bool], bar: Any) -> None:
+        self._file, self._output, self._done, self._bar = file, output, done, bar
+        self._tokens = 0
 
     def write(self, key: str, line: dict[str, Any]) -> None:
-        """One line, as a whole."""
+        """One line, as a whole; raises RequestError if there is no room for it."""
         written = json.dumps(line, ensure_ascii=False).translate(_LINE_ENDS)
-        self._file.write(written.encode(errors="replace") + b"\n")
-        self._file.flush()
+        left = written.encode(errors="replace") + b"\n"
+        with _writing(self._output, "; make room, and run it again to continue"):
+            while left:  # not in the file's buffer, which would be written again when it is closed
+                left = left[os.write(self._file.fileno(), left) :]
         self._done[key] = line["error"] is not None
         usage = line["response"]["body"].get("usage") or {}
         self._tokens += usage.get("completion_tokens", 0)
@@ -200,10 +206,8 @@ def _custom_id(line: InputLine) -> str | None:
 @contextmanager
 def _opened(output: Path) -> Iterator[IO[bytes]]:
     """The output, to append to; no other process may write it meanwhile."""
-    try:
+    with _writing(output):
         file = output.open("a+b")
-    except OSError as error:
-        raise RequestError(f"{output} cannot be written: {error.strerror}") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -212,6 +216,15 @@ def _opened(output: Path) -> Iterator[IO[bytes]]:
                 f"{output} is being written by another process; wait for it, or give another file"
             ) from None
         yield file
+
+
+@contextmanager
+def _writing(file: Path, remedy: str = "") -> Iterator[None]:
+    """What the system refuses meanwhile is a RequestError."""
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(f"{file} cannot be written: {error.strerror}{remedy}") from None
 
 
 def _read_output(file: IO[bytes], output: Path) -> dict[str, bool]:
@@ -232,11 +245,12 @@ def _without_errors(file: IO[bytes], output: Path) -> Iterator[IO[bytes]]:
     partly = output.with_name(f"{output.name}.{os.getpid()}")
     try:
         with _opened(partly) as kept:
-            for raw, line in _output_lines(file, output):
-                if line["error"] is None:
-                    kept.write(raw)
-            kept.flush()
-            partly.replace(output)
+            with _writing(partly):
+                for raw, line in _output_lines(file, output):
+                    if line["error"] is None:
+                        kept.write(raw)
+                kept.flush()
+                partly.replace(output)
             yield kept
     finally:
         partly.unlink(missing_ok=True)
@@ -281,8 +295,9 @@ def _check_state(
                 "(sf-local batch --force)"
             )
     partly = file.with_name(f"{file.name}.{os.getpid()}")
-    partly.write_text(json.dumps({"model": model, "lines": now}))
-    partly.replace(file)
+    with _writing(file):
+        partly.write_text(json.dumps({"model": model, "lines": now}))
+        partly.replace(file)
 
 
 def _read_state(file: Path) -> dict[str, Any]:

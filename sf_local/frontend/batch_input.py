@@ -15,7 +15,7 @@ BLOCK, MAX_BLOCKS, DIGEST = 256, 32, 8  # characters; blocks of a beginning; byt
 LINE_ID = "batch_req_line_"  # begins the ids of lines that have no id of their own
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class InputLine:
     """A line of the input. beginning: hashes of its first blocks, each with all before it."""
 
@@ -34,6 +34,8 @@ def read_input(source: Path) -> list[InputLine]:
     offset = 0
     try:
         with source.open("rb") as file:
+            if not file.seekable():
+                raise RequestError(f"{source} is read twice, so it must be a file, and no pipe")
             for number, raw in enumerate(file, 1):
                 if raw.strip():
                     lines.append(_indexed(number, offset, raw, seen))

@@ -88,6 +88,8 @@ class Conversation:
         """Add the answer, or what there is of one that was stopped."""
         self.turns.append({"role": "assistant", "content": output.text})
         self.last = output
+        if output.finish_reason == "length":
+            self.say("[the answer was cut: it had no more room]")
 
     def command(self, line: str) -> None:
         """Do what a line such as "/save FILE" says; raises RequestError if that cannot be done."""

@@ -15,9 +15,16 @@ from sf_local.request.params import SamplingParams
 MIB = 1 << 20
 
 
-def chat(engine: Engine, params: SamplingParams, system: str | None) -> None:
-    """Talk until the end of the input, or /exit. Raises ChatTemplateError if the model has no chat
-    template."""
+def chat(
+    engine: Engine,
+    params: SamplingParams,
+    system: str | None,
+    told: Callable[[Exception], str] = str,
+) -> None:
+    """Talk until the end of the input, or /exit.
+
+    told: what is printed of an error. Raises ChatTemplateError if the model has no chat template.
+    """
     engine.apply_chat_template([{"role": "user", "content": ""}])
     print(header(engine), file=sys.stderr)
     conversation = Conversation(engine, params, _say, system)
@@ -28,7 +35,7 @@ def chat(engine: Engine, params: SamplingParams, system: str | None) -> None:
             else:
                 _answer(conversation, line.strip())
         except RequestError as error:
-            _say(str(error))
+            _say(told(error))
 
 
 def header(engine: Engine) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from sf_local.errors import RequestError
 from sf_local.request.checks import shown
+from sf_local.request.output import ToolCall
 from sf_local.text.jinja import plain_data
 
 # Names for what a model thought before its answer; templates read the first, or the second
@@ -22,8 +23,9 @@ def plain_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
     """Messages as dicts of plain data, copied, in the form that templates expect.
 
     messages: dicts, dataclasses or pydantic models with a "role", and a "content" that is a str, a
-        list of parts, or None beside "tool_calls". Values that are None are left out. Image parts
-        become {"type": "image"}; `images_of` tells which images they show.
+        list of parts, or None beside "tool_calls", which may be those of an Output. Values that are
+        None are left out. Image parts become {"type": "image"}; `images_of` tells which images they
+        show.
 
     Raises RequestError for anything else.
     """
@@ -90,7 +92,7 @@ def has_image(message: dict[str, Any]) -> bool:
 
 def _plain_message(name: str, message: object) -> dict[str, Any]:
     try:
-        plain = plain_data(_without_media(message))
+        plain = plain_data(_with_openai_calls(_without_media(message)))
     except RecursionError:
         raise RequestError(f"{name} is nested too deep, or contains itself") from None
     if not isinstance(plain, dict) or not isinstance(plain.get("role"), str):
@@ -108,6 +110,22 @@ def _plain_message(name: str, message: object) -> dict[str, Any]:
     if not isinstance(calls, list | tuple) or not all(isinstance(call, dict) for call in calls):
         raise RequestError(f"{name}.tool_calls={shown(calls)} must be a list of dicts")
     return _with_reasoning(plain)
+
+
+def _with_openai_calls(message: object) -> object:
+    """The message with the calls of an `Output.tool_calls` in OpenAI's form; without, if it is
+    empty, which some templates would take for a call."""
+    calls = _fields(message).get("tool_calls")
+    if not isinstance(calls, list | tuple):
+        return message
+    return {**_fields(message), "tool_calls": [_openai_call(call) for call in calls] or None}
+
+
+def _openai_call(call: object) -> object:
+    if not isinstance(call, ToolCall):
+        return call
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def _check_part(name: str, part: object) -> None:

@@ -178,7 +178,7 @@ def _read(image: object, allow_urls: bool, deadline: float | None) -> bytes | ND
         return _decode_data_url(image)
     if isinstance(image, str) and image[:8].lower().startswith(("http://", "https://")):
         if not allow_urls:
-            raise ValueError("URLs are fetched only with allow_urls=True")
+            raise ValueError("only Engine(allow_urls=True), in Python, fetches URLs; give a file")
         left = _URL_SECONDS if deadline is None else deadline - time.perf_counter()
         return _fetch(image, max(0.0, min(left, _URL_SECONDS)))
     if isinstance(image, (str, os.PathLike)):

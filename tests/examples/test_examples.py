@@ -38,13 +38,14 @@ def run(name: str, *arguments: str, **environment: str) -> str:
         ("fork.py", r"Tip 1: \s*\w[\s\S]*Tip 2: \s*\w[\s\S]*In summary,"),
         ("batch.py", r"France: .*Paris"),
         ("constrained.py", r"Europe (True|False) name='.*' country='.*' continent='\w+'\n Asia"),
-        ("offline_batch.py", r"The largest ocean is.*Pacific"),
+        ("offline_batch.py", r"The largest ocean is.*Pacific[\s\S]*France: .*Paris"),
+        ("tools.py", r"\{'country': 'France'\}\) is '68 million'\n.*68 million"),
         ("chat.py", r"Paris[\s\S]*Paris[\s\S]*city='.*Paris.*' country='.*'"),
     ],
 )
 def test_example(smollm2: Path, name: str, expected: str) -> None:
     assert re.search(expected, run(name))
-    if name not in ("offline_batch.py", "chat.py"):
+    if name not in ("offline_batch.py", "chat.py", "tools.py"):
         assert re.search(expected, run(name, "--vmfb", str(smollm2), "--device", "cpu"))
 
 
@@ -153,5 +154,5 @@ def test_there_is_no_other_example() -> None:
         "offline_batch.py", "describe_image.py", "random_smolvlm.py", "bench_peers.py",
         "bench_shape.py", "bench_images.py", "first_run_on_gpu.py", "metrics.py",
         "chat.py", "many_prompts.py", "serve_fastapi.py", "bench_batch.py",
-        "bench_artifacts.py",        "ray_batch.py",
+        "bench_artifacts.py", "ray_batch.py", "tools.py",
     }  # fmt: skip

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sf_local import Engine, SamplingParams
 from sf_local.artifact.open import open_artifact
 from sf_local.cli import main
 from tests.support.reference import write_hf_folder
@@ -82,7 +83,7 @@ def test_chat_needs_a_template(
     assert main([*arguments, str(template)]) == 0
     assert "+ 5 tokens, " in capsys.readouterr().err
     assert main([*arguments, "none.jinja"]) == 1
-    assert "chat_template='none.jinja' cannot be read" in capsys.readouterr().err
+    assert "--chat-template 'none.jinja' cannot be read" in capsys.readouterr().err
 
 
 def test_kv_memory(tiny: TinyModel, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,8 +155,53 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["inspect", str(tmp_path / "nothing")]) == 1
     err = capsys.readouterr().err
     assert err.startswith("sf-local: ") and err.count("\n") == 1
-    assert main(["generate", str(tmp_path), "--prompt", "x", "--top-p", "7"]) == 1
-    assert "top_p=7.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("generate", ["--top-p", "7"], "--top-p 7.0 must be a number above 0"),
+        ("generate", ["--seed", "-1"], "--seed -1 must be an integer"),
+        ("generate", ["--regex", "a(", "--ebnf", "x"], "regex and ebnf: give one of them"),
+        ("generate", ["--json-schema", "[1]"], "--json-schema"),
+        ("generate", ["--prompt", "x" * 300], "shorten it, or raise --kv-memory or the model's"),
+        ("generate", ["--num-threads", "0"], "--num-threads 0 must be an integer"),
+        ("generate", ["--kv-memory", "much"], "--kv-memory 'much' must be bytes"),
+        ("chat", ["--device", "gpu"], "--device 'gpu' is unknown"),
+        ("chat", ["--chat-template", "none.jinja"], "--chat-template 'none.jinja' cannot be read"),
+        ("batch", ["in.jsonl", "-o", "out", "--max-in-flight", "0"], "--max-in-flight 0 must be"),
+    ],
+)
+def test_errors_name_options(
+    tiny: TinyModel, capsys: pytest.CaptureFixture[str], command: str, options: list[str],
+    message: str,
+) -> None:  # fmt: skip
+    """As they are given here, and not as parameters of Python."""
+    defaults = ["--prompt", "x"] if command == "generate" else []
+    assert main([command, str(tiny.artifact), *defaults, *options]) == 1
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_errors_within_a_chat_name_options(
+    tiny: TinyModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("x" * 300 + "\n"))
+    assert main(["chat", str(tiny.artifact)]) == 0
+    assert "shorten it, or raise --kv-memory" in capsys.readouterr().err
+
+
+def test_a_chat_has_the_whole_context(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the model's own sampling parameters, where no options are given."""
+    given = []
+
+    def chat(engine: Engine, params: SamplingParams, *_: object) -> None:
+        given.append(params.given())
+
+    monkeypatch.setattr("sf_local.frontend.terminal_chat.chat", chat)
+    assert main(["chat", str(tiny.artifact)]) == 0
+    assert main(["chat", str(tiny.artifact), "--max-new-tokens", "5", "--top-k", "3"]) == 0
+    assert given == [{"max_new_tokens": 256}, {"max_new_tokens": 5, "top_k": 3}]
 
 
 @pytest.mark.parametrize("command", ["chat", "generate", "inspect"])

@@ -62,7 +62,8 @@ LLAMA32 = r"""{{- bos_token }}
     {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
 {%- endif %}
 """
-TINYLLAMA = r"""{% for message in messages %}
+# TinyLlama has it, too
+ZEPHYR = r"""{% for message in messages %}
 {% if message['role'] == 'user' %}
 {{ '<|user|>
 ' + message['content'] + eos_token }}

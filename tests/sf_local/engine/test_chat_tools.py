@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -133,6 +134,24 @@ def scripted(engine: Engine, answer: str, **options: Any) -> list[Any]:
         generation.write()
     delivered.append(generation.finish("stop"))
     return delivered
+
+
+def test_calls_and_results_go_on_in_the_chat(engine: Engine) -> None:
+    """`Output.tool_calls` as they are, which are none in an answer without calls."""
+    call = ToolCall("abcdefgh1", "now", {"zone": "UTC"})
+    openai = {
+        "id": "abcdefgh1", "type": "function",
+        "function": {"name": "now", "arguments": {"zone": "UTC"}},
+    }  # fmt: skip
+    template = "{% for m in messages %}{{ m.tool_calls|tojson if m.tool_calls is defined }}"
+    with Engine(engine.artifact.vmfb, chat_template=template + "{% endfor %}") as other:
+
+        def written(calls: Any) -> str:
+            message = {"role": "assistant", "content": "", "tool_calls": calls}
+            return other.apply_chat_template([message])
+
+        assert json.loads(written((call,))) == [openai] == json.loads(written([openai]))
+        assert written(()) == written(None) == ""
 
 
 def test_calls_among_text(engine: Engine) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from sf_local import Engine
 from sf_local.cli import main
 from sf_local.errors import RequestError
 from sf_local.frontend.batch_file import run_batch
+from tests.support.child import run_program
 from tests.support.running import assert_idle
 from tests.support.tiny import TinyModel
 
@@ -219,14 +222,23 @@ def test_two_processes_on_one_output(engine: Engine, tmp_path: Path) -> None:
     ("source", "output", "message"),
     [("no.jsonl", "out", "no.jsonl cannot be read: No such file"),
      (".", "out", "cannot be read: Is a directory"),
+     ("pipe", "out", "pipe is read twice, so it must be a file"),
      ("in.jsonl", "no/out", "no/out cannot be written: No such file")],
 )  # fmt: skip
 def test_files_that_cannot_be_used(
     engine: Engine, tmp_path: Path, source: str, output: str, message: str
 ) -> None:
     write(tmp_path / "in.jsonl", [text("a")])
+    os.mkfifo(tmp_path / "pipe")
+    held = os.open(tmp_path / "pipe", os.O_RDWR)  # so that it can be opened to read
     with pytest.raises(RequestError, match=message):
         run_batch(engine, tmp_path / source, tmp_path / output)
+    os.close(held)
+
+
+def test_an_argument_that_cannot_work(engine: Engine, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="max_in_flight=0 must be an integer of at least 1"):
+        run(engine, tmp_path, [text("a")], max_in_flight=0)
 
 
 def test_common_beginnings_are_computed_once(tiny: TinyModel, tmp_path: Path) -> None:
@@ -251,11 +263,64 @@ def test_the_command(tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixt
     source = write(tmp_path / "in.jsonl", [text("a"), text("b", prompt="x" * 500)])
     arguments = ["batch", str(tiny.artifact), str(source), "-o", str(tmp_path / "out.jsonl")]
     assert main(arguments) == 2
-    assert "1 answered, 1 failed" in capsys.readouterr().err
+    assert re.search(r"1 answered, 1 failed, \d+ tokens/s\n", capsys.readouterr().err)
     write(source, [text("a"), text("b")])
     assert main(arguments) == 1 and "have changed" in capsys.readouterr().err
     assert main([*arguments, "--retry-errors"]) == 0
     assert "2 answered, 0 failed" in capsys.readouterr().err
+
+
+FULL = r"""
+import resource, sys
+from sf_local import Engine, errors, run_batch
+
+def run():
+    try:
+        return run_batch(engine, *sys.argv[2:])
+    except errors.RequestError as error:
+        return error
+
+with Engine(sys.argv[1]) as engine:
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    print(run())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    print(run())
+"""
+
+
+def test_an_output_without_room(tiny: TinyModel, tmp_path: Path) -> None:
+    """Nothing is lost: there is room later, and the batch goes on."""
+    source = write(tmp_path / "in.jsonl", [text(f"id{n}") for n in range(100)])
+    output = tmp_path / "out.jsonl"
+    failed, summary = run_program(FULL, tiny.artifact, source, output).splitlines()
+    assert failed.startswith(f"{output} cannot be written: File too large; make room, and run")
+    assert summary == "Summary(answered=100, failed=0)" and len(read(output)) == 100
+
+
+MANY = r"""
+import resource, sys
+from sf_local import Engine, run_batch
+
+def count(result, params):
+    ended.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+ended = []
+with Engine(sys.argv[1], kv_pages=64, on_finish=count) as engine:
+    run_batch(engine, sys.argv[2], sys.argv[3])
+print(len(ended), ended[2000], ended[-1])
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_answers(tiny: TinyModel, tmp_path: Path) -> None:
+    """What is kept of a line, such as its id, is there before the first one is answered."""
+    lines = [text(f"id{n}", prompt=f"prompt {n}", max_tokens=1) for n in range(20_000)]
+    source, output = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    printed = run_program(MANY, tiny.artifact, source, output, timeout=500)
+    count, early_kib, peak_kib = map(int, printed.split())
+    assert count == len(read(output)) == 20_000
+    assert peak_kib - early_kib < 8 << 10
 
 
 @pytest.mark.slow
@@ -272,15 +337,17 @@ def test_killed_ten_times(tiny: TinyModel, tmp_path: Path) -> None:
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         if kills < 10:
             before = output.stat().st_size if output.exists() else 0
-            while process.poll() is None and (
-                not output.exists() or output.stat().st_size <= before
+            while (
+                process.poll() is None
+                and kills % 3
+                and (not output.exists() or output.stat().st_size <= before)
             ):
                 time.sleep(0.01)
-            time.sleep(draw.uniform(0, 0.15))
+            time.sleep(draw.uniform(0, 0.15 if kills % 3 else 2.0))  # or while it starts
             process.send_signal(signal.SIGKILL)
             kills += 1
         code = process.wait()
-        counts.append(output.read_bytes().count(b"\n"))
+        counts.append(output.read_bytes().count(b"\n") if output.exists() else 0)
         if code == 0:
             break
     assert kills == 10 and counts == sorted(counts)

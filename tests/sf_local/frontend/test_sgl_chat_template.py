@@ -25,7 +25,7 @@ from tests.support.chat_templates import (
     LLAMA3_TOKENS,
     LLAMA32,
     SMOLLM2,
-    TINYLLAMA,
+    ZEPHYR,
     byte_tokenizer,
 )
 from tests.support.conversations import by_transformers
@@ -100,7 +100,7 @@ def model_prompts(text: str, tokenizer: Tokenizer, system: str | None) -> list[s
         (LLAMA32, LLAMA3_TOKENS, "An answer."),
         (LLAMA32, LLAMA3_TOKENS | {"add_bos_token": False}, "An answer."),
         (LLAMA3, LLAMA3_TOKENS | {"add_bos_token": False}, "An answer."),
-        (TINYLLAMA, LLAMA2_TOKENS, "An answer."),
+        (ZEPHYR, LLAMA2_TOKENS, "An answer."),
         (LLAMA2, LLAMA2_TOKENS, " An answer."),  # the model writes the space
         (LLAMA2, LLAMA2_TOKENS | {"add_bos_token": False}, " An answer."),
         (GEMMA3, LLAMA2_TOKENS, "An answer."),
@@ -143,7 +143,7 @@ def test_llama3(make: Any) -> None:
 
 
 def test_tinyllama(make: Any) -> None:
-    template = resolve_chat_template(None, make(TINYLLAMA, **LLAMA2_TOKENS), "tinyllama")
+    template = resolve_chat_template(None, make(ZEPHYR, **LLAMA2_TOKENS), "tinyllama")
     assert template.role_prefix_and_suffix["user"] == ("<|user|>\n", "</s>\n")
     assert template.role_prefix_and_suffix["assistant"] == ("<|assistant|>\n", "</s>\n")
     assert template.stop_str == ("</s>",)
@@ -240,7 +240,7 @@ def test_one_warning_names_what_is_lost(make: Any, text: str, message: str) -> N
     assert tokenizer.encode(first) == tokenizer.encode(model_prompts(text, tokenizer, None)[0])
 
 
-@pytest.mark.parametrize("text", [SMOLLM2, CHATML, TINYLLAMA])
+@pytest.mark.parametrize("text", [SMOLLM2, CHATML, ZEPHYR])
 def test_no_warning_where_nothing_is_lost(
     make: Any, text: str, recwarn: pytest.WarningsRecorder
 ) -> None:

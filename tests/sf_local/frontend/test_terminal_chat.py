@@ -64,6 +64,12 @@ def test_the_oldest_messages_are_dropped(conversation: Conversation, said: list[
     assert conversation.messages == before
 
 
+def test_an_answer_that_was_cut_is_told(conversation: Conversation, said: list[str]) -> None:
+    conversation.params = SamplingParams(max_new_tokens=3, ignore_eos=True)
+    talk(conversation, "hello")
+    assert said == ["[the answer was cut: it had no more room]"]
+
+
 def test_commands(conversation: Conversation, said: list[str], tmp_path: Path) -> None:
     talk(conversation, "hello")
     conversation.command(f"/save {tmp_path}/chat.json")

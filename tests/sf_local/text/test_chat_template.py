@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tests.support.chat_templates import (
     LLAMA3_TOKENS,
     LLAMA32,
     SMOLLM2,
-    TINYLLAMA,
+    ZEPHYR,
     byte_tokenizer,
 )
 from tests.support.conversations import TOOLS, by_transformers, conversations
@@ -46,7 +47,7 @@ TURNS = [
         (LLAMA3, LLAMA3_TOKENS, "<|eot_id|>"),
         (LLAMA32, LLAMA3_TOKENS, "<|eot_id|>"),
         (LLAMA3, LLAMA3_TOKENS | {"add_bos_token": False}, "<|eot_id|>"),
-        (TINYLLAMA, LLAMA2_TOKENS, "</s>"),
+        (ZEPHYR, LLAMA2_TOKENS, "</s>"),
         (LLAMA2, LLAMA2_TOKENS, "</s>"),
         (GEMMA, LLAMA2_TOKENS, "<end_of_turn>"),
         (GEMMA3, LLAMA2_TOKENS, "<end_of_turn>"),
@@ -68,7 +69,10 @@ def test_prompts_are_those_of_transformers(
     assert template.render(messages) == expected
 
 
-def same_as_transformers(template: JinjaTemplate, text: str, data: st.DataObject) -> None:
+def same_as_transformers(
+    template: JinjaTemplate, texts: Mapping[str, str], data: st.DataObject
+) -> bool:
+    """Whether transformers writes a conversation; as the template does, then."""
     messages = data.draw(conversations(with_parts=False))
     is_open = messages[-1]["role"] == "assistant" and data.draw(st.booleans())
     options: dict[str, Any] = {
@@ -77,6 +81,8 @@ def same_as_transformers(template: JinjaTemplate, text: str, data: st.DataObject
         "continue_final_message": is_open,
     }
     variables = data.draw(st.sampled_from([{}, {"enable_thinking": False}]))
+    default = texts["default"]
+    text = default if options["tools"] is None else texts.get("tool_use", default)
     expected = by_transformers(text, messages, **options, **NAMED, **variables)
     try:
         written = template.render(plain_messages(messages), **options, variables=variables)
@@ -84,34 +90,78 @@ def same_as_transformers(template: JinjaTemplate, text: str, data: st.DataObject
         written = None
     # Of a message without text there is nothing to continue, which transformers refuses as well
     assert written == expected or (is_open and expected is None)
+    return expected is not None
 
 
 NAMED = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
 
 
-@pytest.mark.parametrize("text", [SMOLLM2, LLAMA3, LLAMA32, TINYLLAMA, LLAMA2, GEMMA, GEMMA3])
+@pytest.mark.parametrize("text", [CHATML, SMOLLM2, LLAMA3, LLAMA32, ZEPHYR, LLAMA2, GEMMA, GEMMA3])
 def test_drawn_conversations(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    compare(text, tmp_path_factory.mktemp("tokenizer"), examples=40)
+    compared(text, tmp_path_factory.mktemp("tokenizer"), examples=40)
+
+
+# Besides ChatML and Zephyr, which are above
+WELL_KNOWN = (
+    "meta-llama-Llama-3.1-8B-Instruct",
+    "Qwen-Qwen2.5-7B-Instruct",
+    "Qwen-Qwen3-0.6B",
+    "Mistral-Large-Instruct-2407",  # version 3 of Mistral's tokenizers
+    "mistralai-Mistral-Nemo-Instruct-2407",
+    "google-gemma-2-2b-it",
+    "microsoft-Phi-3.5-mini-instruct",
+    "phi-4",
+    "ibm-granite-granite-3.3-2B-Instruct",
+    "HuggingFaceTB-SmolLM3-3B",
+    "c4ai-command-r-plus",
+    "CohereForAI-c4ai-command-r-plus-tool_use",
+    "deepseek-ai-DeepSeek-R1-Distill-Llama-8B",
+    "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B",
+    "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use",
+    "NousResearch-Hermes-3-Llama-3.1-8B-tool_use",
+)
 
 
 @pytest.mark.slow
 def test_published_templates(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Of 70 models, as far as transformers itself can compile them."""
+    """Of 100 models, as far as transformers itself can compile them."""
     templates = published_templates()
-    assert len(templates) >= 60
-    for text in templates.values():
-        compare(text, tmp_path_factory.mktemp("tokenizer"), examples=30)
+    assert len(templates) >= 90
+    written = {
+        name: compared(
+            text, tmp_path_factory.mktemp("tokenizer"), 100 if name in WELL_KNOWN else 30
+        )
+        for name, text in templates.items()
+    }
+    assert all(written[name] for name in WELL_KNOWN), written
 
 
-def compare(text: str, folder: Path, examples: int) -> None:
-    template = JinjaTemplate(byte_tokenizer(folder, text, **NAMED), "the model")
+@pytest.mark.slow
+def test_published_templates_by_name(tmp_path: Path) -> None:
+    """Command-R's, which has one of its own for tools."""
+    published = published_templates()
+    texts = {
+        "default": published["c4ai-command-r-plus"],
+        "tool_use": published["CohereForAI-c4ai-command-r-plus-tool_use"],
+    }
+    assert compared(texts, tmp_path, examples=100)
+
+
+def compared(text: str | Mapping[str, str], folder: Path, examples: int) -> int:
+    """How many drawn conversations transformers writes with a template, or named ones, as we do."""
+    named = {"default": text} if isinstance(text, str) else text
+    configured: Any = [{"name": name, "template": named[name]} for name in named]
+    template = JinjaTemplate(byte_tokenizer(folder, configured, **NAMED), "the model")
+    count = 0
 
     @settings(max_examples=examples, deadline=None, database=None)
     @given(st.data())
     def check(data: st.DataObject) -> None:
-        same_as_transformers(template, text, data)
+        nonlocal count
+        count += same_as_transformers(template, named, data)
 
     check()
+    return count
 
 
 def test_contents_in_the_form_that_a_template_takes(tmp_path: Path) -> None:

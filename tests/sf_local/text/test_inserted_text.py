@@ -22,7 +22,7 @@ from tests.support.chat_templates import (
     LLAMA3,
     SMOLLM2,
     SPECIAL_TOKENS,
-    TINYLLAMA,
+    ZEPHYR,
     byte_tokenizer,
 )
 
@@ -44,7 +44,7 @@ def ids_of(template: JinjaTemplate, tokenizer: Tokenizer, messages: list[Any]) -
     return tokenizer.encode_parts(parts)
 
 
-@pytest.mark.parametrize("text", [CHATML, SMOLLM2, LLAMA3, LLAMA2, TINYLLAMA, GEMMA3, JOINED])
+@pytest.mark.parametrize("text", [CHATML, SMOLLM2, LLAMA3, LLAMA2, ZEPHYR, GEMMA3, JOINED])
 def test_tokens_are_the_templates_own(text: str, tmp_path: Path) -> None:
     tokenizer = byte_tokenizer(tmp_path, text, bos_token="<s>", eos_token="</s>")
     template = JinjaTemplate(tokenizer, "the model")

@@ -86,6 +86,7 @@ def test_calls_that_transformers_writes(name: str, calls: list[Call]) -> None:
 
 
 PUBLISHED = (
+    "Mistral-Large-Instruct-2407",
     "Bielik-11B-v3.0-Instruct",
     "Mistral-Small-3.2-24B-Instruct-2506",
     "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use",
@@ -119,7 +120,10 @@ def test_formats_of_published_templates() -> None:
     """Those that write calls otherwise are not taken for one of ours."""
     forms = {name: tool_format(text) for name, text in published_templates().items()}
     ours = {name for name, form in forms.items() if form is not None}
-    assert ours == {*PUBLISHED, "MiMo-VL", "Qwen-QwQ-32B", "Reka-Edge", "ibm-granite-granite-4.1"}
+    assert ours == {
+        *PUBLISHED, "Mistral-Nemo-Instruct-2407", "MiMo-VL", "Qwen-QwQ-32B", "Reka-Edge",
+        "ibm-granite-granite-4.1", "granite-4.0", "granite-4.1",
+    }  # fmt: skip
 
 
 def test_text_and_reasoning_beside_calls() -> None:
@@ -179,6 +183,63 @@ def test_built_in_tools_of_llama() -> None:
 )
 def test_calls(form: ToolFormat, answer: str, text: str, calls: list[Call]) -> None:
     assert taken_apart(answer, form) == (text, calls)
+
+
+# What models wrote, as their makers' documentation prints it
+DOCUMENTED = {
+    "qwen": (  # Qwen's guide to function calling
+        '<tool_call>\n{"name": "get_current_temperature", "arguments": {"location": "San '
+        'Francisco, CA, USA"}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "get_temperature_date", "arguments": {"location": "San Francisco, '
+        'CA, USA", "date": "2024-10-01"}}\n</tool_call>',
+        [
+            ("get_current_temperature", {"location": "San Francisco, CA, USA"}),
+            ("get_temperature_date", {"location": "San Francisco, CA, USA", "date": "2024-10-01"}),
+        ],
+    ),
+    "hermes": (  # the model card of Hermes 2 Pro
+        '<tool_call>\n{"arguments": {"symbol": "TSLA"}, "name": "get_stock_fundamentals"}\n'
+        "</tool_call>",
+        [("get_stock_fundamentals", {"symbol": "TSLA"})],
+    ),
+    "llama3.1": (  # Meta's prompt format of Llama 3.1: a tool of the user's
+        '<|python_tag|>{\n    "type": "function",\n    "name": "trending_songs",\n'
+        '    "parameters": {\n        "n": "10",\n        "genre": "all"\n    }\n}',
+        [("trending_songs", {"n": "10", "genre": "all"})],
+    ),
+    "llama3.1 built-in": (  # and one that the model knows
+        '<|python_tag|>brave_search.call(query="Menlo Park California weather")',
+        [("brave_search", {"query": "Menlo Park California weather"})],
+    ),
+    "mistral_v3": (  # Mistral's guide to tokenization
+        '[TOOL_CALLS] [{"name": "get_current_weather", "arguments": {"location": "Paris, France", '
+        '"format": "celsius"}, "id": "VvvODy9mT"}]',
+        [("get_current_weather", {"location": "Paris, France", "format": "celsius"})],
+    ),
+    "mistral_nemo": (  # the same for Tekken, its later tokenizer
+        '[TOOL_CALLS][{"name": "calculator", "arguments": {"operation": "2+2"}, '
+        '"id": "VvvODy9mT"}]',
+        [("calculator", {"operation": "2+2"})],
+    ),
+    "mistral_v13": (  # tried by vLLM, of Mistral Small 3.2
+        '[TOOL_CALLS]add[ARGS]{"a": 3.5, "b": 4}[TOOL_CALLS]multiply[ARGS]{"a": 3, "b": 6}',
+        [("add", {"a": 3.5, "b": 4}), ("multiply", {"a": 3, "b": 6})],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_answers_in_documentation(name: str) -> None:
+    answer, calls = DOCUMENTED[name]
+    parser = AnswerParser(
+        FORMATS[name.split()[0]], normalized_tools([{"name": n} for n, _ in calls])
+    )
+    deltas = [*map(parser.push, answer), parser.finish()]
+    assert "".join(delta.text for delta in deltas) == ""
+    found = [call for delta in deltas for call in delta.tool_calls]
+    assert plain(found) == calls
+    if '"id"' in answer:
+        assert [call.id for call in found] == ["VvvODy9mT"]
 
 
 @pytest.mark.parametrize(

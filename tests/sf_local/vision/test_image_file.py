@@ -293,8 +293,8 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_urls(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"{web}/a.png"
-    refused(url, "only with allow_urls=True")
-    refused("HTTPS://example.com/a.png", "only with allow_urls=True")
+    refused(url, r"only Engine\(allow_urls=True\), in Python")
+    refused("HTTPS://example.com/a.png", r"only Engine\(allow_urls=True\), in Python")
     assert np.array_equal(GivenImage(url, allow_urls=True).pixels(), np.asarray(picture()))
     assert GivenImage(url, allow_urls=True).key == GivenImage(encoded(picture())).key
     refused(f"{web}/none", "404", allow_urls=True)
