@@ -1,4 +1,4 @@
-"""The `sf-local` command: chat, generate, batch, inspect, devices, bench."""
+"""The `sf-local` command: chat, generate, batch, inspect, devices, bench, trace."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         commands = {
             "chat": _chat, "generate": _generate, "inspect": _inspect, "devices": _devices,
-            "batch": _batch, "bench": _bench,
+            "batch": _batch, "bench": _bench, "trace": _trace,
         }  # fmt: skip
         return commands[args.command](args) or 0
     except SfLocalError as error:
@@ -123,6 +123,19 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     bench.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them there as well")
     bench.add_argument("--quick", action="store_true", help="one round with small sizes")
+    trace = commands.add_parser(
+        "trace", help="run a small batch and write where its time went, for ui.perfetto.dev"
+    )
+    trace.add_argument("artifact", help=ARTIFACT)
+    trace.add_argument("output", metavar="OUT.json", help="an earlier trace is overwritten")
+    trace.add_argument(
+        "--prompt", action="append", dest="prompts", metavar="PROMPT",
+        help="may be repeated (default: a mix of short and long ones)",
+    )  # fmt: skip
+    trace.add_argument("--max-new-tokens", type=int, default=32, help="of each answer: 32")
+    trace.add_argument("--device", default="auto", help=DEVICES)
+    trace.add_argument("--kv-memory", type=_size, metavar="SIZE", help=KV_MEMORY)
+    trace.add_argument("--num-threads", type=int, metavar="N", help=THREADS)
     return parser
 
 
@@ -162,13 +175,15 @@ def _params(args: argparse.Namespace) -> SamplingParams:
     return SamplingParams(**values)
 
 
-def _engine(args: argparse.Namespace, chat_template: str | None = None) -> Engine:
+def _engine(
+    args: argparse.Namespace, chat_template: str | None = None, trace: str | None = None
+) -> Engine:
     from sf_local.engine.engine import Engine
 
     path = _artifact(args)
     return Engine(
         path, args.device, kv_memory=args.kv_memory, num_threads=args.num_threads,
-        chat_template=chat_template,
+        chat_template=chat_template, trace=trace,
     )  # fmt: skip
 
 
@@ -272,6 +287,19 @@ def _bench(args: argparse.Namespace) -> None:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     if args.plot:
         plot(report, args.plot)
+
+
+def _trace(args: argparse.Namespace) -> None:
+    from sf_local.bench.traced_batch import run, summary
+
+    with _engine(args, trace=args.output) as engine:
+        number = run(engine, args.prompts, args.max_new_tokens)
+        steps = engine.stats()["steps"]
+    print(
+        f"{args.output}: {number} requests in {steps:.0f} steps\n\n{summary(Path(args.output))}\n\n"
+        "To see each step and each request, open https://ui.perfetto.dev and drop the file on it; "
+        "the page reads it in the browser and sends it nowhere. chrome://tracing shows it as well."
+    )
 
 
 def _abi(config: ModelConfig) -> str:

@@ -31,6 +31,7 @@ from sf_local.bench.harness import QUICK, ROWS, SHORT, Bench, Sizes
 from sf_local.bench.model_speed import constrained, context, decode, first_token, fresh, prefill
 from sf_local.bench.report import Figure, summary
 from sf_local.bench.stream_gaps import gaps
+from sf_local.device.cpu_threads import usable_cores
 from sf_local.device.info import find_device
 from sf_local.engine.engine import Engine
 from sf_local.engine.placement import Place
@@ -84,7 +85,11 @@ def run(
                 figures += measurement(bench)
         figures.append(Figure("memory at the end", _resident_megabytes(), "MB"))
     settings = {"kv_pages": pages, "num_threads": num_threads}
-    return report(opened, device, rounds, figures) | settings
+    told = report(opened, device, rounds, figures) | settings
+    if found.kind == "cpu":
+        threads = num_threads or len(usable_cores())
+        return told | {"machine": f"{told['cpu']}, {threads} thread{'s' * (threads > 1)}"}
+    return told | {"machine": found.description}
 
 
 def report(
@@ -94,6 +99,7 @@ def report(
     return {
         "artifact": str(artifact.vmfb.parent),
         "model": artifact.manifest.source["name"] if artifact.manifest else None,
+        "weights": artifact.manifest.weight_dtype if artifact.manifest else None,
         "device": device,
         "cpu": re.findall(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[0],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,7 +25,7 @@ from sf_local.engine.output_processor import OutputProcessor
 from sf_local.engine.scheduler import Limits, Scheduler
 from sf_local.engine.stats import Counters, stats
 from sf_local.errors import SfLocalError
-from sf_local.grammar.mask import Masks
+from sf_local.grammar.mask import Mask, Masks
 from sf_local.kv_cache.page_pool import PagePool
 from sf_local.kv_cache.radix_cache import RadixCache
 from sf_local.model.outputs import OutputSpec
@@ -33,7 +35,20 @@ from sf_local.request.request import Request, RequestStatus
 from sf_local.sampling.logits import ModelOutput, find_wrong
 from sf_local.sampling.sampler import Sampled, sample
 
+if TYPE_CHECKING:
+    from sf_local.grammar.matcher import Grammar
+
 Call = Callable[[Sequence[Chunk], Sequence[Row], OutputSpec], Awaitable[ModelOutput]]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What makes the parts of a core; a traced one has others."""
+
+    make_scheduler: Callable[[PagePool, RadixCache, Limits], Scheduler] = Scheduler
+    make_outputs: Callable[..., OutputProcessor] = OutputProcessor
+    make_executor: Callable[..., Executor] = Executor
+    make_mask: Callable[[Grammar], Mask] = Mask
 
 
 class EngineCore:
@@ -45,14 +60,18 @@ class EngineCore:
     def __init__(
         self, artifact: Artifact, device: Device, runner: ModelRunner, limits: Limits,
         failures: Failures, *, jump_forward: bool = True, on_finish: FinishCallback | None = None,
+        parts: Parts = Parts(),
     ) -> None:  # fmt: skip
         self._device, self._failures, self.runner = device, failures, runner
         self.pool = PagePool(runner.num_pages)
         self.cache = RadixCache(self.pool, artifact.config.page_size)
-        self.scheduler = Scheduler(self.pool, self.cache, limits)
-        self._outputs = OutputProcessor(self.scheduler, failures, on_finish)
+        self.scheduler = parts.make_scheduler(self.pool, self.cache, limits)
+        self._outputs = parts.make_outputs(self.scheduler, failures, on_finish)
         self.request_metrics = self._outputs.request_metrics
-        self._executor = Executor(runner, artifact.config.page_size, self._outputs.take_logits)
+        self._executor = parts.make_executor(
+            runner, artifact.config.page_size, self._outputs.take_logits
+        )
+        self._make_mask = parts.make_mask
         self._can_jump = jump_forward and limits.reuse == "tokens"
         self._vocab_size = artifact.manifest.vocab_size if artifact.manifest else None
         self._counters = Counters()
@@ -123,7 +142,7 @@ class EngineCore:
             return
         chunks.sort(key=attrgetter("needs_logits"), reverse=True)
         generations = [self._outputs.generations[chunk.request] for chunk in chunks]
-        masks = _masks(chunks, generations)
+        masks = _masks(chunks, generations, self._make_mask)
         rows = self._executor.rows(chunks)
         try:
             spec = _output_spec(chunks, generations, masks, self._outputs.deliver)
@@ -156,7 +175,7 @@ class EngineCore:
         if not copies:
             return True
         try:
-            await self.runner.copy_pages(copies)
+            await self._executor.copy_pages(copies)
         except Exception as error:
             targets = {target for _, target in copies}
             requests = [r for r in self._outputs.generations if targets & {*r.pages}]
@@ -298,10 +317,13 @@ def _output_spec(
     )
 
 
-def _masks(chunks: Sequence[Chunk], generations: Sequence[Generation]) -> Masks:
+def _masks(
+    chunks: Sequence[Chunk], generations: Sequence[Generation],
+    make_mask: Callable[[Grammar], Mask],
+) -> Masks:  # fmt: skip
     """The masks of the grammars whose next token is sampled after these chunks."""
     needed = [
         chunk.is_last and generation.grammar is not None and generation.sampler.needs_mask
         for chunk, generation in zip(chunks, generations, strict=True)
     ]
-    return Masks([generation.grammar for generation in generations], needed)
+    return Masks([generation.grammar for generation in generations], needed, make_mask)

@@ -39,6 +39,10 @@ class Executor:
             for chunk in chunks
         ]  # fmt: skip
 
+    async def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy whole KV pages, in order: (source, destination)."""
+        await self._runner.copy_pages(copies)
+
     async def decode(
         self, chunks: Sequence[Chunk], rows: Sequence[Row], spec: OutputSpec
     ) -> ModelOutput:

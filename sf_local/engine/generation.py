@@ -39,7 +39,9 @@ class Generation:
             contain this text are encoded to these tokens.
         is_streamed: whether text is delivered before the end; set by whoever reads it.
         has_sampled: whether the prompt is computed, so that the answer has begun.
-        deadline: `time.perf_counter()` at which the timeout passes; None for no timeout.
+        started_at, ready_at, deadline: `time.perf_counter()` from which timeout and latency count,
+            at which prompt and parameters were ready, and at which the timeout passes; None for no
+            timeout.
     """
 
     def __init__(
@@ -75,10 +77,10 @@ class Generation:
         self._text: list[str] = []
         self._num_delivered = 0  # of what is parsed, or of the text without a parser
         self._matched: str | int | None = None
-        self._started_at = time.perf_counter() if started_at is None else started_at
-        self._first_token_at = self._started_at
-        self._ready_at = time.perf_counter()
-        self.deadline = None if params.timeout is None else self._started_at + params.timeout
+        self.started_at = time.perf_counter() if started_at is None else started_at
+        self._first_token_at = self.started_at
+        self.ready_at = time.perf_counter()
+        self.deadline = None if params.timeout is None else self.started_at + params.timeout
 
     def accept(self, sampled: Sampled, can_jump: bool) -> str | None:
         """Take a sampled token; the reason, if it ends the generation.
@@ -180,13 +182,14 @@ class Generation:
             prompt_tokens=len(request.prompt_ids),
             completion_tokens=len(request.output_ids),
             cached_tokens=request.num_cached or 0,
-            time_to_first_token=self._first_token_at - self._started_at,
-            latency=now - self._started_at,
+            time_to_first_token=self._first_token_at - self.started_at,
+            latency=now - self.started_at,
             logprobs=self._logprobs(),
             tool_calls=answer.tool_calls,
             reasoning=answer.reasoning or None,
             schema=schema if isinstance(schema, type) else None,
-            queue_time=(request.scheduled_at or now) - self._ready_at,
+            queue_time=(request.scheduled_at or now) - self.ready_at,
+            request_id=request.sequence,
         )
         if self.remember is not None and request.output_ids:
             self.remember(request.output_ids, written)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from sf_local.engine.limits import limits_of
 from sf_local.engine.log import log
 from sf_local.engine.replicas import Core, Replicas
 from sf_local.engine.scheduler import Limits
+from sf_local.engine.trace_file import TraceFile
+from sf_local.engine.traced_core import TracedCore
+from sf_local.engine.tracing import Trace
 from sf_local.engine.worker import Worker
 from sf_local.errors import RequestError
 from sf_local.model.runner import ModelRunner
@@ -27,6 +31,7 @@ from sf_local.request.checks import check_int, shown
 
 MIB = 1 << 20
 MakeRunner = Callable[[Artifact, Device, int, int], ModelRunner]
+MakeCore = Callable[..., EngineCore]
 
 
 @dataclass(frozen=True)
@@ -100,32 +105,42 @@ def place_workers(
     max_running: int,
     jump_forward: bool,
     on_finish: OnFinish | None = None,
+    trace: str | Path | None = None,
     make_runner: MakeRunner = ModelRunner,
 ) -> Replicas:
     """A worker for every device; `Replicas.start` opens them.
 
     num_threads: of each CPU; None for all cores.
+    trace: a file for what the workers do when; raises what `TraceFile` raises.
     make_runner: called once a device, with the artifact, the open device, the number of pages, and
     the tokens that are prefilled in one step. Tests pass runners that fail or wait.
     """
+    limits = [limits_of(place.artifact, prefill_tokens, max_running) for place in places]
+    file = None if trace is None else TraceFile(trace)
     callback = None if on_finish is None else FinishCallback(on_finish)
+    makers = [_core_maker(place, number, file) for number, place in enumerate(places)]
     workers = [
-        _worker(
-            place, num_threads, limits_of(place.artifact, prefill_tokens, max_running),
-            jump_forward, callback, make_runner,
-        )
-        for place in places
-    ]  # fmt: skip
-    return Replicas(workers, callback)
+        _worker(place, num_threads, limit, jump_forward, callback, make_runner, make_core)
+        for place, limit, make_core in zip(places, limits, makers, strict=True)
+    ]
+    return Replicas(workers, callback, file)
+
+
+def _core_maker(place: Place, number: int, file: TraceFile | None) -> MakeCore:
+    """What makes the core of the engine's device of this number, from 0 on."""
+    if file is None:
+        return EngineCore
+    name = f"{place.artifact.name} on {place.device.name}"
+    return partial(TracedCore, Trace(file, number, name if number == 0 else f"{name} ({number})"))
 
 
 def _worker(
     place: Place, num_threads: int | None, limits: Limits, jump_forward: bool,
-    on_finish: FinishCallback | None, make_runner: MakeRunner,
+    on_finish: FinishCallback | None, make_runner: MakeRunner, make_core: MakeCore,
 ) -> Worker[Core]:  # fmt: skip
     def open_core(device: Device, failures: Failures) -> Core:
         runner = make_runner(place.artifact, device, place.num_pages, limits.prefill_tokens)
-        return EngineCore(
+        return make_core(
             place.artifact, device, runner, limits, failures, jump_forward=jump_forward,
             on_finish=on_finish,
         )  # fmt: skip

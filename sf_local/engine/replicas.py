@@ -17,6 +17,7 @@ from sf_local.engine.finish_callback import FinishCallback
 from sf_local.engine.generation import Generation
 from sf_local.engine.metrics import Replica, RequestMetrics
 from sf_local.engine.stats import total
+from sf_local.engine.trace_file import TraceFile
 from sf_local.engine.worker import Work, Worker
 from sf_local.errors import SfLocalError
 from sf_local.request.request import Request
@@ -83,13 +84,14 @@ class Replicas:
     """The workers of an engine, of which those whose device is lost get no more requests.
 
     Its methods may be called from any thread. on_finish: what the workers tell of requests that
-    have ended; to close is to wait for it.
+    have ended; to close is to wait for it. trace: the file that they write to, closed after them.
     """
 
     def __init__(
-        self, workers: Sequence[Worker[Core]], on_finish: FinishCallback | None = None
-    ) -> None:
-        self.workers, self._on_finish = workers, on_finish
+        self, workers: Sequence[Worker[Core]], on_finish: FinishCallback | None = None,
+        trace: TraceFile | None = None,
+    ) -> None:  # fmt: skip
+        self.workers, self._on_finish, self._trace = workers, on_finish, trace
         self._router, self._lock = Router(), threading.Lock()
 
     def start(self) -> None:
@@ -144,6 +146,8 @@ class Replicas:
         """`ask_to_close`, and return when it is done."""
         self.ask_to_close()
         with ExitStack() as closing:  # all of them, also if one raises
+            if self._trace is not None:
+                closing.callback(self._trace.close)
             if self._on_finish is not None:
                 closing.callback(self._on_finish.flush)
             for worker in self.workers:

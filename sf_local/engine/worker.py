@@ -20,6 +20,7 @@ from sf_local.engine.failures import Failures
 from sf_local.engine.finish_callback import flush_all
 from sf_local.engine.interrupts import Latch, check_threads, start_thread
 from sf_local.engine.log import log
+from sf_local.engine.trace_file import close_all
 from sf_local.errors import DeviceError, EngineError, SfLocalError
 from sf_local.model.runner import ModelRunner
 
@@ -310,6 +311,7 @@ def _close_all() -> None:
             with contextlib.suppress(KeyboardInterrupt):
                 worker.close()
     flush_all()
+    close_all()
 
 
 def _leak_all() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,11 +32,16 @@ class Mask:
             GrammarError: the grammar is too complex to follow, or no token may follow.
         """
         if self._words is None:
-            self._words = np.empty(self._grammar.num_words, np.int32)
-            self._grammar.fill_mask(self._words)
-            if not self._words.any():
-                raise GrammarError("the grammar came to a point where nothing may follow")
+            self._words = self.compute()
         return self._words
+
+    def compute(self) -> NDArray[np.int32]:
+        """The same, without keeping it."""
+        words = np.empty(self._grammar.num_words, np.int32)
+        self._grammar.fill_mask(words)
+        if not words.any():
+            raise GrammarError("the grammar came to a point where nothing may follow")
+        return words
 
     def has(self, token: int) -> bool:
         """Whether `token` is allowed."""
@@ -59,9 +64,12 @@ class Masks:
         seconds: CPU time that `fill` took.
     """
 
-    def __init__(self, grammars: Sequence[Grammar | None], needed: Sequence[bool]) -> None:
+    def __init__(
+        self, grammars: Sequence[Grammar | None], needed: Sequence[bool],
+        make_mask: Callable[[Grammar], Mask] = Mask,
+    ) -> None:  # fmt: skip
         """`needed[i]`: compute the whole mask of row i in `fill`, rather than on first use."""
-        self.rows = [None if grammar is None else Mask(grammar) for grammar in grammars]
+        self.rows = [None if grammar is None else make_mask(grammar) for grammar in grammars]
         self._needed = needed
         self.errors: dict[int, BaseException] = {}
         self.seconds = 0.0

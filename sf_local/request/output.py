@@ -67,6 +67,8 @@ class Output:
         schema: the pydantic model that was given as `json_schema`, for `parsed`.
         queue_time: seconds from when prompt and parameters were ready until its computation began,
             or until the end, if it never did.
+        request_id: the number of the request among those of its device, in order of arrival, as in
+            the log and in traces.
         index: the number of its prompt in a list or in `Engine.map`, from 0 on; else None.
     """
 
@@ -83,6 +85,7 @@ class Output:
     tool_calls: Sequence[ToolCall] = ()
     reasoning: str | None = None
     queue_time: float = 0.0
+    request_id: int | None = None
     index: int | None = None
     schema: type[Any] | None = field(default=None, repr=False)
 

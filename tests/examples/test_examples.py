@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from sf_local import Engine
 from tests.support.tiny import SeeingModel, TinyModel
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -140,6 +141,19 @@ def test_metrics(tiny: TinyModel) -> None:
     assert sum(sample.value for sample in families["sf_local_requests"].samples) == 1
 
 
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_draw_trace(tiny: TinyModel, tmp_path: Path, is_closed: bool) -> None:
+    pytest.importorskip("matplotlib")
+    trace, picture = tmp_path / "out.json", tmp_path / "out.png"
+    with Engine(tiny.artifact, trace=trace) as engine:
+        engine.generate("abc", max_new_tokens=4)
+    if not is_closed:
+        trace.write_text(trace.read_text().removesuffix("\n]\n"))
+    run("draw_trace.py", str(trace), str(picture))
+    with Image.open(picture) as drawn:
+        assert drawn.width > 1000
+
+
 @pytest.mark.slow
 def test_ray_batch(tiny: TinyModel, tmp_path: Path) -> None:
     pytest.importorskip("ray")
@@ -154,5 +168,5 @@ def test_there_is_no_other_example() -> None:
         "offline_batch.py", "describe_image.py", "random_smolvlm.py", "bench_peers.py",
         "bench_shape.py", "bench_images.py", "first_run_on_gpu.py", "metrics.py",
         "chat.py", "many_prompts.py", "serve_fastapi.py", "bench_batch.py",
-        "bench_artifacts.py", "ray_batch.py", "tools.py",
+        "bench_artifacts.py", "ray_batch.py", "tools.py", "draw_trace.py",
     }  # fmt: skip

@@ -86,6 +86,33 @@ def test_chat_needs_a_template(
     assert "--chat-template 'none.jinja' cannot be read" in capsys.readouterr().err
 
 
+def test_trace(
+    tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The shares of what it prints are those of all steps; a path that cannot be is one line."""
+    file = tmp_path / "out.json"
+    arguments = ["trace", str(tiny.artifact), str(file), "--max-new-tokens", "5"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{file}: 8 requests in ") and "https://ui.perfetto.dev" in out
+    parts = dict(re.findall(r"^(\w+) +[\d.]+ +([\d.]+)%$", out, re.MULTILINE))
+    assert {"queue", "copies", "prefill", "decode", "sampling"} <= set(parts)
+    assert sum(map(float, parts.values())) == pytest.approx(100, abs=0.05 * len(parts) + 0.01)
+    assert main([*arguments, "--prompt", "abc", "--prompt", "de"]) == 0
+    assert f"{file}: 2 requests in " in capsys.readouterr().out
+    names = [event["name"] for event in json.loads(file.read_text())]
+    assert names.count("length") == 2
+    assert main(["trace", str(tiny.artifact), str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert (
+        err.startswith(f"sf-local: trace='{tmp_path}' cannot be written") and err.count("\n") == 1
+    )
+    monkeypatch.setattr("sf_local.engine.trace_file.TraceFile.flush", lambda file: file.abandon())
+    assert main([*arguments, "--prompt", "abc"]) == 1
+    assert "is not whole, as its disk is full" in capsys.readouterr().err
+
+
 def test_kv_memory(tiny: TinyModel, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["generate", str(tiny.artifact), "--prompt", "abc", "--max-new-tokens", "3"]
     for size in ("1MiB", "1000000"):
@@ -97,7 +124,7 @@ def test_kv_memory(tiny: TinyModel, capsys: pytest.CaptureFixture[str]) -> None:
     few = 2 * open_artifact(tiny.artifact).config.page_bytes  # less than the model's context
     long = ["generate", str(tiny.artifact), "--raw", "--prompt", "abc" * 40]
     assert main([*long, "--kv-memory", str(few)]) == 1
-    assert "raise kv_memory or kv_pages, up to the model's " in capsys.readouterr().err
+    assert "raise --kv-memory, up to the model's " in capsys.readouterr().err
     assert main([*long, "--prompt", "abc" * 400]) == 1
     assert "sf-compile SOURCE --max-seq-len" in capsys.readouterr().err
     assert main([*arguments, "--kv-memory", "2"]) == 1

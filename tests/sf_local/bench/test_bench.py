@@ -6,8 +6,11 @@ Figures that count tokens are the same on every machine.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
+from itertools import combinations
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +20,7 @@ import pytest
 from sf_local.artifact.open import open_artifact
 from sf_local.bench import measurements
 from sf_local.bench.measurements import MEASUREMENTS
-from sf_local.bench.report import Figure, check_plot, summary, table
+from sf_local.bench.report import Figure, check_plot, plot, summary, table
 from sf_local.bench.roofline import (
     decode_bytes,
     encode_flops,
@@ -34,15 +37,21 @@ from tests.support.tiny import SeeingModel, TinyModel
 
 def test_bench(tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "bench.json"
-    assert main(["bench", str(tiny.artifact), "--quick", "--json", str(file)]) == 0
+    arguments = ["bench", "--vmfb", str(tiny.artifact), "--quick", "--json", str(file)]
+    if find_spec("matplotlib"):
+        arguments += ["--plot", str(tmp_path / "bench.png")]
+    assert main(arguments) == 0
     out, err = capsys.readouterr()
     report = json.loads(file.read_text())
+    assert re.fullmatch(r".+, \d+ threads?", report["machine"]) and report["weights"] == "f32"
+    assert re.search(r"^\d+ of \d+ bounds are met$", out, re.MULTILINE) and ".." not in out
     assert report["artifact"] == str(tiny.artifact) and report["rounds"] == 1
     assert report["cpu"] and report["date"] and report["versions"]["shortfin"]
     figures = report["figures"]
     for name, figure in figures.items():
         assert name in out
-        assert 0 < figure["min"] <= figure["median"] <= figure["max"]
+        assert figure["min"] <= figure["median"] <= figure["max"]
+        assert figure["min"] > 0 or name.startswith("the same beside ")  # which is a difference
         assert len(figure["values"]) == 1
     wanted = {name for name, figure in figures.items() if figure["wanted"]}
     for part in (
@@ -50,7 +59,7 @@ def test_bench(tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[st
         "forks",
         "shared",
         "second turn",
-        "gap",
+        "the same beside",
         "64 that share 160",
         "likeliest of 96",
         "that are cancelled",
@@ -91,11 +100,67 @@ def test_pages_are_those_of_the_device(
     assert opened["kv_pages"] == int(left * GPU_SHARE) // code.config.page_bytes
 
 
-def test_plot(tiny: TinyModel, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    file = tmp_path / "bench.png"
-    assert main(["bench", "--vmfb", str(tiny.artifact), "--quick", "--plot", str(file)]) == 0
-    assert file.read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int) -> None:
+    """Every text is inside of the picture and on no other, markers are inside of their axes, and
+    only several rounds have a spread."""
+    figures = pytest.importorskip("matplotlib.figure")
+    canvases: list[Any] = []
+    save = figures.Figure.savefig
+    monkeypatch.setattr(
+        figures.Figure,
+        "savefig",
+        lambda self, *a, **b: (canvases.append(self), save(self, *a, **b)),
+    )
+    plot(sample(rounds), tmp_path / "bench.png")
+    [canvas] = canvases
+    canvas.draw_without_rendering()  # which lays it out once more, for the dots it has by now
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    title = canvas.get_suptitle()
+    assert title == "SmolLM2-135M-Instruct, bf16 weights\non AMD EPYC 9R45, 2 threads"
+    *speeds, shares = canvas.axes
+    for axes in speeds:
+        [line] = axes.containers[0].lines[:1]
+        assert axes.containers[0].has_yerr is (rounds > 1)
+        assert_inside(
+            axes.get_window_extent(), [axes.transData.transform(p) for p in line.get_xydata()]
+        )
+    texts = [canvas._suptitle, *shares.texts]
+    for axes in canvas.axes:
+        texts += [axes.title, axes.xaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()]
+    boxes = [text.get_window_extent() for text in texts if text.get_text()]
+    for box in boxes:
+        assert_inside(canvas.bbox, [box.min, box.max], margin=0)
+    for a, b in combinations(boxes, 2):
+        assert not a.overlaps(b)
+
+
+def assert_inside(box: Any, points: list[Any], margin: int = 5) -> None:
+    """Points are in a box, at least so many pixels from its border."""
+    for x, y in points:
+        assert box.x0 + margin <= x <= box.x1 - margin
+        assert box.y0 + margin <= y <= box.y1 - margin
+
+
+def sample(rounds: int) -> dict[str, Any]:
+    """A report such as that of a CPU, of a model with a name of usual length."""
+    names = [f"prefill, {n} tokens" for n in (32, 128, 512, 2048)]
+    names += [f"decode, {n} row{'s' * (n > 1)}" for n in (1, 2, 4, 8, 16)]
+    names += [f"decode, context {n}" for n in (16, 512, 4096)]
+    names += [f"prefill, {n} tokens: share of peak of avx512_bf16" for n in (512, 2048)]
+    names += ["decode, 1 row: share of bandwidth"]
+    figures = [
+        Figure(name, value * (1 + 0.1 * number), "")
+        for number in range(rounds)
+        for name, value in zip(names, SPEEDS, strict=True)
+    ]
+    return {
+        "rounds": rounds, "model": "SmolLM2-135M-Instruct", "weights": "bf16",
+        "machine": "AMD EPYC 9R45, 2 threads", "figures": summary(figures),
+    }  # fmt: skip
+
+
+SPEEDS = (2202, 3252, 3417, 2571, 149, 292, 534, 892, 1273, 150, 140, 96, 90, 82, 79)
 
 
 def test_mistakes(
@@ -124,8 +189,35 @@ def test_plot_file(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
 
 def test_table() -> None:
     figures = [Figure("speed", v, "tokens/s", ">= 2") for v in (1.0, 200.0, 3.0)]
-    report = {"figures": summary(figures)}
-    assert table(report).splitlines()[1] == "speed       3    1..200  tokens/s  >= 2"
+    figures += [Figure("time", v, "ms", "< 1") for v in (1.0, 0.5, 2.0)]
+    figures += [Figure("size", v, "MB") for v in (1.0, 2.0, -300.4)]
+    assert table({"rounds": 3, "figures": summary(figures)}).splitlines() == [
+        "       median  min..max  unit      wanted",
+        "speed       3    1..200  tokens/s  >= 2    ok",
+        "time        1    0.5..2  ms        < 1     MISSED",
+        "size        1   -300..2  MB",
+        "",
+        "1 of 2 bounds are met",
+    ]
+
+
+def test_one_round_has_no_spread() -> None:
+    report = {"rounds": 1, "figures": summary([Figure("speed", 3.0, "tokens/s")])}
+    assert table(report).splitlines() == [
+        "       median  unit      wanted",
+        "speed       3  tokens/s",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "value", "met"),
+    [
+        ("<= 1.5", 1.5, True), ("<= 1.5", 1.51, False), ("<= 1.5", 1.5004, True),  # shown as 1.5
+        ("< 5", 5.0, False), (">= 0.99", 0.99, True), ("> 2", 2.0, False), ("", 2.0, None),
+    ],
+)  # fmt: skip
+def test_bounds(wanted: str, value: float, met: bool | None) -> None:
+    assert summary([Figure("a", value, "", wanted)])["a"]["met"] is met
 
 
 def test_model_costs(tiny: TinyModel) -> None:
