@@ -191,7 +191,7 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ("generate", ["--seed", "-1"], "--seed -1 must be an integer"),
         ("generate", ["--regex", "a(", "--ebnf", "x"], "regex and ebnf: give one of them"),
         ("generate", ["--json-schema", "[1]"], "--json-schema"),
-        ("generate", ["--prompt", "x" * 300], "shorten it, or raise --kv-memory or the model's"),
+        ("generate", ["--prompt", "x" * 300], "shorten it, or compile a model for more"),
         ("generate", ["--num-threads", "0"], "--num-threads 0 must be an integer"),
         ("generate", ["--kv-memory", "much"], "--kv-memory 'much' must be bytes"),
         ("chat", ["--device", "gpu"], "--device 'gpu' is unknown"),
@@ -215,7 +215,7 @@ def test_errors_within_a_chat_name_options(
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("x" * 300 + "\n"))
     assert main(["chat", str(tiny.artifact)]) == 0
-    assert "shorten it, or raise --kv-memory" in capsys.readouterr().err
+    assert "shorten it, or compile a model for more" in capsys.readouterr().err
 
 
 def test_a_chat_has_the_whole_context(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:

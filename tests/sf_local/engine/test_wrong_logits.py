@@ -22,6 +22,7 @@ from sf_local.model.arrays import mapped
 from sf_local.model.outputs import OutputSpec
 from sf_local.model.runner import ModelRunner
 from sf_local.request.batch import Row
+from sf_local.request.params import ResolvedParams
 from sf_local.sampling.logits import ModelOutput, WrongLogits, find_wrong, summarize
 from sf_local.sampling.logprobs import PromptLogprobs
 from sf_local.sampling.sampler import Sampler, sample
@@ -310,7 +311,8 @@ def test_logits_that_do_not_agree_with_what_sums_them_up() -> None:
     following = summarize(np.zeros((1, 600), np.float32), np.ones(1, np.float32))
     following.logits[:] = np.nan
     for params in KINDS.values():
-        params = replace(params, regex=None, min_new_tokens=1 if params is GREEDY else 0)
+        changed = replace(params, regex=None, min_new_tokens=1 if params is GREEDY else 0)
+        params = ResolvedParams(**changed.given())
         if params.frequency_penalty or params.return_logprob or params.temperature:
             [found] = sample([Sampler(params)], following, [None])
             assert isinstance(found, WrongLogits | IndexError), params
