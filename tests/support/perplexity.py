@@ -74,7 +74,7 @@ def quality(logits: Floats, exact: Floats, ids: Sequence[int]) -> Quality:
     for start in range(0, len(ids), CHUNK):
         found, wanted = (_double_logprobs(a[start : start + CHUNK]) for a in (logits, exact))
         divergences.append((np.exp(wanted) * (wanted - found)).sum(axis=-1))
-        same += np.count_nonzero(found.argmax(axis=-1) == wanted.argmax(axis=-1))
+        same += int(np.count_nonzero(found.argmax(axis=-1) == wanted.argmax(axis=-1)))
     divergence = float(np.concatenate(divergences).mean())
     return Quality(divergence, same / len(ids), _perplexity(logits, ids))
 

@@ -69,14 +69,19 @@ def shown(found: Quality) -> str:
 
 
 def peers_logits(folder: Path, ids: list[int]) -> Iterator[tuple[str, Floats | str]]:
-    """Logits [T, V] of each peer in `folder`, at each of its widths; or why there are none."""
+    """Name and logits [T, V] of each peer in `folder`, at each width; or why there are none.
+
+    The name of one that gave logits ends with its settings.
+    """
     sys.path.insert(0, str(EXAMPLES))
     import bench_peers
 
     for name, peer in bench_peers.PEERS.items():
         for kind in dict.fromkeys(peer.kinds.values()):
             worker = bench_peers.peer_of_kind(folder, name, kind)
-            yield f"{name} {kind}", worker_logits(worker, ids)
+            found = worker_logits(worker, ids)
+            stated = bench_peers.settings_of({kind: worker}).values()
+            yield " ".join([name, kind, *(f"({settings})" for settings in stated)]), found
 
 
 def worker_logits(worker: Any, ids: list[int]) -> Floats | str:
