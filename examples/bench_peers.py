@@ -3,9 +3,10 @@
     bench_peers.py --bf16 ARTIFACT --int8 ARTIFACT --int4 ARTIFACT --peers FOLDER --json FILE
 
 The artifacts are of the demo model; `install_peers.sh FOLDER` makes the peers' environments. Every
-peer is a worker process (examples/peers/), which is stopped while another one measures. A ratio is
-always of two figures of the same round; the table has the medians, with the smallest and the
-largest in brackets.
+peer is a worker process (examples/peers/), which is stopped while another one measures. One whose
+first token of a known prompt is wrong is not measured. A ratio is always of two figures of the same
+round; the table has the medians, with the smallest and the largest in brackets. Below it stand the
+settings of each peer: version, threads, precision of the KV cache, and what else matters.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pathlib import Path
 from statistics import median
 from typing import IO, Any
 
-from peers import models
+from peers import conversions, models
 
 from sf_local.artifact.cache import cache_dir
 from sf_local.artifact.open import Artifact, open_artifact
@@ -41,8 +42,11 @@ VOCABULARY = 49_152
 FRANCE, PARIS = [504, 3575, 282, 4649, 314], 7042  # "The capital of France is", and what follows
 JOB_SECONDS = 300  # at most
 NUM_CORES = len(os.sched_getaffinity(0))
-ENVIRONMENTS = {"llama.cpp": "llama", "transformers": "torch", "shortfin HTTP": "shortfin"}
-QUANTIZATIONS = {"bf16": "F16", "int8": "Q8_0", "int4": "Q4_1"}  # llama.cpp's, of the same width
+ENVIRONMENTS = {
+    "llama.cpp": "llama", "transformers": "torch", "shortfin HTTP": "shortfin",
+    "OpenVINO GenAI": "openvino", "ONNX Runtime GenAI": "onnxruntime", "CTranslate2": "ctranslate2",
+}  # fmt: skip
+WIDTHS = ("f16", "bf16", "int8", "int4")  # of weights
 SOURCE = "SmolLM2-135M-Instruct"
 
 
@@ -85,30 +89,78 @@ def tokens(count: int) -> Callable[[random.Random], list[int]]:
 START = Job("first", lambda rng: [tokens(16)(rng)], fresh=True)
 WARM = Job("warm", lambda rng: [tokens(16)(rng)])
 DECODE = Job("decode", lambda rng: [tokens(16)(rng), 96])
-PREFILL = {n: Job("prefill", lambda rng, n=n: [tokens(n)(rng)]) for n in (512, 2048)}
-TOGETHER = Job("together", lambda rng: [[tokens(16)(rng) for _ in range(8)], 64])
+PREFILL = {n: Job("prefill", lambda rng, n=n: [tokens(n)(rng)]) for n in (128, 512, 2048)}
+TOGETHER = {
+    n: Job("together", lambda rng, n=n: [[tokens(16)(rng) for _ in range(n)], 64]) for n in (8, 16)
+}
 CACHED = Job("cached", lambda rng: [tokens(1000)(rng), tokens(16)(rng), tokens(16)(rng)])
 MEMORY = Job("memory", lambda rng: [])
+COMPARED = {
+    "decode, 1 row": DECODE,
+    **{f"prefill {length}": job for length, job in PREFILL.items()},
+    **{f"{count} requests together": job for count, job in TOGETHER.items()},
+    "first token, 1,000 cached": CACHED,
+}  # on every peer that has our widths
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A runtime that is compared at each width that it has.
+
+    kinds: what it calls its weights of our widths. model(python, kind): its file or folder, which
+    its environment's `python` makes. wanted: the least ratio of a job, at a width.
+    """
+
+    script: str
+    kinds: Mapping[str, str]
+    model: Callable[[Path, str], Path]
+    wanted: Mapping[Job, Mapping[str, float]] = field(default_factory=dict)
+
+
+def _each(sixteen_bits: float, quantized: float) -> dict[str, float]:
+    return {w: quantized if w.startswith("int") else sixteen_bits for w in WIDTHS}
+
+
+PEERS = {
+    "llama.cpp": Peer(
+        "llama_cpp_python.py",
+        {"f16": "F16", "bf16": "F16", "int8": "Q8_0", "int4": "Q4_1"},
+        lambda python, kind: models.demo_as_gguf(kind),
+        {
+            DECODE: _each(1.3, 1.5), PREFILL[512]: {"bf16": 2.0}, PREFILL[2048]: {"bf16": 1.7},
+            TOGETHER[8]: {"bf16": 5.0},
+        },
+    ),
+    "OpenVINO GenAI": Peer(
+        "openvino_pipeline.py",
+        {"f16": "fp16", "bf16": "fp16", "int8": "int8", "int4": "int4"},
+        conversions.openvino,
+        {
+            DECODE: _each(1.5, 1.5), **dict.fromkeys(PREFILL.values(), _each(1.0, 1.0)),
+            **dict.fromkeys(TOGETHER.values(), _each(1.0, 1.25)), CACHED: _each(2.0, 2.0),
+        },
+    ),
+    "ONNX Runtime GenAI": Peer(
+        "onnxruntime_generator.py", {"int8": "int8", "int4": "int4"}, conversions.onnxruntime
+    ),
+    "CTranslate2": Peer("ctranslate2_generator.py", {"int8": "int8"}, conversions.ctranslate2),
+}  # fmt: skip
 
 
 def rows(artifacts: Mapping[str, Artifact]) -> list[Row]:
-    """The comparisons, as far as the artifacts go; what has no target is for information."""
-    table = []
-    for width, (target, prefill) in {
-        "bf16": (1.3, {512: 2.0, 2048: 1.7}), "int8": (1.5, {512: None}), "int4": (1.5, {512: None})
-    }.items():  # fmt: skip
-        if width in artifacts:
-            ours, theirs = f"ours {width}", f"llama.cpp {QUANTIZATIONS[width]}"
-            table.append(Row("decode, 1 row", DECODE, ours, theirs, target))
-            for length, bound in prefill.items():
-                table.append(Row(f"prefill {length}", PREFILL[length], ours, theirs, bound))
+    """The table, as far as the artifacts go; what has no target is for information."""
+    table = [
+        Row(work, job, f"ours {width}", f"{name} {peer.kinds[width]}",
+            peer.wanted.get(job, {}).get(width), *(("s",) if job is CACHED else ()))
+        for width in artifacts for name, peer in PEERS.items() if width in peer.kinds
+        for work, job in COMPARED.items()
+    ]  # fmt: skip
     if "bf16" not in artifacts:
         return table
     ours, llama, torch, http = "ours bf16", "llama.cpp F16", "transformers", "shortfin HTTP"
     gigabytes = decode_bytes(artifacts["bf16"], 16 + 96 / 2) / 1e9
     return [
         *table,
-        Row("8 requests at once / one at a time", TOGETHER, ours, llama, 5.0),
         Row("prefill 512", PREFILL[512], ours, torch, 1.4),
         Row("prefill 2048", PREFILL[2048], ours, torch, 1.4),
         Row("decode, 1 row", DECODE, ours, torch, 3.0),
@@ -118,7 +170,7 @@ def rows(artifacts: Mapping[str, Artifact]) -> list[Row]:
         Row("bytes read / memory bandwidth", DECODE, ours, "memory", 0.8, "GB/s", gigabytes),
         Row("process start to first token", START, ours, llama, 1.0, "s"),
         Row("peak memory / (weights + KV)", MEMORY, ours, "", 1.25, "x"),
-    ]  # fmt: skip
+    ]
 
 
 @dataclass
@@ -127,6 +179,7 @@ class Worker:
 
     command: Sequence[str | Path]
     is_model: bool = True  # which must know the capital of France
+    settings: str = ""  # of a model, once it was asked
     process: subprocess.Popen[str] | None = None
     errors: IO[str] = field(default_factory=partial(tempfile.TemporaryFile, "w+"))
 
@@ -134,12 +187,16 @@ class Worker:
         """The job's value; RuntimeError if it fails."""
         if job.fresh:
             return self._time_in_new_process(job, arguments)
+        self.answer(WARM.name, *WARM.arguments(random.Random()))
+        return float(self.answer(job.name, *arguments))
+
+    def answer(self, name: str, *arguments: object) -> Any:
+        """What the worker's function of that name returns; RuntimeError if it fails."""
         if self.process is None:
             self.process = self._open()
         os.killpg(self.process.pid, signal.SIGCONT)
         try:
-            self._ask(self.process, WARM.name, *WARM.arguments(random.Random()))
-            return float(self._ask(self.process, job.name, *arguments))
+            return self._ask(self.process, name, *arguments)
         finally:
             os.killpg(self.process.pid, signal.SIGSTOP)
 
@@ -159,9 +216,11 @@ class Worker:
     def _open(self) -> subprocess.Popen[str]:
         process = self._start()
         try:
-            token = self._ask(process, START.name, FRANCE) if self.is_model else PARIS
-            if token != PARIS:
-                raise RuntimeError(f"its first token is {token}, not {PARIS}: another model?")
+            if self.is_model:
+                token = self._ask(process, START.name, FRANCE)
+                if token != PARIS:
+                    raise RuntimeError(f"its first token is {token}, not {PARIS}: another model?")
+                self.settings = self._ask(process, "settings")
             return process
         except BaseException:
             _kill(process)
@@ -212,11 +271,11 @@ def open_workers(
         "memory": Worker([sys.executable, SCRIPTS / "memory.py"], is_model=False)
     }
     for width, artifact in artifacts.items():
-        kind = QUANTIZATIONS[width]
         workers[f"ours {width}"] = our_worker(artifact.vmfb.parent)
-        workers[f"llama.cpp {kind}"] = peer_worker(
-            peers, "llama.cpp", "llama_cpp_python.py", partial(models.demo_as_gguf, kind)
-        )
+        for name, peer in PEERS.items():
+            if width in peer.kinds:
+                kind = peer.kinds[width]
+                workers[f"{name} {kind}"] = peer_of_kind(peers, name, kind)
     if "bf16" in artifacts:
         folder = artifacts["bf16"].vmfb.parent
         workers["transformers"] = peer_worker(
@@ -238,14 +297,27 @@ def our_worker(folder: Path, context: int = CONTEXT) -> Worker:
     return Worker([sys.executable, SCRIPTS / "sf_engine.py", folder, str(context)])
 
 
+def peer_of_kind(peers: Path, name: str, kind: str) -> Worker | str:
+    """One of PEERS on weights of a kind that it has; or why there is none."""
+    peer = PEERS[name]
+    return peer_worker(peers, name, peer.script, lambda: peer.model(_python(peers, name), kind))
+
+
 def peer_worker(
     peers: Path, name: str, script: str, model: Callable[[], Path], context: int = CONTEXT
 ) -> Worker | str:
     """A peer on the file or folder that `model()` makes; or why there is none."""
-    python = peers / ENVIRONMENTS[name] / "bin" / "python"
+    python = _python(peers, name)
     if not python.exists():
         return f"not installed in {peers}"
-    return Worker([python, SCRIPTS / script, model(), str(context), str(NUM_CORES)])
+    try:
+        return Worker([python, SCRIPTS / script, model(), str(context), str(NUM_CORES)])
+    except RuntimeError as error:
+        return str(error)
+
+
+def _python(peers: Path, name: str) -> Path:
+    return peers / ENVIRONMENTS[name] / "bin" / "python"
 
 
 def measure(
@@ -300,6 +372,14 @@ def results(table: Sequence[Row], measured: Measured) -> list[dict[str, Any]]:
     return found
 
 
+def settings_of(workers: Workers) -> dict[str, str]:
+    """What the workers that were measured said of their settings."""
+    return {
+        name: worker.settings for name, worker in workers.items()
+        if not isinstance(worker, str) and worker.settings
+    }  # fmt: skip
+
+
 def _summary(values: list[float]) -> dict[str, Any]:
     return {"median": median(values), "min": min(values), "max": max(values), "values": values}
 
@@ -331,8 +411,9 @@ def _shown(figure: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="sf_local against its peers, on the demo model")
-    for width, kind in QUANTIZATIONS.items():
-        parser.add_argument(f"--{width}", metavar="ARTIFACT", help=f"against llama.cpp's {kind}")
+    for width in WIDTHS:
+        names = (f"{name} {p.kinds[width]}" for name, p in PEERS.items() if width in p.kinds)
+        parser.add_argument(f"--{width}", metavar="ARTIFACT", help=f"against {', '.join(names)}")
     parser.add_argument("--amdsharktank", metavar="ARTIFACT", type=Path, help="exported by it")
     parser.add_argument("--peers", metavar="FOLDER", type=Path, default=cache_dir() / "peers",
                         help="made by install_peers.sh (default: %(default)s)")  # fmt: skip
@@ -341,7 +422,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write every value there")
     args = parser.parse_args(arguments)
     try:
-        artifacts = _artifacts({width: getattr(args, width) for width in QUANTIZATIONS})
+        artifacts = _artifacts({width: getattr(args, width) for width in WIDTHS})
     except SfLocalError as error:
         parser.error(str(error))
     if args.rounds < 1:
@@ -354,18 +435,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that stopped workers end, too
     with open_workers(artifacts, args.amdsharktank, args.peers) as workers:
         measured = measure(table, workers, args.rounds, lambda line: print(line, file=sys.stderr))
-    found = results(table, measured)
+    found, settings = results(table, measured), settings_of(workers)
     print(text(found))
+    print("\n".join(f"{name}: {stated}" for name, stated in settings.items()))
     print(f"{NUM_CORES} cores, {args.rounds} rounds")
     if args.json:
-        args.json.write_text(json.dumps({"rounds": args.rounds, "results": found}, indent=2) + "\n")
+        made = {"rounds": args.rounds, "settings": settings, "results": found}
+        args.json.write_text(json.dumps(made, indent=2) + "\n")
 
 
 def _artifacts(paths: Mapping[str, str | None]) -> dict[str, Artifact]:
     """Those that are given; RequestError for none, or one of another model or type."""
     given = {width: open_artifact(path) for width, path in paths.items() if path}
     if not given:
-        raise RequestError("give at least one of --bf16, --int8 and --int4: folders that "
+        raise RequestError("give at least one of --f16, --bf16, --int8 and --int4: folders that "
                            "`sf-compile demo --weights bf16 -o FOLDER` makes")  # fmt: skip
     for width, artifact in given.items():
         made = artifact.manifest

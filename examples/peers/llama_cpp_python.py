@@ -70,4 +70,38 @@ def together(prompts: list[list[int]], count: int) -> float:
     return len(prompts) * count / seconds(run)
 
 
-serve({f.__name__: f for f in (first, warm, decode, prefill, together)})
+def cached(shared: list[int], one: list[int], other: list[int]) -> float:
+    first(shared + one)
+    memory = llama_cpp.llama_get_memory(context)
+    llama_cpp.llama_memory_seq_rm(memory, 0, len(shared), -1)
+    return seconds(lambda: evaluate(other))
+
+
+def logits(chunks: list[list[int]], path: str) -> None:
+    clear()
+    found, done = [], 0
+    for ids in chunks:
+        batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for i, token in enumerate(ids):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, done + i, True
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+        if llama_cpp.llama_decode(context, batch):
+            raise RuntimeError(f"llama_decode failed at token {done}")
+        values = llama_cpp.llama_get_logits(context)
+        found.append(np.ctypeslib.as_array(values, (len(ids), num_tokens)).copy())
+        llama_cpp.llama_batch_free(batch)
+        done += len(ids)
+    np.save(path, np.concatenate(found))
+
+
+def settings() -> str:
+    return (
+        f"llama-cpp-python {llama_cpp.__version__}, {threads} threads, KV in f16, batches of "
+        f"{BATCH} tokens, one request at a time"
+    )
+
+
+serve({f.__name__: f for f in (
+    first, warm, decode, prefill, together, cached, settings, logits
+)})  # fmt: skip

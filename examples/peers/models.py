@@ -19,6 +19,7 @@ from compile.sources.demo import demo_gguf
 from compile.sources.open import open_source
 from sf_local.artifact.cache import cache_dir
 
+FLOATS = {"bf16": ("bfloat16", ml_dtypes.bfloat16), "f32": ("float32", np.float32)}
 QUANTIZATIONS = {"F16": gguf.GGMLQuantizationType.F16, "Q8_0": gguf.GGMLQuantizationType.Q8_0}
 
 
@@ -29,9 +30,10 @@ def demo_as_gguf(kind: str) -> Path:
     return kept(f"SmolLM2-135M-Instruct.{kind}.gguf", lambda path: _requantize(path, kind))
 
 
-def demo_as_folder() -> Path:
-    """A Hugging Face folder, in bf16."""
-    return kept("SmolLM2-135M-Instruct-hf", _write_folder)
+def demo_as_folder(dtype: str = "bf16") -> Path:
+    """A Hugging Face folder, in bf16, or in f32 as the demo's 4-bit blocks say exactly."""
+    name = {"bf16": "SmolLM2-135M-Instruct-hf", "f32": "SmolLM2-135M-Instruct-hf-f32"}[dtype]
+    return kept(name, lambda folder: _write_folder(folder, dtype))
 
 
 def kept(name: str, write: Callable[[Path], None]) -> Path:
@@ -68,24 +70,25 @@ def _requantize(path: Path, kind: str) -> None:
     writer.close()
 
 
-def _write_folder(folder: Path) -> None:
-    source = open_source("demo")
+def _write_folder(folder: Path, dtype: str) -> None:
+    source, (torch_name, numpy_type) = open_source("demo"), FLOATS[dtype]
     config = source.config
     assert config.tied_embeddings and config.rope_scaling is None
     folder.mkdir()
     tensors = {
-        hf_name(name): np.asarray(tensor.read(slice(None)), ml_dtypes.bfloat16)
+        hf_name(name): np.asarray(tensor.read(slice(None)), numpy_type)
         for name, tensor in source.tensors.items()
     }
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     fields = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": torch_name,
         "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size, "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim, "rms_norm_eps": config.rms_eps,
         "rope_theta": config.rope_theta, "max_position_embeddings": config.max_seq_len,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": True, "bos_token_id": source.bos_token_id,
+        "eos_token_id": source.eos_token_ids[0],
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(fields, indent=2))
     source.write_tokenizer(folder)

@@ -3,13 +3,14 @@
 Serves artifacts exported by amdsharktank as well.
 """
 
+import os
 import re
 import sys
 from pathlib import Path
 
 from worker import seconds, serve
 
-from sf_local import Engine, SamplingParams
+from sf_local import Engine, SamplingParams, __version__
 from sf_local.artifact.open import open_artifact
 
 artifact = open_artifact(sys.argv[1])
@@ -59,4 +60,15 @@ def memory() -> float:
     return int(peak) * 1024 / needed
 
 
-serve({f.__name__: f for f in (first, warm, decode, prefill, together, cached, memory)})
+def settings() -> str:
+    stats, kv_dtype = engine.stats(), artifact.config.paged_kv_cache.kv_cache_dtype
+    return (
+        f"sf_local {__version__}, {len(os.sched_getaffinity(0))} threads, KV in {kv_dtype}, steps "
+        f"of {stats['prefill_tokens']:.0f} tokens, at most {stats['max_running']:.0f} requests at "
+        "a time, prefix cache"
+    )
+
+
+serve({f.__name__: f for f in (
+    first, warm, decode, prefill, together, cached, memory, settings
+)})  # fmt: skip

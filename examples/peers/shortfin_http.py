@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from importlib.metadata import version
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -67,8 +68,12 @@ def cached(shared: list[int], one: list[int], other: list[int]) -> float:
     return seconds(lambda: generate(shared + other, 1))
 
 
+def settings() -> str:
+    return f"shortfin {version('shortfin')}, its prefix cache"
+
+
 artifact, port = Path(sys.argv[1]), free_port()
 tokenizer = Tokenizer.from_file(str(artifact / "tokenizer.json"))
 server = start(artifact, port)
-serve({f.__name__: f for f in (first, generate, warm, cached)})
+serve({f.__name__: f for f in (first, generate, warm, cached, settings)})
 server.terminate()

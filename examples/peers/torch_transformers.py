@@ -3,6 +3,7 @@
 import sys
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, DynamicCache
 from worker import seconds, serve
 
@@ -41,4 +42,9 @@ def first(prompt: list[int]) -> int:
     return evaluate(prompt, DynamicCache(config=model.config))
 
 
-serve({f.__name__: f for f in (first, warm, decode, prefill)})
+def settings() -> str:
+    threads = torch.get_num_threads()
+    return f"transformers {transformers.__version__}, torch {torch.__version__}, {threads} threads"
+
+
+serve({f.__name__: f for f in (first, warm, decode, prefill, settings)})

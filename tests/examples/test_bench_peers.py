@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +23,8 @@ for line in sys.stdin:
     name, *arguments = json.loads(line)
     if "exit" in broken:
         sys.exit("out of luck")
-    reply = {"error": "no such thing"} if name in broken else {"value": speed}
+    value = "2 threads" if name == "settings" else speed
+    reply = {"error": "no such thing"} if name in broken else {"value": value}
     print(json.dumps(reply), flush=True)
 """
 
@@ -76,6 +79,85 @@ def test_table(peers: ModuleType) -> None:
     assert lines[3].endswith("<= 1.25") and "not installed in /peers" in lines[4]
 
 
+def test_settings_are_told_by_what_knows_the_capital_of_france(peers: ModuleType) -> None:
+    def fake(speed: int) -> object:
+        return peers.Worker([sys.executable, "-c", WORKER, str(speed)])
+
+    workers = {"right": fake(peers.PARIS), "wrong": fake(1), "absent": "not installed in /peers"}
+    try:
+        table = [peers.Row("decode", peers.DECODE, "right", "wrong")]
+        peers.measure(table, workers, 1, lambda line: None)
+    finally:
+        workers["right"].close()
+    assert peers.settings_of(workers) == {"right": "2 threads"}
+
+
+def test_rows(peers: ModuleType) -> None:
+    """Every peer has every row of each width that it has."""
+    table = peers.rows({"f16": None, "int8": None, "int4": None})
+    assert {(row.ours, row.theirs) for row in table} == {
+        ("ours f16", "llama.cpp F16"), ("ours f16", "OpenVINO GenAI fp16"),
+        ("ours int8", "llama.cpp Q8_0"), ("ours int8", "OpenVINO GenAI int8"),
+        ("ours int8", "ONNX Runtime GenAI int8"), ("ours int8", "CTranslate2 int8"),
+        ("ours int4", "llama.cpp Q4_1"), ("ours int4", "OpenVINO GenAI int4"),
+        ("ours int4", "ONNX Runtime GenAI int4"),
+    }  # fmt: skip
+    openvino = {row.work: row for row in table if row.theirs == "OpenVINO GenAI int8"}
+    assert {work: row.target for work, row in openvino.items()} == {
+        "decode, 1 row": 1.5, "prefill 128": 1.0, "prefill 512": 1.0, "prefill 2048": 1.0,
+        "8 requests together": 1.25, "16 requests together": 1.25, "first token, 1,000 cached": 2.0,
+    }  # fmt: skip
+    assert openvino["first token, 1,000 cached"].unit == "s"
+    assert len(table) == 9 * len(openvino)
+    prompts, count = peers.TOGETHER[16].arguments(random.Random(0))
+    assert len(prompts) == 16 and count == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "converter"),
+    [
+        ("OpenVINO GenAI", "int4", "optimum-cli"),
+        ("ONNX Runtime GenAI", "int4", "python"),
+        ("CTranslate2", "int8", "ct2-transformers-converter"),
+    ],
+)
+def test_conversions(
+    peers: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    kind: str,
+    converter: str,
+) -> None:
+    """A model is made once, in whole; one that cannot be made leaves its peer out."""
+    monkeypatch.setenv("SF_LOCAL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(peers.conversions, "demo_as_folder", lambda dtype: tmp_path / dtype)
+    bin_folder = tmp_path / peers.ENVIRONMENTS[name] / "bin"
+    bin_folder.mkdir(parents=True)
+
+    def install(program: str, script: str) -> None:
+        (bin_folder / program).write_text(f"#!/bin/sh\n{script}\n")
+        (bin_folder / program).chmod(0o755)
+
+    install("python", "exit 1")
+    install(converter, "echo first >&2; echo no memory >&2; exit 3")
+    assert peers.peer_of_kind(tmp_path, name, kind).endswith("failed: no memory")
+    install(converter, 'for last; do :; done; mkdir "$last"; echo "$@" > "$last/made"')
+    model = Path(peers.peer_of_kind(tmp_path, name, kind).command[2])
+    made = (model / "made").read_text()
+    assert f" {kind} " in made and f" {tmp_path / 'f32'} " in made
+    install(converter, "exit 1")
+    assert peers.peer_of_kind(tmp_path, name, kind).command[2] == model
+
+
+def test_install_script_names_what_there_is(peers: ModuleType, tmp_path: Path) -> None:
+    script, folder = EXAMPLES / "install_peers.sh", tmp_path / "peers"
+    for arguments in ((), (folder, "openvino", "vllm")):
+        done = subprocess.run([script, *arguments], capture_output=True, text=True)
+        assert done.returncode == 2 and set(peers.ENVIRONMENTS.values()) <= set(done.stderr.split())
+    assert not folder.exists()
+
+
 def test_missing_peers(peers: ModuleType, tmp_path: Path) -> None:
     worker = peers.peer_worker(tmp_path, "llama.cpp", "llama_cpp_python.py", Path)
     assert worker == f"not installed in {tmp_path}"
@@ -84,7 +166,7 @@ def test_missing_peers(peers: ModuleType, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ([], "give at least one of --bf16, --int8 and --int4"),
+        ([], "give at least one of --f16, --bf16, --int8 and --int4"),
         (["--bf16", "{tiny}"], "in f32, but the peers have SmolLM2"),
         (["--int8", "/nowhere"], "/nowhere"),
     ],

@@ -1,16 +1,22 @@
-"""What weight types cost on SmolLM2: `python tests/tools/weight_quality.py`, some minutes.
+"""What weight types cost on SmolLM2: `python tests/tools/weight_quality.py [--peers FOLDER]`.
 
-Steps whose likeliest token is llama.cpp's in f32; and the perplexity of our own 4-bit quantizer on
-matrices whose groups are shifted by half a group, so that the source's blocks are no help.
+Steps whose likeliest token is llama.cpp's in f32; KL divergence from our logits in f32, over all
+positions of a text, with its perplexity; and the perplexity of our own 4-bit quantizer on matrices
+whose groups are shifted by half a group, so that the source's blocks are no help. It takes some
+minutes. With --peers, the folder that examples/install_peers.sh made, the divergence of every peer
+of examples/bench_peers.py that is there stands beside ours.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +25,19 @@ from compile.formats.quantize import GROUP, quantized
 from compile.sources.open import open_source
 from compile.sources.source import Source, SourceTensor
 from sf_local import from_source
-from tests.support.perplexity import perplexity, step_logprobs
+from sf_local.sampling.logits import Floats
+from tests.support.perplexity import (
+    Quality,
+    chunks,
+    perplexity,
+    quality,
+    step_logprobs,
+    text_logits,
+)
 from tests.support.quantized import plain_int4
 from tests.support.tiny import DATA
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def agreement(dtype: str) -> str:
@@ -34,10 +50,53 @@ def agreement(dtype: str) -> str:
     return f"{sum(map(np.count_nonzero, same))} of {sum(map(len, same))}"
 
 
-def cost(artifact: Path) -> str:
-    """What its perplexity is above llama.cpp's in f32."""
+def golden_text() -> tuple[list[int], float]:
+    """Token ids of a text, and its perplexity by llama.cpp in f32."""
     data = json.loads((DATA / "smollm2_perplexity.json").read_text())
-    return f"{100 * (perplexity(artifact, data['ids']) / data['ppl'] - 1):+.2f}%"
+    return data["ids"], data["ppl"]
+
+
+def above(found: float) -> str:
+    """What a perplexity is above llama.cpp's in f32."""
+    return f"perplexity {100 * (found / golden_text()[1] - 1):+.2f}%"
+
+
+def shown(found: Quality) -> str:
+    return (
+        f"KL divergence {found.divergence:.6f}, {above(found.perplexity)}, "
+        f"f32's token at {found.agreement:.2%} of positions"
+    )
+
+
+def peers_logits(folder: Path, ids: list[int]) -> Iterator[tuple[str, Floats | str]]:
+    """Name and logits [T, V] of each peer in `folder`, at each width; or why there are none.
+
+    The name of one that gave logits ends with its settings.
+    """
+    sys.path.insert(0, str(EXAMPLES))
+    import bench_peers
+
+    for name, peer in bench_peers.PEERS.items():
+        for kind in dict.fromkeys(peer.kinds.values()):
+            worker = bench_peers.peer_of_kind(folder, name, kind)
+            found = worker_logits(worker, ids)
+            stated = bench_peers.settings_of({kind: worker}).values()
+            yield " ".join([name, kind, *(f"({settings})" for settings in stated)]), found
+
+
+def worker_logits(worker: Any, ids: list[int]) -> Floats | str:
+    """Logits [T, V] of a worker of examples/bench_peers.py, which is closed; or why none."""
+    if isinstance(worker, str):
+        return worker
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "logits.npy"
+        try:
+            worker.answer("logits", chunks(ids), str(path))
+            return np.load(path)
+        except RuntimeError as error:
+            return str(error)
+        finally:
+            worker.close()
 
 
 def four_bits(x: np.ndarray) -> np.ndarray:
@@ -61,17 +120,27 @@ def shifted(source: Source, change: Callable[[np.ndarray], np.ndarray]) -> Sourc
     return replace(source, tensors=tensors)
 
 
-def main() -> None:
-    for dtype in ("bf16", "int8", "int4"):
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="what weight types cost on SmolLM2")
+    parser.add_argument("--peers", metavar="FOLDER", type=Path, help="made by install_peers.sh")
+    args = parser.parse_args(arguments)
+    ids, _ = golden_text()
+    exact = text_logits(from_source("demo", weight_dtype="f32"), ids)
+    print(f"f32: {shown(quality(exact, exact, ids))}", flush=True)
+    for dtype in ("f16", "bf16", "int8", "int4"):
+        logits = text_logits(from_source("demo", weight_dtype=dtype), ids)
         print(f"{dtype}: llama.cpp's token in {agreement(dtype)} steps", flush=True)
-        print(f"{dtype}: perplexity {cost(from_source('demo', weight_dtype=dtype))}", flush=True)
-    print(f"f32: perplexity {cost(from_source('demo', weight_dtype='f32'))}", flush=True)
+        print(f"{dtype}: {shown(quality(logits, exact, ids))}", flush=True)
+    for name, found in peers_logits(args.peers, ids) if args.peers else ():
+        result = found if isinstance(found, str) else shown(quality(found, exact, ids))
+        print(f"{name}: {result}", flush=True)
     options = BuildOptions(weight_dtype="f32", prefill_batch_sizes=(1,), decode_batch_sizes=(1,))
     for change in (four_bits, plain_int4):
         with tempfile.TemporaryDirectory() as folder:
             opened = shifted(open_source("demo"), change)
             artifact = build(opened, Path(folder) / "shifted", options)
-            print(f"shifted, {change.__name__}: perplexity {cost(artifact)}", flush=True)
+            found = perplexity(artifact, ids)
+            print(f"shifted, {change.__name__}: {above(found)}", flush=True)
 
 
 if __name__ == "__main__":
