@@ -50,7 +50,7 @@ SUMS = """
     with open(vmfb, "rb") as file:
         module = iree.runtime.load_vm_flatbuffer(file.read(), driver="hip")
     given = np.load(inputs)
-    np.save(results, module.sum_up(given["logits"], given["scales"]).to_host())
+    np.save(results, [module.sum_up(each, given["scales"]).to_host() for each in given["logits"]])
 """
 
 
@@ -174,16 +174,15 @@ def test_the_best_token(
     mlir, results = tmp_path / "sums.mlir", tmp_path / "sums.npy"
     mlir.write_text(summing_module(TINY, vocab_size, num_rows))
     vmfb = compile_code_object(mlir, chip, hip_cache).parent / VMFB
-    given = hard_logits(vocab_size)
+    given = hard_logits(vocab_size).reshape(-1, num_rows, vocab_size)  # of each call
     scales = np.linspace(0.5, 2, num_rows, dtype=np.float32)
-    for start in range(0, len(given), num_rows):
-        logits = given[start : start + num_rows]
-        np.savez(tmp_path / "given.npz", logits=logits, scales=scales)
-        outcome = hip_driver.run(SUMS, vmfb, tmp_path / "given.npz", results, runs="machine",
-                                 devices=f"{chip}:512MiB")  # fmt: skip
-        assert outcome.exit_code == 0, outcome.stderr
-        assert outcome.of("interpret")
-        check_sums(np.load(results), logits, scales)
+    np.savez(tmp_path / "given.npz", logits=given, scales=scales)
+    outcome = hip_driver.run(SUMS, vmfb, tmp_path / "given.npz", results, runs="machine",
+                             devices=f"{chip}:512MiB")  # fmt: skip
+    assert outcome.exit_code == 0, outcome.stderr
+    assert outcome.of("interpret")
+    for sums, logits in zip(np.load(results), given, strict=True):
+        check_sums(sums, logits, scales)
 
 
 def hard_logits(vocab_size: int) -> Array:

@@ -20,6 +20,7 @@ from sf_local.sampling.sampler import Sampled, Sampler
 from sf_local.sampling.sampler import sample as sample_rows
 
 LOGITS = np.random.default_rng(3).permutation(np.linspace(-2, 2, 20, dtype=np.float32))
+DRAWS = 20_000
 
 
 def oracle(logits: list[float], params: ResolvedParams) -> dict[int, float]:
@@ -81,6 +82,15 @@ def draw(
 ) -> int:
     [sampled] = sample([sampler], logits[None], [allowed])
     return sampled.token
+
+
+def count_draws(
+    sampler: Sampler, logits: NDArray[np.float32] = LOGITS, allowed: Only | None = None
+) -> Counter[int]:
+    """How often each token is drawn from the same logits, which are summed up once."""
+    output = summarize(logits[None], np.array([sampler.inv_temperature], np.float32))
+    rows = (sample_rows([sampler], output, [allowed]) for _ in range(DRAWS))
+    return Counter(sampled.token for [sampled] in rows)  # type: ignore[union-attr]
 
 
 distinct_logits = st.lists(
@@ -160,14 +170,10 @@ def test_draws_follow_the_distribution(params: dict[str, Any]) -> None:
     sampling = ResolvedParams(seed=11, **params)
     expected = oracle(LOGITS.tolist(), sampling)
     assert len(expected) > 2
-    sampler, draws = Sampler(sampling), 20_000
-    counts = Counter(draw(sampler) for _ in range(draws))
+    counts = count_draws(Sampler(sampling))
     assert counts.keys() <= expected.keys()
-    statistic = sum(
-        (counts[token] - draws * share) ** 2 / (draws * share) for token, share in expected.items()
-    )
     freedom = len(expected) - 1
-    assert statistic < freedom + 6 * (2 * freedom) ** 0.5
+    assert chi_square(counts, expected) < freedom + 6 * (2 * freedom) ** 0.5
 
 
 def test_a_seed_repeats_and_another_differs() -> None:
@@ -242,8 +248,8 @@ def test_a_masked_draw_follows_the_distribution(params: dict[str, Any]) -> None:
     tokens = [2, 3, 5, 7, 11, 13]
     sampling = ResolvedParams(seed=3, **params)
     shares = oracle(LOGITS[tokens].tolist(), sampling)
-    sampler = Sampler(sampling)
-    counts = Counter(tokens.index(draw(sampler, allowed=Only(tokens))) for _ in range(20_000))
+    drawn = count_draws(Sampler(sampling), allowed=Only(tokens))
+    counts = Counter({tokens.index(token): count for token, count in drawn.items()})
     assert counts.keys() == shares.keys()
     assert chi_square(counts, shares) < len(shares) + 6 * (2 * len(shares)) ** 0.5
 
@@ -253,15 +259,14 @@ def test_wide_draws_follow_the_distribution(params: dict[str, Any]) -> None:
     """Over several blocks, the last one partial; rare tokens are counted together."""
     sampling = ResolvedParams(seed=9, **params)
     shares = oracle(WIDE[0].tolist(), sampling)
-    sampler, draws = Sampler(sampling), 20_000
-    counts = Counter(draw(sampler, WIDE[0]) for _ in range(draws))
+    counts = count_draws(Sampler(sampling), WIDE[0])
     assert counts.keys() <= shares.keys()
-    likely = {token: share for token, share in shares.items() if draws * share > 20}
+    likely = {token: share for token, share in shares.items() if DRAWS * share > 20}
     rare = 1 - sum(likely.values())
     grouped = Counter({token: counts[token] for token in likely})
-    if draws * rare > 20:
+    if DRAWS * rare > 20:
         likely[-1] = rare
-        grouped[-1] = draws - grouped.total()
+        grouped[-1] = DRAWS - grouped.total()
     assert chi_square(grouped, likely) < len(likely) + 6 * (2 * len(likely)) ** 0.5
 
 
