@@ -168,7 +168,7 @@ def test_mistakes(
 ) -> None:
     artifact = str(tiny.artifact)
     assert main(["bench", artifact, "--rounds", "0"]) == 1
-    assert "rounds=0 must be" in capsys.readouterr().err
+    assert "--rounds 0 must be" in capsys.readouterr().err
     for both in ([], [artifact, "--vmfb", artifact]):
         with pytest.raises(SystemExit):
             main(["bench", *both])

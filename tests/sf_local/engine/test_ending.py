@@ -161,14 +161,17 @@ def test_scores(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_callback_that_raises(engine: Engine) -> None:
     """It ends its generation, of which nobody hears."""
     generation = engine._generation(PROMPT, replace(GOOD, max_new_tokens=200))
-    calls = []
+    calls, has_ended = [], threading.Event()
 
     def deliver(item: Any) -> None:
         calls.append(item)
+        if isinstance(item, EngineError):
+            has_ended.set()
         raise RuntimeError("injected")
 
     generation.deliver, generation.is_streamed = deliver, True
     engine._replicas.submit(generation)
+    assert has_ended.wait(60)
     idle(engine)
     assert len(calls) == 2 and isinstance(calls[1], EngineError)
     assert generation.request.finish_reason == "abort"

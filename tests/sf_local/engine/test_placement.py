@@ -61,4 +61,4 @@ def test_the_command(tiny: TinyModel, capsys: pytest.CaptureFixture[str]) -> Non
     assert cli.main([*arguments, "1"]) == 0
     assert capsys.readouterr().out
     assert cli.main([*arguments, "0"]) == 1
-    assert "num_threads=0 must be an integer from 1 to" in capsys.readouterr().err
+    assert "--num-threads 0 must be an integer from 1 to" in capsys.readouterr().err
