@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--activations", choices=ACTIVATIONS,
-        help="what int8 and int4 weights are multiplied with (default: bf16 on CPUs with AMX, else "
+        help="what quantized weights are multiplied with (default: bf16 on CPUs with AMX, else "
         "int16; int8 is faster, and less accurate)",
     )  # fmt: skip
     parser.add_argument("--kv", choices=list(DTYPES), help="KV cache type (default: as --weights)")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +19,9 @@ from compile.folder import (
     staging,
     write_descriptions,
 )
-from compile.formats.layout import DTYPES, ITEM_BYTES, QUANTIZED
+from compile.formats.blocks import BLOCK_TYPES
+from compile.formats.layout import DTYPES, ITEM_BYTES
+from compile.models.tensors import decoder_tensors
 from compile.options import BuildOptions
 from compile.progress import Progress, silent
 from compile.sources.open import open_source
@@ -86,16 +90,26 @@ def build(
 def _log_sizes(source: Source, options: BuildOptions, target: Target, emitter: Emitter) -> None:
     """Say what the weights become and what they need, and warn if they grow unasked."""
     stored, model = source.weight_dtype, emitter.options
-    is_inflated = stored.lower() not in DTYPES and model.weight_dtype not in QUANTIZED
+    is_inflated = stored.lower() not in DTYPES and model.weight_dtype not in BLOCK_TYPES
     is_unasked = is_inflated and options.weight_dtype is None
     size, token = _num_bytes(emitter), emitter.page_elements * ITEM_BYTES[model.kv_dtype]
     log.log(
         logging.WARNING if is_unasked else logging.INFO,
-        "%s: %s weights become %s for %s: %s on disk and in memory, where the KV cache takes %s a "
-        "token%s", source.name, stored, model.weight_dtype, target.name, size_text(size),
+        "%s: %s for %s: %s on disk and in memory, where the KV cache takes %s a token%s",
+        source.name, _conversions_text(source, emitter), target.name, size_text(size),
         size_text(token / model.page_size),
-        "; int8 and int4 are for CPUs, and heads of a multiple of 32" if is_unasked else "",
+        "; quantized weights are for CPUs, and heads of a multiple of 32" if is_unasked else "",
     )  # fmt: skip
+
+
+def _conversions_text(source: Source, emitter: Emitter) -> str:
+    """What matrices of each type become, such as "Q4_K weights become q4_k, Q6_K q6_k"."""
+    sizes: Counter[tuple[str, str]] = Counter()
+    for tensor in decoder_tensors(source.config).all:
+        for name, shape in tensor.sources.items() if tensor.is_matrix else ():
+            sizes[source.tensors[name].dtype, emitter.options.dtype_of(name)] += math.prod(shape)
+    first, *others = (" ".join(pair) for pair, _ in sizes.most_common())
+    return ", ".join([first.replace(" ", " weights become "), *others])
 
 
 def _num_bytes(emitter: Emitter) -> int:

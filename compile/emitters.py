@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from compile.cpu.emitter import CpuLlamaEmitter
 from compile.cpu.vision import LANES
-from compile.formats.layout import DTYPES, QUANTIZED
-from compile.formats.quantize import GGUF_BLOCKS, GROUP
+from compile.formats.blocks import BLOCK_TYPES, GROUP
+from compile.formats.gguf_blocks import GGUF_BLOCKS
+from compile.formats.layout import DTYPES
 from compile.gpu.emitter import LlamaEmitter
+from compile.models.tensors import decoder_tensors
 from compile.options import BuildOptions, ModelOptions
 from compile.sources.source import Source
 from compile.target import Target
@@ -23,7 +25,7 @@ def find_emitter(source: Source, options: BuildOptions, target: Target) -> Emitt
     model = _model_options(source, options, target)
     _check_context(source, model)
     if target.vectors is None or options.row_major:
-        if model.weight_dtype in QUANTIZED:
+        if model.weight_dtype in BLOCK_TYPES:
             raise UnsupportedError(
                 f"weight_dtype={model.weight_dtype!r} is for CPUs; use f16 or bf16 for "
                 f"{target.name}"
@@ -49,26 +51,51 @@ def _model_options(source: Source, options: BuildOptions, target: Target) -> Mod
         image_batch_sizes=(
             (options.image_batch_sizes or target.image_batch_sizes) if source.vision else ()
         ),
+        tensor_dtypes=_tensor_dtypes(source, options, weight_dtype),
     )
 
 
 def _default_weight_dtype(source: Source, options: BuildOptions, target: Target) -> str:
     """That of the source, or what loses nothing of it; 16 bits where nothing narrower computes."""
-    stored = source.weight_dtype
     is_wide = target.vectors is None or options.row_major or source.config.head_dim % GROUP
-    if is_wide or stored.lower() in DTYPES:
+    if is_wide or source.weight_dtype.lower() in DTYPES:
         return target.weight_dtype
-    bits, _ = GGUF_BLOCKS.get(stored, (8, 0))
-    return f"int{bits}"
+    return _quantized_dtype(source.weight_dtype)
+
+
+def _quantized_dtype(stored: str) -> str:
+    """The type of quantized weights that are stored as `stored`, one of GGUF's types."""
+    return GGUF_BLOCKS[stored][0] if stored in GGUF_BLOCKS else "int8"
+
+
+def _tensor_dtypes(source: Source, options: BuildOptions, weight_dtype: str) -> dict[str, str]:
+    """What matrices become that do not become `weight_dtype`, where that is a quantized type."""
+    if weight_dtype not in BLOCK_TYPES:
+        return {}
+    table = decoder_tensors(source.config)
+    dtypes: dict[str, str] = {}
+    for tensor in table.all:
+        if not tensor.is_matrix:
+            continue
+        own = {name: _quantized_dtype(source.tensors[name].dtype) for name in tensor.sources}
+        if options.weight_dtype is not None:
+            own = dict.fromkeys(own, weight_dtype)
+        elif tensor.is_interleaved and len(set(own.values())) > 1:  # each block has rows of both
+            own = dict.fromkeys(own, "int8")
+        dtypes |= own
+    for tensor in (table.embedding, *table.head):
+        # Four bits would cost the embedding, which is also the head, more than they save.
+        dtypes |= {name: "int8" for name in tensor.sources if dtypes[name] == "int4"}
+    return {name: dtype for name, dtype in dtypes.items() if dtype != weight_dtype}
 
 
 def _activation_dtype(weight_dtype: str, options: BuildOptions, target: Target) -> str | None:
     """What quantized weights are multiplied with; None for others."""
     given, vectors = options.activation_dtype, target.vectors
-    if weight_dtype not in QUANTIZED or vectors is None:
+    if weight_dtype not in BLOCK_TYPES or vectors is None:
         if given is not None:
             raise UnsupportedError(
-                f"activation_dtype={given!r} is for int8 and int4 weights on CPUs, and these are "
+                f"activation_dtype={given!r} is for quantized weights on CPUs, and these are "
                 f"{weight_dtype} on {target.name}; leave it out"
             )
         return None
@@ -83,7 +110,7 @@ def _activation_dtype(weight_dtype: str, options: BuildOptions, target: Target) 
 
 def _kv_dtype(weight_dtype: str, target: Target) -> str:
     """The default: as the weights, or what unquantized weights would be."""
-    return target.weight_dtype if weight_dtype in QUANTIZED else weight_dtype
+    return target.weight_dtype if weight_dtype in BLOCK_TYPES else weight_dtype
 
 
 def _check_context(source: Source, model: ModelOptions) -> None:
@@ -98,7 +125,7 @@ def _check_context(source: Source, model: ModelOptions) -> None:
 def _check_cpu(source: Source, model: ModelOptions) -> None:
     """Refuse what the kernels of CPUs cannot compute."""
     head_dim = source.config.head_dim
-    if model.weight_dtype in QUANTIZED and head_dim % GROUP:
+    if model.weight_dtype in BLOCK_TYPES and head_dim % GROUP:
         raise UnsupportedError(
             f"weight_dtype={model.weight_dtype!r}: {source.name} has head_dim {head_dim}; it must "
             f"be a multiple of {GROUP}; use bf16 or f16"

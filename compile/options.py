@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from compile.formats.layout import DTYPES, QUANTIZED
@@ -15,7 +16,7 @@ from sf_local.errors import UnsupportedError
 class ModelOptions:
     """BuildOptions for one model and target, with no default left open."""
 
-    weight_dtype: str  # "f32", "f16", "bf16", "int8" or "int4"
+    weight_dtype: str  # of most: "f32", "f16", "bf16", or one of `compile.formats.blocks`
     kv_dtype: str  # "f32", "f16" or "bf16"
     page_size: int  # tokens a KV page
     prefill_batch_sizes: tuple[int, ...]
@@ -23,6 +24,12 @@ class ModelOptions:
     max_seq_len: int  # tokens
     image_batch_sizes: tuple[int, ...] = ()  # tiles of images; none without a vision tower
     activation_dtype: str | None = None  # one of ACTIVATIONS where weights are quantized
+    # Types of weights that are not as most, by canonical name; they and most are quantized
+    tensor_dtypes: Mapping[str, str] = field(default_factory=dict)
+
+    def dtype_of(self, name: str) -> str:
+        """What a matrix of the source becomes, by its canonical name."""
+        return self.tensor_dtypes.get(name, self.weight_dtype)
 
     @property
     def calls(self) -> list[tuple[str, int]]:
@@ -59,9 +66,10 @@ class BuildOptions:
     target: "cpu", an AMD chip such as "gfx942", or several as "gfx942,gfx1100,cpu".
     cpu: "host", "generic", "x86-64-v3" or "x86-64-v4".
     weight_dtype: "f32", "f16", "bf16", and on CPUs "int8" or "int4". By default as the source: 16
-    bits for floats, int4 for Q4_0 and Q4_1, int8 for other quantized types; on GPUs 16 bits.
-    activation_dtype: what int8 and int4 weights are multiplied with: "int16", which is exact enough
-    for prefill and decode to agree to the bit; "bf16", for CPUs with AMX and there the default, by
+    bits for floats; on CPUs blocks of types Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K and Q6_K are
+    carried over, and other quantized types become int8; on GPUs 16 bits.
+    activation_dtype: what quantized weights are multiplied with: "int16", which is exact enough for
+    prefill and decode to agree to the bit; "bf16", for CPUs with AMX and there the default, by
     which prefill is three times as fast; or "int8", the fastest without AMX, and less accurate.
     kv_dtype: a float type; by default that of the weights, or of unquantized ones.
     page_size: tokens a KV page.

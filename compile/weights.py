@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from compile.formats.layout import DTYPES, QUANTIZED, Parameter
-from compile.formats.quantize import GROUP, ZERO, Groups, all_finite, packed, quantized, with_bits
+from compile.formats.blocks import BLOCK_TYPES, GROUP, BlockType, Groups, packed
+from compile.formats.layout import DTYPES, Parameter
+from compile.formats.quantize import all_finite, quantized
 from compile.models.rope import ROPE_BLOCK, rope_table
 from compile.models.tensors import ModelTensor, model_tensors, source_shapes
 from compile.sources.source import Source, SourceTensor
@@ -75,7 +76,8 @@ def write_weights(
     """
     entries = [(p.name, type_name(p), p.num_bytes) for p in parameters]
     total = sum(num_bytes for _, _, num_bytes in entries)
-    table = {tensor.name: tensor for tensor in model_tensors(source.config, source.vision)}
+    tensors = model_tensors(source.config, source.vision)
+    table = {t.name: t for tensor in tensors for t in (*tensor.parts(), tensor)}
 
     def blocks() -> Iterator[memoryview]:
         done = 0
@@ -131,7 +133,7 @@ def _matrix_blocks(segments: Sequence[Segment], parameter: Parameter) -> Iterato
     for start in range(0, rows, step):
         count = min(step, rows - start)
         if parameter.is_quantized:
-            groups = _read_groups(segments, start, (count, cols), int(parameter.dtype[3:]))
+            groups = _read_groups(segments, start, (count, cols), BLOCK_TYPES[parameter.dtype])
             yield packed(groups, parameter.block, parameter.unit)
             continue
         values = np.zeros((count, cols), DTYPES[parameter.dtype])
@@ -143,32 +145,27 @@ def _matrix_blocks(segments: Sequence[Segment], parameter: Parameter) -> Iterato
 
 
 def _read_groups(
-    segments: Sequence[Segment], start: int, shape: tuple[int, int], bits: int
+    segments: Sequence[Segment], start: int, shape: tuple[int, int], kind: BlockType
 ) -> Groups:
     """Quantized rows from `start` on; what no tensor covers is zero."""
-    rows, num_groups = shape[0], shape[1] // GROUP
-    codes = np.full(shape, ZERO if bits == 8 else 0, np.uint8)
-    numbers = [np.zeros((rows, num_groups), np.float16) for _ in range(1 if bits == 8 else 2)]
-    for segment, source, to in _overlaps(segments, start, rows):
-        groups = _as_groups(segment.tensor, source, bits)
-        if groups is None or not groups.is_finite.all():
-            raise _refusal(segment, f"int{bits}")
-        width = groups.codes.shape[1]
-        codes[to, :width] = groups.codes
-        for kept, found in zip(numbers, (groups.scales, groups.minima), strict=False):
-            kept[to, : width // GROUP] = found
-    return Groups(codes, *numbers)
+    groups = Groups.zeros(kind, *shape)
+    for segment, source, to in _overlaps(segments, start, shape[0]):
+        found = _as_groups(segment.tensor, source, kind.name)
+        if found is None or not found.is_finite.all():
+            raise _refusal(segment, kind.name)
+        groups.put(to, found)
+    return groups
 
 
-def _as_groups(tensor: SourceTensor, rows: slice, bits: int) -> Groups | None:
-    """Some rows, quantized; None if they hold what is NaN or infinite."""
+def _as_groups(tensor: SourceTensor, rows: slice, dtype: str) -> Groups | None:
+    """Some rows, as the source has them or quantized; None if they are NaN or infinite."""
     groups = tensor.groups(rows) if tensor.groups else None
-    if groups is None:
-        values = tensor.read(rows).astype(np.float32)
-        if not all_finite(values):
-            return None
-        groups = quantized(np.pad(values, ((0, 0), (0, -values.shape[1] % GROUP))), bits)
-    return with_bits(groups, bits)
+    if groups and groups.kind.name == dtype:
+        return groups
+    values = tensor.read(rows).astype(np.float32)
+    if not all_finite(values):
+        return None
+    return quantized(np.pad(values, ((0, 0), (0, -values.shape[1] % GROUP))), dtype)
 
 
 def _read_rows(segments: Sequence[Segment], start: int, out: Array, dtype: str) -> None:
@@ -197,7 +194,7 @@ def _refusal(segment: Segment, dtype: str) -> SourceError:
             f"{segment.name} has {num_lost} weights that are NaN or infinite, from which no model "
             "can compute; get the file again, or from another source"
         )
-    what = f"groups of {GROUP} weights" if dtype in QUANTIZED else "weights"
+    what = f"groups of {GROUP} weights" if dtype in BLOCK_TYPES else "weights"
     remedy = "f32" if dtype == "bf16" else "bf16 or f32"
     return SourceError(
         f"{segment.name} has {num_too_large} {what} too large for {dtype}: up to {largest:.3g}; "
@@ -207,10 +204,10 @@ def _refusal(segment: Segment, dtype: str) -> SourceError:
 
 def _num_too_large(tensor: SourceTensor, rows: slice, values: Array, dtype: str) -> int:
     """How many weights, or groups of quantized ones, are not finite as `dtype`."""
-    if dtype not in QUANTIZED:
+    if dtype not in BLOCK_TYPES:
         with np.errstate(over="ignore"):
             return int(np.count_nonzero(~np.isfinite(values.astype(DTYPES[dtype]))))
-    groups = _as_groups(tensor, rows, int(dtype[3:]))
+    groups = _as_groups(tensor, rows, dtype)
     return 0 if groups is None else int(np.count_nonzero(~groups.is_finite))
 
 

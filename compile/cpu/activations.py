@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from compile.cpu.kernel import KernelBuilder, Views
 from compile.cpu.operands import Operand
 from compile.cpu.vector_builder import lanes_of, vector_type
+from compile.formats.blocks import GROUP, ZERO
 from compile.formats.layout import ITEM_BYTES
-from compile.formats.quantize import GROUP, ZERO
 from compile.mlir.values import Scalar
 
 LARGEST = {1: 127, 2: 127 * 128 + 63}  # of integers of so many bytes
-NUMBERS = 3  # of a group: its scale, and twice its sum
 
 
 class Activations:
@@ -23,16 +22,18 @@ class Activations:
     do. A row holds its high parts (K bytes), its low parts (K bytes), then the scales in f32, then
     -ZERO times the groups' sums in i32, then the scales times the sums in f32.
 
-    kind: how the floats are multiplied, or the number of an integer's parts.
+    kind: how the floats are multiplied, or the number of an integer's parts. num_offsets: sums of a
+    group in i32: two, each of half of it, if there are weights whose scales are of so few columns.
     """
 
     def __init__(
-        self, k: KernelBuilder, views: Views, kind: Operand | int, lanes: int, width: int
-    ) -> None:
-        self._k, self._width = k, width
+        self, k: KernelBuilder, views: Views, kind: Operand | int, lanes: int, width: int,
+        num_offsets: int,
+    ) -> None:  # fmt: skip
+        self._k, self._width, self._num_offsets = k, width, num_offsets
         self.is_quantized = isinstance(kind, int)
         self.step = GROUP if self.is_quantized else lanes  # features that are stored together
-        self.row_bytes = self.bytes_of_row(kind, width)
+        self.row_bytes = self.bytes_of_row(kind, width, num_offsets)
         if isinstance(kind, int):
             self.parts = kind
             self.codes = views.open("i8", "i32", "f32")
@@ -43,10 +44,10 @@ class Activations:
         self.unit_bytes = 4
 
     @staticmethod
-    def bytes_of_row(kind: Operand | int, width: int) -> int:
+    def bytes_of_row(kind: Operand | int, width: int, num_offsets: int) -> int:
         """Bytes of a row of `width` activations."""
         if isinstance(kind, int):
-            return kind * width + width // GROUP * NUMBERS * 4
+            return kind * width + width // GROUP * (2 + num_offsets) * 4
         return width * ITEM_BYTES[kind.other]
 
     def store(self, values: Sequence[Scalar], row: Scalar, feature: Scalar) -> None:
@@ -72,10 +73,11 @@ class Activations:
         is_zero = k.op(f"arith.cmpf oeq, {scale.name}, {k.scalar(0.0, 'f32').name} : f32", "i1")
         inverse = k.broadcast(one / is_zero.select(one, scale), lanes)
         whole = vector_type(lanes, "i32")
-        total = k.scalar(0, whole)
+        totals = [k.scalar(0, whole) for _ in range(self._num_offsets)]
         for i, value in enumerate(values):
             number = (value * inverse).math("roundeven").to_int(whole)
-            total = total + number
+            half = i * self._num_offsets // len(values)
+            totals[half] = totals[half] + number
             codes = [number]
             if self.parts == 2:
                 high = k.bits("shrsi", number + 64, 7)
@@ -84,8 +86,13 @@ class Activations:
                 at = self.codes_at(row, group, part) + i * lanes
                 self.codes["i8"].store_vector(code.to(vector_type(lanes, "i8")), at)
         self.codes["f32"].store(scale, self._number(row, group, 0))
-        sum_ = k.op(f"vector.reduction <add>, {total.name} : {whole} into i32", "i32")
-        self.codes["i32"].store(sum_ * -ZERO, self._number(row, group, 1))
+        sums = [
+            k.op(f"vector.reduction <add>, {total.name} : {whole} into i32", "i32")
+            for total in totals
+        ]
+        for half, sum_ in enumerate(sums):
+            self.codes["i32"].store(sum_ * -ZERO, self._offset_at(row, group, half))
+        sum_ = sums[0] if len(sums) == 1 else sums[0] + sums[1]
         self.codes["f32"].store(sum_.to("f32") * scale, self._number(row, group, 2))
 
     def codes_at(self, row: Scalar, group: Scalar, part: int) -> Scalar:
@@ -98,13 +105,24 @@ class Activations:
 
     def offset(self, row: Scalar, group: Scalar) -> Scalar:
         """What a group's integers times -ZERO are, i32."""
-        return self.codes["i32"].load(self._number(row, group, 1))
+        halves = [self.half_offset(row, group, half) for half in range(self._num_offsets)]
+        return halves[0] if len(halves) == 1 else halves[0] + halves[1]
+
+    def half_offset(self, row: Scalar, group: Scalar, half: int) -> Scalar:
+        """What half of a group's integers times -ZERO are, i32, where there are two offsets."""
+        return self.codes["i32"].load(self._offset_at(row, group, half))
 
     def total(self, row: Scalar, group: Scalar) -> Scalar:
         """The sum of a group's activations, f32."""
         return self.codes["f32"].load(self._number(row, group, 2))
 
-    def _number(self, row: Scalar, group: Scalar, which: int) -> Scalar:
-        """The index of one of a group's numbers, in units of four bytes."""
-        start = self.parts * self._width + which * (self._width // GROUP * 4)
-        return row * (self.row_bytes // 4) + group + start // 4
+    def _offset_at(self, row: Scalar, group: Scalar, half: int) -> Scalar:
+        if self._num_offsets == 1:
+            return self._number(row, group, 1)
+        return self._number(row, group * self._num_offsets, 1) + half
+
+    def _number(self, row: Scalar, index: Scalar, which: int) -> Scalar:
+        """Where a group's scale (which=0), offset (1) or total (2) is, in units of four bytes."""
+        before = (0, 1, 1 + self._num_offsets)[which]  # numbers of a group
+        start = self.parts * self._width + before * (self._width // GROUP * 4)
+        return row * (self.row_bytes // 4) + index + start // 4

@@ -7,16 +7,13 @@ each.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
-
 from compile.cpu.activations import Activations
-from compile.cpu.amx import COLUMNS, MAX_ROWS
+from compile.cpu.amx import MAX_ROWS
 from compile.cpu.attention import AttentionMemory
+from compile.cpu.decoder_layout import DecoderLayout
 from compile.cpu.kernel import CACHE_LINE, Views
 from compile.cpu.kv_layout import KVLayout
 from compile.cpu.logits import AFTER_LAYERS, LogitsMemory, LogitsPhases
-from compile.cpu.matmul import Format
 from compile.cpu.matrix_kernel import Use, padded
 from compile.cpu.phases import PhaseTable
 from compile.cpu.row_tables import (
@@ -31,105 +28,15 @@ from compile.cpu.row_tables import (
 )
 from compile.cpu.softmax import SPLIT, Splits
 from compile.cpu.transformer import TransformerKernel
-from compile.formats.layout import Parameter
-from compile.formats.quantize import GROUP
+from compile.formats.blocks import GROUP
 from compile.mlir.builder import Builder, Dim, Tensor
 from compile.mlir.values import Scalar
-from compile.models.spec import LlamaConfig
-from compile.models.tensors import DecoderTensors, ModelTensor, decoder_tensors, matrix_sizes
-from compile.options import ModelOptions
-from compile.target import Vectors
-from sf_local.artifact.manifest import LOGITS_BLOCK
 
 BEFORE_LAYERS = ("set_up", "embed")  # names of phases
 LAYER = (
     "attn_norm", "attn_qkv", "store_kv", "attend", "combine", "attn_output",
     "ffn_norm", "ffn_gate_up", "quantize", "ffn_down",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class DecoderLayout:
-    """A model as its kernels see it: formats, sizes and where its parameters lie.
-
-    Features are padded to whole blocks: `hidden` those of the residual, `inner` those inside the
-    MLP. offsets: of parameters, in bytes. takes_embeds: negative tokens stand for embeddings that
-    the caller gives.
-    """
-
-    config: LlamaConfig
-    options: ModelOptions
-    vectors: Vectors
-    layers: Format  # of the matrices of layers
-    embedding_format: Format  # of embedding and head
-    hidden: int
-    inner: int
-    offsets: dict[str, int]
-    takes_embeds: bool = False
-
-    @classmethod
-    def of(cls, config: LlamaConfig, options: ModelOptions, vectors: Vectors) -> DecoderLayout:
-        """The layout of a model for a CPU, yet without offsets."""
-        layers = Format(options.weight_dtype, vectors)
-        # Four bits would cost the embedding, which is also the head, more than they save.
-        embedding_format = Format("int8", vectors) if options.weight_dtype == "int4" else layers
-        group = GROUP if layers.is_quantized else 1
-        hidden = padded(config.hidden_size, math.lcm(vectors.block, group))
-        columns = COLUMNS if layers.uses_amx else 1
-        inner = padded(config.intermediate_size, math.lcm(vectors.lanes, group, columns))
-        return cls(config, options, vectors, layers, embedding_format, hidden, inner, {})
-
-    def layers_of(self, kind: KernelKind) -> Format:
-        """How a kernel multiplies the matrices of layers. In decode there are too few rows for
-        weights that become floats to pay off."""
-        given = self.options.activation_dtype or "int16"
-        is_float = given == "bf16"
-        return replace(
-            self.layers, activation_dtype="int16" if is_float and kind.is_decode else given
-        )
-
-    @property
-    def heads_width(self) -> int:
-        """Features of all query heads."""
-        return self.config.num_heads * self.config.head_dim
-
-    @property
-    def qkv_width(self) -> int:
-        """Features of all queries, keys and values."""
-        return (self.config.num_heads + 2 * self.config.num_kv_heads) * self.config.head_dim
-
-    @property
-    def num_summaries(self) -> int:
-        """Summary blocks of a row's logits."""
-        return -(-self.config.vocab_size // LOGITS_BLOCK)
-
-    def matrices(self) -> dict[str, tuple[int, int]]:
-        """Sizes [out, in] by name; those of layers as in layer 0."""
-        table = self._tensors
-        return matrix_sizes([table.embedding, *table.layers[0], *table.head])
-
-    def parameters(self) -> list[Parameter]:
-        """All parameters, in the order of the archive."""
-        table = self._tensors
-        ends = [
-            self.embedding_format.parameter(t.name, *t.shape)
-            for t in (table.embedding, *table.head)
-        ]
-        layers = [self._parameter(t) for layer in table.layers
-                  for t in sorted(layer, key=lambda t: t.is_matrix)]  # fmt: skip
-        return [self._parameter(table.rope), *ends, self._parameter(table.norm), *layers]
-
-    @property
-    def _tensors(self) -> DecoderTensors:
-        return decoder_tensors(
-            self.config, context=self.options.max_seq_len, hidden=self.hidden,
-            intermediate=self.inner,
-        )  # fmt: skip
-
-    def _parameter(self, tensor: ModelTensor) -> Parameter:
-        if tensor.is_matrix:
-            return self.layers.parameter(tensor.name, *tensor.shape)
-        return Parameter(tensor.name, tensor.shape, "f32")
 
 
 class DecoderKernel(TransformerKernel):
@@ -140,6 +47,7 @@ class DecoderKernel(TransformerKernel):
         super().__init__(
             kind.name, model.layers_of(kind), c.hidden_size, model.hidden, c.rms_eps, model.offsets,
             model.matrices(), PhaseTable(BEFORE_LAYERS, LAYER, AFTER_LAYERS, c.num_layers),
+            model.layer_parts(kind),
         )  # fmt: skip
         self.model, self.kind, self.config = model, kind, c
         self.takes_embeds = model.takes_embeds and not kind.is_decode
@@ -205,11 +113,11 @@ class DecoderKernel(TransformerKernel):
         call = CallMemory(tokens, start_pos, seq_lens, page_ids, header, table)
         self._bind_tables_and_attention(call, kv, cache)
         head = "token_embd" if c.tied_embeddings else "output"
-        self.logits = LogitsPhases(self, self.tables, logits, head, m.embedding_format, head_act)
+        self.logits = LogitsPhases(self, self.tables, logits, head, m.head_format, head_act)
 
     def _head_act(self) -> Activations:
         """What the head is multiplied with: integers of two bytes if it is quantized."""
-        format_, width = self.model.embedding_format, self.model.hidden
+        format_, width = self.model.head_format, self.model.hidden
         if format_.activation_bytes(width) == self.layers.activation_bytes(width):
             return self.act
         views = self.output(("padded_rows", format_.activation_bytes(width)), "i8")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from compile.cpu.decoder import DecoderKernel, DecoderLayout
+from compile.cpu.decoder import DecoderKernel
+from compile.cpu.decoder_layout import DecoderLayout
 from compile.cpu.kv_layout import KVLayout
 from compile.cpu.matmul import Format
 from compile.cpu.row_tables import KernelKind

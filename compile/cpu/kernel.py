@@ -86,6 +86,7 @@ class KernelBuilder(VectorBuilder):
     def __init__(self, *, has_bf16: bool = False) -> None:
         super().__init__(has_bf16=has_bf16, indent=4)
         self._bindings: list[str] = []
+        self._tables: dict[tuple[int, ...], str] = {}  # names by contents
         self.num_constants = 0
 
     # Interface
@@ -100,15 +101,18 @@ class KernelBuilder(VectorBuilder):
                 b.emit(f"%count = arith.constant {num_workgroups} : index")
                 b.emit("%one = arith.constant 1 : index")
                 b.emit("hal.return %count, %one, %one : index, index, index")
-            with (
-                b.block("builtin.module {"),
-                b.block(
+            with b.block("builtin.module {"):
+                for values, table in self._tables.items():
+                    b.emit(
+                        f"memref.global constant @{table} : memref<{len(values)}xi64> = "
+                        f"dense<{list(values)}>"
+                    )
+                with b.block(
                     f"func.func @{name}() attributes {{translation_info = "
                     "#iree_codegen.translation_info<pipeline = None>} {"
-                ),
-            ):
-                b.lines += [line.replace("#kernel_", f"#{name}_") for line in self.lines]
-                b.emit("return")
+                ):
+                    b.lines += [line.replace("#kernel_", f"#{name}_") for line in self.lines]
+                    b.emit("return")
 
     def layout(self) -> str:
         """The attribute #hal.pipeline.layout of all bindings and constants."""
@@ -135,6 +139,14 @@ class KernelBuilder(VectorBuilder):
             ).name,
             dtype,
         )
+
+    def table(self, values: Sequence[int]) -> Memory:
+        """Numbers that the kernel brings along, as memory of i64."""
+        name = self._tables.setdefault(tuple(values), f"table_{len(self._tables)}")
+        kind = f"memref<{len(values)}xi64>"
+        table = self.op(f"memref.get_global @{name} : {kind}", "")
+        memory = self.op(f"memref.cast {table.name} : {kind} to memref<?xi64>", "")
+        return Memory(self, memory.name, "i64")
 
     def constant(self) -> Scalar:
         """The dispatch's next i32 argument, as an index."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from compile.cpu.activations import Activations
 from compile.cpu.kernel import Memory
 from compile.cpu.matmul import Format
+from compile.cpu.matrix_kernel import Matrix
 from compile.cpu.row_tables import NUM_OUTPUTS, RowTables
 from compile.cpu.transformer import TransformerKernel
 from compile.cpu.vector_builder import vector_type
@@ -64,8 +65,8 @@ class LogitsPhases:
             weight = kernel.weight_at("output_norm.weight")
             kernel.rms_norm(tables.output_row(i), weight, self.act, i)
         head = kernel.weight_at(f"{self.head_name}.weight")
-        size = kernel.matrices[self.head_name]
-        kernel.matmul(after["head"], head, size, self.act, outputs, self._store, self.format)
+        matrix = Matrix.whole(kernel.matrices[self.head_name], self.format, head)
+        kernel.matmul(after["head"], matrix, self.act, outputs, self._store)
         if all_logits:
             return
         num_tasks = -(-self.num_blocks // BLOCKS_PER_TASK)

@@ -14,26 +14,31 @@ from functools import cached_property
 from compile.cpu.activations import Activations
 from compile.cpu.kernel import KernelBuilder, Views
 from compile.cpu.operands import Operand, Streams, operand, product
-from compile.cpu.quantized_matmul import QuantizedBlocks
+from compile.cpu.quantized_blocks import QuantizedBlocks
+from compile.cpu.quantized_element import element
+from compile.cpu.quantized_matmul import QuantizedProduct
 from compile.cpu.vector_builder import vector_type
-from compile.formats.layout import QUANTIZED, Parameter
-from compile.formats.quantize import GROUP
+from compile.formats.blocks import BLOCK_TYPES
+from compile.formats.layout import Parameter
 from compile.mlir.values import Scalar
 from compile.target import VECTORS_PER_BLOCK, Vectors
 
 
 @dataclass(frozen=True)
 class Format:
-    """How matrices are stored and multiplied: "f32", "f16", "bf16", "int8" or "int4".
+    """How matrices are stored and multiplied.
 
-    activation_dtype: what integer weights are multiplied with: integers of one byte ("int8") or two
-    ("int16"); or, after a block has become floats, "bf16" in AMX tiles, which is several times as
-    fast for many rows.
+    dtype: "f32", "f16", "bf16", or a type of `compile.formats.blocks`. activation_dtype: what
+    integer weights are multiplied with: integers of one byte ("int8") or two ("int16"); or, after a
+    block has become floats, "bf16" in AMX tiles, which is several times as fast for many rows.
+    has_half_sums: integers have a sum for every 16, as q6_k needs it. What reads the same
+    activations has the same of both.
     """
 
     dtype: str
     vectors: Vectors
     activation_dtype: str = "int16"
+    has_half_sums: bool = False
 
     @property
     def expands(self) -> bool:
@@ -43,7 +48,7 @@ class Format:
     @property
     def is_quantized(self) -> bool:
         """Whether weights are integers in groups with scales."""
-        return self.dtype in QUANTIZED
+        return self.dtype in BLOCK_TYPES
 
     @property
     def takes_integers(self) -> bool:
@@ -60,7 +65,7 @@ class Format:
     def quantized(self) -> QuantizedBlocks:
         """How integer weights are multiplied."""
         assert self.is_quantized
-        return QuantizedBlocks(self.dtype, self.vectors)
+        return QuantizedBlocks(BLOCK_TYPES[self.dtype], self.vectors)
 
     @property
     def unit(self) -> int:
@@ -91,7 +96,8 @@ class Format:
         """The archive's entry of a matrix [rows, cols]."""
         block = self.vectors.block
         if self.is_quantized:
-            shape = (-(-rows // block), -(-cols // GROUP), self.quantized.group_bytes)
+            quantized = self.quantized
+            shape = (-(-rows // block), -(-cols // quantized.columns), quantized.stored_bytes)
             return Parameter(name, shape, self.dtype, block, self.unit)
         shape4 = (-(-rows // block), -(-cols // self.unit), block, self.unit)
         return Parameter(name, shape4, self.dtype, block, self.unit)
@@ -99,16 +105,21 @@ class Format:
     def block_bytes(self, cols: int) -> int:
         """Bytes of one block of a matrix of `cols` columns."""
         if self.is_quantized:
-            return -(-cols // GROUP) * self.quantized.group_bytes
+            return -(-cols // self.quantized.columns) * self.quantized.stored_bytes
         return -(-cols // self.unit) * self.vectors.block * self.operand.unit_bytes
 
     def activation_bytes(self, width: int) -> int:
         """Bytes of a row of `width` activations, as `activations` stores it."""
-        return Activations.bytes_of_row(self._activation_kind, width)
+        return Activations.bytes_of_row(self._activation_kind, width, self._num_offsets)
 
     def activations(self, k: KernelBuilder, views: Views, width: int) -> Activations:
         """Rows of `width` activations that matrices of this format are multiplied with."""
-        return Activations(k, views, self._activation_kind, self.vectors.lanes, width)
+        kind, lanes = self._activation_kind, self.vectors.lanes
+        return Activations(k, views, kind, lanes, width, self._num_offsets)
+
+    @property
+    def _num_offsets(self) -> int:
+        return 2 if self.has_half_sums else 1
 
     @property
     def _activation_kind(self) -> Operand | int:
@@ -129,8 +140,7 @@ class Format:
         zero = k.scalar(0.0, vector_type(lanes, "f32"))
         sums = [zero] * (VECTORS_PER_BLOCK * len(rows) * len(blocks))
         if self.is_quantized:
-            num_groups = -(-cols // GROUP)
-            return self.quantized.product(k, weights, blocks[0], num_groups, x, rows, sums)
+            return QuantizedProduct(k, self.quantized, weights, x, rows).add(blocks[0], cols, sums)
         op = self.operand
         firsts = [start // op.unit_bytes for start in blocks]
         streams = Streams(
@@ -148,7 +158,7 @@ class Format:
         block = self.vectors.block
         begin, n = start + row // block * self.block_bytes(cols), row % block
         if self.is_quantized:
-            return self.quantized.element(k, weights, begin, n, col)
+            return element(k, self.quantized, weights, begin, n, col)
         op = self.operand
         unit = weights[op.unit_dtype].load(begin // op.unit_bytes + col // op.unit * block + n)
         if op.unit == 1:

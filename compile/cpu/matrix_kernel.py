@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from compile.cpu.activations import Activations
 from compile.cpu.amx import COLUMNS, LINES, MAX_ROWS, PANEL, Columns, TileRegisters
 from compile.cpu.kernel import KernelBuilder, Memory, Views
 from compile.cpu.matmul import Format
-from compile.formats.quantize import GROUP
+from compile.formats.blocks import GROUP
 from compile.mlir.builder import Builder, Dim, Tensor, tensor_type
 from compile.mlir.values import Scalar
 from compile.target import VECTORS_PER_BLOCK
@@ -23,6 +23,34 @@ Use = Callable[[list[Scalar], Scalar, Scalar], None]  # of a product: use(sums, 
 
 
 @dataclass(frozen=True)
+class Part:
+    """Rows of a matrix, from block `first` on, that are a parameter of the archive."""
+
+    name: str
+    format: Format
+    first: int
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix of size [N, K] whose blocks may differ in format.
+
+    find(block): for a block and those after it up to one of `bounds`, where block 0 would begin if
+    all were like it, in bytes, and the number of the format if there are several.
+    """
+
+    size: tuple[int, int]
+    formats: Sequence[Format]
+    find: Callable[[Scalar], tuple[Scalar, Scalar | None]]
+    bounds: Sequence[int] = ()
+
+    @classmethod
+    def whole(cls, size: tuple[int, int], format_: Format, start: Scalar) -> Matrix:
+        """A matrix of one format that begins at byte `start`."""
+        return cls(size, [format_], lambda block: (start, None))
+
+
+@dataclass(frozen=True)
 class Task:
     """Rows low .. high - 1 of x [M, K] times blocks first .. last - 1 of a matrix [N, K].
 
@@ -31,7 +59,7 @@ class Task:
     """
 
     format: Format
-    weight: Scalar  # the matrix's first byte
+    weight: Scalar  # the byte where block 0 begins
     cols: int
     x: Activations
     first: Scalar
@@ -115,32 +143,41 @@ class MatrixKernel:
         return self.k.phase(self.counters, number, num_tasks)
 
     def matmul(
-        self, number: Scalar, weight: Scalar, size: tuple[int, int], x: Activations,
-        num_rows: Scalar, use: Use, format_: Format | None = None,
-    ) -> None:  # fmt: skip
-        """Phase `number`: rows of x [M, K] times a matrix of size [N, K] at byte `weight`.
+        self, number: Scalar, matrix: Matrix, x: Activations, num_rows: Scalar, use: Use
+    ) -> None:
+        """Phase `number`: rows of x [M, K] times a matrix of size [N, K].
 
-        use(sums, row, block): what becomes of outputs; see `Task`. format_: None for `layers`.
+        use(sums, row, block): what becomes of outputs; see `Task`.
         """
-        k, format_ = self.k, format_ or self.layers
-        num_blocks, block_bytes = -(-size[0] // self.vectors.block), format_.block_bytes(size[1])
-        tuning = self.vectors.tuning
-        # One long stream of weights is read faster than several short ones.
-        run = max(1, min(tuning.task_bytes // block_bytes, num_blocks // MIN_TASKS))
-        num_runs, height = -(-num_blocks // run), tuning.row_chunk
+        k, (size, cols) = self.k, matrix.size
+        num_blocks, run = -(-size // self.vectors.block), self._blocks_of_task(matrix)
+        num_runs, height = -(-num_blocks // run), self.vectors.tuning.row_chunk
 
         num_heights = (num_rows + (height - 1)) // height
         with self.phase(number, num_heights * num_runs) as number_of_task:
             first, low = number_of_task % num_runs * run, number_of_task // num_runs * height
             high = (low + height).minimum(num_rows)
             last = (first + run).minimum(k.scalar(num_blocks, "index"))
-            task = Task(format_, weight, size[1], x, first, last, low, high, use)
-            if format_.expands:
-                self._expand_and_multiply(task)
-            elif format_.uses_amx and size[1] % COLUMNS == 0:
-                self._multiply_amx(task)
-            else:
-                self._multiply_vectors(task)
+            weight, which = matrix.find(first)
+            for i, format_ in enumerate(matrix.formats):
+                task = Task(format_, weight, cols, x, first, last, low, high, use)
+                with nullcontext() if which is None else k.when(which.equals(i)):
+                    self._multiply(task)
+
+    def _blocks_of_task(self, matrix: Matrix) -> int:
+        """One long stream of weights is read faster than several short ones."""
+        num_blocks = -(-matrix.size[0] // self.vectors.block)
+        block_bytes = max(format_.block_bytes(matrix.size[1]) for format_ in matrix.formats)
+        most = max(1, min(self.vectors.tuning.task_bytes // block_bytes, num_blocks // MIN_TASKS))
+        return max(n for n in range(1, most + 1) if all(b % n == 0 for b in matrix.bounds))
+
+    def _multiply(self, task: Task) -> None:
+        if task.format.expands:
+            self._expand_and_multiply(task)
+        elif task.format.uses_amx and task.cols % COLUMNS == 0:
+            self._multiply_amx(task)
+        else:
+            self._multiply_vectors(task)
 
     def _multiply_vectors(self, task: Task) -> None:
         def multiply(row: Scalar, num_rows: int, block: Scalar, count: int) -> None:

@@ -6,8 +6,9 @@ for attention, and how a kernel begins and ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count, pairwise, takewhile
 
 from compile.cpu.activations import Activations
 from compile.cpu.amx import LINES, PANEL, Scratch, TileRegisters
@@ -17,7 +18,7 @@ from compile.cpu.attention_vector import VectorAttention
 from compile.cpu.kernel import Memory, Views
 from compile.cpu.kv_layout import KVLayout
 from compile.cpu.matmul import Format
-from compile.cpu.matrix_kernel import WORKGROUPS, MatrixKernel, Use, padded
+from compile.cpu.matrix_kernel import WORKGROUPS, Matrix, MatrixKernel, Part, Use, padded
 from compile.cpu.operands import Operand
 from compile.cpu.phases import Phases, PhaseTable
 from compile.cpu.vector_builder import vector_type
@@ -35,7 +36,8 @@ class TransformerKernel(MatrixKernel):
 
     layers: the format of most matrices. features, hidden: of a row of the residual, without and
     with padding. eps: of norms. offsets: of parameters in `weights`, in bytes. matrices: sizes
-    [out, in] by name; matrices of layers have the names of those in layer 0.
+    [out, in] by name; matrices of layers have the names of those in layer 0. layer_parts: how
+    those of each layer are stored; others are whole, in the format of most.
     """
 
     residual: Memory
@@ -46,8 +48,10 @@ class TransformerKernel(MatrixKernel):
     def __init__(
         self, name: str, layers: Format, features: int, hidden: int, eps: float,
         offsets: Mapping[str, int], matrices: Mapping[str, tuple[int, int]], phases: PhaseTable,
+        layer_parts: Mapping[str, Sequence[Sequence[Part]]] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(name, layers)
+        self._layer_parts = layer_parts or {}
         self.features, self.hidden, self.eps = features, hidden, eps
         self.offsets, self.matrices, self.phases = offsets, matrices, phases
 
@@ -93,11 +97,15 @@ class TransformerKernel(MatrixKernel):
 
     def weight_at(self, name: str, layer: Scalar | None = None) -> Scalar:
         """The byte where a parameter begins: of `layer`, given its name in layer 0."""
+        if layer is None or "blk.0." not in name:
+            return self.k.scalar(self.offsets[name], "index")
+        names = (name.replace("blk.0.", f"blk.{i}.") for i in count())
+        offsets = [self.offsets[n] for n in takewhile(self.offsets.__contains__, names)]
+        steps = {after - before for before, after in pairwise(offsets)}
+        if len(steps) > 1:  # as layers differ in size
+            return self.k.table(offsets).load(layer).to("index")
         start = self.k.scalar(self.offsets[name], "index")
-        next_layer = self.offsets.get(name.replace("blk.0.", "blk.1."))
-        if layer is None or next_layer is None:
-            return start
-        return layer * (next_layer - self.offsets[name]) + start
+        return layer * steps.pop() + start if steps else start
 
     # Phases
 
@@ -130,7 +138,7 @@ class TransformerKernel(MatrixKernel):
     ) -> None:  # fmt: skip
         """Phase `number`: rows of x times the matrix `name`, plus its bias if it has one."""
         has_bias = f"{name}.bias" in self.offsets
-        lanes, size = self.vectors.lanes, self.matrices[name]
+        lanes = self.vectors.lanes
         bias_at = self.weight_at(f"{name}.bias", layer) // 4 if has_bias else None
 
         def use_biased(sums: list[Scalar], row: Scalar, block: Scalar) -> None:
@@ -140,7 +148,26 @@ class TransformerKernel(MatrixKernel):
                 sums = [value + bias[i % 2] for i, value in enumerate(sums)]
             use(sums, row, block)
 
-        self.matmul(number, self.weight_at(f"{name}.weight", layer), size, x, rows, use_biased)
+        self.matmul(number, self._matrix(name, layer), x, rows, use_biased)
+
+    def _matrix(self, name: str, layer: Scalar | None) -> Matrix:
+        size = self.matrices[name]
+        layers = self._layer_parts.get(name, [[Part(f"{name}.weight", self.layers, 0)]])
+        formats = list(dict.fromkeys(part.format for parts in layers for part in parts))
+        if layer is None or len(formats) == 1:
+            return Matrix.whole(size, formats[0], self.weight_at(layers[0][0].name, layer))
+        stored = [part for parts in layers for part in parts]
+        starts = [self.offsets[p.name] - p.first * p.format.block_bytes(size[1]) for p in stored]
+        bounds = [part.first for part in layers[0][1:]]
+
+        def find(block: Scalar) -> tuple[Scalar, Scalar]:
+            part = layer * len(layers[0])
+            for bound in bounds:
+                part = part + (block // bound).minimum(1)
+            which = self.k.table([formats.index(p.format) for p in stored]).load(part)
+            return self.k.table(starts).load(part).to("index"), which
+
+        return Matrix(size, formats, find, bounds)
 
     # Of rows of the residual
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from compile.formats.quantize import GROUP
+from compile.formats.blocks import BLOCK_TYPES
 
 DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
-QUANTIZED = ("int8", "int4")  # in groups that share a scale; on CPUs only
+QUANTIZED = ("int8", "int4")  # what floats can be quantized to; on CPUs only
 
 MASKED = -1e30  # a score or logit that is hidden: finite, or a row without any other would be NaN
 
@@ -22,7 +22,7 @@ class Parameter:
     """One tensor of the archive, in the layout that compiled code reads.
 
     A matrix [N, K] is stored row by row, or in blocks of rows, padded with zeros: floats as
-    [N/block, K/unit, block, unit], quantized weights as `quantize.packed` says.
+    [N/block, K/unit, block, unit], quantized weights as `formats.blocks` says.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Parameter:
     @property
     def is_quantized(self) -> bool:
         """Whether it is stored as codes and scales."""
-        return self.dtype in QUANTIZED
+        return self.dtype in BLOCK_TYPES
 
     @property
     def num_bytes(self) -> int:
@@ -46,5 +46,5 @@ class Parameter:
         """Rows and columns, padding included."""
         if not self.block:
             return self.shape[0], self.shape[1]
-        unit = GROUP if self.is_quantized else self.unit
+        unit = BLOCK_TYPES[self.dtype].columns if self.is_quantized else self.unit
         return self.shape[0] * self.block, self.shape[1] * unit

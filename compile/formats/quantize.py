@@ -1,54 +1,15 @@
-"""Weights of 8 and 4 bits, in groups of 32 that share a scale.
-
-They are quantized here from floats, or taken as they are from the blocks of a GGUF. A weight is
-scale * (code - 128) with 8 bits and scale * code + minimum with 4, as in GGUF's Q8_0 and Q4_1.
-"""
+"""Quantizes floats to 8 and 4 bits, in groups of 32 that share a scale."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-GROUP = 32  # weights of a row that share a scale
-ZERO = 128  # the 8-bit code of 0
+from compile.formats.blocks import BLOCK_TYPES, GROUP, ZERO, Floats, Groups
+
 _STEPS = (13.5, 14, 14.25, 14.5, 14.75, 15, 15.25, 15.5, 16, 16.5, 17)  # codes that span a group
-
-GGUF_BLOCKS = {"Q8_0": (8, 34), "Q4_0": (4, 18), "Q4_1": (4, 20)}  # bits, and bytes of a block
-
-Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Quantized rows: codes [rows, K] u8, scales and, with 4 bits, minima [rows, K / 32] f16."""
-
-    codes: NDArray[np.uint8]
-    scales: NDArray[np.float16]
-    minima: NDArray[np.float16] | None = None
-
-    @property
-    def bits(self) -> int:
-        """8 or 4, of a code."""
-        return 8 if self.minima is None else 4
-
-    @property
-    def is_finite(self) -> NDArray[np.bool_]:
-        """Of which groups the scale, and the minimum, is a number: [rows, K / 32]."""
-        is_finite = np.isfinite(self.scales)
-        return is_finite if self.minima is None else is_finite & np.isfinite(self.minima)
-
-    def dequantized(self) -> Floats:
-        """The weights [rows, K] f32."""
-        codes = self.codes.reshape(len(self.codes), -1, GROUP).astype(np.float32)
-        scales = self.scales.astype(np.float32)[..., None]
-        if self.minima is None:
-            values = (codes - ZERO) * scales
-        else:
-            values = codes * scales + self.minima.astype(np.float32)[..., None]
-        return values.reshape(self.codes.shape)
 
 
 def all_finite(values: NDArray[Any]) -> bool:
@@ -58,25 +19,25 @@ def all_finite(values: NDArray[Any]) -> bool:
     return not ((bits & exponent) == exponent).any()
 
 
-def quantized(rows: Floats, bits: int) -> Groups:
-    """Quantize finite rows [n, K] f32, K a multiple of 32, to 8 or 4 bits.
+def quantized(rows: Floats, dtype: str) -> Groups:
+    """Quantize finite rows [n, K] f32, K a multiple of 32, to "int8" or "int4".
 
     A scale is infinite where a group's weights are too large for f16 scales.
     """
     groups = rows.reshape(len(rows), -1, GROUP)
     with np.errstate(over="ignore", invalid="ignore"):
-        codes, scales, minima = _int8(groups) if bits == 8 else _int4(groups)
-    return Groups(codes.reshape(rows.shape), scales, minima)
+        codes, *numbers = _int8(groups) if dtype == "int8" else _int4(groups)
+    return Groups(BLOCK_TYPES[dtype], codes.reshape(rows.shape), numbers)
 
 
-def _int8(groups: Floats) -> tuple[NDArray[np.uint8], NDArray[np.float16], None]:
+def _int8(groups: Floats) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
     exact = np.abs(groups).max(axis=-1) / 127
     scales = exact.astype(np.float16)
     # Near f16's end a scale rounds down by up to all of itself, and its weights would be cut.
     is_short = (scales < exact) & (scales < np.finfo(np.float16).smallest_normal)
     scales = np.where(is_short, np.nextafter(scales, np.float16(1)), scales)
     codes = np.rint(groups * _inverse(scales.astype(np.float32))[..., None])
-    return (np.clip(codes, -127, 127) + ZERO).astype(np.uint8), scales, None
+    return (np.clip(codes, -127, 127) + ZERO).astype(np.uint8), scales
 
 
 def _int4(
@@ -130,49 +91,3 @@ def _inverse(x: Floats) -> Floats:
     """1 / x, and 0 for 0."""
     with np.errstate(divide="ignore"):
         return np.where(x == 0, np.float32(0), np.float32(1) / x).astype(np.float32)
-
-
-def from_gguf(raw: NDArray[np.uint8], kind: str) -> Groups | None:
-    """Rows [n, bytes] of GGUF blocks of type Q8_0, Q4_0 or Q4_1, not quantized anew.
-
-    None for other types. Q4_0 is scale * (code - 8), so its minimum is -8 * scale, exact in f16.
-    """
-    if kind not in GGUF_BLOCKS:
-        return None
-    blocks = np.ascontiguousarray(raw).reshape(len(raw), -1, GGUF_BLOCKS[kind][1])
-    scales = blocks[..., :2].copy().view(np.float16)[..., 0]
-    if kind == "Q8_0":
-        codes = blocks[..., 2:] ^ np.uint8(ZERO)  # two's complement to an offset of 128
-        return Groups(codes.reshape(len(raw), -1), scales)
-    with np.errstate(over="ignore"):
-        minima = scales * np.float16(-8)
-    if kind == "Q4_1":
-        minima = blocks[..., 2:4].copy().view(np.float16)[..., 0]
-    packed = blocks[..., -16:]
-    codes = np.concatenate([packed & 15, packed >> 4], axis=-1)
-    return Groups(codes.reshape(len(raw), -1), scales, minima)
-
-
-def with_bits(groups: Groups, bits: int) -> Groups:
-    """The same weights in 8 or 4 bits: unchanged if they have so many, else quantized anew."""
-    return groups if groups.bits == bits else quantized(groups.dequantized(), bits)
-
-
-def packed(groups: Groups, block: int, unit: int) -> NDArray[np.uint8]:
-    """Rows in blocks of `block`, as CPU kernels read them: [rows / block, K / 32, bytes] u8.
-
-    Each group has `unit` codes of every row of the block, then the next `unit`; then the rows'
-    scales in f16, then their minima. With 4 bits a byte holds two codes: in its low bits that of a
-    row in the first half of the block, in its high bits that of the row block / 2 further on.
-    """
-    rows, cols = groups.codes.shape
-    shape = (rows // block, block, cols // GROUP, GROUP // unit, unit)
-    codes = groups.codes.reshape(shape).transpose(0, 2, 3, 1, 4)  # [blocks, groups, 32/u, block, u]
-    if groups.bits == 4:
-        codes = codes[..., : block // 2, :] | (codes[..., block // 2 :, :] << 4)
-    parts = [codes.reshape(rows // block, cols // GROUP, -1)]
-    for numbers in (groups.scales, groups.minima):
-        if numbers is not None:
-            turned = numbers.reshape(rows // block, block, -1).transpose(0, 2, 1)
-            parts.append(np.ascontiguousarray(turned).view(np.uint8))
-    return np.concatenate(parts, axis=-1)

@@ -61,6 +61,10 @@ class ModelTensor:
     is_matrix: bool = False
     is_interleaved: bool = False
 
+    def parts(self) -> list[ModelTensor]:
+        """One tensor for each of its sources, as which it can be stored instead."""
+        return [ModelTensor(n, s, {n: s}, self.is_matrix) for n, s in self.sources.items()]
+
 
 def _matrix(name: str, hf_name: str, rows: str, columns: str) -> Entry:
     return Entry(name, (Part(name, hf_name, rows),), columns)

@@ -18,7 +18,8 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from compile.formats.quantize import Groups, from_gguf
+from compile.formats.blocks import Groups
+from compile.formats.gguf_blocks import from_gguf
 from compile.models.registry import find_gguf_family
 from compile.reading import corrupt, map_file, unsupported
 from compile.sources.gguf_tokenizer import convert_tokenizer, special_id

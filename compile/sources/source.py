@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compile.formats.quantize import Groups
+from compile.formats.blocks import Groups
 from compile.models.spec import LlamaConfig, VisionConfig
 from compile.models.tensors import has_bias
 from compile.reading import unsupported

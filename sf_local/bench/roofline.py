@@ -33,10 +33,14 @@ INSTRUCTIONS = {
     "int8": ("avx512_vnni", (1, 0x50), 128),  # vpdpbusd
 }
 TILE_CHAINS, TILE_OPERATIONS = 4, 2 * 16 * 16 * 32  # of tdpbf16ps, on AMX's tiles
-KINDS = {"f16": "f32", "int4": "int8"}  # types of weights that are computed as another type
+# Types of weights that are computed as another type
+KINDS = {"f16": "f32"} | dict.fromkeys(("int4", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"), "int8")
 TOWER = ("v.", "mm.")  # what names of weights begin with in a vision tower
-# Bytes a weight; int8 and int4 have groups of 32 weights with a scale (int4: and a minimum)
-WEIGHT_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "int8": 34 / 32, "int4": 20 / 32}
+# Bytes a weight; groups of 32 weights, or super-blocks of 256, have scales (and minima) besides
+WEIGHT_BYTES = {
+    "f32": 4, "f16": 2, "bf16": 2, "int8": 34 / 32, "int4": 20 / 32, "q5_0": 22 / 32,
+    "q5_1": 24 / 32, "q4_k": 148 / 256, "q5_k": 180 / 256, "q6_k": 210 / 256,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf
 import ml_dtypes
@@ -11,17 +14,24 @@ import numpy as np
 import pytest
 
 from compile.emitters import find_emitter
+from compile.models.spec import LlamaConfig
+from compile.models.tensors import model_tensors, source_shapes
 from compile.options import BuildOptions
 from compile.sources.open import open_source
+from compile.sources.source import Source, SourceTensor
 from compile.target import Target, resolve_target
 from sf_local.errors import UnsupportedError
 from tests.support.toy_sources import hf_weights, write_folder, write_gguf, write_wide_gguf
 
 NO_BF16, AMX = "x86-64-v4", ("avx512f", "avx512_bf16", "f16c")
 CASES = [
-    ("Q8_0", "int8"), ("Q4_0", "int4"), ("Q4_1", "int4"), ("Q5_0", "int8"), ("Q5_1", "int8"),
+    ("Q8_0", "int8"), ("Q4_0", "int4"), ("Q4_1", "int4"), ("Q5_0", "q5_0"), ("Q5_1", "q5_1"),
     ("F32", "f16"), ("F16", "f16"), ("BF16", "f16"),
 ]  # fmt: skip
+
+
+# Shape of Llama 3.2 1B
+LLAMA = LlamaConfig(128256, 2048, 8192, 16, 32, 8, 64, 1e-5, 500000.0, 131072, tied_embeddings=True)
 
 
 def defaults(source: Path, options: BuildOptions) -> tuple[str, str]:
@@ -85,3 +95,79 @@ def test_most_weights_of_the_layers_decide(tmp_path: Path) -> None:
     large = [name for name in tensors if "attn_q" in name or "ffn" in name]
     tensors |= {name: replace(tensors[name], dtype="Q8_0") for name in large}
     assert replace(source, tensors=tensors).weight_dtype == "Q8_0"
+
+
+def unread(*args: Any) -> Any:
+    raise AssertionError("only types and shapes are asked for")
+
+
+def source_of(config: LlamaConfig, kind_of: Callable[[str], str]) -> Source:
+    """A source whose matrices are of these types, by canonical name."""
+    tensors = {
+        name: SourceTensor(shape, kind_of(name) if len(shape) == 2 else "F32", unread)
+        for name, shape in source_shapes(model_tensors(config, None)).items()
+    }
+    return Source("toy.gguf", config, tensors, "", b"", {}, None, ())
+
+
+def q4_k_m(name: str, num_layers: int) -> str:
+    """The type by which llama.cpp's Q4_K_M has a matrix of a model of whole super-blocks."""
+    if name in ("token_embd.weight", "output.weight"):
+        return "Q6_K"
+    _, layer, part, _ = name.split(".")
+    i, eighth = int(layer), num_layers // 8
+    gets_more = i < eighth or i >= 7 * num_layers // 8 or (i - eighth) % 3 == 2
+    return "Q6_K" if part in ("attn_v", "ffn_down") and gets_more else "Q4_K"
+
+
+def dtypes(source: Source, **options: Any) -> dict[str, str]:
+    """What each matrix becomes, by canonical name."""
+    target = resolve_target("cpu", NO_BF16)
+    model = find_emitter(source, BuildOptions(cpu=NO_BF16, **options), target).options
+    return {n: model.dtype_of(n) for n, t in source.tensors.items() if len(t.shape) == 2}
+
+
+def test_each_tensor_keeps_its_type() -> None:
+    source = source_of(LLAMA, lambda name: q4_k_m(name, LLAMA.num_layers))
+    found = dtypes(source)
+    assert found == {name: source.tensors[name].dtype.lower() for name in found}
+    assert {"q4_k", "q6_k"} == set(found.values())
+    assert source.weight_dtype == "Q4_K"
+
+
+def test_a_q4_k_m_file_grows_by_at_most_a_twentieth() -> None:
+    source = source_of(LLAMA, lambda name: q4_k_m(name, LLAMA.num_layers))
+    bits = {"Q4_K": 4.5, "Q6_K": 6.5625, "F32": 32}
+    of_file = sum(math.prod(t.shape) * bits[t.dtype] / 8 for t in source.tensors.values())
+    target = resolve_target("cpu", NO_BF16)
+    emitter = find_emitter(source, BuildOptions(cpu=NO_BF16, max_seq_len=8192), target)
+    assert sum(p.num_bytes for p in emitter.parameters.values()) <= 1.05 * of_file
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "f16"])
+def test_an_option_makes_all_one_type(dtype: str) -> None:
+    """But for the embedding, which is also the head, that has at least 8 bits."""
+    found = dtypes(source_of(LLAMA, lambda name: q4_k_m(name, 16)), weight_dtype=dtype)
+    assert found.pop("token_embd.weight") == ("int8" if dtype == "int4" else dtype)
+    assert set(found.values()) == {dtype}
+
+
+@pytest.mark.parametrize(
+    ("kind", "embedding", "becomes"),
+    [
+        ("Q4_0", "Q4_0", "int8"), ("Q4_0", "Q6_K", "q6_k"), ("Q4_1", "Q8_0", "int8"),
+        ("Q4_K", "F16", "int8"), ("Q4_K", "Q4_K", "q4_k"), ("Q8_0", "Q5_1", "q5_1"),
+        ("Q2_K", "Q6_K", "q6_k"), ("Q6_K", "Q2_K", "int8"), ("BF16", "Q6_K", "f16"),
+    ],
+)  # fmt: skip
+def test_embeddings(kind: str, embedding: str, becomes: str) -> None:
+    source = source_of(LLAMA, lambda name: embedding if name == "token_embd.weight" else kind)
+    assert dtypes(source)["token_embd.weight"] == becomes
+
+
+def test_gates_and_ups_are_of_one_type() -> None:
+    """Blocks hold both, so those that differ become int8."""
+    found = dtypes(source_of(LLAMA, lambda name: "Q6_K" if "0.ffn_up" in name else "Q4_K"))
+    others = {name for name, dtype in found.items() if dtype != "q4_k"}
+    assert others == {f"blk.{i}.ffn_{part}.weight" for i in (0, 10) for part in ("gate", "up")}
+    assert {found[name] for name in others} == {"int8"}

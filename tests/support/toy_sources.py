@@ -1,6 +1,7 @@
 """Toy Llamas on disk, as a Hugging Face folder and as a GGUF file, for the tests of sources."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +107,10 @@ def write_gguf(
     quant: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     arch: str = "llama",
     extra_tensors: dict[str, np.ndarray] | None = None,
+    blocks: Mapping[str, tuple[np.ndarray, gguf.GGMLQuantizationType]] | None = None,
     **extra: Any,
 ) -> Path:
-    """A toy Llama; `extra` are metadata keys with "__" for "."."""
+    """A toy Llama; `blocks` are tensors as bytes, `extra` metadata keys with "__" for "."."""
     writer = gguf.GGUFWriter(path, arch)
     fields = {
         "llama.block_count": LAYERS,
@@ -131,7 +133,12 @@ def write_gguf(
             writer.add_float32(key, value)
         elif value is not None:
             writer.add_uint32(key, value)
+    blocks = blocks or {}
+    for name, (raw, kind) in blocks.items():
+        writer.add_tensor(name, raw, raw_dtype=kind)
     for name, weight in (gguf_weights() | (extra_tensors or {})).items():
+        if name in blocks:
+            continue
         if weight.ndim == 2 and quant != gguf.GGMLQuantizationType.F32:
             writer.add_tensor(name, gguf.quantize(weight, quant), raw_dtype=quant)
         else:

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from compile import BuildOptions, build
-from compile.formats.quantize import GROUP, quantized
+from compile.formats.blocks import GROUP
+from compile.formats.quantize import quantized
 from compile.sources.open import open_source
 from compile.sources.source import Source, SourceTensor
 from sf_local import from_source
@@ -100,7 +101,7 @@ def worker_logits(worker: Any, ids: list[int]) -> Floats | str:
 
 
 def four_bits(x: np.ndarray) -> np.ndarray:
-    return quantized(x, 4).dequantized()
+    return quantized(x, "int4").dequantized()
 
 
 def shifted(source: Source, change: Callable[[np.ndarray], np.ndarray]) -> Source:

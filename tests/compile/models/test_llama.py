@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from compile.cpu.emitter import CpuLlamaEmitter
-from compile.formats.quantize import GROUP, quantized
+from compile.formats.blocks import GROUP
+from compile.formats.quantize import quantized
 from compile.gpu.emitter import LlamaEmitter
 from compile.models.spec import LlamaConfig, RopeScaling
 from compile.options import ModelOptions
@@ -323,10 +324,10 @@ def quantized_reference(model: TinyModel, dtype: str, count: int) -> tuple[list[
 
 def quantized_like(name: str, weight: np.ndarray, dtype: str) -> np.ndarray:
     """What the artifact holds: its embedding has 8 bits in any case."""
-    bits = 8 if name == "token_embd.weight" else int(dtype[3:])
     cols = weight.shape[1]
     padded = np.pad(weight, ((0, 0), (0, -cols % GROUP)))
-    return quantized(padded, bits).dequantized()[:, :cols]
+    kind = "int8" if name == "token_embd.weight" else dtype
+    return quantized(padded, kind).dequantized()[:, :cols]
 
 
 def test_heads_that_groups_do_not_fit_are_refused(make_tiny: Callable[..., TinyModel]) -> None:
