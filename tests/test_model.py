@@ -39,13 +39,15 @@ def first_tie(case: dict[str, Any]) -> int:
 
 
 def test_f32_follows_llama_cpp(smollm2_f32: Path, golden: list[dict[str, Any]]) -> None:
-    """Tokens up to the first near-tie, through prefill and decode of the engine."""
+    """Tokens up to the first near-tie, through prefill and decode of the engine, in company."""
+    ends = [first_tie(case) for case in golden]
     with Engine(smollm2_f32) as engine:
-        for case in golden:
-            end = first_tie(case)
-            params = SamplingParams(temperature=0, max_new_tokens=end)
-            output = engine.generate(case["prompt_ids"], params)
-            assert output.token_ids == case["greedy_ids"][:end], case["prompt"]
+        handles = [
+            engine.submit(case["prompt_ids"], SamplingParams(temperature=0, max_new_tokens=end))
+            for case, end in zip(golden, ends, strict=True)
+        ]
+        for case, end, handle in zip(golden, ends, handles, strict=True):
+            assert handle.result().token_ids == case["greedy_ids"][:end], case["prompt"]
 
 
 def test_f32_logprobs_are_llama_cpps(smollm2_f32: Path, golden: list[dict[str, Any]]) -> None:
@@ -104,7 +106,7 @@ def test_text_is_the_same_in_any_company(smollm2: Path) -> None:
     rng = np.random.default_rng(2)
     prompts = [[1000 + i, *rng.integers(3, 49152, 4 + 22 * i).tolist()] for i in range(16)]
     params = [
-        SamplingParams(max_new_tokens=24, temperature=i % 2, seed=i, ignore_eos=True)
+        SamplingParams(max_new_tokens=16, temperature=i % 2, seed=i, ignore_eos=True)
         for i in range(16)
     ]
     with Engine(smollm2) as engine:
@@ -118,7 +120,8 @@ def test_prefix_reuse_differs_only_at_near_ties(
     smollm2: Path, golden: list[dict[str, Any]]
 ) -> None:
     """The golden prompts share a beginning; together they reuse it, alone they compute it."""
-    params = SamplingParams(max_new_tokens=32, temperature=0, ignore_eos=True)
+    count = 16
+    params = SamplingParams(max_new_tokens=count, temperature=0, ignore_eos=True)
     prompts = [case["prompt_ids"] for case in golden]
     alone = []
     with Engine(smollm2) as engine:
@@ -130,7 +133,7 @@ def test_prefix_reuse_differs_only_at_near_ties(
         assert engine.stats()["cached_tokens"] > 0
     cases = [{"prompt_ids": p, "greedy_ids": a} for p, a in zip(prompts, alone, strict=True)]
     for steps, a, b in zip(step_logprobs(smollm2, cases), alone, together, strict=True):
-        first = next((i for i in range(32) if a[i] != b[i]), None)
+        first = next((i for i in range(count) if a[i] != b[i]), None)
         if first is not None:
             top = np.sort(steps[first])[-2:]
             assert top[1] - top[0] <= 0.05, (first, a, b)

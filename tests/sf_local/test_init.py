@@ -9,18 +9,8 @@ from pathlib import Path
 import pytest
 
 import sf_local
+from tests.support.child import WITHOUT_SGLANG
 from tests.support.tiny import TinyModel
-
-WITHOUT_SGLANG = """
-import sys
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "sglang":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Blocked())
-"""
 
 
 def run(program: str, *arguments: object, stdin: str = "") -> str:
@@ -97,7 +87,6 @@ with Engine(sys.argv[1]) as engine:
         (["generate", "ARTIFACT", "--max-new-tokens", "4", "--regex", "ab+c"], "ab"),
         (["inspect", "ARTIFACT", "--verify"], "every file has the hash"),
         (["devices"], "shortfin 3.9.0"),
-        (["bench", "ARTIFACT", "--quick"], "prefill, 32 tokens"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -5,6 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 
+# A beginning of programs, for which sglang is not installed
+WITHOUT_SGLANG = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "sglang":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+"""
+
 
 def run_program(program: str, *arguments: object, timeout: float = 100) -> str:
     """What a Python program prints, which must end well and write no errors.

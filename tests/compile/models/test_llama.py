@@ -41,7 +41,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "num_kv_heads": 6,
         "tied_embeddings": False,
         "rope_scaling": RopeScaling("linear", 2.0),
-        **ONE_PADDED,
+        "prefill_batch_sizes": (3,),
+        "decode_batch_sizes": (2, 5, 16, 33),
     },
     "gqa 4:1, llama3, odd sizes": {
         "num_heads": 4,
@@ -54,7 +55,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rope_scaling": LLAMA3,
         "prefill_batch_sizes": (3,),
     },
-    "any x86-64": {"cpu": "generic", "prefill_batch_sizes": (3,)},
+    "any x86-64": {
+        "cpu": "generic",
+        "prefill_batch_sizes": (3,),
+        "decode_batch_sizes": (1, 2, 5, 16, 33),
+    },
     "AVX2": {"cpu": "x86-64-v3", "prefill_batch_sizes": (3,), "decode_batch_sizes": (1, 4, 9)},
     "AVX-512": {"cpu": "x86-64-v4", "prefill_batch_sizes": (3,)},
     "row-major, 3:1": {"row_major": True},
@@ -189,11 +194,11 @@ def test_the_first_of_equally_likely_tokens_is_best(
     assert found.best.tolist() == [0]
 
 
-@pytest.mark.parametrize("cpu", ["host", "generic"])
-def test_decode_batches_of_any_size(make_tiny: Callable[..., TinyModel], cpu: str) -> None:
+@pytest.mark.parametrize("name", ["gqa 1:1, untied, linear", "any x86-64"])
+def test_decode_batches_of_any_size(make_tiny: Callable[..., TinyModel], name: str) -> None:
     """Batches beyond a tile, and odd ones: every row is right."""
-    sizes = (2, 5, 16, 33)
-    model = make_tiny(cpu=cpu, prefill_batch_sizes=(1,), decode_batch_sizes=sizes)
+    model = make_tiny(**VARIANTS[name])
+    sizes = VARIANTS[name]["decode_batch_sizes"]
     tokens = tokens_of(model, sizes[-1])
     expected = [forward(model.config, model.weights, [t])[0] for t in tokens]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -32,16 +33,22 @@ from sf_local.cli import main
 from sf_local.device.info import DeviceInfo
 from sf_local.engine.kv_budget import GPU_SHARE
 from sf_local.errors import DeviceError, RequestError
+from tests.support.child import WITHOUT_SGLANG
 from tests.support.tiny import SeeingModel, TinyModel
 
 
-def test_bench(tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "bench.json"
-    arguments = ["bench", "--vmfb", str(tiny.artifact), "--quick", "--json", str(file)]
+def test_bench(tiny: TinyModel, tmp_path: Path) -> None:
+    """Also where sglang is not installed."""
+    file, image = tmp_path / "bench.json", tmp_path / "bench.png"
+    options = ["--vmfb", tiny.artifact, "--quick", "--json", file]
     if find_spec("matplotlib"):
-        arguments += ["--plot", str(tmp_path / "bench.png")]
-    assert main(arguments) == 0
-    out, err = capsys.readouterr()
+        options += ["--plot", image]
+    program = f"{WITHOUT_SGLANG}\nfrom sf_local.cli import main\nsys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "bench", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    out, err = done.stdout, done.stderr
+    assert "--plot" not in options or image.read_bytes().startswith(b"\x89PNG")
     report = json.loads(file.read_text())
     assert re.fullmatch(r".+, \d+ threads?", report["machine"]) and report["weights"] == "f32"
     assert re.search(r"^\d+ of \d+ bounds are met$", out, re.MULTILINE) and ".." not in out

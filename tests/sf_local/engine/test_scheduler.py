@@ -312,7 +312,7 @@ def test_random_schedules(chance: random.Random, num_requests: int, page_size: i
 
 
 @pytest.mark.slow
-@settings(max_examples=2000)
+@settings(max_examples=1000)
 @given(st.randoms(use_true_random=True), st.integers(1, 14), st.integers(1, 4))
 def test_many_random_schedules(chance: random.Random, num_requests: int, page_size: int) -> None:
     check_random_schedule(chance, num_requests, page_size)

@@ -68,7 +68,7 @@ def test_behaves_like_the_model(data: st.DataObject, num_pages: int) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=2000)
+@settings(max_examples=1000)
 @given(st.data(), st.integers(2, 12))
 def test_behaves_like_the_model_many_times(data: st.DataObject, num_pages: int) -> None:
     check_random_operations(data, num_pages)

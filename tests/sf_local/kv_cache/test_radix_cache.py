@@ -225,7 +225,7 @@ def test_behaves_like_the_oracle(chance: random.Random, page_size: int, num_step
 
 
 @pytest.mark.slow
-@settings(max_examples=2000)
+@settings(max_examples=1000)
 @given(st.randoms(use_true_random=True), st.integers(1, 4), st.integers(1, 120))
 def test_behaves_like_the_oracle_many_times(
     chance: random.Random, page_size: int, num_steps: int
