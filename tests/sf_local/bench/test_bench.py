@@ -182,9 +182,8 @@ def test_mistakes(
         assert "artifact" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["bench", artifact, "--plot", "a.png"]) == 1
-    assert (
-        "plot='a.png' needs matplotlib: pip install \"sf-local[bench]\"" in capsys.readouterr().err
-    )
+    message = "--plot 'a.png' needs matplotlib: pip install \"sf-local[bench]\""
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", ["a.bmp", "nowhere/a.png"])
