@@ -19,7 +19,7 @@ from sf_local.artifact.manifest import DTYPE_BYTES, ModelConfig
 from sf_local.artifact.open import Artifact, compiled_targets, open_artifact, verify
 from sf_local.device.info import devices, find_device
 from sf_local.engine.sources import from_source
-from sf_local.errors import ChatTemplateError, SfLocalError
+from sf_local.errors import ChatTemplateError, RequestError, SfLocalError
 
 if TYPE_CHECKING:
     from sf_local.engine.engine import Engine
@@ -278,6 +278,8 @@ def _bench(args: argparse.Namespace) -> None:
 
     if args.plot:
         check_plot(args.plot)
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise RequestError(f"json={str(args.json)!r} must be a file in a folder that exists")
     report = run(
         _artifact(args), args.device, args.rounds, num_threads=args.num_threads, quick=args.quick,
         progress=progress,

@@ -180,6 +180,8 @@ def test_mistakes(
         with pytest.raises(SystemExit):
             main(["bench", *both])
         assert "artifact" in capsys.readouterr().err
+    assert main(["bench", artifact, "--json", "nowhere/a.json"]) == 1
+    assert "--json 'nowhere/a.json' must be a file in a folder" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["bench", artifact, "--plot", "a.png"]) == 1
     message = "--plot 'a.png' needs matplotlib: pip install \"sf-local[bench]\""
