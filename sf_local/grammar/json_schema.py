@@ -5,10 +5,9 @@ Keywords that llguidance ignores, gets wrong or crashes on are refused, with the
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -272,20 +271,18 @@ class _SchemaCheck:
 
     def _rewrite_patterns(self, schema: dict[str, Any], path: str) -> None:
         if isinstance(schema.get("pattern"), str):
-            write = functools.partial(self._regexes.write, is_search=True)
-            schema["pattern"] = self._rewritten(f"{path}/pattern", write, schema["pattern"])
+            schema["pattern"] = self._rewritten(schema["pattern"], f"{path}/pattern")
         patterns = schema.get("patternProperties")
         if isinstance(patterns, dict) and isinstance(schema.get("properties", {}), dict):
             self._num_pattern_properties += len(patterns)
             if self._num_pattern_properties > MAX_PATTERN_PROPERTIES:
                 raise Refused(f"has more than {MAX_PATTERN_PROPERTIES} patternProperties.")
             path += "/patternProperties"
-            write_key = functools.partial(self._rewritten, path, self._regexes.write_key)
-            rewrite_pattern_properties(schema, path, write_key, named_keys(self._root))
+            rewrite_pattern_properties(schema, path, self._regexes, named_keys(self._root))
 
-    def _rewritten(self, path: str, write: Callable[..., str], pattern: str, *how: bool) -> str:
+    def _rewritten(self, pattern: str, path: str) -> str:
         try:
-            return write(pattern, *how)
+            return self._regexes.write(pattern, is_search=True)
         except Refused as error:
             raise Refused(f"has {shown(pattern)} at {path}, which {error}") from None
 

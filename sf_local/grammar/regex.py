@@ -68,7 +68,7 @@ class RegexWriter:
 
     def __init__(self) -> None:
         self._num_optional = self._num_sets = 0
-        self._is_search = self._is_key = self._is_largest = self._is_ascii = False
+        self._is_search = self._is_found = self._is_key = self._is_largest = self._is_ascii = False
 
     def write(self, text: str, is_search: bool = False) -> str:
         """A regex for the texts that `text` matches as a whole, or anywhere with `is_search`.
@@ -76,8 +76,7 @@ class RegexWriter:
         Raises:
             Refused: `text` is not a regex, not regular, or too large.
         """
-        self._is_search, self._is_key, self._is_largest = is_search, False, False
-        return self._written(text)
+        return self._written(text, is_search=is_search)
 
     def write_key(self, text: str, is_largest: bool) -> str:
         """A regex for the keys of JSON objects that `text` matches anywhere, without those that
@@ -89,10 +88,23 @@ class RegexWriter:
         Raises:
             Refused: as in `write`.
         """
-        self._is_search, self._is_key, self._is_largest = True, True, is_largest
-        return f"^(?:{self._written(text)})$"
+        return self._written(text, True, True, True, is_largest)
 
-    def _written(self, text: str) -> str:
+    def write_searched(self, text: str) -> str:
+        """A regex for the texts in which Python finds `text`; raises Refused as `write`."""
+        return self._written(text, is_found=True)
+
+    def _written(
+        self, text: str, is_search: bool = False, is_found: bool = False, is_key: bool = False,
+        is_largest: bool = False,
+    ) -> str:  # fmt: skip
+        """
+        Args:
+            is_search: with what all readers of a JSON schema understand, not what Python does.
+            is_found: for the whole of a text in which `text` is found.
+        """
+        self._is_search, self._is_found = is_search, is_found
+        self._is_key, self._is_largest = is_key, is_largest
         try:
             tree = _parser.parse(text)
         except re.error as error:
@@ -121,11 +133,12 @@ class RegexWriter:
             self._item(str(op), value, dotall, first * (i <= start), last * (i >= end))
             for i, (op, value) in enumerate(tree)
         ]
-        if self._is_key:  # what it may be found between; groups have that themselves
+        if self._is_found:  # what it may be found between; groups have that themselves
+            around = f"[^{NOT_IN_KEYS}]*" if self._is_key else "(?s:.*)"
             if first == _AT_EDGE and not _is_group(tree[start : start + 1]):
-                parts.insert(0, f"[^{NOT_IN_KEYS}]*")
+                parts.insert(0, around)
             if last == _AT_EDGE and not _is_group(tree[end : end + 1]):
-                parts.append(f"[^{NOT_IN_KEYS}]*")
+                parts.append(around)
         return "".join(parts)
 
     def _item(self, op: str, value: Any, dotall: bool, first: int, last: int) -> str:
@@ -158,7 +171,9 @@ class RegexWriter:
             raise Refused("contains a word boundary (\\b, \\B), which is not supported. Remove it.")
         if not is_edge:
             raise Refused(f"has {written} in the middle, which is not supported. Remove it.")
-        return written if self._is_search and not self._is_key else ""
+        if self._is_found:
+            return r"\x0A?" if name == "AT_END" and not self._is_key else ""
+        return written if self._is_search else ""
 
     def _group(self, value: Any, dotall: bool, first: int, last: int) -> str:
         _, add, remove, tree = value
