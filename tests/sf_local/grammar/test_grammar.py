@@ -1032,15 +1032,18 @@ def test_page_faults_tell_what_is_new() -> None:
 
 def test_many_threads_compile_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler, compiled = new_compiler(tokenizer), list[str]()
-    make, start = compiler._vocabulary.matcher, threading.Barrier(8)
+    make, start, come = compiler._vocabulary.matcher, threading.Barrier(8), list[str]()
 
     def counting(grammar: str, limits: Any) -> Any:
         compiled.append(grammar)
-        time.sleep(0.05)
+        while len(come) % 8:  # until all ask for it, however busy the machine is
+            time.sleep(0.01)
+        time.sleep(0.2)
         return make(grammar, limits)
 
     def work(text: str) -> str:
         start.wait()
+        come.append(text)
         try:
             return str(compiler.ebnf(text).is_complete)
         except GrammarError as error:
