@@ -24,8 +24,8 @@ from sf_local.artifact.path_kinds import describe, is_repo_id, other_weights
 from sf_local.errors import SourceError
 
 ALLOWED = (
-    'allowed are "demo", a folder with config.json, safetensors and tokenizer.json, a .gguf file, '
-    'or a Hugging Face repo id such as "org/name"'
+    'allowed are "demo", a folder with config.json, safetensors, tokenizer.json and '
+    'tokenizer_config.json, a .gguf file, or a Hugging Face repo id such as "org/name"'
 )
 
 

@@ -6,6 +6,7 @@ the thread of each device, by `core.py`.
 
 from __future__ import annotations
 
+import os
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -152,6 +153,8 @@ class Engine(Batches):
         jump_forward = check_bool("jump_forward", jump_forward)
         reuse_answer_tokens = check_bool("reuse_answer_tokens", reuse_answer_tokens)
         escape_special_tokens = check_bool("escape_special_tokens", escape_special_tokens)
+        if not isinstance(vmfb, str | os.PathLike):
+            raise RequestError(f"vmfb={shown(vmfb)} must be the path of an artifact")
         if not isinstance(chat_template, str | None):
             raise RequestError(f"chat_template={shown(chat_template)} must be a Jinja text")
         if not (on_finish is None or callable(on_finish)):

@@ -59,7 +59,10 @@ def parse_line(text: str, most_tokens: int) -> BatchRequest:
         return _request(custom_id, form, line, None)
     unknown = line.keys() - {"custom_id", "method", "url", "body"}
     if unknown:
-        raise RequestError(f"{min(unknown)}: is no field of a batch's line")
+        raise RequestError(
+            f"{min(unknown)}: is no field of a batch's line; give prompt, or "
+            "custom_id, method, url and body"
+        )
     if line.get("custom_id") is None:
         raise RequestError("custom_id: is missing")
     if line.get("method") != "POST":

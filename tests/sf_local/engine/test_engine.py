@@ -675,6 +675,12 @@ def test_kv_memory_by_default_holds_the_largest_batch(tiny: TinyModel) -> None:
         assert engine.stats()["pages_total"] == 4 * 256 // 8
 
 
+def test_an_engine_is_no_artifact(engine: Engine) -> None:
+    for given in (engine, None, 3):
+        with pytest.raises(RequestError, match=r"vmfb=.* must be the path of an artifact"):
+            Engine(given)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "size",
     [
