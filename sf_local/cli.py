@@ -226,10 +226,14 @@ def _batch(args: argparse.Namespace) -> int:
 
     with _engine(args) as engine:
         started_at = time.perf_counter()
-        summary = run_batch(
-            engine, args.input, args.output, force=args.force, retry_errors=args.retry_errors,
-            max_in_flight=args.max_in_flight,
-        )  # fmt: skip
+        try:
+            summary = run_batch(
+                engine, args.input, args.output, force=args.force, retry_errors=args.retry_errors,
+                max_in_flight=args.max_in_flight,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            print("\nstopped; the same command continues where this one was", file=sys.stderr)
+            raise
         rate = engine.stats()["completion_tokens"] / (time.perf_counter() - started_at)
     counts = f"{summary.answered} answered, {summary.failed} failed"
     print(f"{counts}, {rate:.0f} tokens/s", file=sys.stderr)

@@ -231,6 +231,17 @@ def test_a_chat_has_the_whole_context(tiny: TinyModel, monkeypatch: pytest.Monke
     assert given == [{"max_new_tokens": 256}, {"max_new_tokens": 5, "top_k": 3}]
 
 
+def test_a_batch_that_is_stopped_can_be_continued(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sf_local.frontend.batch_file.run_batch", stopped)
+    assert main(["batch", str(tiny.artifact), "in.jsonl", "-o", "out.jsonl"]) == 130
+    assert "the same command continues" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["chat", "generate", "inspect"])
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
