@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"sf-local: {_told(args, error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        is_batch = args.command == "batch"
+        print("\nstopped; the same command continues" if is_batch else "", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, such as `| head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -226,14 +227,10 @@ def _batch(args: argparse.Namespace) -> int:
 
     with _engine(args) as engine:
         started_at = time.perf_counter()
-        try:
-            summary = run_batch(
-                engine, args.input, args.output, force=args.force, retry_errors=args.retry_errors,
-                max_in_flight=args.max_in_flight,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            print("\nstopped; the same command continues where this one was", file=sys.stderr)
-            raise
+        summary = run_batch(
+            engine, args.input, args.output, force=args.force, retry_errors=args.retry_errors,
+            max_in_flight=args.max_in_flight,
+        )  # fmt: skip
         rate = engine.stats()["completion_tokens"] / (time.perf_counter() - started_at)
     counts = f"{summary.answered} answered, {summary.failed} failed"
     print(f"{counts}, {rate:.0f} tokens/s", file=sys.stderr)
