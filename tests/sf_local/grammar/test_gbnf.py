@@ -19,20 +19,7 @@ from tests.support.gbnf import (
     matches,
     regex,
 )
-from tests.support.toy_tokenizers import byte_level_tokenizer, save
-from tests.support.walk import EOS, Walk, accepts
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("byte_level")
-    return save(folder, byte_level_tokenizer(), bos_token="<|im_start|>", eos_token="<|im_end|>")
-
-
-@pytest.fixture(scope="module")
-def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
-    return GrammarCompiler(tokenizer, tokenizer.vocab_size, frozenset({EOS}))
-
+from tests.support.walk import Walk, accepts
 
 # --- The language: what llama.cpp's guide says of each construct, written as a regex by hand
 

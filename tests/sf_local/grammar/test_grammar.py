@@ -39,17 +39,6 @@ from tests.support.toy_tokenizers import byte_level_tokenizer, save, sentencepie
 from tests.support.walk import EOS, Walk, allowed
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("byte_level")
-    return save(folder, byte_level_tokenizer(), bos_token="<|im_start|>", eos_token="<|im_end|>")
-
-
-@pytest.fixture(scope="module")
-def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
-    return new_compiler(tokenizer)
-
-
 def new_compiler(tokenizer: Tokenizer) -> GrammarCompiler:
     return GrammarCompiler(tokenizer, tokenizer.vocab_size, frozenset({EOS}))
 

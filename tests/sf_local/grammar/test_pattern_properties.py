@@ -15,23 +15,11 @@ from hypothesis import strategies as st
 from sf_local.errors import GrammarError
 from sf_local.grammar.compiler import GrammarCompiler
 from sf_local.text.tokenizer import Tokenizer
-from tests.support.toy_tokenizers import byte_level_tokenizer, save
-from tests.support.walk import EOS, Walk, accepts
+from tests.support.walk import Walk, accepts
 
 DIGIT: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": 9}
 BOOL: dict[str, Any] = {"type": "boolean"}
 CLOSED: dict[str, Any] = {"type": "object", "additionalProperties": False}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("byte_level")
-    return save(folder, byte_level_tokenizer(), bos_token="<|im_start|>", eos_token="<|im_end|>")
-
-
-@pytest.fixture(scope="module")
-def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
-    return GrammarCompiler(tokenizer, tokenizer.vocab_size, frozenset({EOS}))
 
 
 def check(
