@@ -11,7 +11,7 @@ from pathlib import Path
 
 import ctranslate2
 import numpy as np
-from worker import seconds, serve
+from worker import jobs_of, seconds, serve
 
 folder, threads = sys.argv[1], int(sys.argv[3])
 model = ctranslate2.Generator(
@@ -30,26 +30,10 @@ def generate(prompts: list[list[int]], num_new: int, **options: object) -> list[
     return answers
 
 
-def first(prompt: list[int]) -> int:
-    return generate([prompt], 1)[0][0]
-
-
-def warm(prompt: list[int]) -> None:
-    generate([prompt], 8)
-
-
 def decode(prompt: list[int], num_new: int) -> float:
     times: list[float] = []
     generate([prompt], num_new, callback=lambda step: times.append(time.perf_counter()))
     return (len(times) - 1) / (times[-1] - times[0])
-
-
-def prefill(prompt: list[int]) -> float:
-    return len(prompt) / seconds(lambda: generate([prompt], 1))
-
-
-def together(prompts: list[list[int]], num_new: int) -> float:
-    return len(prompts) * num_new / seconds(lambda: generate(prompts, num_new))
 
 
 def cached(shared: list[int], one: list[int], other: list[int]) -> float:
@@ -71,6 +55,4 @@ def logits(chunks: list[list[int]], path: str) -> None:
     np.save(path, np.array(found.to(ctranslate2.DataType.float32))[0])
 
 
-serve({f.__name__: f for f in (
-    first, warm, decode, prefill, together, cached, settings, logits
-)})  # fmt: skip
+serve(jobs_of(generate) | {f.__name__: f for f in (decode, cached, settings, logits)})

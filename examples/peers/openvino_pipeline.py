@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import openvino
 import openvino_genai
-from worker import seconds, serve
+from worker import jobs_of, seconds, serve
 
 BLOCK = 32  # tokens of a block of KV cache on CPUs
 folder, tokens, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -48,28 +48,12 @@ def generate(prompts: list[list[int]], num_new: int) -> list[list[int]]:
     return answers
 
 
-def first(prompt: list[int]) -> int:
-    return generate([prompt], 1)[0][0]
-
-
-def warm(prompt: list[int]) -> None:
-    generate([prompt], 8)
-
-
 def decode(prompt: list[int], num_new: int) -> float:
     handle = submit(prompt, num_new)
     while not handle.can_read():
         pipeline.step()
     (ready,) = handle.read().values()
     return (num_new - len(ready.generated_ids)) / seconds(finish)
-
-
-def prefill(prompt: list[int]) -> float:
-    return len(prompt) / seconds(lambda: generate([prompt], 1))
-
-
-def together(prompts: list[list[int]], num_new: int) -> float:
-    return len(prompts) * num_new / seconds(lambda: generate(prompts, num_new))
 
 
 def cached(shared: list[int], one: list[int], other: list[int]) -> float:
@@ -119,6 +103,4 @@ def logits(chunks: list[list[int]], path: str) -> None:
     np.save(path, np.concatenate(found))
 
 
-serve({f.__name__: f for f in (
-    first, warm, decode, prefill, together, cached, settings, logits
-)})  # fmt: skip
+serve(jobs_of(generate) | {f.__name__: f for f in (decode, cached, settings, logits)})

@@ -29,3 +29,21 @@ def seconds(work: Callable[[], object]) -> float:
     started_at = time.perf_counter()
     work()
     return time.perf_counter() - started_at
+
+
+def jobs_of(generate: Callable[[list[list[int]], int], list[list[int]]]) -> dict[str, Any]:
+    """The jobs that need only `generate(prompts, num_new)`: the new tokens of each."""
+
+    def first(prompt: list[int]) -> int:
+        return generate([prompt], 1)[0][0]
+
+    def warm(prompt: list[int]) -> None:
+        generate([prompt], 8)
+
+    def prefill(prompt: list[int]) -> float:
+        return len(prompt) / seconds(lambda: generate([prompt], 1))
+
+    def together(prompts: list[list[int]], num_new: int) -> float:
+        return len(prompts) * num_new / seconds(lambda: generate(prompts, num_new))
+
+    return {f.__name__: f for f in (first, warm, prefill, together)}
