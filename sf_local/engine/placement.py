@@ -22,8 +22,6 @@ from sf_local.engine.log import log
 from sf_local.engine.replicas import Core, Replicas
 from sf_local.engine.scheduler import Limits
 from sf_local.engine.trace_file import TraceFile
-from sf_local.engine.traced_core import TracedCore
-from sf_local.engine.tracing import Trace
 from sf_local.engine.worker import Worker
 from sf_local.errors import RequestError
 from sf_local.model.runner import ModelRunner
@@ -130,6 +128,9 @@ def _core_maker(place: Place, number: int, file: TraceFile | None) -> MakeCore:
     """What makes the core of the engine's device of this number, from 0 on."""
     if file is None:
         return EngineCore
+    from sf_local.engine.traced_core import TracedCore  # which loads for 3 ms, and is rarely used
+    from sf_local.engine.tracing import Trace
+
     name = f"{place.artifact.name} on {place.device.name}"
     return partial(TracedCore, Trace(file, number, name if number == 0 else f"{name} ({number})"))
 
