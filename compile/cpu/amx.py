@@ -72,8 +72,7 @@ class Columns:
 class TileRegisters:
     """Writes what one workgroup does with its tile registers.
 
-    scratch: memory in which words from `start` on are this workgroup's own: a configuration, the
-    sums of `num_rows` rows, and columns that were expanded.
+    scratch: memory of all workgroups, `size` for each.
     """
 
     def __init__(self, k: KernelBuilder, scratch: Views, workgroup: Scalar, size: Scratch) -> None:
