@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -67,6 +68,15 @@ def make_seeing(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Seein
 @pytest.fixture(scope="session")
 def tiny(make_tiny: Callable[..., TinyModel]) -> TinyModel:
     return make_tiny()
+
+
+@pytest.fixture
+def ray_environment() -> Iterator[dict[str, str]]:
+    """Variables by which Ray leaves its token and its sessions in a folder that is removed. The
+    folder's path is short, as paths of sockets must be."""
+    pytest.importorskip("ray")
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
+        yield {"HOME": folder, "RAY_TMPDIR": folder}
 
 
 @pytest.fixture(scope="session")

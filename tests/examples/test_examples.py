@@ -155,9 +155,8 @@ def test_draw_trace(tiny: TinyModel, tmp_path: Path, is_closed: bool) -> None:
 
 
 @pytest.mark.slow
-def test_ray_batch(tiny: TinyModel, tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    out = run("ray_batch.py", "--vmfb", str(tiny.artifact), HOME=str(tmp_path))
+def test_ray_batch(tiny: TinyModel, ray_environment: dict[str, str]) -> None:
+    out = run("ray_batch.py", "--vmfb", str(tiny.artifact), **ray_environment)
     places = re.findall(r"^(\w+): '", out, re.MULTILINE)
     assert sorted(places) == sorted(["France", "Italy", "Egypt", "Japan"] * 2)
 

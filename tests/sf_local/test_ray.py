@@ -298,12 +298,13 @@ print(json.dumps(ds.take_all()))
 
 
 @pytest.mark.slow
-def test_a_killed_actor_loses_no_row(tiny: TinyModel, tmp_path: Path) -> None:
-    pytest.importorskip("ray")
+def test_a_killed_actor_loses_no_row(
+    tiny: TinyModel, tmp_path: Path, ray_environment: dict[str, str]
+) -> None:
     marker = tmp_path / "killed"
     (tmp_path / "program.py").write_text(KILLED)
     command = [sys.executable, tmp_path / "program.py", tiny.artifact, marker]
-    env = os.environ | {"HOME": str(tmp_path)}  # where Ray leaves a token
+    env = os.environ | ray_environment
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
     assert done.returncode == 0, done.stderr
     rows = sorted(json.loads(done.stdout.splitlines()[-1]), key=lambda row: row["number"])
