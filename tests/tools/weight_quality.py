@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ import numpy as np
 from compile import BuildOptions, build
 from compile.formats.blocks import GROUP
 from compile.formats.quantize import quantized
+from compile.options import ACTIVATIONS
 from compile.sources.open import open_source
 from compile.sources.source import Source, SourceTensor
+from compile.target import resolve_target
 from sf_local import from_source
 from sf_local.sampling.logits import Floats
 from tests.support.perplexity import (
@@ -41,9 +44,18 @@ from tests.support.tiny import DATA
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def agreement(dtype: str) -> str:
+def variants() -> Iterator[dict[str, str]]:
+    """Build options of each weight type, with all activations that this CPU multiplies."""
+    vectors = resolve_target("cpu").vectors
+    yield from ({"weight_dtype": dtype} for dtype in ("f16", "bf16"))
+    for dtype, activations in product(("int8", "int4"), ACTIVATIONS):
+        if activations != "bf16" or (vectors and vectors.has_tiles):
+            yield {"weight_dtype": dtype, "activation_dtype": activations}
+
+
+def agreement(artifact: Path) -> str:
     cases = json.loads((DATA / "smollm2_greedy.json").read_text())["cases"]
-    found = step_logprobs(from_source("demo", weight_dtype=dtype), cases)
+    found = step_logprobs(artifact, cases)
     same = [
         logprobs.argmax(axis=-1) == case["greedy_ids"][: len(logprobs)]
         for case, logprobs in zip(cases, found, strict=True)
@@ -128,18 +140,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ids, _ = golden_text()
     exact = text_logits(from_source("demo", weight_dtype="f32"), ids)
     print(f"f32: {shown(quality(exact, exact, ids))}", flush=True)
-    for dtype in ("f16", "bf16", "int8", "int4"):
-        logits = text_logits(from_source("demo", weight_dtype=dtype), ids)
-        print(f"{dtype}: llama.cpp's token in {agreement(dtype)} steps", flush=True)
-        print(f"{dtype}: {shown(quality(logits, exact, ids))}", flush=True)
+    for options in variants():
+        artifact, name = from_source("demo", **options), " by ".join(options.values())
+        logits = text_logits(artifact, ids)
+        print(f"{name}: llama.cpp's token in {agreement(artifact)} steps", flush=True)
+        print(f"{name}: {shown(quality(logits, exact, ids))}", flush=True)
     for name, found in peers_logits(args.peers, ids) if args.peers else ():
         result = found if isinstance(found, str) else shown(quality(found, exact, ids))
         print(f"{name}: {result}", flush=True)
-    options = BuildOptions(weight_dtype="f32", prefill_batch_sizes=(1,), decode_batch_sizes=(1,))
+    plain = BuildOptions(weight_dtype="f32", prefill_batch_sizes=(1,), decode_batch_sizes=(1,))
     for change in (four_bits, plain_int4):
         with tempfile.TemporaryDirectory() as folder:
             opened = shifted(open_source("demo"), change)
-            artifact = build(opened, Path(folder) / "shifted", options)
+            artifact = build(opened, Path(folder) / "shifted", plain)
             found = perplexity(artifact, ids)
             print(f"shifted, {change.__name__}: {above(found)}", flush=True)
 
