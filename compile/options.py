@@ -70,7 +70,8 @@ class BuildOptions:
     carried over, and other quantized types become int8; on GPUs 16 bits.
     activation_dtype: what quantized weights are multiplied with: "int16", which is exact enough for
     prefill and decode to agree to the bit; "bf16", for CPUs with AMX and there the default, by
-    which prefill is three times as fast; or "int8", the fastest without AMX, and less accurate.
+    which prefill is two to three times as fast; or "int8", the fastest without AMX, and less
+    accurate.
     kv_dtype: a float type; by default that of the weights, or of unquantized ones.
     page_size: tokens a KV page.
     prefill_batch_sizes, decode_batch_sizes: rows of the calls that are compiled, ascending.
