@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compile.cpu.kernel import KernelBuilder, Views
+from compile.cpu.kernel import KernelBuilder
 from compile.cpu.operands import Operand
-from compile.cpu.vector_builder import lanes_of, vector_type
 from compile.formats.blocks import GROUP, ZERO
 from compile.formats.layout import ITEM_BYTES
+from compile.mlir.executable import Views
 from compile.mlir.values import Scalar
+from compile.mlir.vectors import lanes_of, vector_type
 
 LARGEST = {1: 127, 2: 127 * 128 + 63}  # of integers of so many bytes
 

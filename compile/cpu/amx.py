@@ -12,7 +12,8 @@ import struct
 from dataclasses import dataclass, field
 
 from compile.cpu.activations import Activations
-from compile.cpu.kernel import KernelBuilder, Memory, Views
+from compile.cpu.kernel import KernelBuilder
+from compile.mlir.executable import Memory, Views
 from compile.mlir.values import Scalar
 
 LINES = 16  # rows of activations in a tile, or pairs of columns

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 from compile.cpu.activations import Activations
 from compile.cpu.amx import TileRegisters
-from compile.cpu.kernel import KernelBuilder, Memory, Views
+from compile.cpu.kernel import KernelBuilder
 from compile.cpu.kv_layout import KVLayout
 from compile.cpu.softmax import Softmax, Splits
-from compile.cpu.vector_builder import lanes_of, vector_type
+from compile.mlir.executable import Memory, Views
 from compile.mlir.values import Scalar
+from compile.mlir.vectors import lanes_of, vector_type
 from compile.target import Vectors
 
 

@@ -10,8 +10,8 @@ from compile.cpu.amx import COLUMNS, LINE_BYTES, LINES, TileConfig, TileRegister
 from compile.cpu.attention import Attention, ContextSlice
 from compile.cpu.kv_layout import KVLayout
 from compile.cpu.softmax import SLICE, Workspace
-from compile.cpu.vector_builder import vector_type
 from compile.mlir.values import Scalar
+from compile.mlir.vectors import vector_type
 
 ROWS_PER_TASK = 2 * LINES  # two tiles, so that keys and values are read half as often
 # Registers: sums; queries or softmax weights; keys or values.

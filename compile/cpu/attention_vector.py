@@ -5,9 +5,9 @@ from __future__ import annotations
 from compile.cpu.attention import Attention, ContextSlice
 from compile.cpu.operands import Streams, product
 from compile.cpu.softmax import SLICE, SPLIT, Workspace
-from compile.cpu.vector_builder import vector_type
 from compile.formats.layout import ITEM_BYTES
 from compile.mlir.values import Scalar
+from compile.mlir.vectors import vector_type
 
 ROWS_PER_TASK = 4
 LINE_BYTES = 64  # of a CPU's cache

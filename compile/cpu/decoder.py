@@ -11,7 +11,7 @@ from compile.cpu.activations import Activations
 from compile.cpu.amx import MAX_ROWS
 from compile.cpu.attention import AttentionMemory
 from compile.cpu.decoder_layout import DecoderLayout
-from compile.cpu.kernel import CACHE_LINE, Views
+from compile.cpu.kernel import CACHE_LINE
 from compile.cpu.kv_layout import KVLayout
 from compile.cpu.logits import AFTER_LAYERS, LogitsMemory, LogitsPhases
 from compile.cpu.matrix_kernel import Use, padded
@@ -30,6 +30,7 @@ from compile.cpu.softmax import SPLIT, Splits
 from compile.cpu.transformer import TransformerKernel
 from compile.formats.blocks import GROUP
 from compile.mlir.builder import Builder, Dim, Tensor
+from compile.mlir.executable import Views
 from compile.mlir.values import Scalar
 
 BEFORE_LAYERS = ("set_up", "embed")  # names of phases

@@ -1,176 +1,47 @@
-"""KernelBuilder: one CPU executable, written with loops, vectors and plain memory.
+"""KernelBuilder: one CPU executable, which is a sequence of phases.
 
-`compile.mlir` writes tensor operations and leaves the loops to IREE. This module writes the loops
-themselves: what a workgroup loads, multiplies and stores. A kernel is a sequence of phases.
 Workgroups take the tasks of a phase from a shared counter and wait for one another at its end, so
 a whole model can be one dispatch. Nothing here depends on what the kernel computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-from compile.cpu.vector_builder import VectorBuilder, vector_type
-from compile.mlir.values import Scalar, TextBuilder, mask_type
+from compile.cpu.vector_builder import CpuVectorBuilder
+from compile.mlir.executable import Memory
+from compile.mlir.values import Scalar, TextBuilder
 
 CACHE_LINE = 16  # i32 or f32 elements
 PHASE_COUNTERS = 2 * CACHE_LINE  # i32 of a phase: tasks taken, tasks done, each in its own line
-Index = Scalar | int
 
 
-@dataclass(frozen=True)
-class Memory:
-    """One-dimensional memory of elements `dtype`; indices count elements."""
-
-    k: KernelBuilder
-    name: str
-    dtype: str
-
-    @property
-    def type(self) -> str:
-        """The MLIR type."""
-        return f"memref<?x{self.dtype}>"
-
-    def load(self, index: Index) -> Scalar:
-        """The element at `index`."""
-        return self.k.op(f"memref.load {self.name}[{self.k.at(index)}] : {self.type}", self.dtype)
-
-    def store(self, value: Scalar, index: Index) -> None:
-        """Store one element; its type must be that of the memory."""
-        assert value.dtype == self.dtype, f"{value.dtype} into memory of {self.dtype}"
-        self.k.emit(f"memref.store {value.name}, {self.name}[{self.k.at(index)}] : {self.type}")
-
-    def load_vector(self, index: Index, lanes: int) -> Scalar:
-        """Elements from `index` on, as a vector of `lanes`."""
-        kind = vector_type(lanes, self.dtype)
-        return self.k.op(f"vector.load {self.name}[{self.k.at(index)}] : {self.type}, {kind}", kind)
-
-    def prefetch(self, index: Index) -> None:
-        """Ask for the cache line of an element that will be read soon."""
-        at = self.k.at(index)
-        self.k.emit(f"memref.prefetch {self.name}[{at}], read, locality<3>, data : {self.type}")
-
-    def store_vector(self, value: Scalar, index: Index, count: Scalar | None = None) -> None:
-        """Store a vector; with `count`, only its first `count` elements."""
-        at = self.k.at(index)
-        if count is None:
-            self.k.emit(
-                f"vector.store {value.name}, {self.name}[{at}] : {self.type}, {value.dtype}"
-            )
-            return
-        mask = self.k.op(f"vector.create_mask {count.name} : {mask_type(value.dtype)}", "i1")
-        self.k.emit(
-            f"vector.maskedstore {self.name}[{at}], {mask.name}, {value.name} : "
-            f"{self.type}, {mask_type(value.dtype)}, {value.dtype}"
-        )
-
-    def store_as(self, value: Scalar, index: Index) -> None:
-        """Store a vector of floats, converted to this memory's type."""
-        self.store_vector(self.k.convert(value, self.dtype), index)
-
-    def add_atomically(self, value: int, index: Index) -> Scalar:
-        """Add to an element and return its old value, in sequentially consistent order."""
-        amount = self.k.scalar(value, self.dtype)
-        return self.k.op(
-            f"memref.atomic_rmw addi {amount.name}, {self.name}[{self.k.at(index)}] : "
-            f"({self.dtype}, {self.type}) -> {self.dtype}",
-            self.dtype,
-        )
-
-
-class KernelBuilder(VectorBuilder):
+class KernelBuilder(CpuVectorBuilder):
     """Writes the body of one kernel: a `binding` for each argument, then `phase` after `phase`."""
 
     def __init__(self, *, has_bf16: bool = False) -> None:
-        super().__init__(has_bf16=has_bf16, indent=4)
-        self._bindings: list[str] = []
+        super().__init__(has_bf16=has_bf16)
         self._tables: dict[tuple[int, ...], str] = {}  # names by contents
-        self.num_constants = 0
-
-    # Interface
 
     def write(self, b: TextBuilder, name: str, num_workgroups: int) -> None:
         """Write the executable `name` into module `b`; define its layout as #name_layout there."""
-        with b.block(f"hal.executable.source private @{name} {{"):
-            with b.block(
-                f"hal.executable.export public @{name} ordinal(0) layout(#{name}_layout) "
-                "count(%device: !hal.device) -> (index, index, index) {"
-            ):
-                b.emit(f"%count = arith.constant {num_workgroups} : index")
-                b.emit("%one = arith.constant 1 : index")
-                b.emit("hal.return %count, %one, %one : index, index, index")
-            with b.block("builtin.module {"):
-                for values, table in self._tables.items():
-                    b.emit(
-                        f"memref.global constant @{table} : memref<{len(values)}xi64> = "
-                        f"dense<{list(values)}>"
-                    )
-                with b.block(
-                    f"func.func @{name}() attributes {{translation_info = "
-                    "#iree_codegen.translation_info<pipeline = None>} {"
-                ):
-                    b.lines += [line.replace("#kernel_", f"#{name}_") for line in self.lines]
-                    b.emit("return")
-
-    def layout(self) -> str:
-        """The attribute #hal.pipeline.layout of all bindings and constants."""
-        bindings = ", ".join(
-            f"#hal.pipeline.binding<storage_buffer{flags}>" for flags in self._bindings
+        count = (
+            f"%count = arith.constant {num_workgroups} : index",
+            "%one = arith.constant 1 : index",
+            "hal.return %count, %one, %one : index, index, index",
         )
-        return f"#hal.pipeline.layout<constants = {self.num_constants}, bindings = [{bindings}]>"
-
-    def binding(self, *, read_only: bool = False) -> int:
-        """The number of the dispatch's next buffer, an argument or a result."""
-        self._bindings.append(", ReadOnly" if read_only else "")
-        return len(self._bindings) - 1
-
-    def view(self, binding: int, dtype: str) -> Memory:
-        """A binding as memory of `dtype`."""
-        size = self.scalar(1 << 48, "index")
-        zero = self.scalar(0, "index")
-        return Memory(
-            self,
-            self.op(
-                f"hal.interface.binding.subspan layout(#kernel_layout) binding({binding}) "
-                f"alignment(64) offset({zero.name}) : memref<?x{dtype}>{{{size.name}}}",
-                "",
-            ).name,
-            dtype,
-        )
+        no_pipeline = "translation_info = #iree_codegen.translation_info<pipeline = None>"
+        self.write_executable(b, name, (), count, no_pipeline)
 
     def table(self, values: Sequence[int]) -> Memory:
         """Numbers that the kernel brings along, as memory of i64."""
-        name = self._tables.setdefault(tuple(values), f"table_{len(self._tables)}")
-        kind = f"memref<{len(values)}xi64>"
-        table = self.op(f"memref.get_global @{name} : {kind}", "")
+        name, kind = f"table_{len(self._tables)}", f"memref<{len(values)}xi64>"
+        if (known := self._tables.setdefault(tuple(values), name)) == name:
+            self._globals.append(f"memref.global constant @{name} : {kind} = dense<{list(values)}>")
+        table = self.op(f"memref.get_global @{known} : {kind}", "")
         memory = self.op(f"memref.cast {table.name} : {kind} to memref<?xi64>", "")
         return Memory(self, memory.name, "i64")
-
-    def constant(self) -> Scalar:
-        """The dispatch's next i32 argument, as an index."""
-        self.num_constants += 1
-        value = self.op(
-            f"hal.interface.constant.load layout(#kernel_layout) ordinal("
-            f"{self.num_constants - 1}) : i32",
-            "i32",
-        )
-        return value.to("index")
-
-    def workgroup(self) -> Scalar:
-        """The number of the workgroup that runs."""
-        return self.op("hal.interface.workgroup.id[0] : index", "index")
-
-    # Addresses
-
-    def at(self, index: Index) -> str:
-        """The SSA name of an index."""
-        return self.as_index(index).name
-
-    def as_index(self, index: Index) -> Scalar:
-        """An index as a value."""
-        return index if isinstance(index, Scalar) else self.scalar(index, "index")
 
     def pointer(self, memory: Memory, byte: Scalar) -> Scalar:
         """An LLVM pointer to a byte of memory."""
@@ -180,47 +51,6 @@ class KernelBuilder(VectorBuilder):
         )
         address = (base + byte).to("i64")
         return self.op(f"llvm.inttoptr {address.name} : i64 to !llvm.ptr", "!llvm.ptr")
-
-    # Control flow
-
-    @contextmanager
-    def loop(self, low: Index, high: Index, step: int = 1) -> Iterator[Scalar]:
-        """A for loop from `low` to `high`, exclusive; yields the loop variable, an index."""
-        variable = self.fresh()
-        with self.block(
-            f"scf.for {variable} = {self.at(low)} to {self.at(high)} step {self.at(step)} {{"
-        ):
-            yield Scalar(self, variable, "index")
-
-    def fold(
-        self,
-        low: Index,
-        high: Index,
-        state: Sequence[Scalar],
-        body: Callable[..., Sequence[Scalar]],
-        step: int = 1,
-    ) -> list[Scalar]:
-        """A for loop that carries values: `body(index, *state)` returns the next state.
-
-        Returns the state after the last iteration.
-        """
-        name, variable = self.fresh(), self.fresh()
-        inner = [Scalar(self, self.fresh(), s.dtype) for s in state]
-        types = ", ".join(s.dtype for s in state)
-        carried = ", ".join(f"{i.name} = {s.name}" for i, s in zip(inner, state, strict=True))
-        with self.block(
-            f"{name}:{len(inner)} = scf.for {variable} = {self.at(low)} to {self.at(high)} step "
-            f"{self.at(step)} iter_args({carried}) -> ({types}) {{"
-        ):
-            result = body(Scalar(self, variable, "index"), *inner)
-            self.emit(f"scf.yield {', '.join(r.name for r in result)} : {types}")
-        return [Scalar(self, f"{name}#{i}", s.dtype) for i, s in enumerate(state)]
-
-    @contextmanager
-    def when(self, condition: Scalar) -> Iterator[None]:
-        """An if without else; `condition` is an i1."""
-        with self.block(f"scf.if {condition.name} {{"):
-            yield
 
     @contextmanager
     def phase(self, counters: Memory, number: Scalar, num_tasks: Scalar) -> Iterator[Scalar]:
@@ -253,19 +83,3 @@ class KernelBuilder(VectorBuilder):
         self.emit('  llvm.call_intrinsic "llvm.x86.sse2.pause"() : () -> ()')
         self.emit("  scf.yield")
         self.emit("}")
-
-
-class Views:
-    """One binding, seen as memory of several element types: `views[dtype]`."""
-
-    def __init__(self, k: KernelBuilder, binding: int) -> None:
-        self._k, self._binding = k, binding
-        self._views: dict[str, Memory] = {}
-
-    def __getitem__(self, dtype: str) -> Memory:
-        return self._views[dtype]
-
-    def open(self, *dtypes: str) -> Views:
-        """Declare views of these types; call it at the kernel's top level, before all uses."""
-        self._views |= {dtype: self._k.view(self._binding, dtype) for dtype in dtypes}
-        return self

@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from compile.cpu.activations import Activations
-from compile.cpu.kernel import Memory
 from compile.cpu.matmul import Format
 from compile.cpu.matrix_kernel import Matrix
 from compile.cpu.row_tables import NUM_OUTPUTS, RowTables
 from compile.cpu.transformer import TransformerKernel
-from compile.cpu.vector_builder import vector_type
 from compile.formats.layout import MASKED
+from compile.mlir.executable import Memory
 from compile.mlir.values import Scalar
+from compile.mlir.vectors import vector_type
 from sf_local.artifact.manifest import LOGITS_BLOCK
 
 BLOCKS_PER_TASK = 16  # summary blocks

@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from compile.cpu.activations import Activations
-from compile.cpu.kernel import KernelBuilder, Views
+from compile.cpu.kernel import KernelBuilder
 from compile.cpu.operands import Operand, Streams, operand, product
 from compile.cpu.quantized_blocks import QuantizedBlocks
 from compile.cpu.quantized_element import element
 from compile.cpu.quantized_matmul import QuantizedProduct
-from compile.cpu.vector_builder import vector_type
 from compile.formats.blocks import BLOCK_TYPES
 from compile.formats.layout import Parameter
+from compile.mlir.executable import Views
 from compile.mlir.values import Scalar
+from compile.mlir.vectors import vector_type
 from compile.target import VECTORS_PER_BLOCK, Vectors
 
 

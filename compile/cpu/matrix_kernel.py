@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from compile.cpu.activations import Activations
 from compile.cpu.amx import COLUMNS, LINES, MAX_ROWS, PANEL, Columns, TileRegisters
-from compile.cpu.kernel import KernelBuilder, Memory, Views
+from compile.cpu.kernel import KernelBuilder
 from compile.cpu.matmul import Format
 from compile.formats.blocks import GROUP
-from compile.mlir.builder import Builder, Dim, Tensor, tensor_type
+from compile.mlir.builder import Builder, Dim, Tensor
+from compile.mlir.executable import Memory, Views, dispatch
 from compile.mlir.values import Scalar
 from compile.target import VECTORS_PER_BLOCK
 
@@ -104,21 +105,11 @@ class MatrixKernel:
 
         sizes: those that outputs name, e.g. "rows".
         """
-        numbers = [b.index(d).to("i32") for d in constants]
-        arguments = [*inputs, *changed]
         outputs = [
             Tensor("", tuple(sizes[d] if isinstance(d, str) else d for d in dims), dtype)
             for dims, dtype in self.outputs
         ]
-        operands = ", ".join([*(x.name for x in numbers), *(x.name for x in arguments)])
-        types = ", ".join(["i32"] * len(numbers) + [_sized(x) for x in arguments])
-        results = ", ".join([*(_in_place(x) for x in changed), *(_sized(t) for t in outputs)])
-        name = b.fresh()
-        b.emit(
-            f"{name}:{len(changed) + len(outputs)} = flow.dispatch @{self.name}::@{self.name}"
-            f"({operands}) : ({types}) -> ({results})"
-        )
-        return [Tensor(f"{name}#{i}", t.shape, t.dtype) for i, t in enumerate([*changed, *outputs])]
+        return dispatch(b, self.name, (), constants, inputs, changed, outputs)
 
     # Memory
 
@@ -275,15 +266,3 @@ def _whole_tiles(task: Task) -> Scalar:
 def padded(size: int, unit: int) -> int:
     """The next multiple of `unit`."""
     return -(-size // unit) * unit
-
-
-def _sized(x: Tensor) -> str:
-    """A tensor's type with the sizes of its dynamic dimensions."""
-    dynamic = ", ".join(d for d in x.shape if isinstance(d, str))
-    return tensor_type(x.shape, x.dtype) + (f"{{{dynamic}}}" if dynamic else "")
-
-
-def _in_place(x: Tensor) -> str:
-    """A dispatch's result that is its argument `x`, changed in place."""
-    dynamic = ", ".join(d for d in x.shape if isinstance(d, str))
-    return x.name + (f"{{{dynamic}}}" if dynamic else "")

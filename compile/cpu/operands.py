@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compile.cpu.kernel import KernelBuilder, Memory
-from compile.cpu.vector_builder import vector_type
+from compile.cpu.kernel import KernelBuilder
 from compile.formats.layout import ITEM_BYTES
+from compile.mlir.executable import Memory
 from compile.mlir.values import Scalar
+from compile.mlir.vectors import vector_type
 from compile.target import Vectors
 
 REGISTER_BITS = {4: "128", 8: "256", 16: "512"}  # by f32 lanes

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from compile.cpu.activations import Activations
-from compile.cpu.kernel import Memory
 from compile.cpu.transformer import TransformerKernel
 from compile.mlir.activations import gelu
+from compile.mlir.executable import Memory
 from compile.mlir.values import Scalar
 from compile.models.spec import VisionConfig
 

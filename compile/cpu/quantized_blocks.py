@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compile.cpu.kernel import KernelBuilder, Memory, Views
-from compile.cpu.vector_builder import vector_type
+from compile.cpu.kernel import KernelBuilder
 from compile.formats.blocks import GROUP, SUPER_GROUPS, BlockType
+from compile.mlir.executable import Memory, Views
 from compile.mlir.values import Scalar
+from compile.mlir.vectors import vector_type
 from compile.target import VECTORS_PER_BLOCK, Vectors
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from compile.cpu.kernel import KernelBuilder, Memory, Views
+from compile.cpu.kernel import KernelBuilder
 from compile.cpu.quantized_blocks import QuantizedBlocks
 from compile.formats.blocks import GROUP, SUPER_GROUPS
+from compile.mlir.executable import Memory, Views
 from compile.mlir.values import Scalar
 
 

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compile.cpu.activations import Activations
-from compile.cpu.kernel import KernelBuilder, Views
+from compile.cpu.kernel import KernelBuilder
 from compile.cpu.operands import REGISTER_BITS
 from compile.cpu.quantized_blocks import QuantizedBlocks
-from compile.cpu.vector_builder import vector_type
 from compile.formats.blocks import GROUP, SUPER_GROUPS, ZERO
+from compile.mlir.executable import Views
 from compile.mlir.values import Scalar
+from compile.mlir.vectors import vector_type
 from compile.target import VECTORS_PER_BLOCK
 
 

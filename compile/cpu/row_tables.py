@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from compile.cpu.attention import Attention
-from compile.cpu.kernel import KernelBuilder, Memory
+from compile.cpu.kernel import KernelBuilder
 from compile.cpu.softmax import SPLIT
+from compile.mlir.executable import Memory
 from compile.mlir.values import Scalar
 from compile.models.spec import LlamaConfig
 from compile.options import ModelOptions

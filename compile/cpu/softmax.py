@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from functools import reduce
 
 from compile.cpu.activations import Activations
-from compile.cpu.kernel import CACHE_LINE, KernelBuilder, Memory, Views
+from compile.cpu.kernel import CACHE_LINE, KernelBuilder
 from compile.cpu.kv_layout import KVLayout
-from compile.cpu.vector_builder import vector_type
 from compile.formats.layout import ITEM_BYTES, MASKED
+from compile.mlir.executable import Memory, Views
 from compile.mlir.values import Scalar
+from compile.mlir.vectors import vector_type
 
 SLICE = 256  # positions between two corrections of a softmax
 SPLIT = 512  # positions of a task in decode, so that several threads share a long context

@@ -15,15 +15,15 @@ from compile.cpu.amx import LINES, PANEL, Scratch, TileRegisters
 from compile.cpu.attention import Attention, AttentionMemory
 from compile.cpu.attention_amx import AmxAttention
 from compile.cpu.attention_vector import VectorAttention
-from compile.cpu.kernel import Memory, Views
 from compile.cpu.kv_layout import KVLayout
 from compile.cpu.matmul import Format
 from compile.cpu.matrix_kernel import WORKGROUPS, Matrix, MatrixKernel, Part, Use, padded
 from compile.cpu.operands import Operand
 from compile.cpu.phases import Phases, PhaseTable
-from compile.cpu.vector_builder import vector_type
 from compile.mlir.builder import Builder, Tensor
+from compile.mlir.executable import Memory, Views
 from compile.mlir.values import Scalar
+from compile.mlir.vectors import vector_type
 
 ROWS_PER_TASK = 8  # of phases that multiply no matrix
 

@@ -1,50 +1,26 @@
-"""VectorBuilder: arithmetic on CPU vectors, as operations of MLIR."""
+"""CpuVectorBuilder: what CPUs compute of vectors in ways of their own."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-from compile.mlir.values import Scalar, TextBuilder, element_type
+from compile.mlir.executable import ExecutableBuilder
+from compile.mlir.values import Scalar
+from compile.mlir.vectors import lanes_of, vector_type
 
 ROUNDING = 1.5 * 2**23  # added to an f32, it leaves the nearest integer in the lowest bits
 EXP2 = (1.0, 0.69314697773, 0.24022242025, 0.05550733572, 0.00967151564, 0.0013264778)  # 2^f
 
 
-class VectorBuilder(TextBuilder):
-    """Writes operations on vectors of numbers.
+class CpuVectorBuilder(ExecutableBuilder):
+    """Writes a kernel's arithmetic on vectors.
 
     has_bf16: the CPU converts f32 to bf16 by an instruction (AVX512_BF16).
     """
 
-    def __init__(self, *, has_bf16: bool = False, indent: int = 1) -> None:
-        super().__init__(indent)
+    def __init__(self, *, has_bf16: bool = False) -> None:
+        super().__init__()
         self._has_bf16 = has_bf16
-
-    def broadcast(self, value: Scalar, lanes: int) -> Scalar:
-        """A vector whose lanes all hold `value`."""
-        kind = vector_type(lanes, value.dtype)
-        return self.op(f"vector.broadcast {value.name} : {value.dtype} to {kind}", kind)
-
-    def bitcast(self, value: Scalar, kind: str) -> Scalar:
-        """The same bits as type `kind`."""
-        op = "vector.bitcast" if kind.startswith("vector") else "arith.bitcast"
-        return self.op(f"{op} {value.name} : {value.dtype} to {kind}", kind)
-
-    def bits(self, op: str, a: Scalar, b: Scalar | int) -> Scalar:
-        """An operation on bits: "andi", "shli", "shrsi" or "shrui"."""
-        b = b if isinstance(b, Scalar) else self.scalar(b, a.dtype)
-        return self.op(f"arith.{op} {a.name}, {b.name} : {a.dtype}", a.dtype)
-
-    def intrinsic(self, name: str, arguments: Sequence[Scalar], kind: str) -> Scalar:
-        """A call of LLVM's intrinsic llvm.`name` that returns type `kind`."""
-        names = ", ".join(a.name for a in arguments)
-        types = ", ".join(a.dtype for a in arguments)
-        return self.op(f'llvm.call_intrinsic "llvm.{name}"({names}) : ({types}) -> {kind}', kind)
-
-    def fma(self, a: Scalar, b: Scalar, c: Scalar) -> Scalar:
-        """a * b + c, rounded once."""
-        return self.op(f"math.fma {a.name}, {b.name}, {c.name} : {c.dtype}", c.dtype)
 
     def exp(self, x: Scalar) -> Scalar:
         """exp of an f32 vector, accurate to 2 units in the last place.
@@ -78,7 +54,7 @@ class VectorBuilder(TextBuilder):
         kind = vector_type(lanes_of(x), dtype)
         if self._has_bf16 and (x.dtype, dtype) == (vector_type(16, "f32"), "bf16"):
             return self.intrinsic("x86.avx512bf16.cvtneps2bf16.512", [x], kind)
-        return x.to(kind)
+        return super().convert(x, dtype)
 
     def pairs(self, first: Scalar, second: Scalar) -> Scalar:
         """Two vectors of 16 f32 as 16 pairs of bf16, each an i32 whose lower half is `first`'s."""
@@ -86,55 +62,3 @@ class VectorBuilder(TextBuilder):
         joined = self.intrinsic("x86.avx512bf16.cvtne2ps2bf16.512", [second, first], kind)
         woven = self.shuffle(joined, joined, [i // 2 + i % 2 * 16 for i in range(32)])
         return self.bitcast(woven, vector_type(16, "i32"))
-
-    def sum(self, value: Scalar) -> Scalar:
-        """The sum of an f32 vector's elements."""
-        return self._reduction("add", value)
-
-    def maximum(self, value: Scalar) -> Scalar:
-        """The largest element of an f32 vector."""
-        return self._reduction("maximumf", value)
-
-    def _reduction(self, kind: str, value: Scalar) -> Scalar:
-        return self.op(f"vector.reduction <{kind}>, {value.name} : {value.dtype} into f32", "f32")
-
-    def element(self, value: Scalar, lane: int) -> Scalar:
-        """One element of a vector."""
-        kind = element_type(value.dtype)
-        return self.op(f"vector.extract {value.name}[{lane}] : {kind} from {value.dtype}", kind)
-
-    def shuffle(self, a: Scalar, b: Scalar, lanes: Sequence[int]) -> Scalar:
-        """A vector of elements of `a` and `b`; `lanes` index the concatenation of both."""
-        kind = vector_type(len(lanes), element_type(a.dtype))
-        return self.op(f"vector.shuffle {a.name}, {b.name} {[*lanes]} : {a.dtype}, {b.dtype}", kind)
-
-    def transpose(self, rows: Sequence[Scalar]) -> list[Scalar]:
-        """Transpose a square matrix: n vectors of n elements, n a power of two.
-
-        Swaps submatrices beside the diagonal, the largest first (Eklundh 1972).
-        """
-        rows, n, size = [*rows], len(rows), len(rows) // 2
-        while size:
-            first = [lane if not lane & size else n + lane - size for lane in range(n)]
-            second = [lane + size if not lane & size else n + lane for lane in range(n)]
-            for i in (i for i in range(n) if not i & size):
-                a, b = rows[i], rows[i + size]
-                rows[i], rows[i + size] = self.shuffle(a, b, first), self.shuffle(a, b, second)
-            size //= 2
-        return rows
-
-    def lanes_from(self, value: Scalar, lanes: int) -> Scalar:
-        """value, value + 1, ...: vector<lanes x i32> of an i32."""
-        kind = vector_type(lanes, "i32")
-        steps = self.op(f"arith.constant dense<{list(range(lanes))}> : {kind}", kind)
-        return self.broadcast(value, lanes) + steps
-
-
-def vector_type(lanes: int, dtype: str) -> str:
-    """ "vector<16xf32>" for 16 lanes of "f32"."""
-    return f"vector<{lanes}x{dtype}>"
-
-
-def lanes_of(value: Scalar) -> int:
-    """The number of a vector's elements."""
-    return int(value.dtype.removeprefix("vector<").partition("x")[0])

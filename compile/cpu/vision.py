@@ -15,7 +15,6 @@ from itertools import chain
 from compile.cpu.activations import Activations
 from compile.cpu.amx import COLUMNS, MAX_ROWS
 from compile.cpu.attention import AttentionMemory
-from compile.cpu.kernel import Views
 from compile.cpu.kv_layout import KVLayout
 from compile.cpu.matmul import Format
 from compile.cpu.matrix_kernel import Use, padded
@@ -25,6 +24,7 @@ from compile.cpu.transformer import TransformerKernel
 from compile.formats.layout import Parameter
 from compile.mlir.activations import activation
 from compile.mlir.builder import Builder, Tensor
+from compile.mlir.executable import Views
 from compile.mlir.values import Scalar
 from compile.models.spec import VisionConfig
 from compile.models.tensors import ModelTensor, VisionTensors, matrix_sizes, vision_tensors
