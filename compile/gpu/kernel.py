@@ -1,0 +1,135 @@
+"""Kernels of our own for GPUs: what a thread does, and the kernels of a module.
+
+IREE makes kernels of tensor operations, too. Our own are for what it does not find: weights that
+are unpacked in registers, attention over pages. A kernel is written twice: as each thread of a
+workgroup computes it, and in plain loops, which tests compile for a CPU to compare.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from compile.mlir.builder import Builder, Dim, Tensor
+from compile.mlir.executable import ExecutableBuilder, Memory, dispatch
+from compile.mlir.values import Scalar
+
+WORKGROUP_MEMORY = "#gpu.address_space<workgroup>"
+NO_PIPELINE = "#iree_codegen.translation_info<pipeline = None{}>"
+
+
+class ThreadBuilder(ExecutableBuilder):
+    """Writes what one of a workgroup's threads does.
+
+    subgroup: threads that run in step, 32 or 64.
+    """
+
+    def __init__(self, subgroup: int) -> None:
+        super().__init__()
+        self.subgroup = subgroup
+
+    def thread(self) -> Scalar:
+        """The number of the thread in its workgroup."""
+        return self.op("gpu.thread_id x", "index")
+
+    def barrier(self) -> None:
+        """Wait until all threads of the workgroup are here, and see what they stored."""
+        self.emit("gpu.barrier")
+
+    def shared(self, size: int, dtype: str) -> Memory:
+        """Local memory of the workgroup, for `size` elements."""
+        fixed = f"memref<{size}x{dtype}, {WORKGROUP_MEMORY}>"
+        memory = self.op(f"memref.alloc() : {fixed}", "")
+        kind = f"memref<?x{dtype}, {WORKGROUP_MEMORY}>"
+        cast = self.op(f"memref.cast {memory.name} : {fixed} to {kind}", "")
+        return Memory(self, cast.name, dtype, WORKGROUP_MEMORY)
+
+    def reduce(self, kind: str, value: Scalar, threads: int | None = None) -> Scalar:
+        """The sum ("add") or maximum ("maxnumf") of the values of `threads` neighbours, which all
+        of them get; of all of a subgroup by default."""
+        cluster = "" if threads is None else f"cluster(size = {threads})"
+        return self.op(
+            f"gpu.subgroup_reduce {kind} {value.name} {cluster} : ({value.dtype}) -> {value.dtype}",
+            value.dtype,
+        )
+
+
+@dataclass(frozen=True)
+class Kernel(ABC):
+    """A kernel: equal ones, which have equal fields, are written once a module."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """One that no other kernel of the module has."""
+
+    @property
+    @abstractmethod
+    def threads(self) -> int:
+        """Of a workgroup: a multiple of the subgroup's."""
+
+    @property
+    @abstractmethod
+    def result(self) -> tuple[str, str]:
+        """The dtype of what it writes ("i8" for several), and the least precise dtype that it
+        computes in, which tells tests how far it may be from the plain form; "" if it is exact."""
+
+    @abstractmethod
+    def write(self, k: ThreadBuilder) -> None:
+        """What each thread does."""
+
+    @abstractmethod
+    def write_plain(self, k: ExecutableBuilder) -> None:
+        """The same in loops, for all workgroups together."""
+
+
+class Kernels:
+    """The kernels that a module calls.
+
+    subgroup: of the chip; None writes plain forms for a CPU.
+    """
+
+    def __init__(self, b: Builder, subgroup: int | None) -> None:
+        self._b, self._subgroup = b, subgroup
+        self._called: dict[str, Kernel] = {}
+
+    def call(
+        self, kernel: Kernel, workgroups: Sequence[Dim], constants: Sequence[Dim],
+        inputs: Sequence[Tensor], changed: Sequence[Tensor] = (), outputs: Sequence[Tensor] = (),
+    ) -> list[Tensor]:  # fmt: skip
+        """Run a kernel; returns the tensors `changed` in place, then the outputs.
+
+        workgroups: how many in each of three dimensions. The kernel's bindings are the inputs, the
+        changed, and the outputs, whose names do not matter.
+        """
+        assert self._called.setdefault(kernel.name, kernel) == kernel
+        workload = [self._b.index(size) for size in workgroups]
+        return dispatch(self._b, kernel.name, workload, constants, inputs, changed, outputs)
+
+    def write(self) -> str:
+        """Write all kernels that were called into the module; returns the layouts that it needs."""
+        return "".join(self._write(kernel) for kernel in self._called.values())
+
+    def _write(self, kernel: Kernel) -> str:
+        if self._subgroup is None:
+            k, count = ExecutableBuilder(), ["%one = arith.constant 1 : index"]
+            count.append("hal.return %one, %one, %one : index, index, index")
+            kernel.write_plain(k)
+            size = export = ""
+        else:
+            k = threads = ThreadBuilder(self._subgroup)
+            count = ["hal.return %x, %y, %z : index, index, index"]
+            kernel.write(threads)
+            size = f" workgroup_size = [{kernel.threads}, 1, 1] subgroup_size = {self._subgroup}"
+            export = (
+                f"workgroup_size = [{kernel.threads} : index, 1 : index, 1 : index], "
+                f"subgroup_size = {self._subgroup} : index"
+            )
+        dtype, precision = kernel.result
+        function = (
+            f'translation_info = {NO_PIPELINE.format(size)}, written = "{dtype}", '
+            f'precision = "{precision}"'
+        )
+        k.write_executable(self._b, kernel.name, ("%x", "%y", "%z"), count, function, export)
+        return f"#{kernel.name}_layout = {k.layout()}\n"
