@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from compile.folder import (
     MLIR,
+    PLAIN_MLIR,
     check_images,
     check_output,
     check_space,
@@ -50,8 +51,9 @@ def build(
     """Compile `source` into the folder `output`, and return its path.
 
     source: a Hugging Face folder or id, a .gguf file, "demo", or a Source. keep_mlir: leave
-    model.mlir in the folder. force: replace an existing artifact. progress: called with each stage
-    and its share. The folder appears whole or not at all. Raises CompileError.
+    model.mlir in the folder, and for GPUs model-plain.mlir, which a CPU can run. force: replace an
+    existing artifact. progress: called with each stage and its share. The folder appears whole or
+    not at all. Raises CompileError.
     """
     from compile.emitters import find_emitter  # 0.1 s, that only opening what is built needs not
 
@@ -81,8 +83,7 @@ def build(
             else:
                 (folder / WEIGHTS).symlink_to(Path("..", same, WEIGHTS))
             _write_model(folder, emitter, target, progress)
-            if not keep_mlir:
-                (folder / MLIR).unlink()
+            _clear_mlir(folder, emitter, keep_mlir)
             write_descriptions(folder, source, emitter, target)
     return output
 
@@ -128,3 +129,13 @@ def _write_model(folder: Path, emitter: Emitter, target: Target, progress: Progr
     progress(f"compiling for {target.name}", None)
     (folder / MLIR).write_text(emitter.emit())
     iree_compile(folder / MLIR, folder / VMFB, target)
+
+
+def _clear_mlir(folder: Path, emitter: Emitter, keep: bool) -> None:
+    """Remove the module's text, or add the one that a CPU can run."""
+    from compile.gpu.emitter import LlamaEmitter
+
+    if not keep:
+        (folder / MLIR).unlink()
+    elif isinstance(emitter, LlamaEmitter):
+        (folder / PLAIN_MLIR).write_text(emitter.plain().emit())

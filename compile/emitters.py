@@ -30,7 +30,7 @@ def find_emitter(source: Source, options: BuildOptions, target: Target) -> Emitt
                 f"weight_dtype={model.weight_dtype!r} is for CPUs; use f16 or bf16 for "
                 f"{target.name}"
             )
-        return LlamaEmitter(source.config, model, target.tile, source.vision)
+        return LlamaEmitter(source.config, model, target, source.vision)
     _check_cpu(source, model)
     return CpuLlamaEmitter(source.config, model, target.vectors, source.vision)
 

@@ -37,7 +37,8 @@ from sf_local.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from compile.emitters import Emitter
 
-MLIR = "model.mlir"  # kept on demand
+MLIR = "model.mlir"  # kept on demand, and for GPUs
+PLAIN_MLIR = "model-plain.mlir"  # in which our own kernels are loops that a CPU can run
 ARTIFACT_FILES = {VMFB, WEIGHTS, CONFIG, MANIFEST, *TOKENIZER_FILES, MLIR}
 MAX_LISTED = 5
 DTYPE_NAMES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # ours -> shortfin's

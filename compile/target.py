@@ -96,6 +96,13 @@ class Target:
         return 128 if self.name.startswith("gfx9") else 64
 
     @property
+    def subgroup(self) -> int | None:
+        """Threads of a GPU that run in step; None for a CPU."""
+        if self.device == "cpu":
+            return None
+        return 64 if self.name.startswith("gfx9") else 32
+
+    @property
     def vectors(self) -> Vectors | None:
         """The vectors that CPU kernels are written for; None for a GPU."""
         if self.device == "hip":

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from compile.folder import MLIR
+from compile.folder import PLAIN_MLIR
 from compile.target import resolve_target
 from compile.tools.gpu_report import SHAPES
 from sf_local import from_source
@@ -102,7 +102,7 @@ def isa_probe(hip_driver: Driver) -> Probe:
 @pytest.fixture(scope="session")
 def twins_of(hip_cache: Path) -> Callable[[Path], Path]:
     """The folder with the CPU twins of an artifact that was built with `keep_mlir`."""
-    return lambda artifact: compile_twins(artifact / MLIR, hip_cache)
+    return lambda artifact: compile_twins(artifact / PLAIN_MLIR, hip_cache)
 
 
 class CodeObjects(dict[str, Path]):

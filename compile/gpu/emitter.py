@@ -1,13 +1,14 @@
 """A Llama for GPUs: one MLIR module with the functions of the ABI, as tensor operations.
 
-IREE writes the kernels. Matrices are row-major and products plain contractions, in which IREE finds
-what the chip's matrix instructions multiply.
+IREE writes most kernels, and `compile.gpu.kernel` those of our own. Matrices are row-major and
+products plain contractions, in which IREE finds what the chip's matrix instructions multiply.
 """
 
 from __future__ import annotations
 
 from compile.formats.layout import Parameter
 from compile.gpu.decoder import Decoder
+from compile.gpu.kernel import Kernels
 from compile.gpu.linear import Weights
 from compile.gpu.logits import compute_logits, last_rows, summarize
 from compile.gpu.vision import VisionEmitter
@@ -16,24 +17,30 @@ from compile.mlir.builder import Builder
 from compile.models.spec import LlamaConfig, VisionConfig
 from compile.models.tensors import decoder_tensors
 from compile.options import ModelOptions
+from compile.target import Target
 
 
 class LlamaEmitter:
-    """Writes one module for `config` and `options`; `emit()` returns its text.
+    """Writes one module for `config`, `options` and `target`; `emit()` returns its text.
 
-    tile: tokens of a prefill that a chip computes together. vision: the tower of a model that takes
-    images.
+    vision: the tower of a model that takes images. plain: our own kernels in plain loops, as a
+    target that is a CPU gets them; tests compile this for one.
     """
 
     def __init__(
         self,
         config: LlamaConfig,
         options: ModelOptions,
-        tile: int = 64,
+        target: Target,
         vision: VisionConfig | None = None,
+        *,
+        plain: bool = False,
     ) -> None:
         self.config, self.options = config, options
+        self._target, self._tower = target, vision
         self.b = Builder()
+        self.kernels = Kernels(self.b, Target("cpu") if plain else target)
+        tile = target.tile
         self.weights = Weights(self.b, options.weight_dtype)
         self.decoder = Decoder(config, options, self.weights, tile)
         self.kv_row = 2 * config.num_kv_heads * config.head_dim
@@ -55,7 +62,11 @@ class LlamaEmitter:
             for size in self.options.image_batch_sizes:
                 with abi.image_function(self.b, size, self._vision.config.image_size) as pixels:
                     abi.return_results(self.b, [self._vision.encode(pixels)])
-        return self.b.text("module")
+        return self.kernels.write() + self.b.text("module")
+
+    def plain(self) -> LlamaEmitter:
+        """An emitter of the same module in which our own kernels are plain loops."""
+        return LlamaEmitter(self.config, self.options, self._target, self._tower, plain=True)
 
     def _function(self, name: str, n: int) -> None:
         """A function for n rows: it returns all logits, or with "_next" those after each row's

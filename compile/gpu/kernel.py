@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from compile.mlir.builder import Builder, Dim, Tensor
 from compile.mlir.executable import ExecutableBuilder, Memory, dispatch
 from compile.mlir.values import Scalar
+from compile.target import Target
 
 WORKGROUP_MEMORY = "#gpu.address_space<workgroup>"
 NO_PIPELINE = "#iree_codegen.translation_info<pipeline = None{}>"
@@ -22,12 +23,12 @@ NO_PIPELINE = "#iree_codegen.translation_info<pipeline = None{}>"
 class ThreadBuilder(ExecutableBuilder):
     """Writes what one of a workgroup's threads does.
 
-    subgroup: threads that run in step, 32 or 64.
+    chip: its name. subgroup: threads that run in step, 32 or 64.
     """
 
-    def __init__(self, subgroup: int) -> None:
+    def __init__(self, chip: str, subgroup: int) -> None:
         super().__init__()
-        self.subgroup = subgroup
+        self.chip, self.subgroup = chip, subgroup
 
     def thread(self) -> Scalar:
         """The number of the thread in its workgroup."""
@@ -87,11 +88,11 @@ class Kernel(ABC):
 class Kernels:
     """The kernels that a module calls.
 
-    subgroup: of the chip; None writes plain forms for a CPU.
+    target: the chip; for a CPU, plain forms are written.
     """
 
-    def __init__(self, b: Builder, subgroup: int | None) -> None:
-        self._b, self._subgroup = b, subgroup
+    def __init__(self, b: Builder, target: Target) -> None:
+        self._b, self._target = b, target
         self._called: dict[str, Kernel] = {}
 
     def call(
@@ -112,19 +113,20 @@ class Kernels:
         return "".join(self._write(kernel) for kernel in self._called.values())
 
     def _write(self, kernel: Kernel) -> str:
-        if self._subgroup is None:
+        subgroup = self._target.subgroup
+        if subgroup is None:
             k, count = ExecutableBuilder(), ["%one = arith.constant 1 : index"]
             count.append("hal.return %one, %one, %one : index, index, index")
             kernel.write_plain(k)
             size = export = ""
         else:
-            k = threads = ThreadBuilder(self._subgroup)
+            k = threads = ThreadBuilder(self._target.name, subgroup)
             count = ["hal.return %x, %y, %z : index, index, index"]
             kernel.write(threads)
-            size = f" workgroup_size = [{kernel.threads}, 1, 1] subgroup_size = {self._subgroup}"
+            size = f" workgroup_size = [{kernel.threads}, 1, 1] subgroup_size = {subgroup}"
             export = (
                 f"workgroup_size = [{kernel.threads} : index, 1 : index, 1 : index], "
-                f"subgroup_size = {self._subgroup} : index"
+                f"subgroup_size = {subgroup} : index"
             )
         dtype, precision = kernel.result
         function = (

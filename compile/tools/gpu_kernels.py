@@ -188,7 +188,7 @@ def compile_shape(
         build.decode_batch_sizes, build.max_seq_len or config.max_seq_len,
         (build.image_batch_sizes or target.image_batch_sizes) if vision else (),
     )  # fmt: skip
-    emitter = LlamaEmitter(config, options, target.tile, vision)
+    emitter = LlamaEmitter(config, options, target, vision)
     with tempfile.TemporaryDirectory(prefix="sf-kernels-") as name:
         folder = Path(name)
         (folder / "model.mlir").write_text(emitter.emit())

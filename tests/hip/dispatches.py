@@ -39,6 +39,7 @@ EXACT = {
 
 _NAME = re.compile(r"hal\.executable\.export public @(\S+) ordinal")
 _WRITTEN = re.compile(r"dispatch\.tensor<(?:writeonly|readwrite):tensor<(?:[\d?]+x)*(\w+)>")
+_OURS = re.compile(r'precision = "(\w*)".*written = "(\w+)"')
 _OPERATION = re.compile(r"(?<![.\w])((?:arith|math|linalg|iree_linalg_ext|tensor)\.[a-z_]+)\b")
 _TRUNCATED = re.compile(r"arith\.truncf .* to (\w+)")
 _ATTENTION = re.compile(r"iree_linalg_ext\.attention .*?ins\((.*?)\) outs", re.DOTALL)
@@ -70,6 +71,8 @@ def read_dispatches(folder: Path) -> dict[str, Dispatch]:
 
 def _read_dispatch(text: str) -> Dispatch:
     [name], written = _NAME.findall(text), set(_WRITTEN.findall(text))
+    if ours := _OURS.search(text):
+        return Dispatch(name, ours[2], ours[1] or None)
     operations = set(_OPERATION.findall(text))
     roundings = {o for o in operations if o in ROUNDING or o.startswith("math.")}
     if unknown := operations - roundings - EXACT:

@@ -25,7 +25,7 @@ def model_emitter(
         options.decode_batch_sizes, options.max_seq_len or config.max_seq_len,
         image_batch_sizes=(options.image_batch_sizes or (1,)) if vision else (),
     )  # fmt: skip
-    return LlamaEmitter(config, model, resolve_target(options.target).tile, vision)
+    return LlamaEmitter(config, model, resolve_target(options.target), vision)
 
 
 def summing_module(config: LlamaConfig, vocab_size: int, num_rows: int) -> str:

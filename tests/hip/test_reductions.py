@@ -38,7 +38,7 @@ def emitter(
     return LlamaEmitter(
         TINY,
         ModelOptions(dtype, dtype, 8, max_seq_len=64, image_batch_sizes=images, **sizes),
-        64,
+        resolve_target("gfx1100"),
         vision,
     )
 

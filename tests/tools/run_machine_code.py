@@ -22,7 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from compile import BuildOptions, build
-from compile.folder import MLIR
+from compile.folder import MLIR, PLAIN_MLIR
 from compile.models.spec import LlamaConfig
 from compile.target import HIP_CHIPS
 from compile.tools.gpu_report import SHAPES
@@ -190,8 +190,9 @@ def language_model(
         )  # fmt: skip
         artifact = bench.artifact(source, options)
         mlir = artifact / MLIR
-        done = run_beside_twins(bench.driver, artifact, compile_twins(mlir, CACHE), plan,
-                                bench.folder, bench.order(), "6GiB", TIMEOUT)  # fmt: skip
+        twins = compile_twins(artifact / PLAIN_MLIR, CACHE)
+        done = run_beside_twins(bench.driver, artifact, twins, plan, bench.folder,
+                                bench.order(), "6GiB", TIMEOUT)  # fmt: skip
         problems = [] if done.names == set(done.dispatches) else ["not every dispatch ran"]
         if done.results and is_uneven and dtype == "f32":
             problems += [] if is_as_float64(config, plan, done) else ["logits are not float64's"]
@@ -236,7 +237,7 @@ def images(family: str) -> Callable[[Bench, Case, str], Result]:
         plan = Plan(TINY.vocab_size)
         code = IMAGES.replace("sys.argv[1:3]", 'sys.argv[1], "hip"')
         done = run_beside_twins(
-            bench.driver, artifact, compile_twins(artifact / MLIR, CACHE), plan, bench.folder,
+            bench.driver, artifact, compile_twins(artifact / PLAIN_MLIR, CACHE), plan, bench.folder,
             bench.order(), timeout=TIMEOUT, code=code,
         )  # fmt: skip
         problems = []
