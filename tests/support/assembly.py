@@ -6,14 +6,14 @@ from compile.tools.gpu_code import Code, parse
 
 _KERNEL = """
 	.text
-	.type	kernel,@function
-kernel:
+	.type	{name},@function
+{name}:
 {body}
 	s_endpgm
 	.section	.rodata,"a",@progbits
-	.amdhsa_kernel kernel
+	.amdhsa_kernel {name}
 		.amdhsa_group_segment_fixed_size {lds}
-		.amdhsa_private_segment_fixed_size 0
+		.amdhsa_private_segment_fixed_size {spilled}
 		.amdhsa_user_sgpr_count 15
 		.amdhsa_user_sgpr_dispatch_ptr 0
 		.amdhsa_user_sgpr_queue_ptr 0
@@ -24,16 +24,26 @@ kernel:
 	.end_amdhsa_kernel
 	.text
 .Lfunc_end0:
-	.size	kernel, .Lfunc_end0-kernel
-	.set kernel.num_vgpr, 33
+	.size	{name}, .Lfunc_end0-{name}
+	.set {name}.num_vgpr, 33
+	.set {name}.num_agpr, 0
+	.set {name}.numbered_sgpr, 20
 """
 
 
-def kernel(body: str, *, lanes: int = 32, vgprs: int = 48, lds: int = 0) -> Code:
+def assembly(
+    name: str, body: str, *, lanes: int = 32, vgprs: int = 48, lds: int = 0, spilled: int = 0
+) -> str:
     """A kernel of these instructions and s_endpgm. Arguments are at s[0:1], the workgroup's number
     in s15, the thread's in v0."""
-    text = _KERNEL.format(body=body, lds=lds, is_wave32=int(lanes == 32), vgprs=vgprs)
-    return parse(text)["kernel"]
+    return _KERNEL.format(
+        name=name, body=body, lds=lds, spilled=spilled, is_wave32=int(lanes == 32), vgprs=vgprs
+    )
+
+
+def kernel(body: str, *, lanes: int = 32, vgprs: int = 48, lds: int = 0) -> Code:
+    """The same, as it is read."""
+    return parse(assembly("kernel", body, lanes=lanes, vgprs=vgprs, lds=lds))["kernel"]
 
 
 def loop(body: str, times: int) -> str:

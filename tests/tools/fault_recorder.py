@@ -91,8 +91,21 @@ def pytest_runtest_logreport(report: Any) -> None:
         _passed.add(report.nodeid)
 
 
-def pytest_sessionfinish() -> None:
+@hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker of pytest-xdist has ended; it knows the fixtures of its tests."""
+    _fixtures.update(node.workeroutput.get("fixtures", {}))
+
+
+def pytest_sessionfinish(session: Any) -> None:
     """Only tests that passed are kept: the others can catch nothing."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        import coverage
+
+        output["fixtures"] = _fixtures
+        if current := coverage.Coverage.current():
+            current.save()  # the worker may be stopped before it exits
+        return
     tests = {
         test: {"seconds": round(_seconds[test], 3), "fixtures": _fixtures[test]}
         for test in sorted(_passed - _failed)

@@ -97,13 +97,14 @@ def test_a_fault_is_found_in_another_tree(toy: Path, tmp_path: Path) -> None:
 
 def test_faults_are_caught_or_survive(toy: Path, tmp_path: Path) -> None:
     pytest.importorskip("coverage")
+    pytest.importorskip("xdist")
     suite, sites = Suite(toy, tmp_path / "record"), find_sites(toy)
-    assert suite.record([]) == 0
+    assert suite.record(["-n", "2"]) == 0
     suite.load()
     faults = {fault.before: fault for fault in sites}
 
     def run(before: str) -> Result:
-        return suite.run("toy", faults[before], sites[faults[before]], time_limit=60)
+        return suite.run("toy", faults[before], sites[faults[before]], time_limit=600)
 
     caught, surviving = run("2"), run("self.taken + count > SIZE")
     assert (caught.verdict, caught.by) == ("caught", "tests/test_pool.py::test_take")
