@@ -18,6 +18,7 @@ from compile.options import ACTIVATIONS, BuildOptions
 from compile.progress import progress_display
 from compile.target import CPU_LEVELS, HIP_CHIPS
 from compile.toolchain import check_installed
+from sf_local.arguments import Parser
 from sf_local.errors import SfLocalError
 
 OPTIONS = {  # that are not called as the field
@@ -74,7 +75,7 @@ def _ended_as_interrupted() -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="sf-compile",
         description="Compile Llama weights to a folder that sf_local runs.",
     )

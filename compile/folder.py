@@ -180,7 +180,11 @@ def write_descriptions(folder: Path, source: Source, emitter: Emitter, target: T
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         compiler_version=COMPILER_VERSION,
-        source={"name": source.name, "sha256": source.sha256},
+        source={
+            "name": source.name,
+            "sha256": source.sha256,
+            "max_seq_len": source.config.max_seq_len,
+        },
         target=target.name,
         device=target.device,
         cpu_features=target.cpu_features,

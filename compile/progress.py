@@ -22,13 +22,21 @@ def silent(stage: str, share: float | None) -> None:
 
 @contextmanager
 def progress_display() -> Iterator[Progress]:
-    """A progress line on standard error, and what is logged, for as long as the context lasts."""
+    """A progress line on standard error, and what is logged, for as long as the context lasts.
+
+    Where no line can change, as in a file or in CI, each stage has a line of its own.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Display
 
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    shown = Display(*columns, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    if not (console.is_interactive or console.is_jupyter):
+        with _printed_log():
+            yield _Lines()
+        return
+    shown = Display(*columns, console=console, transient=True)
     with _printed_log(), shown as display:
         task = display.add_task("starting", total=None)
 
@@ -39,6 +47,18 @@ def progress_display() -> Iterator[Progress]:
                 display.update(task, description=stage, total=1.0, completed=share)
 
         yield show
+
+
+class _Lines:
+    """The Progress that prints a line for each stage, as it begins."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+
+    def __call__(self, stage: str, share: float | None) -> None:
+        if stage != self._stage:
+            self._stage = stage
+            print(f"{stage} ...", file=sys.stderr, flush=True)
 
 
 class _Printed(logging.Handler):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sf_local import __version__
+from sf_local.arguments import Parser
 from sf_local.artifact.manifest import DTYPE_BYTES, ModelConfig
 from sf_local.artifact.open import Artifact, compiled_targets, open_artifact, verify
 from sf_local.device.info import devices, find_device
@@ -69,9 +70,7 @@ def _told(args: argparse.Namespace, error: Exception) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="sf-local", description="Run compiled Llama models in this process."
-    )
+    parser = Parser(prog="sf-local", description="Run compiled Llama models in this process.")
     parser.add_argument("--version", action="version", version=f"sf-local {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     chat = commands.add_parser("chat", help="talk to a model; /help there lists commands")
@@ -232,8 +231,9 @@ def _batch(args: argparse.Namespace) -> int:
             max_in_flight=args.max_in_flight,
         )  # fmt: skip
         rate = engine.stats()["completion_tokens"] / (time.perf_counter() - started_at)
+    new = f"{summary.new} new, {rate:.0f} tokens/s; in all"
     counts = f"{summary.answered} answered, {summary.failed} failed"
-    print(f"{counts}, {rate:.0f} tokens/s", file=sys.stderr)
+    print(new if summary.new else "nothing left to do:", counts, file=sys.stderr)
     return 2 if summary.failed else 0
 
 

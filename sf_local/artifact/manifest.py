@@ -114,7 +114,7 @@ class Manifest:
 
     format_version: int
     compiler_version: str
-    source: Mapping[str, str]  # name, sha256
+    source: Mapping[str, Any]  # name, sha256, and max_seq_len: the tokens it was trained for
     target: str  # "cpu" or a chip such as "gfx942"
     device: str  # "cpu" | "hip"
     cpu_features: Sequence[str]
@@ -150,6 +150,7 @@ class Manifest:
         _positive_int("vocab_size", self.vocab_size)
         _positive_int("hidden_size", self.hidden_size)
         _instance("source", self.source["name"], str)
+        _instance("source/max_seq_len", self.source.get("max_seq_len", 1), int)
         _instance("sampling_defaults", self.sampling_defaults, dict)
         check_sampling_defaults(self.sampling_defaults)
         _instance("config", self.config, dict)

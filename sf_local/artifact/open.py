@@ -32,7 +32,13 @@ from sf_local.artifact.manifest import (
     file_sha256,
     parameters_sha256,
 )
-from sf_local.artifact.path_kinds import as_weights, describe, is_artifact, is_repo_id
+from sf_local.artifact.path_kinds import (
+    as_weights,
+    describe,
+    is_artifact,
+    is_repo_id,
+    models_beside,
+)
 from sf_local.errors import (
     CorruptFileError,
     MismatchError,
@@ -151,13 +157,14 @@ def find_target(vmfb: str | Path, targets: Sequence[str] = ()) -> Path:
 
 def _not_there(vmfb: str) -> MissingFileError:
     """The error for a path that does not exist; it may be meant for `from_source`."""
-    what = "no such file or folder"
+    what, beside = "no such file or folder", models_beside(Path(os.path.expanduser(vmfb)))
     if vmfb == "demo" or is_repo_id(vmfb):
         meant = "the demo model" if vmfb == "demo" else "the repo on Hugging Face"
+        what += beside
         return MissingFileError(f"vmfb={vmfb!r}: {what}; if {meant} is meant, {_compile(vmfb)}")
     return MissingFileError(
         f"vmfb={vmfb!r}: {what}; compile one with sf-compile SOURCE -o FOLDER, or use "
-        'Engine.from_source, which takes "demo", a .gguf file, or "org/name"'
+        f'Engine.from_source, which takes "demo", a .gguf file, or "org/name"{beside}'
     )
 
 

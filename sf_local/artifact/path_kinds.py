@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from sf_local.artifact.json_file import read_object
@@ -44,6 +45,12 @@ def is_artifact(folder: Path) -> bool:
     return any((folder / name).exists() for name in (MANIFEST, VMFB, WEIGHTS))
 
 
+def is_compiled(folder: Path) -> bool:
+    """Whether a folder is an artifact, or has one for each of several targets."""
+    targets = [manifest.parent.name for manifest in folder.glob(f"*/{MANIFEST}")]
+    return is_artifact(folder) or any(re.fullmatch(r"cpu|gfx\w+", name) for name in targets)
+
+
 def describe(path: Path) -> str | None:
     """What a path is that is no model, and what to give for it; None if it is not known."""
     if path.is_dir():
@@ -58,6 +65,19 @@ def describe(path: Path) -> str | None:
         "one file of a model; give a folder with its config.json and tokenizer.json as well"
         if path.suffix == ".safetensors" else None
     )  # fmt: skip
+
+
+def models_beside(path: Path) -> str:
+    """Which models are in the folder where a path is not: the end of an error, or nothing."""
+    found: dict[str, list[Path]] = {"compiled": [], "weights": []}
+    for entry in _entries(path.parent):
+        with suppress(OSError):  # it must not be read
+            if is_compiled(entry):
+                found["compiled"].append(entry)
+            elif as_weights(entry) == entry:
+                found["weights"].append(entry)
+    told = "; ".join(f"{kind}: {_listed(paths)}" for kind, paths in found.items() if paths)
+    return f" (there are {told})" if told else ""
 
 
 def other_weights(folder: Path) -> str | None:

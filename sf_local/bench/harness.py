@@ -120,4 +120,4 @@ class Bench:
 
 def fixed_length(count: int, temperature: float = 0) -> SamplingParams:
     """Exactly `count` tokens, unless the context ends before."""
-    return SamplingParams(max_new_tokens=count, temperature=temperature, ignore_eos=True)
+    return SamplingParams(max_new_tokens=count, temperature=temperature, top_p=1, ignore_eos=True)

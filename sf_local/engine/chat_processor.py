@@ -62,7 +62,9 @@ class ChatProcessor:
         if tools is not None:  # dicts are written as they are
             tools = [tool if isinstance(tool, Mapping) else normalized_tools([tool])[0]
                      for tool in tools]  # fmt: skip
-        return self.template().render(plain_messages(messages), tools=tools, **options)
+        turns = plain_messages(messages)
+        self.template().check_roles(turns)
+        return self.template().render(turns, tools=tools, **options)
 
     def generation(
         self, messages: Messages, params: SamplingParams | None, options: Mapping[str, Any],
@@ -102,6 +104,7 @@ class ChatProcessor:
         from sf_local.text.messages import images_of, plain_messages, with_images
 
         turns, shown = plain_messages(messages), images_of(messages)
+        self.template().check_roles(turns)
         self._inputs.check_images(images)
         self._inputs.check_images(shown)
         if images and not shown:

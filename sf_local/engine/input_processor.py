@@ -296,7 +296,7 @@ class InputProcessor:
             whose = f" ({of_images} of images)" if of_images else ""
             raise PromptTooLongError(
                 f"prompt: {len(prompt.ids)} tokens{whose} leave no room for an answer in a context "
-                f"of {self.max_tokens}; shorten it, or {self._longer_context()}"
+                f"of {self.max_tokens}; {self._longer_context()}"
             )
         return prompt
 
@@ -304,8 +304,15 @@ class InputProcessor:
         """How the context gets longer: what limits it is the KV cache, or the compiled model."""
         if self.max_tokens < self.artifact.max_tokens:
             most = self.artifact.max_tokens
-            return f"raise kv_memory, up to the model's {most} tokens"
-        return "compile a model for more, where it knows more: sf-compile SOURCE --max-seq-len N"
+            return f"shorten it, or raise kv_memory, up to the model's {most} tokens"
+        known = manifest.source.get("max_seq_len") if (manifest := self.artifact.manifest) else None
+        if known is None:
+            return "shorten it, or compile the model for more, if it was trained for more"
+        if known - self.max_tokens < self.artifact.config.page_size:
+            return "shorten it; the model was trained for no more"
+        return (
+            f"shorten it, or compile the model for up to {known}: sf-compile SOURCE --max-seq-len N"
+        )
 
 
 def _grammar(params: ResolvedParams, grammars: GrammarCompiler) -> Grammar:

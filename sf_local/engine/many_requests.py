@@ -187,8 +187,15 @@ class _Running:
 
 
 def _check(result: Output | Exception, return_exceptions: bool) -> None:
-    if isinstance(result, Exception) and not return_exceptions:
+    """Raise what an item ended with, with its number if it was refused; unless errors are kept."""
+    if return_exceptions or not isinstance(result, Exception):
+        return
+    if not isinstance(result, RequestError):
         raise result
+    index = result.index  # type: ignore[attr-defined]
+    error = type(result)(f"index {index}: {result}").with_traceback(result.__traceback__)
+    error.index = index  # type: ignore[attr-defined]
+    raise error from result.__cause__
 
 
 def _params_of(params: object, count: int) -> Sequence[Any]:

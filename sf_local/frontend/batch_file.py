@@ -41,10 +41,12 @@ _LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 @dataclass(frozen=True)
 class Summary:
-    """What a batch has come to: ids in the output that were answered, and that failed."""
+    """What a batch has come to: ids in the output that were answered, and that failed; and how many
+    this call has added."""
 
     answered: int
     failed: int
+    new: int
 
 
 def run_batch(
@@ -90,7 +92,7 @@ def run_batch(
             _answer(engine, Path(source), left, max_in_flight,
                     _Writer(file, Path(output), done, bar))  # fmt: skip
     failed = sum(done.values())
-    return Summary(len(done) - failed, failed)
+    return Summary(len(done) - failed, failed, len(left))
 
 
 class _Writer:

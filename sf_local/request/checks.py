@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable
+from dataclasses import fields
 from difflib import get_close_matches
 from numbers import Integral, Real
+from typing import Any
 
 from sf_local.errors import RequestError
 
@@ -18,6 +20,14 @@ def shown(value: object) -> str:
     except Exception:  # such as an int of more than 4,300 digits
         text = f"a {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def told_fields(value: Any) -> str:
+    """The repr of a dataclass without fields that are None or have their default."""
+    values = {f.name: getattr(value, f.name) for f in fields(value) if f.repr}
+    defaults = {f.name: f.default for f in fields(value)}
+    told = [f"{n}={v!r}" for n, v in values.items() if v is not None and v != defaults[n]]
+    return f"{type(value).__name__}({', '.join(told)})"
 
 
 def unknown_name(name: object, value: object, allowed: Iterable[str]) -> RequestError:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sf_local.request.checks import told_fields
+
 
 @dataclass(frozen=True)
 class ToolCall:
@@ -88,6 +90,9 @@ class Output:
     request_id: int | None = None
     index: int | None = None
     schema: type[Any] | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        return told_fields(self)
 
     @property
     def parsed(self) -> Any:

@@ -10,7 +10,14 @@ from functools import partial
 from typing import Any, Self, TypedDict
 
 from sf_local.errors import RequestError
-from sf_local.request.checks import check_bool, check_float, check_int, shown, unknown_name
+from sf_local.request.checks import (
+    check_bool,
+    check_float,
+    check_int,
+    shown,
+    told_fields,
+    unknown_name,
+)
 
 MAX_STOPS = 256
 MAX_SAMPLES = 1024
@@ -81,6 +88,9 @@ class SamplingParams:
     n: int | None = None
     priority: int | None = None
     timeout: float | None = None
+
+    def __repr__(self) -> str:
+        return told_fields(self)
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 import jinja2
 
-from sf_local.errors import ChatTemplateError
+from sf_local.errors import ChatTemplateError, RequestError
 from sf_local.text.jinja import compile_template, plain_data
 from sf_local.text.messages import as_parts, as_text, has_image, with_objects
 from sf_local.text.tokenizer import Tokenizer
@@ -17,6 +19,7 @@ from sf_local.text.tool_formats import tool_format
 
 Messages = Sequence[dict[str, Any]]
 
+_ROLES = "system", "user", "assistant", "tool", "function", "ipython"  # that are usual
 _END = "\ud803"  # of a message that is continued: a lone surrogate, which no text has
 _ASK, _REPLY = "QuestionMarker71", "ReplyMarker72"
 _JSON = '{"marker73": 1}'
@@ -152,8 +155,33 @@ class JinjaTemplate:
             text = self._written(form, messages, given)
         except Exception as error:  # the template is untrusted: anything may come out of it
             roles = ", ".join(message["role"] for message in messages)
-            self.fail(f"refuses a conversation of {roles}: {str(error) or type(error).__name__}")
+            why = str(error) or type(error).__name__
+            if isinstance(error, jinja2.UndefinedError) and "'content'" in why:
+                why += '; give each message a "content", which may be ""'
+            self.fail(f"refuses a conversation of {roles}: {why}")
         return self._cut(text) if continue_final_message else text
+
+    def check_roles(self, messages: Messages) -> None:
+        """Raise RequestError for a role that is nearly another one, or whose messages the template
+        leaves out."""
+        for index, role in enumerate(message["role"] for message in messages):
+            named = re.compile(f"""['"]{re.escape(role)}['"]""")
+            if role in _ROLES or any(named.search(form.source) for form in self._forms.values()):
+                continue
+            near = get_close_matches(role.lower(), _ROLES, 1, 0.8) if role.isalpha() else []
+            if not (near or self._writes(role)):
+                near = [known for known in _ROLES if self._writes(known)]
+            if near:
+                raise RequestError(
+                    f"messages[{index}].role={role!r}: the chat template of {self._name} has no "
+                    f"such role; use {' or '.join(near)}"
+                )
+
+    def _writes(self, role: str) -> bool:
+        """Whether messages of a role are in the prompt."""
+        form = self._forms["default"]
+        turns = [self._adapted(form, t) for t in (_QUESTION, {"role": role, "content": _REPLY})]
+        return any(_REPLY in self._tried(form, some) for some in (turns, turns[1:]))
 
     def _written(self, form: _Form, messages: Messages, variables: Mapping[str, Any]) -> str:
         defaults = {"tools": None, "documents": None, "add_generation_prompt": True}

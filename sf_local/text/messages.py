@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from sf_local.errors import RequestError
@@ -98,6 +99,10 @@ def _plain_message(name: str, message: object) -> dict[str, Any]:
     if not isinstance(plain, dict) or not isinstance(plain.get("role"), str):
         raise RequestError(f'{name}={shown(message)} must be a dict with a "role"; {_EXAMPLE}')
     plain = {key: value for key, value in plain.items() if value is not None}
+    if plain.keys().isdisjoint(("content", *_REASONING)) and not plain.get("tool_calls"):
+        near = get_close_matches("content", map(str, plain), 1)
+        remedy = f", but {near[0]!r}" if near else "; give a text, which may be empty"
+        raise RequestError(f'{name}={shown(message)} has no "content"{remedy}')
     content = plain.get("content", "")
     if isinstance(content, tuple):
         content = plain["content"] = list(content)

@@ -319,6 +319,8 @@ def test_command_line(tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFix
     assert main(arguments) == 0
     shown = capsys.readouterr()
     assert "is ready" in shown.out and shown.err.count("F32 weights become f16 for cpu: ") == 1
+    for stage in ("converting weights ...\n", "compiling for cpu ...\n"):  # as there is no terminal
+        assert shown.err.count(stage) == 1
     artifact = open_artifact(output)
     assert artifact.manifest and artifact.manifest.weight_dtype == "f16"
     assert artifact.config.decode_batch_sizes == [1, 2]

@@ -56,7 +56,7 @@ def test_many_prompts(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     for _ in range(2):
         out = run("many_prompts.py", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"))
-        assert out == "Summary(answered=3, failed=0)\n"
+        assert out == "Summary(answered=3, failed=0, new=3)\n"
     assert (tmp_path / "out.jsonl").read_text().count("\n") == 3
 
 

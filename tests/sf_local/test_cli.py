@@ -126,7 +126,7 @@ def test_kv_memory(tiny: TinyModel, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*long, "--kv-memory", str(few)]) == 1
     assert "raise --kv-memory, up to the model's " in capsys.readouterr().err
     assert main([*long, "--prompt", "abc" * 400]) == 1
-    assert "sf-compile SOURCE --max-seq-len" in capsys.readouterr().err
+    assert "shorten it; the model was trained for no more" in capsys.readouterr().err
     assert main([*arguments, "--kv-memory", "2"]) == 1
     assert "must be at least one page" in capsys.readouterr().err
 
@@ -191,7 +191,7 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ("generate", ["--seed", "-1"], "--seed -1 must be an integer"),
         ("generate", ["--regex", "a(", "--ebnf", "x"], "regex and ebnf: give one of them"),
         ("generate", ["--json-schema", "[1]"], "--json-schema"),
-        ("generate", ["--prompt", "x" * 300], "shorten it, or compile a model for more"),
+        ("generate", ["--prompt", "x" * 300], "shorten it; the model was trained for no more"),
         ("generate", ["--num-threads", "0"], "--num-threads 0 must be an integer"),
         ("generate", ["--kv-memory", "much"], "--kv-memory 'much' must be bytes"),
         ("chat", ["--device", "gpu"], "--device 'gpu' is unknown"),
@@ -215,7 +215,7 @@ def test_errors_within_a_chat_name_options(
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("x" * 300 + "\n"))
     assert main(["chat", str(tiny.artifact)]) == 0
-    assert "shorten it, or compile a model for more" in capsys.readouterr().err
+    assert "shorten it; the model was trained for no more" in capsys.readouterr().err
 
 
 def test_a_chat_has_the_whole_context(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,3 +247,25 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])
     assert "artifact" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ("chat demo --tempeature 0", "chat: --tempeature: no such option, did you mean --temp"),
+        ("generate demo --foo=1", "generate: --foo: no such option; see sf-local generate -h"),
+        ("inspect demo more", "inspect: more: one argument too many"),
+        ("bench demo --rounds x", "bench: argument --rounds: invalid int value: 'x'"),
+        ("batch demo", "batch: the following arguments are required: input, -o/--output"),
+        ("chta demo", "argument command: invalid choice: 'chta'"),
+    ],
+)
+def test_mistakes_in_arguments(
+    capsys: pytest.CaptureFixture[str], arguments: str, error: str
+) -> None:
+    """One line of the command that was meant, and no usage of thirty."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments.split())
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and err.count("\n") == 1
+    assert err.startswith("sf-local") and error in err

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 
 from compile.sources.open import open_source
 from sf_local.errors import SourceError
-from tests.support.toy_sources import refused
+from tests.support.toy_sources import refused, write_folder
 
 LICENCE = "https://huggingface.co/org/name"
 
@@ -73,7 +73,15 @@ def test_what_the_hub_refuses(
 def test_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, tmp_path, "http://localhost")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused("org/name", SourceError, "unset HF_HUB_OFFLINE", "hf download org/name")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    offline = "unset HF_HUB_OFFLINE; without a network give a folder, a .gguf file, or a repo"
+    refused("org/name", SourceError, offline, "cache, which is empty", "hf download org/name")
+    cached = tmp_path / "models--org--other"
+    (cached / "snapshots").mkdir(parents=True)
+    write_folder(cached / "snapshots" / "1")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("1")
+    refused("org/name", SourceError, "cache (org/other); or download it")
 
 
 def test_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:

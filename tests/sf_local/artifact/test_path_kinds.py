@@ -144,3 +144,18 @@ def test_a_file_that_is_missing(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "it")
     (folder / "tokenizer_config.json").unlink()
     assert f"{folder}/tokenizer_config.json is missing: download it too" in source_error(folder)
+
+
+def test_models_beside_a_path_that_is_not_there(
+    tiny: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "there are" not in vmfb_error("mine")
+    (tmp_path / "mine-cpu").symlink_to(tiny.artifact)
+    write_folder(tmp_path / "hf")
+    write_gguf(tmp_path / "a.gguf")
+    told = "(there are compiled: mine-cpu; weights: a.gguf, hf)"
+    assert told in vmfb_error("mine") and told in source_error(Path("mine"))
+    with pytest.raises(SourceError, match=r"or a folder that sf-compile made \(there are comp"):
+        from_source("mine")
+    assert f"weights: {tmp_path}/a.gguf" in source_error(tmp_path / "mine")

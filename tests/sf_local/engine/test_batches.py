@@ -12,7 +12,7 @@ import pytest
 
 from sf_local import Engine, Output, SamplingParams
 from sf_local.engine.many_requests import beginning
-from sf_local.errors import EngineError, RequestError
+from sf_local.errors import EngineError, PromptTooLongError, RequestError
 from tests.support.running import assert_idle
 from tests.support.tiny import TinyModel
 
@@ -76,8 +76,17 @@ def test_a_bad_item_is_its_own_error(engine: Engine, expected: list[str]) -> Non
     errors = [results[1], results[3]]
     assert all(isinstance(error, RequestError) for error in errors)
     assert [error.index for error in errors] == [1, 3]
-    with pytest.raises(RequestError, match="no room for an answer"):
+    assert "index" not in str(errors[0])  # its place tells it
+    with pytest.raises(PromptTooLongError, match=r"index 1: .*no room for an answer") as caught:
         engine.generate(bad, SamplingParams(max_new_tokens=10_000, ignore_eos=True))
+    assert caught.value.index == 1  # type: ignore[attr-defined]
+    for refused in (
+        lambda: list(engine.map([*CHATS, "a", 3.5], PARAMS)),
+        lambda: engine.chat([*CHATS, CHATS[0], "Hi"], PARAMS),
+        lambda: engine.generate(["a"] * 6, [PARAMS] * 5 + [3]),
+    ):
+        with pytest.raises(RequestError, match=r"^index 5: "):
+            refused()
     assert_idle_soon(engine)
     results = engine.chat([*CHATS, [3]], PARAMS, return_exceptions=True)
     assert isinstance(results[4], RequestError) and isinstance(results[0], Output)

@@ -147,6 +147,11 @@ def test_variables_of_the_template(engine: Engine) -> None:
         ([{"role": "user", "content": [{"type": "image"}]}], "is a text model"),
         ([{"role": "assistant", "tool_calls": 3}], r"tool_calls=3 must be a list"),
         ([{"role": "user", "content": "a\ud800"}], "lone surrogate"),
+        ([*HELLO, {"role": "user"}], r"messages\[1\]=.* has no \"content\"; give a text"),
+        ([{"role": "user", "content": None}], r"messages\[0\]=.* has no \"content\""),
+        ([{"role": "user", "contents": "Hi"}], "has no \"content\", but 'contents'"),
+        ([{"role": "sytem", "content": "x"}, *HELLO], r"messages\[0\].role='sytem': .*use system"),
+        ([*HELLO, {"role": "User", "content": "x"}], r"messages\[1\].role='User': .*use user"),
         ([{"role": "user", "content": "x" * 300}], "leave no room for an answer"),
     ],
 )

@@ -63,7 +63,9 @@ def run_random(
     for number, grammar in enumerate(drawn(strategy, count)):
         [(name, value)] = grammar.items()
         try:
-            params = SamplingParams(max_new_tokens=256, seed=number % ROWS, **grammar)
+            params = SamplingParams(
+                max_new_tokens=256, temperature=1, top_p=1, seed=number % ROWS, **grammar
+            )
             handles.append((value, engine.submit("Here is an example:\n", params)))
         except GrammarError as error:
             assert name in str(error)

@@ -16,7 +16,7 @@ import sglang as sgl
 
 from sf_local import Engine, SamplingParams, cli
 from sf_local.artifact.manifest import MANIFEST
-from sf_local.errors import CorruptFileError, EngineError, RequestError
+from sf_local.errors import CorruptFileError, EngineError, PromptTooLongError, RequestError
 from sf_local.request.params import ResolvedParams
 from tests.support.running import assert_idle
 from tests.support.tiny import TinyModel
@@ -27,10 +27,34 @@ PROMPT = "abc"
 
 def recommending(tiny: TinyModel, folder: Path, values: Any) -> Path:
     """The artifact of a model that recommends these values."""
+    return changed(tiny, folder, sampling_defaults=values)
+
+
+def changed(tiny: TinyModel, folder: Path, **facts: Any) -> Path:
+    """A copy of the artifact whose artifact.json tells something else."""
     shutil.copytree(tiny.artifact, folder)
     manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"sampling_defaults": values}))
+    (folder / MANIFEST).write_text(json.dumps(manifest | facts))
     return folder
+
+
+@pytest.mark.parametrize(
+    ("trained_for", "remedy"),
+    [
+        (None, "or compile the model for more, if it"),
+        (256, "shorten it; the model was trained for no more"),
+        (512, "for up to 512: sf-compile SOURCE --max-seq-len N"),
+    ],
+)
+def test_how_a_context_gets_longer(
+    tiny: TinyModel, tmp_path: Path, trained_for: int | None, remedy: str
+) -> None:
+    source = {"name": "tiny", "sha256": ""} | ({"max_seq_len": trained_for} if trained_for else {})
+    with (
+        Engine(changed(tiny, tmp_path / "model", source=source)) as engine,
+        pytest.raises(PromptTooLongError, match=remedy),
+    ):
+        engine.prepare("x" * 1000)
 
 
 @pytest.fixture(scope="module")

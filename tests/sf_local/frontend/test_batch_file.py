@@ -263,11 +263,13 @@ def test_the_command(tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixt
     source = write(tmp_path / "in.jsonl", [text("a"), text("b", prompt="x" * 500)])
     arguments = ["batch", str(tiny.artifact), str(source), "-o", str(tmp_path / "out.jsonl")]
     assert main(arguments) == 2
-    assert re.search(r"1 answered, 1 failed, \d+ tokens/s\n", capsys.readouterr().err)
+    assert re.search(r"2 new, \d+ tokens/s; in all 1 answered, 1 failed\n", capsys.readouterr().err)
     write(source, [text("a"), text("b")])
     assert main(arguments) == 1 and "have changed" in capsys.readouterr().err
     assert main([*arguments, "--retry-errors"]) == 0
-    assert "2 answered, 0 failed" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("1 new, ")
+    assert main(arguments) == 0
+    assert capsys.readouterr().err == "nothing left to do: 2 answered, 0 failed\n"
 
 
 FULL = r"""
@@ -295,7 +297,10 @@ def test_an_output_without_room(tiny: TinyModel, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     failed, summary = run_program(FULL, tiny.artifact, source, output).splitlines()
     assert failed.startswith(f"{output} cannot be written: File too large; make room, and run")
-    assert summary == "Summary(answered=100, failed=0)" and len(read(output)) == 100
+    assert (
+        re.fullmatch(r"Summary\(answered=100, failed=0, new=\d+\)", summary)
+        and len(read(output)) == 100
+    )
 
 
 MANY = r"""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sf_local.errors import RequestError, SfLocalError
 from sf_local.request.checks import shown
+from sf_local.request.output import Output
 from sf_local.request.params import MAX_STOPS, ResolvedParams, SamplingOptions, SamplingParams
 from sf_local.request.request import Request
 
@@ -263,3 +264,13 @@ def test_requests_share_nothing() -> None:
     first.append(5)
     first.pages.append(5)
     assert second.output_ids == [] and second.pages == []
+
+
+def test_reprs_leave_out_what_is_empty() -> None:
+    assert repr(SamplingParams(temperature=0)) == "SamplingParams(temperature=0)"
+    assert "top_k=-1" in repr(ResolvedParams())  # which tells what holds
+    output = Output("Hi", [5], "length", None, 3, 1, 0, 0.5, 0.5, index=2, schema=int)
+    assert repr(output) == (
+        "Output(text='Hi', token_ids=[5], finish_reason='length', prompt_tokens=3, "
+        "completion_tokens=1, cached_tokens=0, time_to_first_token=0.5, latency=0.5, index=2)"
+    )

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sf_local.errors import ChatTemplateError
+from sf_local.errors import ChatTemplateError, RequestError
 from sf_local.text.chat_template import JinjaTemplate
 from sf_local.text.messages import plain_messages
 from tests.support.chat_templates import (
@@ -204,6 +204,38 @@ def test_named_templates(tmp_path: Path) -> None:
     assert JinjaTemplate(tokenizer, "m", "rag").render(messages) == "R1"
     with pytest.raises(ChatTemplateError, match=r"'raag'.*default, tool_use, rag"):
         JinjaTemplate(tokenizer, "m", "raag")
+
+
+@pytest.mark.parametrize(
+    ("text", "config", "known", "refused"),
+    [
+        (CHATML, CHATML_TOKENS, ["critic", "user2", "developer"], {"asistant": "use assistant"}),
+        (LLAMA3, LLAMA3_TOKENS, ["critic"], {"USER": "use user", "humna": None}),
+        (ZEPHYR, LLAMA2_TOKENS, ["tool"], {"critic": "use system or user or assistant"}),
+        (GEMMA, LLAMA2_TOKENS, ["assistant"], {"System": "use system"}),
+    ],
+)
+def test_roles(
+    tmp_path: Path, text: str, config: dict[str, Any], known: list[str],
+    refused: dict[str, str | None],
+) -> None:  # fmt: skip
+    """A slip of the pen is refused, and what would not be in the prompt; any other role is not."""
+    template = JinjaTemplate(byte_tokenizer(tmp_path, text, **config), "m")
+    template.check_roles([{"role": role, "content": "x"} for role in known])
+    for role, remedy in refused.items():
+        messages = [TURNS[0], {"role": role, "content": "x"}]
+        if remedy is None:
+            template.check_roles(messages)
+        else:
+            with pytest.raises(RequestError, match=rf"messages\[1\].role='{role}': .*{remedy}"):
+                template.check_roles(messages)
+
+
+def test_a_template_that_wants_contents(tmp_path: Path) -> None:
+    text = "{% for m in messages %}{{ m['content'] + '!' }}{% endfor %}"
+    template = JinjaTemplate(byte_tokenizer(tmp_path, text), "m")
+    with pytest.raises(ChatTemplateError, match='give each message a "content"'):
+        template.render([{"role": "assistant", "tool_calls": [{"name": "f"}]}])
 
 
 def test_a_message_that_cannot_be_continued(tmp_path: Path) -> None:
