@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from compile.cpu.vector_builder import VectorBuilder, vector_type
+from compile.formats.layout import ITEM_BYTES
 from compile.mlir.values import Scalar, TextBuilder, mask_type
 
 CACHE_LINE = 16  # i32 or f32 elements
@@ -87,6 +88,7 @@ class KernelBuilder(VectorBuilder):
         super().__init__(has_bf16=has_bf16, indent=4)
         self._bindings: list[str] = []
         self._tables: dict[tuple[int, ...], str] = {}  # names by contents
+        self._stacks: list[Stack] = []
         self.num_constants = 0
 
     # Interface
@@ -111,6 +113,8 @@ class KernelBuilder(VectorBuilder):
                     f"func.func @{name}() attributes {{translation_info = "
                     "#iree_codegen.translation_info<pipeline = None>} {"
                 ):
+                    for stack in self._stacks:
+                        stack.write(b)
                     b.lines += [line.replace("#kernel_", f"#{name}_") for line in self.lines]
                     b.emit("return")
 
@@ -148,6 +152,11 @@ class KernelBuilder(VectorBuilder):
         memory = self.op(f"memref.cast {table.name} : {kind} to memref<?xi64>", "")
         return Memory(self, memory.name, "i64")
 
+    def stack(self) -> Stack:
+        """Memory of each workgroup's own, which is its thread's stack."""
+        self._stacks.append(Stack(self))
+        return self._stacks[-1]
+
     def constant(self) -> Scalar:
         """The dispatch's next i32 argument, as an index."""
         self.num_constants += 1
@@ -157,10 +166,6 @@ class KernelBuilder(VectorBuilder):
             "i32",
         )
         return value.to("index")
-
-    def workgroup(self) -> Scalar:
-        """The number of the workgroup that runs."""
-        return self.op("hal.interface.workgroup.id[0] : index", "index")
 
     # Addresses
 
@@ -269,3 +274,33 @@ class Views:
         """Declare views of these types; call it at the kernel's top level, before all uses."""
         self._views |= {dtype: self._k.view(self._binding, dtype) for dtype in dtypes}
         return self
+
+
+class Stack:
+    """Memory on the stack of the thread that runs a workgroup, seen as several element types.
+
+    num_bytes: set it before the kernel is written. A buffer of the dispatch would need room for all
+    workgroups, of which no more run than there are threads, and IREE writes zeros to all of it.
+    """
+
+    def __init__(self, k: KernelBuilder) -> None:
+        self._k, self._name = k, k.fresh()
+        self._views: dict[str, Memory] = {}
+        self.num_bytes = 0
+
+    def __getitem__(self, dtype: str) -> Memory:
+        if dtype not in self._views:
+            self._views[dtype] = Memory(self._k, self._k.fresh(), dtype)
+        return self._views[dtype]
+
+    def write(self, b: TextBuilder) -> None:
+        """Write the declarations, at the beginning of the kernel."""
+        whole, zero = f"memref<{self.num_bytes}xi8>", self._k.fresh()
+        b.emit(f"{self._name} = memref.alloca() {{alignment = 64 : i64}} : {whole}")
+        b.emit(f"{zero} = arith.constant 0 : index")
+        for memory in self._views.values():
+            count = self.num_bytes // (4 if memory.dtype == "i32" else ITEM_BYTES[memory.dtype])
+            kind = f"memref<{count}x{memory.dtype}>"
+            view = self._k.fresh()
+            b.emit(f"{view} = memref.view {self._name}[{zero}][] : {whole} to {kind}")
+            b.emit(f"{memory.name} = memref.cast {view} : {kind} to {memory.type}")
