@@ -126,6 +126,7 @@ class Target:
             "--iree-hal-local-target-device-backends=llvm-cpu",
             "--iree-llvmcpu-target-triple=x86_64-unknown-linux-gnu",
             "--iree-llvmcpu-target-cpu=x86-64",
+            "--iree-llvmcpu-stack-allocation-limit=1048576",  # of threads' 2 MB or more
             *([f"--iree-llvmcpu-target-cpu-features={features}"] if features else []),
         )
 

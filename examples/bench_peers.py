@@ -2,7 +2,8 @@
 
     bench_peers.py --bf16 ARTIFACT --int8 ARTIFACT --int4 ARTIFACT --peers FOLDER --json FILE
 
-The artifacts are of the demo model; `install_peers.sh FOLDER` makes the peers' environments. Every
+The artifacts are of the demo model; those of one width may differ in their activations, as in
+`--int4 ARTIFACT --int4 ANOTHER`. `install_peers.sh FOLDER` makes the peers' environments. Every
 peer is a worker process (examples/peers/), which is stopped while another one measures. One whose
 first token of a known prompt is wrong is not measured. A ratio is always of two figures of the same
 round; the table has the medians, with the smallest and the largest in brackets. Below it stand the
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -117,6 +118,11 @@ class Peer:
     wanted: Mapping[Job, Mapping[str, float]] = field(default_factory=dict)
 
 
+def _widths(labels: Iterable[str]) -> dict[str, str]:
+    """The width of an artifact, by its label, which is "int4" or "int4, int8 activations"."""
+    return {label: label.partition(",")[0] for label in labels}
+
+
 def _each(sixteen_bits: float, quantized: float) -> dict[str, float]:
     return {w: quantized if w.startswith("int") else sixteen_bits for w in WIDTHS}
 
@@ -148,11 +154,12 @@ PEERS = {
 
 
 def rows(artifacts: Mapping[str, Artifact]) -> list[Row]:
-    """The table, as far as the artifacts go; what has no target is for information."""
+    """The table, as far as the artifacts go, by label; what has no target is for information."""
     table = [
-        Row(work, job, f"ours {width}", f"{name} {peer.kinds[width]}",
+        Row(work, job, f"ours {label}", f"{name} {peer.kinds[width]}",
             peer.wanted.get(job, {}).get(width), *(("s",) if job is CACHED else ()))
-        for width in artifacts for name, peer in PEERS.items() if width in peer.kinds
+        for label, width in _widths(artifacts).items()
+        for name, peer in PEERS.items() if width in peer.kinds
         for work, job in COMPARED.items()
     ]  # fmt: skip
     if "bf16" not in artifacts:
@@ -270,8 +277,8 @@ def open_workers(
     workers: dict[str, Worker | str] = {
         "memory": Worker([sys.executable, SCRIPTS / "memory.py"], is_model=False)
     }
-    for width, artifact in artifacts.items():
-        workers[f"ours {width}"] = our_worker(artifact.vmfb.parent)
+    for label, width in _widths(artifacts).items():
+        workers[f"ours {label}"] = our_worker(artifacts[label].vmfb.parent)
         for name, peer in PEERS.items():
             if width in peer.kinds:
                 kind = peer.kinds[width]
@@ -413,7 +420,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="sf_local against its peers, on the demo model")
     for width in WIDTHS:
         names = (f"{name} {p.kinds[width]}" for name, p in PEERS.items() if width in p.kinds)
-        parser.add_argument(f"--{width}", metavar="ARTIFACT", help=f"against {', '.join(names)}")
+        parser.add_argument(f"--{width}", metavar="ARTIFACT", action="append", default=[],
+                            help=f"against {', '.join(names)}; may be repeated")  # fmt: skip
     parser.add_argument("--amdsharktank", metavar="ARTIFACT", type=Path, help="exported by it")
     parser.add_argument("--peers", metavar="FOLDER", type=Path, default=cache_dir() / "peers",
                         help="made by install_peers.sh (default: %(default)s)")  # fmt: skip
@@ -444,21 +452,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.json.write_text(json.dumps(made, indent=2) + "\n")
 
 
-def _artifacts(paths: Mapping[str, str | None]) -> dict[str, Artifact]:
-    """Those that are given; RequestError for none, or one of another model or type."""
-    given = {width: open_artifact(path) for width, path in paths.items() if path}
+def _artifacts(paths: Mapping[str, Sequence[str]]) -> dict[str, Artifact]:
+    """Those that are given, by label; RequestError for none, or one of another model or type."""
+    given = [(width, path, open_artifact(path)) for width in paths for path in paths[width]]
     if not given:
         raise RequestError("give at least one of --f16, --bf16, --int8 and --int4: folders that "
                            "`sf-compile demo --weights bf16 -o FOLDER` makes")  # fmt: skip
-    for width, artifact in given.items():
+    labelled: dict[str, Artifact] = {}
+    for width, path, artifact in given:
         made = artifact.manifest
         found = (made.source["name"], made.weight_dtype) if made else ("unknown", "unknown")
         if found != (SOURCE, width):
             raise RequestError(
-                f"--{width} {paths[width]}: holds {found[0]} in {found[1]}, but the peers have "
+                f"--{width} {path}: holds {found[0]} in {found[1]}, but the peers have "
                 f"{SOURCE}; make it with: sf-compile demo --weights {width} -o FOLDER"
             )
-    return given
+        activations = made and made.activation_dtype
+        label = f"{width}, {activations} activations" if activations else width
+        if label in labelled:
+            raise RequestError(f"--{width} {path}: {label} is given twice; give each kind once")
+        labelled[label] = artifact
+    return labelled
 
 
 if __name__ == "__main__":

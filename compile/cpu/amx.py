@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from compile.cpu.activations import Activations
 from compile.cpu.kernel import KernelBuilder
-from compile.mlir.executable import Memory, Views
+from compile.mlir.executable import Memory
 from compile.mlir.values import Scalar
 
 LINES = 16  # rows of activations in a tile, or pairs of columns
@@ -22,7 +22,7 @@ COLUMNS = 32  # of activations in a tile
 MAX_ROWS = 2 * LINES  # of one product
 WORDS_OF_ROW = 2 * LINES  # f32: the sums of a row
 WORDS_OF_CONFIG = 16
-PANEL = 1024  # columns of a block that are expanded at once, so that they and 256 rows fit the L2
+PANEL = 320  # columns of a block that are expanded at once: with 32 rows they fit the L1, in 40 KB
 FIRST_X, FIRST_WEIGHT = 4, 6  # registers; before them are the sums
 
 
@@ -45,15 +45,15 @@ WHOLE = TileConfig()
 
 @dataclass(frozen=True)
 class Scratch:
-    """Memory of one workgroup: a configuration, sums of rows, and columns that are expanded."""
+    """Memory of a workgroup: a configuration, sums of rows, and columns that are expanded."""
 
     num_rows: int = MAX_ROWS
     num_columns: int = 0
 
     @property
-    def words(self) -> int:
-        """Its size, in units of four bytes."""
-        return WORDS_OF_CONFIG + (self.num_rows + self.num_columns // 2) * WORDS_OF_ROW
+    def num_bytes(self) -> int:
+        """Its size."""
+        return 4 * (WORDS_OF_CONFIG + (self.num_rows + self.num_columns // 2) * WORDS_OF_ROW)
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ class Columns:
 class TileRegisters:
     """Writes what one workgroup does with its tile registers.
 
-    scratch: memory of all workgroups, `size` for each.
+    size: of the memory that it takes.
     """
 
-    def __init__(self, k: KernelBuilder, scratch: Views, workgroup: Scalar, size: Scratch) -> None:
-        self._k, self._scratch = k, scratch
-        self._config = workgroup * size.words
-        self._sums = self._config + WORDS_OF_CONFIG
+    def __init__(self, k: KernelBuilder, size: Scratch) -> None:
+        self._k, self._scratch = k, k.stack()
+        self._scratch.num_bytes = size.num_bytes
+        self._sums = k.scalar(WORDS_OF_CONFIG, "index")
         self.expanded_at = self._sums + size.num_rows * WORDS_OF_ROW
 
     def request_permission(self) -> None:
@@ -97,10 +97,10 @@ class TileRegisters:
 
     def configure(self, config: TileConfig = WHOLE) -> None:
         """Set the sizes of all registers, which also makes them zero."""
-        words, first = self._scratch["i32"], self._config
+        words = self._scratch["i32"]
         for i, word in enumerate(config.words()):
-            words.store(self._k.scalar(word, "i32"), first + i)
-        self._do("ldtilecfg", self._k.pointer(words, first * 4))
+            words.store(self._k.scalar(word, "i32"), i)
+        self._do("ldtilecfg", self._k.pointer(words, self._k.scalar(0, "index")))
 
     def release(self) -> None:
         """Give the registers up."""

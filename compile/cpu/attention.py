@@ -38,9 +38,8 @@ class AttentionMemory:
     """What attention reads and writes, in all types needed.
 
     qkv: queries, keys and values [M, qkv_width]. rope: where the angles [positions, 2, head_dim/2]
-    begin in `floats`. q: scaled queries [M, q_width]. workspace: of all workgroups; `workgroup` is
-    the number of the one that runs. act: the result [M, heads, head_dim]. splits: in decode. amx:
-    where the CPU has it.
+    begin in `floats`. q: scaled queries [M, q_width]. act: the result [M, heads, head_dim].
+    splits: in decode. amx: where the CPU has it.
     """
 
     qkv: Memory
@@ -50,8 +49,6 @@ class AttentionMemory:
     cache: Views
     q: Views
     q_width: int
-    workspace: Views
-    workgroup: Scalar
     act: Activations
     splits: Splits | None = None
     amx: TileRegisters | None = None
@@ -75,9 +72,7 @@ class Attention(ABC):
         self.vectors, self.memory = vectors, memory
         self.position, self.page = position, page
         self.groups = self.config.num_heads // self.config.num_kv_heads
-        self.softmax = Softmax(
-            k, layout, memory.workspace, memory.act, memory.splits, position, self.max_queries
-        )
+        self.softmax = Softmax(k, layout, memory.act, memory.splits, position, self.max_queries)
 
     @property
     @abstractmethod

@@ -99,7 +99,7 @@ class AmxAttention(Attention):
     ) -> None:  # fmt: skip
         """As `Attention.attend`; `head` is a query head."""
         assert isinstance(num_rows, Scalar) and split is None
-        space = self.softmax.open(self.memory.workgroup, ROWS_PER_TASK)
+        space = self.softmax.open(ROWS_PER_TASK)
         high = self.position(row + (num_rows - 1)) + 1
         with self.k.loop(0, high, SLICE) as start:
             context = ContextSlice(row, head // self.groups, layer, start)
@@ -138,7 +138,7 @@ class AmxAttention(Attention):
         for i_sum, total in enumerate(SUMS):
             row, column = i_sum // 2 * LINES, i_sum % 2 * LINES
             to = (space.scores + row * SLICE + first + column) * 4
-            amx.store(total, self.memory.workspace["f32"], to, SLICE * 4)
+            amx.store(total, self.softmax.workspace["f32"], to, SLICE * 4)
 
     def _multiply_add(self) -> None:
         for i, total in enumerate(SUMS):
@@ -146,7 +146,7 @@ class AmxAttention(Attention):
 
     def _correct(self, space: Workspace, j: Scalar) -> None:
         """Multiply the sums of query j so far by its factor."""
-        k, memory, lanes = self.k, self.memory.workspace["f32"], LINES
+        k, memory, lanes = self.k, self.softmax.workspace["f32"], LINES
         factor = k.broadcast(memory.load(space.factors + j), lanes)
         with k.loop(0, self.config.head_dim, lanes) as i:
             at = space.values + j * self.config.head_dim + i
@@ -155,7 +155,7 @@ class AmxAttention(Attention):
     def _accumulate_values(self, space: Workspace, context: ContextSlice, count: Scalar) -> None:
         """Add `count` times 16 values, times the softmax weights of all rows."""
         k, amx, d, page = self.k, self._amx, self.config.head_dim, self.layout.page_size
-        memory, cache = self.memory.workspace, self.memory.cache["bf16"]
+        memory, cache = self.softmax.workspace, self.memory.cache["bf16"]
         for first in range(0, d, 2 * LINES):
             at = [
                 (space.values + i // 2 * LINES * d + first + i % 2 * LINES) * 4

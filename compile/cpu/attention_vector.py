@@ -22,7 +22,7 @@ class VectorAttention(Attention):
     @property
     def max_queries(self) -> int:
         """Queries of one task, at most."""
-        return ROWS_PER_TASK * self.groups
+        return (1 if self.memory.splits else ROWS_PER_TASK) * self.groups
 
     def num_tasks(self, num_groups: Scalar, num_splits: Scalar) -> Scalar:
         """One for each group of rows, split of the context and KV head."""
@@ -41,7 +41,7 @@ class VectorAttention(Attention):
         """As `Attention.attend`, for all query heads of a KV head."""
         assert isinstance(num_rows, int)
         k = self.k
-        space = self.softmax.open(self.memory.workgroup, num_rows * self.groups)
+        space = self.softmax.open(num_rows * self.groups)
         low, high = k.scalar(0, "index"), self.position(row + (num_rows - 1)) + 1
         if split is not None:
             low = split * SPLIT
@@ -104,7 +104,7 @@ class VectorAttention(Attention):
         sums = product(self.k, keys, q, rows, d // u, [zero] * (2 * len(rows)))
         for i, value in enumerate(sums):
             at = space.scores + (queries[i // 2]) * SLICE + (pair * 2 + i % 2) * p
-            self.memory.workspace["f32"].store_vector(value, at)
+            self.softmax.workspace["f32"].store_vector(value, at)
 
     @property
     def _unit_dtype(self) -> str:
@@ -118,7 +118,7 @@ class VectorAttention(Attention):
         k, d, layout = self.k, self.config.head_dim, self.layout
         lanes, u = layout.head_lanes, layout.operand.unit
         width = 2 if d // lanes % 2 == 0 else 1  # vectors of features at once
-        memory = self.memory.workspace["f32"]
+        memory = self.softmax.workspace["f32"]
         with k.loop(0, d // lanes, width) as first:
             at = [space.values + j * d + (first + t) * lanes for j in queries for t in range(width)]
             factors = [k.broadcast(memory.load(space.factors + j), lanes) for j in queries]
@@ -133,7 +133,7 @@ class VectorAttention(Attention):
                     (self.softmax.weights_at(space, j) + page * layout.page_size) // u
                     for j in queries
                 )
-                units = self.memory.workspace[self._unit_dtype]
+                units = self.softmax.workspace[self._unit_dtype]
                 return product(k, streams, units, [*weights], layout.page_size // u, sums)
 
             for value, a in zip(k.fold(0, num_pages, kept, add_page), at, strict=True):

@@ -27,7 +27,7 @@ from compile.cpu.row_tables import (
     RowTables,
 )
 from compile.cpu.softmax import SPLIT, Splits
-from compile.cpu.transformer import TransformerKernel
+from compile.cpu.transformer import ROWS_PER_TASK, TransformerKernel
 from compile.formats.blocks import GROUP
 from compile.mlir.builder import Builder, Dim, Tensor
 from compile.mlir.executable import Views
@@ -132,16 +132,14 @@ class DecoderKernel(TransformerKernel):
         if self.kind.is_decode:
             values = self.result(("rows", "splits", c.num_heads, c.head_dim))
             totals = self.result(("rows", "splits", c.num_heads, 2))
-        scratch, workspace = self.bind_scratch(op)
         sizes = CallSizes(*(k.constant() for _ in range(4)))
         self.tables = RowTables(
             k, c, m.options, self.kind, call, sizes, takes_embeds=self.takes_embeds
         )
-        workgroup = self.bind_workgroup(scratch)
         splits = Splits(values, totals, sizes.most_splits) if self.kind.is_decode else None
         memory = AttentionMemory(
             self.qkv, self.qkv_width, self.weights["f32"], self.weight_at("rope") // 4, cache, q,
-            m.heads_width, workspace, workgroup, self.act, splits, self.amx,
+            m.heads_width, self.act, splits, self.bind_amx(),
         )  # fmt: skip
         self.bind_attention(kv, memory, self.tables.position, self.tables.page)
 
@@ -195,19 +193,18 @@ class DecoderKernel(TransformerKernel):
             self.residual.store(zero, row * self.hidden + i)
 
     def _layer(self, layer: Scalar, rows: Scalar) -> None:
-        numbers, heads = self.phases.layer(layer), self.config.num_kv_heads
+        numbers = self.phases.layer(layer)
 
         def linear(name: str, x: Activations, use: Use) -> None:
             self.linear(numbers[name], f"blk.0.{name}", x, rows, use, layer)
 
         def norm(name: str) -> None:
-            with self.phase(numbers[name], rows) as row:
+            with self.rows_phase(numbers[name], rows, self._rows_per_task) as row:
                 self.rms_norm(row, self.weight_at(f"blk.0.{name}.weight", layer), self.act, row)
 
         norm("attn_norm")
         linear("attn_qkv", self.act, self._store_qkv)
-        with self.phase(numbers["store_kv"], rows * heads) as task:
-            self.attention.rotate_and_store(task // heads, task % heads, layer)
+        self._store_kv(numbers["store_kv"], layer, rows)
         self._attend(numbers["attend"], layer)
         if self.kind.is_decode:
             with self.phase(numbers["combine"], rows) as row:
@@ -219,6 +216,20 @@ class DecoderKernel(TransformerKernel):
             with self.phase(numbers["quantize"], rows) as row:
                 self._quantize_mlp(row)
         linear("ffn_down", self.mlp_act, self.add_to_residual)
+
+    @property
+    def _rows_per_task(self) -> int:
+        """Rows of a task of phases that multiply no matrix: in decode there are few."""
+        return 1 if self.kind.is_decode else ROWS_PER_TASK
+
+    def _store_kv(self, number: Scalar, layer: Scalar, rows: Scalar) -> None:
+        """Rotate and store queries, keys and values; a task is one KV head of some rows, whose
+        keys share cache lines."""
+        heads, most = self.config.num_kv_heads, self._rows_per_task
+        with self.phase(number, (rows + (most - 1)) // most * heads) as task:
+            low = task // heads * most
+            with self.k.loop(low, (low + most).minimum(rows)) as row:
+                self.attention.rotate_and_store(row, task % heads, layer)
 
     def _attend(self, number: Scalar, layer: Scalar) -> None:
         """Attention of all groups of rows, heads and splits of the context."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from compile.cpu.vector_builder import CpuVectorBuilder
+from compile.formats.layout import ITEM_BYTES
 from compile.mlir.executable import Memory
 from compile.mlir.values import Scalar, TextBuilder
 
@@ -23,6 +24,7 @@ class KernelBuilder(CpuVectorBuilder):
     def __init__(self, *, has_bf16: bool = False) -> None:
         super().__init__(has_bf16=has_bf16)
         self._tables: dict[tuple[int, ...], str] = {}  # names by contents
+        self._stacks: list[Stack] = []
 
     def write(self, b: TextBuilder, name: str, num_workgroups: int) -> None:
         """Write the executable `name` into module `b`; define its layout as #name_layout there."""
@@ -31,6 +33,10 @@ class KernelBuilder(CpuVectorBuilder):
             "%one = arith.constant 1 : index",
             "hal.return %count, %one, %one : index, index, index",
         )
+        body, self.lines = self.lines, []
+        for stack in self._stacks:
+            stack.write()
+        self.lines += body
         no_pipeline = "translation_info = #iree_codegen.translation_info<pipeline = None>"
         self.write_executable(b, name, (), count, no_pipeline)
 
@@ -42,6 +48,11 @@ class KernelBuilder(CpuVectorBuilder):
         table = self.op(f"memref.get_global @{known} : {kind}", "")
         memory = self.op(f"memref.cast {table.name} : {kind} to memref<?xi64>", "")
         return Memory(self, memory.name, "i64")
+
+    def stack(self) -> Stack:
+        """Memory of each workgroup's own, which is its thread's stack."""
+        self._stacks.append(Stack(self))
+        return self._stacks[-1]
 
     def pointer(self, memory: Memory, byte: Scalar) -> Scalar:
         """An LLVM pointer to a byte of memory."""
@@ -83,3 +94,32 @@ class KernelBuilder(CpuVectorBuilder):
         self.emit('  llvm.call_intrinsic "llvm.x86.sse2.pause"() : () -> ()')
         self.emit("  scf.yield")
         self.emit("}")
+
+
+class Stack:
+    """Memory on the stack of the thread that runs a workgroup, seen as several element types.
+
+    num_bytes: set it before the kernel is written. A buffer of the dispatch would need room for all
+    workgroups, of which no more run than there are threads, and IREE writes zeros to all of it.
+    """
+
+    def __init__(self, k: KernelBuilder) -> None:
+        self._k, self._name = k, k.fresh()
+        self._views: dict[str, Memory] = {}
+        self.num_bytes = 0
+
+    def __getitem__(self, dtype: str) -> Memory:
+        if dtype not in self._views:
+            self._views[dtype] = Memory(self._k, self._k.fresh(), dtype)
+        return self._views[dtype]
+
+    def write(self) -> None:
+        """Write the declarations, which stand at the beginning of the kernel."""
+        k, whole, zero = self._k, f"memref<{self.num_bytes}xi8>", self._k.fresh()
+        k.emit(f"{self._name} = memref.alloca() {{alignment = 64 : i64}} : {whole}")
+        k.emit(f"{zero} = arith.constant 0 : index")
+        for memory in self._views.values():
+            count = self.num_bytes // (4 if memory.dtype == "i32" else ITEM_BYTES[memory.dtype])
+            kind, view = f"memref<{count}x{memory.dtype}>", k.fresh()
+            k.emit(f"{view} = memref.view {self._name}[{zero}][] : {whole} to {kind}")
+            k.emit(f"{memory.name} = memref.cast {view} : {kind} to {memory.type}")

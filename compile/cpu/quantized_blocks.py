@@ -102,6 +102,8 @@ class QuantizedBlocks:
         parts, kind = GROUP // self.kind.group, vector_type(self.vectors.lanes, "f32")
         with k.loop(first, last) as g:
             at, factors = self._group_at(k, weights, start, g)
+            for byte in range(0, self.group_bytes, 64):
+                weights["i8"].prefetch(at + (self.vectors.tuning.ahead + byte))
             numbers = self.numbers(k, weights, at, factors)
             scales = numbers[: parts * VECTORS_PER_BLOCK]
             minima = numbers[len(scales) :] or [s * float(-self.kind.zero) for s in scales]

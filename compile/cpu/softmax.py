@@ -16,7 +16,7 @@ from compile.cpu.activations import Activations
 from compile.cpu.kernel import CACHE_LINE, KernelBuilder
 from compile.cpu.kv_layout import KVLayout
 from compile.formats.layout import ITEM_BYTES, MASKED
-from compile.mlir.executable import Memory, Views
+from compile.mlir.executable import Memory
 from compile.mlir.values import Scalar
 from compile.mlir.vectors import vector_type
 
@@ -70,25 +70,25 @@ class Splits:
 class Softmax:
     """Writes the softmax of scores, and what becomes of the sums of weighted values.
 
-    workspace: f32 and the weights' type. act: of attention [M, heads, head_dim]. splits: in decode.
+    act: of attention [M, heads, head_dim]. splits: in decode.
     position(row): the last position that a row attends to. max_queries: of one task.
     """
 
     def __init__(
-        self, k: KernelBuilder, layout: KVLayout, workspace: Views, act: Activations,
-        splits: Splits | None, position: Callable[[Scalar], Scalar], max_queries: int,
+        self, k: KernelBuilder, layout: KVLayout, act: Activations, splits: Splits | None,
+        position: Callable[[Scalar], Scalar], max_queries: int,
     ) -> None:  # fmt: skip
-        self.k, self.layout, self.workspace = k, layout, workspace
+        self.k, self.layout, self.workspace = k, layout, k.stack()
         self.weight_dtype = layout.operand.other
         self._act, self._splits, self._position = act, splits, position
         self._lanes = layout.head_lanes
         self._step = act.step if act.is_quantized else self._lanes  # features stored together
-        self.workspace_size = Workspace.size(max_queries, layout.config.head_dim)
+        self.workspace.num_bytes = 4 * Workspace.size(max_queries, layout.config.head_dim)
 
-    def open(self, workgroup: Scalar, queries: int) -> Workspace:
+    def open(self, queries: int) -> Workspace:
         """The workgroup's workspace, for queries that have seen nothing yet."""
         k, d, memory = self.k, self.layout.config.head_dim, self.workspace["f32"]
-        space = Workspace.of(workgroup * self.workspace_size, queries, d)
+        space = Workspace.of(k.scalar(0, "index"), queries, d)
         zero, lowest = k.scalar(0.0, "f32"), k.scalar(MASKED, "f32")
         with k.loop(0, queries) as j:
             memory.store(lowest, space.maxima + j)
@@ -135,7 +135,8 @@ class Softmax:
         tops = k.fold(0, visible, [masked] * UNROLL, larger)
         tops = k.fold(visible, num_groups, tops, mask)
         before = memory.load(space.maxima + j)
-        now = before.maximum(k.maximum(reduce(k.larger, tops)))
+        top = k.largest(reduce(k.larger, tops))
+        now = k.element(k.larger(k.broadcast(before, p), top), 0)
         wide = k.broadcast(now, p)
 
         def weigh(group: Scalar, *totals: Scalar) -> list[Scalar]:

@@ -17,11 +17,10 @@ from compile.cpu.attention_amx import AmxAttention
 from compile.cpu.attention_vector import VectorAttention
 from compile.cpu.kv_layout import KVLayout
 from compile.cpu.matmul import Format
-from compile.cpu.matrix_kernel import WORKGROUPS, Matrix, MatrixKernel, Part, Use, padded
-from compile.cpu.operands import Operand
+from compile.cpu.matrix_kernel import Matrix, MatrixKernel, Part, Use, padded
 from compile.cpu.phases import Phases, PhaseTable
 from compile.mlir.builder import Builder, Tensor
-from compile.mlir.executable import Memory, Views
+from compile.mlir.executable import Memory
 from compile.mlir.values import Scalar
 from compile.mlir.vectors import vector_type
 
@@ -63,19 +62,11 @@ class TransformerKernel(MatrixKernel):
 
     # Memory
 
-    def bind_scratch(self, operand: Operand) -> tuple[Views | None, Views]:
-        """Scratch for AMX if it is used, and the workspace of attention, of all workgroups."""
-        scratch = None
+    def bind_amx(self) -> TileRegisters | None:
+        """Set `amx` if it is used, and return it."""
         if self.layers.uses_amx:
-            scratch = self.output((WORKGROUPS, self._scratch.words)).open("f32", "i32")
-        return scratch, Views(self.k, self.k.binding()).open("f32", operand.other, "i32")
-
-    def bind_workgroup(self, scratch: Views | None) -> Scalar:
-        """The number of the workgroup; sets `amx` if there is scratch for it."""
-        workgroup = self.k.workgroup()
-        if scratch:
-            self.amx = TileRegisters(self.k, scratch, workgroup, self._scratch)
-        return workgroup
+            self.amx = TileRegisters(self.k, self._scratch)
+        return self.amx
 
     @property
     def _scratch(self) -> Scratch:
@@ -92,8 +83,6 @@ class TransformerKernel(MatrixKernel):
         uses_amx = memory.amx and not memory.splits and AmxAttention.fits(layout)
         kind = AmxAttention if uses_amx else VectorAttention
         self.attention = kind(self.k, layout, self.vectors, memory, position, page)
-        # The workspace is the last binding; its size is known only now.
-        self.outputs.append(((WORKGROUPS, self.attention.softmax.workspace_size), "f32"))
 
     def weight_at(self, name: str, layer: Scalar | None = None) -> Scalar:
         """The byte where a parameter begins: of `layer`, given its name in layer 0."""
@@ -124,12 +113,13 @@ class TransformerKernel(MatrixKernel):
             self.amx.release()
 
     @contextmanager
-    def rows_phase(self, number: Scalar, count: Scalar) -> Iterator[Scalar]:
-        """Phase `number`, whose tasks are ROWS_PER_TASK of `count` rows each; yields each row."""
-        num_tasks = (count + (ROWS_PER_TASK - 1)) // ROWS_PER_TASK
-        with self.phase(number, num_tasks) as task:
-            low = task * ROWS_PER_TASK
-            with self.k.loop(low, (task * ROWS_PER_TASK + ROWS_PER_TASK).minimum(count)) as row:
+    def rows_phase(
+        self, number: Scalar, count: Scalar, rows: int = ROWS_PER_TASK
+    ) -> Iterator[Scalar]:
+        """Phase `number`, whose tasks are `rows` of `count` rows each; yields each row."""
+        with self.phase(number, (count + (rows - 1)) // rows) as task:
+            low = task * rows
+            with self.k.loop(low, (low + rows).minimum(count)) as row:
                 yield row
 
     def linear(

@@ -173,13 +173,11 @@ class VisionKernel(TransformerKernel):
         qkv = self.output(("padded_rows", self.qkv_width), op.other).open(op.other, "i32")
         cache = self.output(("n", self.num_pages, layout.page_elements), op.dtype)
         cache.open(op.dtype, op.unit_dtype)
-        scratch, workspace = self.bind_scratch(op)
         self.n = k.constant()
-        workgroup = self.bind_workgroup(scratch)
         self.qkv, rope = qkv[op.other], k.scalar(0, "index")  # no rotary embedding
         memory = AttentionMemory(
             self.qkv, self.qkv_width, self.weights["f32"], rope, cache, qkv, self.qkv_width,
-            workspace, workgroup, self.act, amx=self.amx,
+            self.act, amx=self.bind_amx(),
         )  # fmt: skip
         self.bind_attention(layout, memory, self._last_position, self._page)
 

@@ -62,8 +62,13 @@ def memory() -> float:
 
 def settings() -> str:
     stats, kv_dtype = engine.stats(), artifact.config.paged_kv_cache.kv_cache_dtype
+    made = artifact.manifest
+    weights = made.weight_dtype if made else "unknown"
+    if made and made.activation_dtype:
+        weights += f" with activations in {made.activation_dtype}"
     return (
-        f"sf_local {__version__}, {len(os.sched_getaffinity(0))} threads, KV in {kv_dtype}, steps "
+        f"sf_local {__version__}, weights {weights}, {len(os.sched_getaffinity(0))} threads, KV in "
+        f"{kv_dtype}, steps "
         f"of {stats['prefill_tokens']:.0f} tokens, at most {stats['max_running']:.0f} requests at "
         "a time, prefix cache"
     )

@@ -93,14 +93,17 @@ def test_settings_are_told_by_what_knows_the_capital_of_france(peers: ModuleType
 
 
 def test_rows(peers: ModuleType) -> None:
-    """Every peer has every row of each width that it has."""
-    table = peers.rows({"f16": None, "int8": None, "int4": None})
+    """Every peer has every row of each width that it has, for each of our artifacts."""
+    table = peers.rows(dict.fromkeys(["f16", "int8", "int4", "int4, int8 activations"]))
     assert {(row.ours, row.theirs) for row in table} == {
         ("ours f16", "llama.cpp F16"), ("ours f16", "OpenVINO GenAI fp16"),
         ("ours int8", "llama.cpp Q8_0"), ("ours int8", "OpenVINO GenAI int8"),
         ("ours int8", "ONNX Runtime GenAI int8"), ("ours int8", "CTranslate2 int8"),
         ("ours int4", "llama.cpp Q4_1"), ("ours int4", "OpenVINO GenAI int4"),
         ("ours int4", "ONNX Runtime GenAI int4"),
+        ("ours int4, int8 activations", "llama.cpp Q4_1"),
+        ("ours int4, int8 activations", "OpenVINO GenAI int4"),
+        ("ours int4, int8 activations", "ONNX Runtime GenAI int4"),
     }  # fmt: skip
     openvino = {row.work: row for row in table if row.theirs == "OpenVINO GenAI int8"}
     assert {work: row.target for work, row in openvino.items()} == {
@@ -108,7 +111,7 @@ def test_rows(peers: ModuleType) -> None:
         "8 requests together": 1.25, "16 requests together": 1.25, "first token, 1,000 cached": 2.0,
     }  # fmt: skip
     assert openvino["first token, 1,000 cached"].unit == "s"
-    assert len(table) == 9 * len(openvino)
+    assert len(table) == 12 * len(openvino)
     prompts, count = peers.TOGETHER[16].arguments(random.Random(0))
     assert len(prompts) == 16 and count == 64
 
