@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from compile.folder import PLAIN_MLIR
 from compile.target import resolve_target
@@ -37,11 +37,14 @@ MACHINE_CODE = "hip/test_machine_code.py"
 def pytest_configure(config: pytest.Config) -> None:
     """Compile nothing twice, in any process of the run; `--cache-clear` begins anew.
 
-    And no test of properties fails because the machine is busy.
+    And no test of properties fails because the machine is busy: neither by a deadline, nor because
+    its inputs take long to draw.
     """
     compile_once.install(config.cache.mkdir("compiled"))
-    settings.register_profile("without deadlines", deadline=None)
-    settings.load_profile("without deadlines")
+    settings.register_profile(
+        "without a clock", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("without a clock")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -16,7 +16,9 @@ from sf_local.errors import CorruptFileError, MissingFileError
 HEADER_BYTES, ENTRY_BYTES = 96, 80
 SMALL = [("norm", "3xf32", b"\x01" * 12), ("größe", "2x2xbf16", b"\x02" * 8), ("rest", "0xi8", b"")]
 in_one_folder = settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=200,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 
 
