@@ -87,13 +87,7 @@ class TileRegisters:
 
         It holds for the process. The kernel asks itself, so that no program that runs it has to.
         """
-        numbers = [self._k.scalar(n, "i64") for n in (158, 0x1023, 18)]
-        self._k.op(
-            'llvm.inline_asm has_side_effects "syscall", '
-            '"={rax},{rax},{rdi},{rsi},~{rcx},~{r11},~{memory}" '
-            f"{', '.join(n.name for n in numbers)} : (i64, i64, i64) -> i64",
-            "i64",
-        )
+        self._k.syscall(158, *(self._k.scalar(n, "i64") for n in (0x1023, 18)))
 
     def configure(self, config: TileConfig = WHOLE) -> None:
         """Set the sizes of all registers, which also makes them zero."""

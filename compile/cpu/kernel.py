@@ -16,6 +16,9 @@ from compile.mlir.values import Scalar, TextBuilder
 
 CACHE_LINE = 16  # i32 or f32 elements
 PHASE_COUNTERS = 2 * CACHE_LINE  # i32 of a phase: tasks taken, tasks done, each in its own line
+SPINS = 2048  # before a workgroup sleeps: 30 to 110 us, as the CPU's pause takes 15 to 54 ns
+SLEEPER = 1 << 30  # a bit of the counter of tasks done: some workgroup sleeps until it is complete
+_FUTEX, _WAIT_PRIVATE, _WAKE_PRIVATE = 202, 128, 129  # Linux on x86-64
 
 
 class KernelBuilder(CpuVectorBuilder):
@@ -78,22 +81,61 @@ class KernelBuilder(CpuVectorBuilder):
             is_task = task.less(total)
             with self.when(is_task):
                 yield task.to("index")
-                counters.add_atomically(1, done)
+                before = counters.add_atomically(1, done)
+                with self.when((before - total).equals(SLEEPER - 1)):  # the last one
+                    self._futex(_WAKE_PRIVATE, counters, done, self.scalar(SLEEPER, "i64"))
             self.emit(f"scf.condition({is_task.name})")
         self._wait(counters, done, total)
 
-    def _wait(self, counters: Memory, index: Scalar, total: Scalar) -> None:
-        pointer = self.pointer(counters, index * 4)
-        with self.block("scf.while : () -> () {", "} do {"):
+    def _wait(self, counters: Memory, done: Scalar, total: Scalar) -> None:
+        """Spin, then sleep, until `done` counts `total` tasks.
+
+        A thread that has a task may lose its CPU to another process for milliseconds. One that
+        spins meanwhile uses up its own share of time, and then loses its CPU when the first
+        goes on. Those that sleep run when it runs.
+        """
+        pointer, zero = self.pointer(counters, done * 4), self.scalar(0, "i32")
+        result, before, spins = (Scalar(self, self.fresh(), "i32") for _ in range(3))
+
+        def is_incomplete(value: Scalar) -> Scalar:
+            return self.bits("andi", value, SLEEPER - 1).less(total)
+
+        with self.block(
+            f"{result.name} = scf.while ({before.name} = {zero.name}) : (i32) -> i32 {{", "} do {"
+        ):
             value = self.op(
                 f"llvm.load {pointer.name} atomic acquire {{alignment = 4 : i64}} : "
                 f"!llvm.ptr -> i32",
                 "i32",
             )
-            self.emit(f"scf.condition({value.less(total).name})")
-        self.emit('  llvm.call_intrinsic "llvm.x86.sse2.pause"() : () -> ()')
-        self.emit("  scf.yield")
+            self.emit(f"scf.condition({is_incomplete(value).name}) {before.name} : i32")
+        self.emit(f"^bb0({spins.name}: i32):")
+        with self.when(self.scalar(SPINS, "i32").less(spins)):
+            value = counters.set_bits_atomically(SLEEPER, done)
+            with self.when(is_incomplete(value)):
+                expected = self.bits("ori", value, SLEEPER).to("i64")
+                self._futex(_WAIT_PRIVATE, counters, done, expected)
+        self.emit('llvm.call_intrinsic "llvm.x86.sse2.pause"() : () -> ()')
+        self.emit(f"scf.yield {(spins + 1).name} : i32")
         self.emit("}")
+
+    def _futex(self, op: int, memory: Memory, index: Scalar, value: Scalar) -> None:
+        """Sleep while an i32 of memory is `value`, without a timeout; or wake up to `value`."""
+        pointer = self.pointer(memory, index * 4)
+        self.syscall(_FUTEX, pointer, self.scalar(op, "i64"), value, self.scalar(0, "i64"))
+
+    def syscall(self, number: int, *arguments: Scalar) -> None:
+        """A system call of Linux on x86-64, with up to four arguments, i64 or pointers."""
+        operands = [self.scalar(number, "i64"), *arguments]
+        registers = ("rax", "rdi", "rsi", "rdx", "r10")[: len(operands)]
+        inputs = ",".join(f"{{{name}}}" for name in registers)
+        self.op(
+            'llvm.inline_asm has_side_effects "syscall", '
+            f'"={{rax}},{inputs},~{{rcx}},~{{r11}},~{{memory}}" '
+            f"{', '.join(x.name for x in operands)} : ({', '.join(x.dtype for x in operands)}) "
+            "-> i64",
+            "i64",
+        )
 
 
 class Stack:

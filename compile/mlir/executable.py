@@ -71,9 +71,16 @@ class Memory:
 
     def add_atomically(self, value: int, index: Index) -> Scalar:
         """Add to an element and return its old value, in sequentially consistent order."""
-        amount = self.k.scalar(value, self.dtype)
+        return self._change("addi", value, index)
+
+    def set_bits_atomically(self, bits: int, index: Index) -> Scalar:
+        """Set bits of an element and return its old value, in sequentially consistent order."""
+        return self._change("ori", bits, index)
+
+    def _change(self, op: str, value: int, index: Index) -> Scalar:
+        operand = self.k.scalar(value, self.dtype)
         return self.k.op(
-            f"memref.atomic_rmw addi {amount.name}, {self.name}[{self.k.at(index)}] : "
+            f"memref.atomic_rmw {op} {operand.name}, {self.name}[{self.k.at(index)}] : "
             f"({self.dtype}, {self.type}) -> {self.dtype}",
             self.dtype,
         )

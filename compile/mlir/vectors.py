@@ -21,7 +21,7 @@ class VectorBuilder(TextBuilder):
         return self.op(f"{op} {value.name} : {value.dtype} to {kind}", kind)
 
     def bits(self, op: str, a: Scalar, b: Scalar | int) -> Scalar:
-        """An operation on bits: "andi", "shli", "shrsi" or "shrui"."""
+        """An operation on bits: "andi", "ori", "shli", "shrsi" or "shrui"."""
         b = b if isinstance(b, Scalar) else self.scalar(b, a.dtype)
         return self.op(f"arith.{op} {a.name}, {b.name} : {a.dtype}", a.dtype)
 
