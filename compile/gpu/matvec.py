@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from compile.formats.blocks import BLOCK_TYPES, GROUP, BlockType
-from compile.gpu.kernel import Kernel, ThreadBuilder
+from compile.formats.blocks import BLOCK_TYPES, GROUP
+from compile.gpu.kernel import Kernel, Kernels, ThreadBuilder
 from compile.gpu.quantized import ROWS, QuantizedMatrix
+from compile.mlir.builder import Tensor
 from compile.mlir.executable import ExecutableBuilder, Memory
 from compile.mlir.values import Scalar
 
@@ -49,15 +50,18 @@ class FewRows(Kernel):
 
     @property
     def name(self) -> str:
+        """By everything that makes it differ."""
         norm = "_norm" if self.epsilon is not None else ""
         return f"{self.kind}{norm}_{self.columns}x{self.depth}_{self.epilogue}_{self.rows}_rows"
 
     @property
     def threads(self) -> int:
+        """Of a workgroup."""
         return THREADS
 
     @property
     def result(self) -> tuple[str, str]:
+        """Activations are rounded to f16, and so is what the next product reads."""
         return "f16" if self.epilogue == "silu" else "f32", "f16"
 
     @property
@@ -68,6 +72,7 @@ class FewRows(Kernel):
     # What a thread does
 
     def write(self, k: ThreadBuilder) -> None:
+        """What each thread does."""
         work = _Work(self, k)
         steps = -(-work.matrix.num_groups // SLOTS)
         chunk = min(steps, max(1, CHUNK // self.rows))
@@ -141,6 +146,7 @@ class FewRows(Kernel):
     # The same in loops
 
     def write_plain(self, k: ExecutableBuilder) -> None:
+        """Each output, one after the other."""
         work = _Work(self, k)
         zero = k.scalar(0.0, "f32")
         with k.loop(0, work.num_rows) as token:
@@ -155,7 +161,9 @@ class FewRows(Kernel):
             def output(token: Scalar, n: Scalar, scale: Scalar | None = scale) -> Scalar:
                 [total] = k.fold(
                     0, self.depth, [zero],
-                    lambda c, total: [k.fma(work.activation(token, c), work.matrix.weight(n, c), total)],
+                    lambda c, total: [
+                        k.fma(work.activation(token, c), work.matrix.weight(n, c), total)
+                    ],
                 )  # fmt: skip
                 return total if scale is None else total * scale
 
@@ -166,6 +174,19 @@ class FewRows(Kernel):
                     work.store(product, token, place)
                 else:
                     work.store(output(token, place), token, place)
+
+
+def multiply(
+    kernels: Kernels, product: FewRows, activations: Sequence[Tensor], matrix: Tensor,
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The product of activations, after which comes their norm's weight if there is one."""
+    b, num_rows = kernels.b, activations[0].shape[0]
+    groups = ((b.index(num_rows) + (product.rows - 1)) // product.rows).name
+    result = Tensor("", (num_rows, product.features), product.result[0])
+    inputs = [*activations, matrix, *([residual] if residual else [])]
+    workgroups = -(-product.columns // ROWS), groups, 1
+    return kernels.call(product, workgroups, [num_rows], inputs, outputs=[result])[0]
 
 
 class _Work:
