@@ -92,7 +92,7 @@ class Kernels:
     """
 
     def __init__(self, b: Builder, target: Target) -> None:
-        self._b, self._target = b, target
+        self.b, self._target = b, target
         self._called: dict[str, Kernel] = {}
 
     def call(
@@ -105,8 +105,8 @@ class Kernels:
         changed, and the outputs, whose names do not matter.
         """
         assert self._called.setdefault(kernel.name, kernel) == kernel
-        workload = [self._b.index(size) for size in workgroups]
-        return dispatch(self._b, kernel.name, workload, constants, inputs, changed, outputs)
+        workload = [self.b.index(size) for size in workgroups]
+        return dispatch(self.b, kernel.name, workload, constants, inputs, changed, outputs)
 
     def write(self) -> str:
         """Write all kernels that were called into the module; returns the layouts that it needs."""
@@ -133,5 +133,5 @@ class Kernels:
             f'translation_info = {NO_PIPELINE.format(size)}, written = "{dtype}", '
             f'precision = "{precision}"'
         )
-        k.write_executable(self._b, kernel.name, ("%x", "%y", "%z"), count, function, export)
+        k.write_executable(self.b, kernel.name, ("%x", "%y", "%z"), count, function, export)
         return f"#{kernel.name}_layout = {k.layout()}\n"

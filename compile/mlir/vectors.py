@@ -39,16 +39,23 @@ class VectorBuilder(TextBuilder):
         """A vector with elements of another float type."""
         return x.to(vector_type(lanes_of(x), dtype))
 
-    def sum(self, value: Scalar) -> Scalar:
-        """The sum of an f32 vector's elements."""
-        return self._reduction("add", value)
+    def select_all(self, condition: Scalar, yes: Scalar, no: Scalar) -> Scalar:
+        """`yes` where an i1 is true, else `no`; of vectors, the whole one."""
+        return self.op(
+            f"arith.select {condition.name}, {yes.name}, {no.name} : {yes.dtype}", yes.dtype
+        )
+
+    def sum(self, value: Scalar, start: Scalar | None = None) -> Scalar:
+        """The sum of an f32 vector's elements, and of `start`."""
+        return self._reduction("add", value, start)
 
     def maximum(self, value: Scalar) -> Scalar:
         """The largest element of an f32 vector."""
         return self._reduction("maximumf", value)
 
-    def _reduction(self, kind: str, value: Scalar) -> Scalar:
-        return self.op(f"vector.reduction <{kind}>, {value.name} : {value.dtype} into f32", "f32")
+    def _reduction(self, kind: str, value: Scalar, start: Scalar | None = None) -> Scalar:
+        names = value.name if start is None else f"{value.name}, {start.name}"
+        return self.op(f"vector.reduction <{kind}>, {names} : {value.dtype} into f32", "f32")
 
     def element(self, value: Scalar, lane: int) -> Scalar:
         """One element of a vector."""

@@ -1,0 +1,317 @@
+"""Products of few rows with quantized matrices on GPUs: the kernels of decode.
+
+Shapes: T rows of activations [T, K]; N rows of a matrix [N, K], which are output features.
+
+A workgroup of 256 threads multiplies a block of 16 rows of the matrix: thread t has row t % 16, and
+every 16th group of 32 columns, from group t / 16 on. It unpacks a group once for all rows of
+activations, which lie in local memory as f16, with the sum of each group for types with minima. At
+the end 16 sums an output are added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+from compile.formats.blocks import BLOCK_TYPES, GROUP
+from compile.gpu.kernel import Kernel, Kernels, ThreadBuilder
+from compile.gpu.quantized import ROWS, QuantizedMatrix
+from compile.mlir.builder import Tensor
+from compile.mlir.executable import ExecutableBuilder, Memory
+from compile.mlir.values import Scalar
+
+THREADS = 256
+SLOTS = THREADS // ROWS  # groups of columns that a workgroup multiplies at once
+MAX_ROWS = 8  # of activations that are multiplied together
+CHUNK = 28  # times SLOTS groups: columns in local memory, of all rows together
+PIECE = 8  # activations that are loaded at once
+
+
+@dataclass(frozen=True)
+class FewRows(Kernel):
+    """Activations [T, K] times a quantized matrix: [T, N].
+
+    Bindings: activations, the norm's weight [K] f32 if there is one, matrix, residual [T, N] f32 if
+    there is one, result. Constant: T. Workgroups: N / 16, T / rows.
+
+    kind: a name of BLOCK_TYPES. rows: of activations that a workgroup multiplies. epsilon: of an
+    RMS norm of the activations, which are f32 then and f16 else; only with one row. epilogue: ""
+    for f32 results, "add" for the residual added, "silu" for silu(gate) * up of a matrix with eight
+    gates and eight ups in turn: [T, N / 2] f16.
+    """
+
+    kind: str
+    columns: int  # N
+    depth: int  # K, a multiple of 8
+    rows: int = 1
+    epsilon: float | None = None
+    epilogue: str = ""
+
+    @property
+    def name(self) -> str:
+        """By everything that makes it differ."""
+        norm = "_norm" if self.epsilon is not None else ""
+        return f"{self.kind}{norm}_{self.columns}x{self.depth}_{self.epilogue}_{self.rows}_rows"
+
+    @property
+    def threads(self) -> int:
+        """Of a workgroup."""
+        return THREADS
+
+    @property
+    def result(self) -> tuple[str, str]:
+        """Activations are rounded to f16, and so is what the next product reads."""
+        return "f16" if self.epilogue == "silu" else "f32", "f16"
+
+    @property
+    def features(self) -> int:
+        """Of a row of the result."""
+        return self.columns // 2 if self.epilogue == "silu" else self.columns
+
+    # What a thread does
+
+    def write(self, k: ThreadBuilder) -> None:
+        """What each thread does."""
+        work = _Work(self, k)
+        steps = -(-work.matrix.num_groups // SLOTS)
+        chunk = min(steps, max(1, CHUNK // self.rows))
+        stage = _Stage(work, k, chunk)
+        zero = k.scalar(0.0, "f32")
+        totals = [zero] * (self.rows + 1)  # the last is a thread's share of the squares
+
+        def multiply(first: Scalar, *totals: Scalar) -> list[Scalar]:
+            k.barrier()
+            squares = stage.fill(first, totals[-1])
+            k.barrier()
+            unroll = next(n for n in (4, 3, 2, 1) if chunk % n == 0)
+            sums = k.fold(
+                0, chunk, totals[:-1],
+                lambda step, *sums: self._steps(k, work, stage, first, step, unroll, sums),
+                step=unroll,
+            )  # fmt: skip
+            return [*sums, squares]
+
+        totals = k.fold(0, -(-steps // chunk) * chunk * SLOTS, totals, multiply, chunk * SLOTS)
+        self._finish(k, work, totals)
+
+    def _steps(
+        self, k: ThreadBuilder, work: _Work, stage: _Stage, first: Scalar, step: Scalar,
+        unroll: int, sums: Sequence[Scalar],
+    ) -> list[Scalar]:  # fmt: skip
+        """The sums, with `unroll` groups of the thread more."""
+        thread, sums = k.thread(), [*sums]
+        row = k.workgroup() * ROWS + thread % ROWS
+        last = k.scalar(work.matrix.num_groups - 1, "index")
+        places = [(step + i) * SLOTS + thread // ROWS for i in range(unroll)]
+        loaded = [work.matrix.load(row, (first + place).minimum(last)) for place in places]
+        for place, (words, numbers) in zip(places, loaded, strict=True):
+            pairs = work.matrix.unpack(words)
+            for i in range(self.rows):
+                sums[i] = stage.add_products(sums[i], pairs, numbers, place, i)
+        return sums
+
+    def _finish(self, k: ThreadBuilder, work: _Work, totals: Sequence[Scalar]) -> None:
+        """Add up what the threads have, and store it."""
+        thread, parts = k.thread(), k.shared(self.rows * THREADS, "f32")
+        for i, total in enumerate(totals[:-1]):
+            parts.store(total, thread + i * THREADS)
+        scale = None
+        if self.epsilon is not None:
+            waves, total = THREADS // k.subgroup, k.reduce("add", totals[-1])
+            squares = k.shared(waves, "f32")
+            with k.when((thread % k.subgroup).equals(0)):
+                squares.store(total, thread // k.subgroup)
+        k.barrier()
+        if self.epsilon is not None:
+            scale = work.norm_scale(_sum([squares.load(i) for i in range(waves)]))
+        outputs = ROWS // 2 if self.epilogue == "silu" else ROWS
+        row, feature = thread // outputs, thread % outputs
+
+        def output(n: Scalar) -> Scalar:
+            start = row * THREADS + n
+            total = _sum([parts.load(start + i * ROWS) for i in range(SLOTS)])
+            return total if scale is None else total * scale
+
+        end = k.scalar(self.rows, "index")
+        with k.when(row.less(end)):
+            token = k.workgroup(1) * self.rows + row
+            place = k.workgroup() * outputs + feature
+            with k.when(token.less(work.num_rows)), k.when(place.less(work.features)):
+                if self.epilogue == "silu":
+                    work.store(_silu(output(feature)) * output(feature + outputs), token, place)
+                else:
+                    work.store(output(feature), token, place)
+
+    # The same in loops
+
+    def write_plain(self, k: ExecutableBuilder) -> None:
+        """Each output, one after the other."""
+        work = _Work(self, k)
+        zero = k.scalar(0.0, "f32")
+        with k.loop(0, work.num_rows) as token:
+            scale = None
+            if self.epsilon is not None:
+                [squares] = k.fold(
+                    0, self.depth, [zero],
+                    lambda c, total: [k.fma(x := work.x.load(token * self.depth + c), x, total)],
+                )  # fmt: skip
+                scale = work.norm_scale(squares)
+
+            def output(token: Scalar, n: Scalar, scale: Scalar | None = scale) -> Scalar:
+                [total] = k.fold(
+                    0, self.depth, [zero],
+                    lambda c, total: [
+                        k.fma(work.activation(token, c), work.matrix.weight(n, c), total)
+                    ],
+                )  # fmt: skip
+                return total if scale is None else total * scale
+
+            with k.loop(0, self.features) as place:
+                if self.epilogue == "silu":
+                    gate = place // PIECE * ROWS + place % PIECE
+                    product = _silu(output(token, gate)) * output(token, gate + PIECE)
+                    work.store(product, token, place)
+                else:
+                    work.store(output(token, place), token, place)
+
+
+def multiply(
+    kernels: Kernels, product: FewRows, activations: Sequence[Tensor], matrix: Tensor,
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The product of activations, after which comes their norm's weight if there is one."""
+    b, num_rows = kernels.b, activations[0].shape[0]
+    groups = ((b.index(num_rows) + (product.rows - 1)) // product.rows).name
+    result = Tensor("", (num_rows, product.features), product.result[0])
+    inputs = [*activations, matrix, *([residual] if residual else [])]
+    workgroups = -(-product.columns // ROWS), groups, 1
+    return kernels.call(product, workgroups, [num_rows], inputs, outputs=[result])[0]
+
+
+class _Work:
+    """What both forms of a product read and write."""
+
+    def __init__(self, product: FewRows, k: ExecutableBuilder) -> None:
+        self.product, self._k = product, k
+        self.kind = BLOCK_TYPES[product.kind]
+        has_norm = product.epsilon is not None
+        self.x = k.view(k.binding(read_only=True), "f32" if has_norm else "f16")
+        self.norm = k.view(k.binding(read_only=True), "f32") if has_norm else None
+        self.matrix = QuantizedMatrix(k, self.kind, product.depth)
+        has_residual = product.epilogue == "add"
+        self._residual = k.view(k.binding(read_only=True), "f32") if has_residual else None
+        self._out = k.view(k.binding(), product.result[0])
+        self.num_rows = k.constant()
+        self.features = k.scalar(product.features, "index")
+
+    def activation(self, token: Scalar, column: Scalar) -> Scalar:
+        """One activation as f32, rounded to f16; without the norm's factor."""
+        x = self.x.load(token * self.product.depth + column)
+        if self.norm:
+            x = (x * self.norm.load(column)).to("f16")
+        return x.to("f32")
+
+    def norm_scale(self, squares: Scalar) -> Scalar:
+        """What the norm multiplies a row with, whose sum of squares this is."""
+        assert self.product.epsilon is not None
+        return (squares * (1 / self.product.depth) + self.product.epsilon).math("rsqrt")
+
+    def store(self, value: Scalar, token: Scalar, feature: Scalar) -> None:
+        """Store an output, with the residual."""
+        at = token * self.product.features + feature
+        if self._residual:
+            value = value + self._residual.load(at)
+        self._out.store(value.to(self._out.dtype), at)
+
+
+class _Stage:
+    """Activations of a chunk of columns in local memory, f16, with the sum of each group."""
+
+    def __init__(self, work: _Work, k: ThreadBuilder, chunk: int) -> None:
+        self._work, self._k = work, k
+        self._groups, self._rows = chunk * SLOTS, work.product.rows
+        self._x = k.shared(self._rows * self._groups * GROUP, "f16")
+        has_minima = work.kind.has_minima
+        self._sums: Memory | None = (
+            k.shared(self._rows * self._groups, "f32") if has_minima else None
+        )
+
+    def fill(self, first: Scalar, squares: Scalar) -> Scalar:
+        """Load groups of all rows from `first` on, one a thread at a time.
+
+        Returns the squares of what this thread loaded, added to `squares`. Columns beyond the last
+        are 0.
+        """
+        k, end = self._k, self._rows * self._groups
+        for start in range(0, end, THREADS):
+            unit, inside = k.thread() + start, None
+            if start + THREADS > end:
+                inside = unit.less(k.scalar(end, "index"))
+                unit = unit.minimum(k.scalar(end - 1, "index"))
+            pieces, more = self._load_group(first, unit)
+            squares = squares + (inside.select(more, k.scalar(0.0, "f32")) if inside else more)
+            with k.when(inside) if inside else nullcontext():
+                self._store_group(pieces, unit)
+        return squares
+
+    def _load_group(self, first: Scalar, unit: Scalar) -> tuple[list[Scalar], Scalar]:
+        """A group of a row, as vectors of PIECE f16 numbers, and of a norm the sum of squares."""
+        k, product = self._k, self._work.product
+        row, group = unit // self._groups, unit % self._groups
+        token = (k.workgroup(1) * self._rows + row).minimum(self._work.num_rows - 1)
+        pieces, squares = [], k.scalar(0.0, "f32")
+        for piece in range(GROUP // PIECE):
+            column = (first + group) * GROUP + piece * PIECE
+            inside = column.less(k.scalar(product.depth, "index"))
+            column = column.minimum(k.scalar(product.depth - PIECE, "index"))
+            x = self._work.x.load_vector(token * product.depth + column, PIECE)
+            x = k.select_all(inside, x, k.scalar(0.0, x.dtype))
+            if self._work.norm:
+                squares = k.sum(x * x, squares)
+                x = k.convert(x * self._work.norm.load_vector(column, PIECE), "f16")
+            pieces.append(x)
+        return pieces, squares
+
+    def _store_group(self, pieces: Sequence[Scalar], unit: Scalar) -> None:
+        k, total = self._k, self._k.scalar(0.0, "f32")
+        for i, x in enumerate(pieces):
+            self._x.store_vector(x, unit * GROUP + i * PIECE)
+            total = k.sum(k.convert(x, "f32"), total) if self._sums else total
+        if self._sums:
+            self._sums.store(total, unit)
+
+    def add_products(
+        self, total: Scalar, pairs: Sequence[Scalar], numbers: Sequence[Scalar], place: Scalar,
+        row: int,
+    ) -> Scalar:  # fmt: skip
+        """The total plus the products of a group's weights with a row's activations.
+
+        pairs, numbers: of the weights, see QuantizedMatrix. place: of the group in the chunk.
+        """
+        k, unit = self._k, place + row * self._groups
+        halves, half = [], len(pairs) // 2
+        no_clamp = k.scalar(0, "i1")
+        for start in (0, half):
+            dot = k.scalar(0.0, "f32")
+            for i in range(start, start + half, PIECE // 2):
+                x = self._x.load_vector(unit * GROUP + 2 * i, PIECE)
+                for j in range(PIECE // 2):
+                    two = k.shuffle(x, x, [2 * j, 2 * j + 1])
+                    dot = k.intrinsic("amdgcn.fdot2", [pairs[i + j], two, dot, no_clamp], "f32")
+            halves.append(dot)
+        if self._work.kind.group < GROUP:
+            return k.fma(numbers[1], halves[1], k.fma(numbers[0], halves[0], total))
+        total = k.fma(numbers[0], halves[0] + halves[1], total)
+        return k.fma(numbers[1], self._sums.load(unit), total) if self._sums else total
+
+
+def _sum(values: Sequence[Scalar]) -> Scalar:
+    first, *others = values
+    for value in others:
+        first = first + value
+    return first
+
+
+def _silu(x: Scalar) -> Scalar:
+    return x / ((x * -1.0).math("exp") + 1.0)
