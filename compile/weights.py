@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from compile.formats.blocks import BLOCK_TYPES, GROUP, BlockType, Groups, packed
 from compile.formats.layout import DTYPES, Parameter
 from compile.formats.quantize import all_finite, quantized
+from compile.gpu import quantized as gpu_layout
 from compile.models.rope import ROPE_BLOCK, rope_table
 from compile.models.tensors import ModelTensor, model_tensors, source_shapes
 from compile.sources.source import Source, SourceTensor
@@ -134,7 +135,8 @@ def _matrix_blocks(segments: Sequence[Segment], parameter: Parameter) -> Iterato
         count = min(step, rows - start)
         if parameter.is_quantized:
             groups = _read_groups(segments, start, (count, cols), BLOCK_TYPES[parameter.dtype])
-            yield packed(groups, parameter.block, parameter.unit)
+            for_cpu = not parameter.is_for_gpu
+            yield packed(groups, block, parameter.unit) if for_cpu else gpu_layout.packed(groups)
             continue
         values = np.zeros((count, cols), DTYPES[parameter.dtype])
         _read_rows(segments, start, values, parameter.dtype)

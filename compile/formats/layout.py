@@ -22,7 +22,8 @@ class Parameter:
     """One tensor of the archive, in the layout that compiled code reads.
 
     A matrix [N, K] is stored row by row, or in blocks of rows, padded with zeros: floats as
-    [N/block, K/unit, block, unit], quantized weights as `formats.blocks` says.
+    [N/block, K/unit, block, unit], quantized weights as `formats.blocks` says, and for GPUs as
+    `gpu.quantized` does.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Parameter:
     dtype: str
     block: int = 0  # rows; 0 if row by row
     unit: int = 1
+    is_for_gpu: bool = False
 
     @property
     def is_quantized(self) -> bool:
