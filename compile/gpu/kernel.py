@@ -38,6 +38,10 @@ class ThreadBuilder(ExecutableBuilder):
         """Wait until all threads of the workgroup are here, and see what they stored."""
         self.emit("gpu.barrier")
 
+    def schedule_barrier(self) -> None:
+        """Instructions are not moved across this."""
+        self.emit("amdgpu.sched_barrier allow = <none>")
+
     def shared(self, size: int, dtype: str) -> Memory:
         """Local memory of the workgroup, for `size` elements."""
         fixed = f"memref<{size}x{dtype}, {WORKGROUP_MEMORY}>"
@@ -107,6 +111,12 @@ class Kernels:
         assert self._called.setdefault(kernel.name, kernel) == kernel
         workload = [self.b.index(size) for size in workgroups]
         return dispatch(self.b, kernel.name, workload, constants, inputs, changed, outputs)
+
+    def tiles(self, size: Dim, tile: int) -> Dim:
+        """How many tiles cover a size."""
+        if isinstance(size, int):
+            return -(-size // tile)
+        return ((self._b.index(size) + (tile - 1)) // tile).name
 
     def write(self) -> str:
         """Write all kernels that were called into the module; returns the layouts that it needs."""
