@@ -25,11 +25,6 @@ def find_emitter(source: Source, options: BuildOptions, target: Target) -> Emitt
     model = _model_options(source, options, target)
     _check_context(source, model)
     if target.vectors is None or options.row_major:
-        if model.weight_dtype in BLOCK_TYPES:
-            raise UnsupportedError(
-                f"weight_dtype={model.weight_dtype!r} is for CPUs; use f16 or bf16 for "
-                f"{target.name}"
-            )
         return LlamaEmitter(source.config, model, target, source.vision)
     _check_cpu(source, model)
     return CpuLlamaEmitter(source.config, model, target.vectors, source.vision)
@@ -91,7 +86,7 @@ def _tensor_dtypes(source: Source, options: BuildOptions, weight_dtype: str) -> 
 
 def _activation_dtype(weight_dtype: str, options: BuildOptions, target: Target) -> str | None:
     """What quantized weights are multiplied with; None for others."""
-    given, vectors = options.activation_dtype, target.vectors
+    given, vectors = options.activation_dtype, None if options.row_major else target.vectors
     if weight_dtype not in BLOCK_TYPES or vectors is None:
         if given is not None:
             raise UnsupportedError(

@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from compile.gpu.linear import Weights, rms_norm
+from compile.gpu.linear import Weights
 from compile.mlir import abi
 from compile.mlir.builder import Builder, Dim, Tensor
 from compile.mlir.values import Scalar
@@ -84,7 +84,9 @@ class Decoder:
         tables = self.attention.tables(batch)
         x = self._embed(batch)
         for i in range(self.config.num_layers):
-            heads = self._norm_times(x, f"blk.{i}.attn_norm.weight", f"blk.{i}.attn_qkv.weight")
+            heads = self.weights.norm_linear(
+                x, f"blk.{i}.attn_norm.weight", f"blk.{i}.attn_qkv.weight", self.config.rms_eps
+            )
             out, cache = self.attention.attend(heads, cache, batch, tables, i)
             x = self.weights.linear(out, f"blk.{i}.attn_output.weight", x)
             x = self._mlp(x, i)
@@ -92,25 +94,39 @@ class Decoder:
 
     def _embed(self, batch: Batch) -> Tensor:
         """The residual stream [T, H] f32: rows of the embedding, or those that were given."""
-        b, table, embeds = self.b, self.weights.load("token_embd.weight"), batch.embeds
+        b, name, embeds = self.b, "token_embd.weight", batch.embeds
+        shape = (*batch.tokens.shape, self.config.hidden_size)
+        rows = None
+        if self.weights.is_quantized(name):
+            rows = self.weights.rows_of(name, b.collapse(batch.tokens, 0, 2))
+            if embeds is None:
+                return rows
+        table = self.weights.load(name)
 
         def lookup(token: Scalar) -> Scalar:
             h, none = b.position("h"), b.scalar(0, "i64")
             row = token.to("index").clamp(0, b.scalar(self.config.vocab_size - 1, "index"))
-            x = b.extract(table, row, h).to("f32")
+            if rows is None:
+                x = b.extract(table, row, h).to("f32")
+            else:
+                at = b.position("n") * b.index(shape[1]) + b.position("s")
+                x = b.extract(rows, at, h)
             if embeds is None:
                 return x
             is_given = token.less(none)
             s = is_given.select(b.position("s"), b.scalar(0, "index"))
             return is_given.select(b.extract(embeds, b.position("n"), s, h), x)
 
-        shape = (*batch.tokens.shape, self.config.hidden_size)
         return b.collapse(b.generic("ns->nsh", [batch.tokens], shape, "f32", lookup), 0, 2)
 
     def _mlp(self, x: Tensor, i: int) -> Tensor:
         """x + down(silu(gate(norm(x))) * up(norm(x)))"""
-        c, b = self.config, self.b
-        gate_up = self._norm_times(x, f"blk.{i}.ffn_norm.weight", f"blk.{i}.ffn_gate_up.weight")
+        c, b, matrix = self.config, self.b, f"blk.{i}.ffn_gate_up.weight"
+        gate_up = self.weights.norm_linear(
+            x, f"blk.{i}.ffn_norm.weight", matrix, c.rms_eps, is_gated=True
+        )
+        if self.weights.is_quantized(matrix):
+            return self.weights.linear(gate_up, f"blk.{i}.ffn_down.weight", x)
         gate_up = b.expand(gate_up, 1, 2, c.intermediate_size)  # gate features, then up
 
         def silu_times() -> Scalar:
@@ -118,16 +134,11 @@ class Decoder:
                 b.extract(gate_up, b.position("t"), b.scalar(j, "index"), b.position("f"))
                 for j in (0, 1)
             )
-            return (gate / ((gate * -1.0).math("exp") + 1.0) * up).to(self.options.weight_dtype)
+            return (gate / ((gate * -1.0).math("exp") + 1.0) * up).to(self.weights.dtype)
 
         shape = (x.shape[0], c.intermediate_size)
-        hidden = b.generic("->tf", [], shape, self.options.weight_dtype, silu_times)
+        hidden = b.generic("->tf", [], shape, self.weights.dtype, silu_times)
         return self.weights.linear(hidden, f"blk.{i}.ffn_down.weight", x)
-
-    def _norm_times(self, x: Tensor, norm: str, matrix: str) -> Tensor:
-        """The RMS norm of x [T, H] times a matrix [F, H]: [T, F] f32."""
-        y = rms_norm(self.weights, x, norm, self.config.rms_eps)
-        return self.weights.linear(y, matrix)
 
 
 class Attention:
@@ -299,7 +310,7 @@ class Attention:
         Matrix instructions need inner sizes that are known: prefill's S and C are split in tiles.
         """
         b, mask = self.b, tables.mask
-        scale, dtype = 1 / math.sqrt(int(q.shape[-1])), self.options.weight_dtype
+        scale, dtype = 1 / math.sqrt(int(q.shape[-1])), self.weights.dtype
         if q.shape[1] == 1:
             keys, values = self._halves(context, 2)
             spec = "nshgd,nchd,nchv,nsc->nshgv"

@@ -6,7 +6,7 @@ products plain contractions, in which IREE finds what the chip's matrix instruct
 
 from __future__ import annotations
 
-from compile.formats.layout import Parameter
+from compile.formats.layout import DTYPES, Parameter
 from compile.gpu.decoder import Decoder
 from compile.gpu.kernel import Kernels
 from compile.gpu.linear import Weights
@@ -41,11 +41,12 @@ class LlamaEmitter:
         self.b = Builder()
         self.kernels = Kernels(self.b, Target("cpu") if plain else target)
         tile = target.tile
-        self.weights = Weights(self.b, options.weight_dtype)
+        self.weights = Weights(self.b, _activations(options), self.kernels)
         self.decoder = Decoder(config, options, self.weights, tile)
         self.kv_row = 2 * config.num_kv_heads * config.head_dim
         self.page_elements = config.num_layers * options.page_size * self.kv_row
-        self.weights.add(decoder_tensors(config, context=options.max_seq_len).all)
+        tensors = decoder_tensors(config, context=options.max_seq_len)
+        self.weights.add(tensors.all, options.dtype_of)
         self._vision = vision and VisionEmitter(vision, config.hidden_size, self.weights, tile)
 
     @property
@@ -89,3 +90,8 @@ class LlamaEmitter:
                 results = [b.slice(logits, 1, 0, args["tokens"].shape[1])]
             cache = b.collapse(b.expand(cache, 0, pages.shape[0], slots), 1, 2)
             abi.return_results(b, results, abi.store_cache(b, cache))
+
+
+def _activations(options: ModelOptions) -> str:
+    """The dtype of activations: that of the weights, and f16 where these are quantized."""
+    return options.weight_dtype if options.weight_dtype in DTYPES else "f16"

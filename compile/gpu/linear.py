@@ -5,9 +5,15 @@ Shapes: T rows, K features of an input (the depth of a product), N features of a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+from compile.formats.blocks import BLOCK_TYPES
 from compile.formats.layout import Parameter
+from compile.gpu import matvec
+from compile.gpu.embedding import Embedding
+from compile.gpu.kernel import Kernels
+from compile.gpu.matvec import MAX_ROWS, FewRows
+from compile.gpu.quantized import ROWS, column_bytes
 from compile.mlir.builder import Builder, Dim, Tensor, tensor_type
 from compile.mlir.values import Scalar
 from compile.models.tensors import ModelTensor
@@ -29,33 +35,101 @@ def whole_subgroups(size: int) -> int:
 
 
 class Weights:
-    """The parameters of the module that `b` writes; matrices are of `dtype`, all else is f32."""
+    """The parameters of the module that `b` writes, and products with them.
 
-    def __init__(self, b: Builder, dtype: str) -> None:
-        self.b, self.dtype = b, dtype
+    dtype: of activations, and of matrices that are not quantized; all else is f32. kernels: with
+    which those are multiplied that are.
+    """
+
+    def __init__(self, b: Builder, dtype: str, kernels: Kernels | None = None) -> None:
+        self.b, self.dtype, self._kernels = b, dtype, kernels
         self.parameters: dict[str, Parameter] = {}
+        self._sizes: dict[str, tuple[int, ...]] = {}  # of quantized matrices, without padding
 
-    def add(self, tensors: Iterable[ModelTensor]) -> None:
-        """Add parameters, row by row as the model's table has them."""
+    def add(
+        self, tensors: Iterable[ModelTensor], dtype_of: Callable[[str], str] | None = None
+    ) -> None:
+        """Add parameters as the model's table has them: row by row, or quantized.
+
+        dtype_of: what matrices of the source become, by canonical name; else they are of `dtype`.
+        """
         for tensor in tensors:
             dtype = self.dtype if tensor.is_matrix else "f32"
-            self.parameters[tensor.name] = Parameter(tensor.name, tensor.shape, dtype)
+            if tensor.is_matrix and dtype_of:
+                [dtype] = {dtype_of(name) for name in tensor.sources}
+            parameter = Parameter(tensor.name, tensor.shape, dtype)
+            if dtype in BLOCK_TYPES:
+                parameter = self._quantized(tensor, dtype)
+            self.parameters[tensor.name] = parameter
+
+    def _quantized(self, tensor: ModelTensor, dtype: str) -> Parameter:
+        """A matrix in blocks; of an interleaved one, each part has half of every block."""
+        kind, (rows, columns) = BLOCK_TYPES[dtype], tensor.shape
+        if tensor.is_interleaved:
+            part = -(-rows // 2 // (ROWS // 2)) * (ROWS // 2)
+            rows = 2 * part
+        self._sizes[tensor.name] = rows, columns
+        shape = -(-rows // ROWS), -(-columns // kind.columns), column_bytes(kind)
+        return Parameter(tensor.name, shape, dtype, block=ROWS, is_for_gpu=True)
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether a matrix is; of those with gates, `linear` then has the product of silu(gate)
+        and up."""
+        return self.parameters[name].is_quantized
 
     def declare(self) -> None:
         """Emit all parameters as globals."""
         for name, parameter in self.parameters.items():
             self.b.emit(
                 f'util.global private @"{name}" = #flow.parameter.named<"model"::"{name}"> : '
-                f"{tensor_type(parameter.shape, parameter.dtype)}"
+                f"{tensor_type(parameter.shape, _element(parameter))}"
             )
 
     def load(self, name: str) -> Tensor:
         """A parameter, inside a function."""
         parameter = self.parameters[name]
-        kind = tensor_type(parameter.shape, parameter.dtype)
-        return self.b.tensor(
-            f'util.global.load @"{name}" : {kind}', parameter.shape, parameter.dtype
+        dtype = _element(parameter)
+        kind = tensor_type(parameter.shape, dtype)
+        return self.b.tensor(f'util.global.load @"{name}" : {kind}', parameter.shape, dtype)
+
+    def rows_of(self, name: str, tokens: Tensor) -> Tensor:
+        """Rows of the quantized table `name` for tokens [T] i64: [T, H] f32."""
+        assert self._kernels
+        rows, columns = self._sizes[name]
+        kernel = Embedding(self.parameters[name].dtype, rows, columns)
+        result = Tensor("", (tokens.shape[0], columns), "f32")
+        [found] = self._kernels.call(
+            kernel, (tokens.shape[0], 1, 1), [tokens.shape[0]], [tokens, self.load(name)],
+            outputs=[result],
+        )  # fmt: skip
+        return found
+
+    def norm_linear(
+        self, x: Tensor, norm: str, name: str, epsilon: float, *, is_gated: bool = False
+    ) -> Tensor:
+        """The RMS norm of x [T, H] f32 times the matrix `name` [N, H]: [T, N] f32.
+
+        is_gated: of a quantized matrix of gates and ups, silu(gate) * up instead: [T, N / 2].
+        """
+        if not self.is_quantized(name):
+            return self.linear(rms_norm(self, x, norm, epsilon), name)
+        if x.shape[0] == 1:
+            return self._few_rows([x, self.load(norm)], name, None, epsilon, is_gated)
+        return self._few_rows([rms_norm(self, x, norm, epsilon)], name, None, None, is_gated)
+
+    def _few_rows(
+        self, activations: list[Tensor], name: str, residual: Tensor | None,
+        epsilon: float | None, is_gated: bool,
+    ) -> Tensor:  # fmt: skip
+        """A product with a quantized matrix. activations: and the norm's weight, with epsilon."""
+        assert self._kernels
+        count, depth = activations[0].shape
+        epilogue = "silu" if is_gated else "add" if residual else ""
+        columns, rows = self._sizes[name][0], count if isinstance(count, int) else MAX_ROWS
+        kernel = FewRows(
+            self.parameters[name].dtype, columns, int(depth), min(rows, MAX_ROWS), epsilon, epilogue
         )
+        return matvec.multiply(self._kernels, kernel, activations, self.load(name), residual)
 
     def linear(
         self, lhs: Tensor, name: str, residual: Tensor | None = None, *, num_rows: int | None = None
@@ -71,6 +145,8 @@ class Weights:
                 f"{name}: has {depth} columns, but GPU code needs a multiple of {ALIGNED}; "
                 "compile this model for the CPU"
             )
+        if name in self._sizes:
+            return self._few_rows([lhs], name, residual, None, is_gated=False)
         # iree-compile 3.9.0 makes wrong code of other depths, such as NaN from bf16 on gfx90a.
         depth = whole_subgroups(depth)
         lhs, weight = (b.pad(x, 1, depth, 0) for x in (lhs, self.load(name)))
@@ -88,6 +164,11 @@ class Weights:
             return product
         # As the initial value of the sums, it would cost IREE's kernels registers.
         return b.generic("tn,tn->tn", [product, residual], product.shape, "f32", Scalar.__add__)
+
+
+def _element(parameter: Parameter) -> str:
+    """The dtype of a parameter's elements: bytes of quantized ones."""
+    return "i8" if parameter.is_quantized else parameter.dtype
 
 
 def rms_norm(weights: Weights, x: Tensor, name: str, epsilon: float) -> Tensor:

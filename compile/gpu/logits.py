@@ -8,7 +8,7 @@ best token, and for each block of 256 logits its maximum and the sum of its expo
 from __future__ import annotations
 
 from compile.formats.layout import MASKED
-from compile.gpu.linear import Weights, rms_norm, whole_subgroups
+from compile.gpu.linear import Weights, whole_subgroups
 from compile.mlir.builder import Builder, Dim, Tensor
 from compile.mlir.values import Scalar
 from compile.models.spec import LlamaConfig
@@ -20,7 +20,7 @@ SEARCHED_AT_ONCE = 128  # logits: four for each of 32 lanes
 def compute_logits(weights: Weights, config: LlamaConfig, x: Tensor) -> Tensor:
     """Logits [T, V] f32 of the residual stream x [T, H] f32."""
     head = "token_embd.weight" if config.tied_embeddings else "output.weight"
-    return weights.linear(rms_norm(weights, x, "output_norm.weight", config.rms_eps), head)
+    return weights.norm_linear(x, "output_norm.weight", head, config.rms_eps)
 
 
 def last_rows(b: Builder, x: Tensor, start: Tensor, seq_lens: Tensor, seq_len: Dim) -> Tensor:

@@ -1,0 +1,140 @@
+"""Products of few rows with quantized matrices on GPUs: machine code beside plain loops and beside
+numpy, at sizes that no known model has as well.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from compile.build import VMFB
+from compile.formats.blocks import BLOCK_TYPES, BlockType, Groups
+from compile.gpu.kernel import Kernels
+from compile.gpu.matvec import FewRows, multiply
+from compile.gpu.quantized import ROWS, packed
+from compile.mlir.builder import Builder, Tensor
+from compile.target import Target
+from tests.hip.dispatches import compare_record, read_dispatches, wrong_ones
+from tests.hip.driver import Driver, compile_code_object, compile_twins
+
+RUN = """
+    import sys
+
+    import iree.runtime
+    import numpy as np
+
+    vmfb, given, found = sys.argv[1:4]
+    with open(vmfb, "rb") as file:
+        module = iree.runtime.load_vm_flatbuffer(file.read(), driver="hip")
+    with np.load(given) as arrays:
+        arguments = [arrays[name] for name in sorted(arrays)]
+    np.save(found, module["main"](*arguments).to_host())
+"""
+Arrays = dict[str, NDArray[Any]]
+
+ODD = FewRows("int4", 44, 72, 2, epilogue="add")  # no whole block, group or set of rows
+NORM = FewRows("int4", 48, 1544, epsilon=1e-5)  # more columns than are multiplied at once
+GATED = FewRows("int8", 144, 72, 4, epilogue="silu")
+CHUNKS = FewRows("int8", 32, 1544, 8)  # more columns than local memory has room for
+DEFAULT = [(ODD, 3), (NORM, 1)]
+OTHERS = [(GATED, 4), (CHUNKS, 9)]
+TYPES = [(FewRows(name, 32, 2 * kind.columns, 1, 1e-5), 1) for name, kind in BLOCK_TYPES.items()]
+
+
+def random_rows(kind: BlockType, rows: int, columns: int, rng: np.random.Generator) -> Groups:
+    groups = Groups.zeros(kind, rows, columns)
+    groups.codes[:] = rng.integers(0, 2**kind.bits, groups.codes.shape)
+    lowest = -32 if kind.has_signed_scales else 0
+    for values in groups.numbers:
+        is_float = values.dtype == np.float16
+        values[:] = (
+            rng.normal(size=values.shape) / 16 if is_float
+            else rng.integers(lowest, 64, values.shape)
+        )  # fmt: skip
+    for values in groups.factors:
+        values[:] = rng.normal(size=values.shape) / 64
+    return groups
+
+
+def given_and_expected(product: FewRows, num_rows: int) -> tuple[Arrays, NDArray[np.float64]]:
+    """Arguments by name, whose alphabetical order is that of the kernel's bindings."""
+    rng, kind = np.random.default_rng(1), BLOCK_TYPES[product.kind]
+    whole = -(-product.depth // kind.columns) * kind.columns
+    groups = random_rows(kind, product.columns, whole, rng)
+    stored = Groups.zeros(kind, -(-product.columns // ROWS) * ROWS, whole)
+    stored.put(slice(0, product.columns), groups)
+    weights = groups.dequantized()[:, : product.depth].astype(np.float64)
+    x = rng.normal(size=(num_rows, product.depth))
+    given: Arrays = {"x": x.astype(np.float16), "y_matrix": packed(stored).view(np.int8)}
+    activations = given["x"].astype(np.float64)
+    if product.epsilon is not None:
+        given["x"] = x.astype(np.float32)
+        given["x_norm"] = rng.normal(size=product.depth).astype(np.float32)
+        mean = (x**2).mean(axis=1, keepdims=True)
+        activations = x / np.sqrt(mean + product.epsilon) * given["x_norm"]
+    expected = activations @ weights.T
+    if product.epilogue == "add":
+        given["z"] = rng.normal(size=expected.shape).astype(np.float32)
+        expected = expected + given["z"]
+    if product.epilogue == "silu":
+        gate, up = np.moveaxis(expected.reshape(num_rows, -1, 2, 8), 2, 0)
+        expected = (gate / (1 + np.exp(-gate)) * up).reshape(num_rows, -1)
+    return given, expected
+
+
+def module_text(product: FewRows, given: Arrays, target: Target) -> str:
+    """A function `main` of all bindings."""
+    b, types = Builder(), {"float16": "f16", "float32": "f32", "int8": "i8"}
+    kernels = Kernels(b, target)
+    inputs = {
+        name: Tensor(f"%{name}", given[name].shape, types[given[name].dtype.name])
+        for name in sorted(given)
+    }
+    num_rows = given["x"].shape[0]
+    result = Tensor("", (num_rows, product.features), product.result[0]).type
+    arguments = ", ".join(f"{x.name}: {x.type}" for x in inputs.values())
+    with b.block(f"func.func @main({arguments}) -> {result} {{"):
+        activations = [x for name, x in inputs.items() if name.startswith("x")]
+        found = multiply(kernels, product, activations, inputs["y_matrix"], inputs.get("z"))
+        b.emit(f"return {found.name} : {found.type}")
+    return kernels.write() + b.text("module")
+
+
+def check(driver: Driver, cache: Path, folder: Path, chip: str, case: tuple[FewRows, int]) -> None:
+    product, num_rows = case
+    given, expected = given_and_expected(product, num_rows)
+    code, plain, record = (folder / name for name in ("code.mlir", "plain.mlir", "record"))
+    code.write_text(module_text(product, given, Target(chip)))
+    plain.write_text(module_text(product, given, Target("cpu")))
+    np.savez(folder / "given.npz", **given)
+    vmfb = compile_code_object(code, chip, cache).parent / VMFB
+    twins = compile_twins(plain, cache)
+    outcome = driver.run(
+        RUN, vmfb, folder / "given.npz", folder / "found.npy", devices=f"{chip}:64MiB",
+        twins=twins, runs="both", machine="random", record=record,
+    )  # fmt: skip
+    assert outcome.exit_code == 0, outcome.stderr
+    assert wrong_ones(compare_record(record, read_dispatches(twins)).values()) == []
+    found = np.load(folder / "found.npy").astype(np.float64)
+    assert np.abs(found - expected).max() <= 1e-3 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("chip", ["gfx942", "gfx1100"])
+@pytest.mark.parametrize("case", DEFAULT, ids=["odd", "norm"])
+def test_products_in_4_bits(
+    hip_driver: Driver, hip_cache: Path, tmp_path: Path, chip: str, case: tuple[FewRows, int]
+) -> None:
+    check(hip_driver, hip_cache, tmp_path, chip, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["gfx942", "gfx1100", "gfx1201"])
+@pytest.mark.parametrize("case", OTHERS + TYPES, ids=lambda case: case[0].name)
+def test_products_of_all_types(
+    hip_driver: Driver, hip_cache: Path, tmp_path: Path, chip: str, case: tuple[FewRows, int]
+) -> None:
+    check(hip_driver, hip_cache, tmp_path, chip, case)
