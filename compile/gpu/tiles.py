@@ -9,20 +9,55 @@ Lane l of a wave holds numbers of row l % 16 of a and b, and of column l % 16 of
     gfx12      8 (l / 16) .. 8 (l / 16) + 7          the same
 
 Which K a lane holds does not matter as long as a and b agree. So a lane of gfx9 loads 8 numbers
-side by side, as other chips do, for two instructions.
+side by side, as other chips do, for two instructions. 8 numbers, 16 bytes, are a chunk.
+
+A workgroup computes a tile of 128 by 128 outputs, each of its four waves a quarter. For `depth`
+columns after the other, its threads load numbers of both sides into registers, 16 bytes at a time,
+and store them as f16 into LDS, from where each wave reads what it multiplies. While a wave
+multiplies, the loads for the next columns are under way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+from compile.formats.blocks import GROUP
 from compile.gpu.kernel import ThreadBuilder
+from compile.gpu.unpack import CHUNK, Groups
 from compile.mlir.executable import Memory
 from compile.mlir.values import Scalar
+from compile.target import Target
 
 SIDE = 16  # rows and columns of an instruction
-CHUNK = 8  # f16 numbers, 16 bytes, which a lane loads or stores at once
+TILE = 128  # rows and columns of outputs of a workgroup
+WAVES = 4  # of a workgroup, each for half of the rows and half of the columns
+PART = TILE // 2  # rows and columns of a wave
+BLOCKS = PART // SIDE  # rows and columns of instructions of a wave
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a chip multiplies. depth: columns of both sides between two barriers. buffers: how often
+    they are in LDS, so that one is written while another is read."""
+
+    chip: str
+    subgroup: int
+    depth: int
+    buffers: int
+
+    @classmethod
+    def of(cls, target: Target) -> Tile:
+        """That of a chip: as much as leaves room for two workgroups in LDS, and the registers."""
+        if target.subgroup == 64:
+            return cls(target.name, 64, 64, 1)
+        return cls(target.name, 32, 32, 2)
+
+    @property
+    def threads(self) -> int:
+        """Of a workgroup."""
+        return WAVES * self.subgroup
 
 
 @dataclass(frozen=True)
@@ -93,3 +128,163 @@ class Panel:
     def store(self, values: Scalar, row: Scalar, chunk: Scalar | int) -> None:
         """Store 8 numbers."""
         self.memory.store_vector(values, self.at(row, chunk))
+
+
+Store = Callable[[Panel], None]  # what a thread has loaded, as f16
+
+
+class Source(Protocol):
+    """A side of a product, as a thread loads it."""
+
+    def load(self, column: Scalar) -> Store:
+        """Load the thread's share of `depth` columns from `column` on."""
+
+
+class Floats:
+    """Rows of f16 numbers side by side, of which a tile begins at `first`; of rows beyond the
+    last one, the last is loaded."""
+
+    def __init__(
+        self, k: ThreadBuilder, tile: Tile, memory: Memory, columns: int, first: Scalar,
+        last: Scalar,
+    ) -> None:  # fmt: skip
+        chunks = tile.depth // CHUNK
+        self._memory, thread = memory, k.thread()
+        step = tile.threads // chunks  # rows that are loaded at once
+        self._chunk, self._rows = thread % chunks, range(0, TILE, step)
+        self._row = thread // chunks
+        self._starts = [
+            (first + self._row + i).minimum(last) * columns + self._chunk * CHUNK
+            for i in self._rows
+        ]
+
+    def load(self, column: Scalar) -> Store:
+        """Chunks of 8 numbers, which are stored as they are."""
+        loaded = [self._memory.load_vector(start + column, CHUNK) for start in self._starts]
+
+        def store(panel: Panel) -> None:
+            for i, chunk in zip(self._rows, loaded, strict=True):
+                panel.store(chunk, self._row + i, self._chunk)
+
+        return store
+
+
+class Weights:
+    """Rows of quantized weights, of which a tile begins at `first`: a thread has 32 columns of one.
+
+    columns: of the matrix, and of the activations, which may have more that are zero. is_gated:
+    rows are eight gates and eight ups in turn, and come to lie sixteen and sixteen, so that a lane
+    has sums of both.
+    """
+
+    def __init__(
+        self, k: ThreadBuilder, tile: Tile, groups: Groups, first: Scalar, last: Scalar,
+        columns: tuple[int, int], is_gated: bool,
+    ) -> None:  # fmt: skip
+        assert tile.threads * GROUP == TILE * tile.depth
+        self._groups, thread = groups, k.thread()
+        row = thread % TILE
+        self._group, self._place = thread // TILE, row
+        if is_gated:
+            self._place = row // 32 * 32 + row % 8 + row // 8 % 2 * 16 + row // 16 % 2 * 8
+        self._row = (first + row).minimum(last)
+        self._start = groups.start(self._row)
+        self._last = None if columns[0] == columns[1] else columns[0] // GROUP - 1
+
+    def load(self, column: Scalar) -> Store:
+        """Codes and scales, which are unpacked when they are stored."""
+        group = column // GROUP + self._group
+        if self._last is not None:
+            group = group.minimum(self._last)
+        packed = self._groups.load(self._start, self._row, group)
+
+        def store(panel: Panel) -> None:
+            for i, chunk in enumerate(self._groups.unpack(packed)):
+                panel.store(chunk, self._place, self._group * (GROUP // CHUNK) + i)
+
+        return store
+
+
+def part(k: ThreadBuilder) -> tuple[Scalar, Scalar, Scalar]:
+    """First row and first column of a wave's part of the tile, and the lane."""
+    thread = k.thread()
+    wave = thread // k.subgroup
+    return wave // 2 * PART, wave % 2 * PART, thread % k.subgroup
+
+
+class Multiplication:
+    """The sums of a tile over K."""
+
+    def __init__(self, k: ThreadBuilder, tile: Tile, sides: Sequence[Source]) -> None:
+        self._k, self._tile, self._sides = k, tile, sides
+        self._memory = k.shared(2 * TILE * tile.depth * tile.buffers, "f16")
+        self._instruction = Instruction.of(k.chip)
+
+    def run(self, depth: int) -> list[Scalar]:
+        """A lane's sums, for each row of instructions and each column."""
+        k, tile = self._k, self._tile
+        size = 2 * TILE * tile.depth
+        start, zero = k.scalar(0, "index"), k.scalar(0, "index")
+        sums = [k.scalar(0.0, f"vector<{self._instruction.sums}xf32>")] * BLOCKS**2
+        self._store(self._load(zero), zero)
+        k.barrier()
+        last = k.scalar(depth - tile.depth, "index")
+
+        def step(column: Scalar, start: Scalar, *sums: Scalar) -> list[Scalar]:
+            # After the last columns they are loaded once more, instead of a second copy of the code
+            loaded = self._load((column + tile.depth).minimum(last))
+            sums = tuple(self._multiply(start, sums))
+            if tile.buffers == 1:
+                k.barrier()
+            else:
+                start = k.scalar(size, "index") - start
+            k.schedule_barrier()
+            self._store(loaded, start)
+            k.barrier()
+            return [start, *sums]
+
+        return k.fold(0, depth, [start, *sums], step, step=tile.depth)[1:]
+
+    def _panels(self, start: Scalar) -> list[Panel]:
+        tile = self._tile
+        return [
+            Panel(self._k, self._memory, start + i * TILE * tile.depth, tile.depth) for i in (0, 1)
+        ]
+
+    def _load(self, column: Scalar) -> list[Store]:
+        return [side.load(column) for side in self._sides]
+
+    def _store(self, loaded: Sequence[Store], start: Scalar) -> None:
+        for store, panel in zip(loaded, self._panels(start), strict=True):
+            store(panel)
+
+    def _multiply(self, start: Scalar, sums: Sequence[Scalar]) -> list[Scalar]:
+        """The sums with the columns that are in LDS."""
+        k, instruction, sums = self._k, self._instruction, [*sums]
+        row, column, lane = part(k)
+        for first in range(0, self._tile.depth // CHUNK, instruction.step // CHUNK):
+            k.schedule_barrier()
+            operands = [
+                self._operands(panel, at + lane % SIDE, lane, first)
+                for panel, at in zip(self._panels(start), (row, column), strict=True)
+            ]
+            for n in range(len(operands[0][0])):
+                for i in range(BLOCKS):
+                    for j in range(BLOCKS):
+                        a, b = operands[0][i][n], operands[1][j][n]
+                        at = i * BLOCKS + j
+                        sums[at] = instruction.multiply(k, a, b, sums[at])
+        return sums
+
+    def _operands(self, panel: Panel, row: Scalar, lane: Scalar, first: int) -> list[list[Scalar]]:
+        """Of each block of rows from `row` on, the operands of a step from chunk `first` on."""
+        k, instruction = self._k, self._instruction
+        chunks = [k.as_index(chunk) + first for chunk in instruction.chunks(lane)]
+        places = [panel.at(row, chunk) for chunk in chunks]
+        return [
+            instruction.operands(
+                k,
+                [panel.memory.load_vector(at + i * SIDE * panel.depth, CHUNK) for at in places],
+            )
+            for i in range(BLOCKS)
+        ]

@@ -1,8 +1,12 @@
-"""Products by matrix instructions: machine code beside plain loops, and both beside numpy."""
+"""Products by matrix instructions, and rows of quantized tables: by machine code, in plain loops
+and by numpy.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +15,17 @@ import pytest
 from numpy.typing import NDArray
 
 from compile.build import VMFB
+from compile.formats.blocks import BLOCK_TYPES, BlockType, Groups
 from compile.gpu.kernel import Kernels
+from compile.gpu.lookup import Lookup, look_up
 from compile.gpu.matmul import Product, Tile, multiply
-from compile.mlir.builder import Builder, Tensor
+from compile.gpu.quantized import ROWS, packed
+from compile.mlir.builder import Builder, Tensor, tensor_type
 from compile.target import HIP_CHIPS, Target
 from tests.hip.dispatches import compare_record, read_dispatches, wrong_ones
 from tests.hip.driver import Driver, compile_code_object, compile_twins
+
+Array = NDArray[Any]
 
 RUN = """
     import sys
@@ -32,46 +41,113 @@ RUN = """
 """
 
 
-def module_text(target: Target, product: Product) -> str:
+def module_text(target: Target, product: Product, shape: tuple[int, ...]) -> str:
     """A function `main` of activations, the matrix and a residual, for any number of rows."""
     b = Builder()
-    kernels, n, k = Kernels(b, target), product.columns, product.depth
-    x, matrix, residual = f"tensor<?x{k}xf16>", f"tensor<{n}x{k}xf16>", f"tensor<?x{n}xf32>"
-    head = f"func.func @main(%x: {x}, %m: {matrix}, %r: {residual}) -> {residual} {{"
+    kernels, n, dtype = Kernels(b, target), product.columns, product.result[0]
+    matrix = Tensor("%m", shape, "f16" if product.kind == "f16" else "i8")
+    x, residual = tensor_type(("?", product.width), "f16"), tensor_type(("?", n), "f32")
+    result_type = tensor_type(("?", n // 2 if product.ending == "gate" else n), dtype)
+    head = f"func.func @main(%x: {x}, %m: {matrix.type}, %r: {residual}) -> {result_type} {{"
     with b.block(head):
         zero = b.scalar(0, "index")
         rows = b.op(f"tensor.dim %x, {zero.name} : {x}", "index").name
-        added = Tensor("%r", (rows, n), "f32") if product.has_residual else None
-        result = multiply(
-            kernels, product, Tensor("%x", (rows, k), "f16"), Tensor("%m", (n, k), "f16"), added
-        )
+        added = Tensor("%r", (rows, n), "f32") if product.ending == "add" else None
+        lhs = Tensor("%x", (rows, product.width), "f16")
+        result = multiply(kernels, product, lhs, matrix, added)
         b.emit(f"return {result.name} : {result.type}")
     return kernels.write() + b.text("module")
 
 
-def whole_numbers(*shape: int, seed: int) -> NDArray[Any]:
+def lookup_text(target: Target, lookup: Lookup, shape: tuple[int, ...]) -> str:
+    """A function `main` of any number of tokens and a table."""
+    b = Builder()
+    kernels, table = Kernels(b, target), Tensor("%table", shape, "i8")
+    result = tensor_type(("?", lookup.columns), "f32")
+    head = f"func.func @main(%x: tensor<?xi64>, %table: {table.type}) -> {result} {{"
+    with b.block(head):
+        zero = b.scalar(0, "index")
+        count = b.op(f"tensor.dim %x, {zero.name} : tensor<?xi64>", "index").name
+        rows = look_up(kernels, lookup, Tensor("%x", (count,), "i64"), table)
+        b.emit(f"return {rows.name} : {rows.type}")
+    return kernels.write() + b.text("module")
+
+
+def whole_numbers(*shape: int, seed: int) -> Array:
     """Small ones, whose products and sums nothing rounds."""
     return np.random.default_rng(seed).integers(-4, 5, shape)
 
 
+def random_groups(kind: BlockType, rows: int, columns: int) -> Groups:
+    """Quantized weights that f16 does not round."""
+    rng = np.random.default_rng(2)
+    zeros = Groups.zeros(kind, -(-rows // ROWS) * ROWS, -(-columns // kind.columns) * kind.columns)
+    codes = rng.integers(0, 1 << kind.bits, zeros.codes.shape).astype(np.uint8)
+    low = -4 if kind.has_signed_scales or not kind.has_super_blocks else 0
+    numbers = [rng.integers(low, 5, x.shape).astype(x.dtype) for x in zeros.numbers]
+    factors = [rng.choice([0.25, 0.5, 1], x.shape).astype(np.float16) for x in zeros.factors]
+    return Groups(kind, codes, numbers, factors)
+
+
+def random_matrix(product: Product) -> tuple[Array, Array]:
+    """A matrix as it is stored, and its numbers, of which f16 rounds none."""
+    if product.kind == "f16":
+        matrix = whole_numbers(product.columns, product.depth, seed=2).astype(np.float16)
+        return matrix, matrix
+    groups = random_groups(BLOCK_TYPES[product.kind], product.columns, product.depth)
+    return packed(groups).view(np.int8), groups.dequantized()[: product.columns, : product.depth]
+
+
+def expected(product: Product, x: Array, matrix: Array, residual: Array) -> Array:
+    """The result by numpy."""
+    y: Array = x[:, : product.depth].astype(np.float32) @ matrix.astype(np.float32).T
+    if product.ending == "gate":
+        gates, ups = y.reshape(len(y), -1, 2, 8).swapaxes(0, 2).swapaxes(1, 2)
+        gates, ups = (part.reshape(len(y), -1).astype(np.float64) for part in (gates, ups))
+        return (gates / (1 + np.exp(-gates)) * ups).astype(np.float16)
+    return y + residual if product.ending else y
+
+
 @dataclass(frozen=True)
-class Run:
-    """Of one product, on one chip."""
+class Runner:
+    """Of products on one chip."""
 
     driver: Driver
     cache: Path
     folder: Path
     chip: str
 
+    @property
+    def tile(self) -> Tile:
+        """The chip's."""
+        return Tile.of(Target(self.chip))
+
     def check(self, product: Product, rows: int, order: str = "random") -> None:
         """Machine code, its plain form and numpy give the same numbers."""
-        code, plain, given, record = (self.folder / name for name in ("a", "b", "c.npz", "d"))
-        code.write_text(module_text(Target(self.chip), product))
-        plain.write_text(module_text(Target("cpu"), product))
-        x = whole_numbers(rows, product.depth, seed=1).astype(np.float16)
-        matrix = whole_numbers(product.columns, product.depth, seed=2).astype(np.float16)
+        stored, matrix = random_matrix(product)
+        x = whole_numbers(rows, product.width, seed=1).astype(np.float16)
+        x[:, product.depth :] = 0
+        if product.ending == "gate":
+            x /= 256  # so that gates are neither all zero nor the identity
         residual = whole_numbers(rows, product.columns, seed=3).astype(np.float32)
-        np.savez(given, x, matrix, residual)
+        got = self.run(
+            product.name, partial(module_text, product=product, shape=stored.shape),
+            [x, stored, residual], order,
+        )  # fmt: skip
+        wanted = expected(product, x, matrix, residual)
+        if product.ending == "gate":
+            np.testing.assert_allclose(got, wanted, rtol=2e-3, atol=1e-3)
+        else:
+            np.testing.assert_array_equal(got, wanted)
+
+    def run(
+        self, name: str, text: Callable[[Target], str], arguments: Sequence[Array], order: str
+    ) -> Array:
+        """What the machine code of a module's only kernel gives, as its plain form does."""
+        code, plain, given, record = (self.folder / name for name in ("a", "b", "c.npz", "d"))
+        code.write_text(text(Target(self.chip)))
+        plain.write_text(text(Target("cpu")))
+        np.savez(given, *arguments)
         vmfb = compile_code_object(code, self.chip, self.cache).parent / VMFB
         twins, found = compile_twins(plain, self.cache), self.folder / "found.npy"
         outcome = self.driver.run(
@@ -80,28 +156,62 @@ class Run:
         )  # fmt: skip
         assert outcome.exit_code == 0, outcome.stderr
         differences = compare_record(record, read_dispatches(twins))
-        assert set(differences) == {product.name} and wrong_ones(differences.values()) == []
-        expected = x.astype(np.float32) @ matrix.astype(np.float32).T
-        np.testing.assert_array_equal(
-            np.load(found), expected + (residual if product.has_residual else 0)
-        )
+        assert set(differences) == {name} and wrong_ones(differences.values()) == []
+        result: Array = np.load(found)
+        return result
+
+
+On = Callable[[str], Runner]
 
 
 @pytest.fixture
-def run(hip_driver: Driver, hip_cache: Path, tmp_path: Path) -> Any:
-    return lambda chip: Run(hip_driver, hip_cache, tmp_path, chip)
+def on(hip_driver: Driver, hip_cache: Path, tmp_path: Path) -> On:
+    return lambda chip: Runner(hip_driver, hip_cache, tmp_path, chip)
 
 
 @pytest.mark.parametrize("chip", ["gfx942", "gfx1100"])
-def test_a_product_of_more_than_a_tile(run: Any, chip: str) -> None:
-    run(chip).check(Product(Tile.of(Target(chip)), 144, 128, True), 133)
+def test_a_quantized_product_of_more_than_a_tile(on: On, chip: str) -> None:
+    runner = on(chip)
+    runner.check(Product(runner.tile, 144, 96, "int4", "add"), 133)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", HIP_CHIPS)
-def test_products_of_odd_sizes(run: Any, chip: str) -> None:
+def test_products_of_f16(on: On, chip: str) -> None:
     """One row; columns that are no multiple of an instruction's; a depth of one step."""
-    tile = Tile.of(Target(chip))
-    run(chip).check(Product(tile, 40, tile.depth, False), 1, "backward")
-    run(chip).check(Product(tile, 256, 576, True), 130, "forward")
-    run(chip).check(Product(tile, 129, 192, True), 40)
+    runner = on(chip)
+    tile = runner.tile
+    runner.check(Product(tile, 40, tile.depth), 1, "backward")
+    runner.check(Product(tile, 256, 576, ending="add"), 130, "forward")
+    runner.check(Product(tile, 129, 192, ending="add"), 40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
+@pytest.mark.parametrize("chip", ["gfx90a", "gfx942", "gfx1100", "gfx1201"])
+def test_products_of_quantized_types(on: On, chip: str, kind: str) -> None:
+    runner = on(chip)
+    runner.check(Product(runner.tile, 72, 512, kind), 21, "backward")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["gfx942", "gfx1100", "gfx1201"])
+def test_gates_and_ups(on: On, chip: str) -> None:
+    runner = on(chip)
+    runner.check(Product(runner.tile, 288, 128, "int4", "gate"), 130)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
+@pytest.mark.parametrize("chip", ["gfx942", "gfx1100", "gfx1201"])
+def test_rows_of_a_quantized_table(on: On, chip: str, kind: str) -> None:
+    """To the bit; of the first and last row, and of tokens that are none."""
+    lookup, block = Lookup(kind, 300, 2304), BLOCK_TYPES[kind]
+    groups = random_groups(block, lookup.rows, lookup.columns)
+    numbers = [x if block.has_super_blocks else x * np.float16(0.37) for x in groups.numbers]
+    factors = [x * np.float16(0.37) for x in groups.factors]
+    groups, tokens = Groups(block, groups.codes, numbers, factors), np.array([7, 299, 0, -1, 300])
+    table = packed(groups).view(np.int8)
+    text = partial(lookup_text, lookup=lookup, shape=table.shape)
+    got = on(chip).run(lookup.name, text, [tokens, table], "random")
+    np.testing.assert_array_equal(got, groups.dequantized()[tokens.clip(0, 299)])

@@ -1,0 +1,127 @@
+"""Quantized weights as numbers, in registers: 32 columns of a row at a time.
+
+A code c below 1,024 becomes the f16 number 1024 + c by setting bits above it, so two codes that
+stand in the halves of a word are two numbers after a shift, a mask and an or. What is then
+subtracted, 1024 and the code of zero, leaves them exact. Times the scale, plus the minimum, they
+are rounded once in f16, and in f32 not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from compile.formats.blocks import GROUP, SUPER_GROUPS, BlockType
+from compile.gpu.quantized import ROWS, column_bytes, group_bytes, group_offset
+from compile.mlir.executable import ExecutableBuilder, Views
+from compile.mlir.values import Scalar
+
+CHUNK = 8  # columns that are unpacked at once
+BIAS = 0x6400  # the bits of 1024 in f16
+DTYPES = ("i8", "i32", "f16")  # as which the bytes of a matrix are read
+LOW_BITS = 4  # of a code, whose others lie apart
+
+
+@dataclass(frozen=True)
+class Packed:
+    """32 columns of a row as they lie in memory; of types without upper bits or super-blocks, these
+    are empty."""
+
+    codes: Sequence[Scalar]  # vectors of four words
+    upper: Sequence[Scalar]  # a vector of one word or two
+    numbers: Sequence[Scalar]  # scales and minima: vectors of f16 numbers, or of bytes
+    factors: Sequence[Scalar]  # d, and dmin where there are minima: a vector of f16 numbers
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Reads a quantized matrix [N, K] of a type, packed as `compile.gpu.quantized` tells.
+
+    views: of its bytes, as all of DTYPES. columns: K.
+    """
+
+    k: ExecutableBuilder
+    kind: BlockType
+    views: Views
+    columns: int
+
+    def start(self, row: Scalar) -> Scalar:
+        """The byte at which the block of a row begins."""
+        whole = -(-self.columns // self.kind.columns)
+        return row // ROWS * (whole * column_bytes(self.kind))
+
+    def load(self, start: Scalar, row: Scalar, group: Scalar) -> Packed:
+        """32 columns of a row, by the number of their group; start: that of the row's block."""
+        kind, in_block = self.kind, row % ROWS
+        at = start + group_offset(kind, group)
+        codes = [
+            self._vector("i32", at + (in_block * 16 + piece * ROWS * 16), 4)
+            for piece in range(kind.low_bytes // 16)
+        ]
+        at_upper, size = at + ROWS * kind.low_bytes, kind.code_bytes - kind.low_bytes
+        upper = [self._vector("i32", at_upper + in_block * size, size // 4)] if size else []
+        at_numbers, count = at + ROWS * kind.code_bytes, kind.num_numbers
+        if not kind.has_super_blocks:
+            numbers = self._vector("f16", at_numbers + in_block * (2 * count), count)
+            return Packed(codes, upper, [numbers], [])
+        numbers = self._vector("i8", at_numbers + in_block * count, count)
+        at_factors = start + group // SUPER_GROUPS * column_bytes(kind)
+        at_factors += SUPER_GROUPS * group_bytes(kind)
+        count = 2 if kind.has_minima else 1
+        factors = self._vector("f16", at_factors + in_block * (2 * count), count)
+        return Packed(codes, upper, [numbers], [factors])
+
+    def _vector(self, dtype: str, at: Scalar, lanes: int) -> Scalar:
+        size = {"i8": 1, "f16": 2, "i32": 4}[dtype]
+        return self.views[dtype].load_vector(at // size, lanes)
+
+    def unpack(self, packed: Packed, dtype: str = "f16") -> list[Scalar]:
+        """The weights: four vectors of 8 numbers, in f16 or f32."""
+        k, kind, kind8 = self.k, self.kind, f"vector<{CHUNK}xf16>"
+        scales, minimum = self._numbers(packed, dtype)
+        zero = k.scalar(1024 + kind.zero, kind8)
+        weights = []
+        for i in range(GROUP // CHUNK):
+            codes = k.convert(k.bitcast(self._codes(packed, i), kind8) - zero, dtype)
+            scale = k.broadcast(scales[i * len(scales) * CHUNK // GROUP], CHUNK)
+            if minimum:
+                weights.append(k.fma(codes, scale, k.broadcast(minimum, CHUNK)))
+            else:
+                weights.append(codes * scale)
+        return weights
+
+    def _numbers(self, packed: Packed, dtype: str) -> tuple[list[Scalar], Scalar | None]:
+        """Scales and the minimum of a group."""
+        k, kind = self.k, self.kind
+        numbers = [k.element(packed.numbers[0], i) for i in range(kind.num_numbers)]
+        if kind.has_super_blocks:
+            for i, number in enumerate(numbers):
+                is_minimum = kind.has_minima and i == 1
+                factor = k.element(packed.factors[0], int(is_minimum)).to("f32")
+                wide = number.to("i32") if kind.has_signed_scales else number.to_unsigned("i32")
+                product = factor * wide.to("f32")
+                numbers[i] = product * -1.0 if is_minimum else product
+        numbers = [number.to(dtype) for number in numbers]
+        return (numbers[:1], numbers[1]) if kind.has_minima else (numbers, None)
+
+    def _codes(self, packed: Packed, i: int) -> Scalar:
+        """Four words, with two codes each in their halves, under the bits of 1024."""
+        kind = self.kind
+        low_bits = kind.bits - kind.high_bits
+        low = self._pairs(packed.codes, low_bits, i)
+        if kind.high_bits:
+            upper = self._pairs(packed.upper, kind.high_bits, i)
+            low = self.k.bits("ori", low, self.k.bits("shli", upper, LOW_BITS))
+        return self.k.bits("ori", low, BIAS | BIAS << 16)
+
+    def _pairs(self, vectors: Sequence[Scalar], bits: int, i: int) -> Scalar:
+        """Codes of some bits, of the columns 8 * i to 8 * i + 7."""
+        k, in_word = self.k, 16 // bits  # pairs in a word
+        first = i * CHUNK // 2  # pair
+        words = [(first + pair) // in_word for pair in range(CHUNK // 2)]
+        lanes = int(vectors[0].dtype.removeprefix("vector<").partition("x")[0])
+        vector = vectors[words[0] // lanes]
+        word = k.shuffle(vector, vector, [index % lanes for index in words])
+        shifts = [bits * ((first + pair) % in_word) for pair in range(CHUNK // 2)]
+        amounts = k.op(f"arith.constant dense<{shifts}> : {word.dtype}", word.dtype)
+        return k.bits("andi", k.bits("shrui", word, amounts), ((1 << bits) - 1) * 0x10001)
