@@ -39,7 +39,7 @@ class LlamaEmitter:
         self.config, self.options = config, options
         self._target, self._tower = target, vision
         self.b = Builder()
-        self.kernels = Kernels(self.b, Target("cpu") if plain else target)
+        self.kernels = Kernels(self.b, target, plain=plain)
         tile = target.tile
         self.weights = Weights(self.b, _activations(options), self.kernels)
         self.decoder = Decoder(config, options, self.weights, tile)

@@ -92,11 +92,11 @@ class Kernel(ABC):
 class Kernels:
     """The kernels that a module calls.
 
-    target: the chip; for a CPU, plain forms are written.
+    target: the chip. plain: write plain forms, as for a CPU.
     """
 
-    def __init__(self, b: Builder, target: Target) -> None:
-        self.b, self._target = b, target
+    def __init__(self, b: Builder, target: Target, *, plain: bool = False) -> None:
+        self.b, self.target, self._is_plain = b, target, plain
         self._called: dict[str, Kernel] = {}
 
     def call(
@@ -116,21 +116,21 @@ class Kernels:
         """How many tiles cover a size."""
         if isinstance(size, int):
             return -(-size // tile)
-        return ((self._b.index(size) + (tile - 1)) // tile).name
+        return ((self.b.index(size) + (tile - 1)) // tile).name
 
     def write(self) -> str:
         """Write all kernels that were called into the module; returns the layouts that it needs."""
         return "".join(self._write(kernel) for kernel in self._called.values())
 
     def _write(self, kernel: Kernel) -> str:
-        subgroup = self._target.subgroup
+        subgroup = None if self._is_plain else self.target.subgroup
         if subgroup is None:
             k, count = ExecutableBuilder(), ["%one = arith.constant 1 : index"]
             count.append("hal.return %one, %one, %one : index, index, index")
             kernel.write_plain(k)
             size = export = ""
         else:
-            k = threads = ThreadBuilder(self._target.name, subgroup)
+            k = threads = ThreadBuilder(self.target.name, subgroup)
             count = ["hal.return %x, %y, %z : index, index, index"]
             kernel.write(threads)
             size = f" workgroup_size = [{kernel.threads}, 1, 1] subgroup_size = {subgroup}"

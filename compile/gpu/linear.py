@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from compile.formats.blocks import BLOCK_TYPES
+from compile.formats.blocks import BLOCK_TYPES, GROUP
 from compile.formats.layout import Parameter
-from compile.gpu import matvec
+from compile.gpu import matmul, matvec
 from compile.gpu.embedding import Embedding
 from compile.gpu.kernel import Kernels
+from compile.gpu.matmul import Product
 from compile.gpu.matvec import MAX_ROWS, FewRows
 from compile.gpu.quantized import ROWS, column_bytes
+from compile.gpu.tiles import Tile
 from compile.mlir.builder import Builder, Dim, Tensor, tensor_type
 from compile.mlir.values import Scalar
 from compile.models.tensors import ModelTensor
@@ -124,12 +126,25 @@ class Weights:
         """A product with a quantized matrix. activations: and the norm's weight, with epsilon."""
         assert self._kernels
         count, depth = activations[0].shape
+        if isinstance(count, str) or count > MAX_ROWS:
+            return self._many_rows(activations[0], name, residual, is_gated)
         epilogue = "silu" if is_gated else "add" if residual else ""
-        columns, rows = self._sizes[name][0], count if isinstance(count, int) else MAX_ROWS
         kernel = FewRows(
-            self.parameters[name].dtype, columns, int(depth), min(rows, MAX_ROWS), epsilon, epilogue
+            self.parameters[name].dtype, self._sizes[name][0], int(depth), count, epsilon, epilogue
         )
         return matvec.multiply(self._kernels, kernel, activations, self.load(name), residual)
+
+    def _many_rows(
+        self, lhs: Tensor, name: str, residual: Tensor | None, is_gated: bool
+    ) -> Tensor:
+        """A product with a quantized matrix by matrix instructions."""
+        assert self._kernels
+        ending = "gate" if is_gated else "add" if residual else ""
+        depth = -(-int(lhs.shape[1]) // GROUP) * GROUP
+        kind, columns = self.parameters[name].dtype, self._sizes[name][0]
+        product = Product(Tile.of(self._kernels.target), columns, depth, kind, ending)
+        lhs = self.b.pad(lhs, 1, product.width, 0)
+        return matmul.multiply(self._kernels, product, lhs, self.load(name), residual)
 
     def linear(
         self, lhs: Tensor, name: str, residual: Tensor | None = None, *, num_rows: int | None = None

@@ -50,11 +50,11 @@ def packed(groups: Groups) -> Bytes:
     shape = (rows // ROWS, ROWS, cols // GROUP, GROUP)
     codes = groups.codes.reshape(shape).transpose(0, 2, 1, 3)  # [blocks, groups, 16, 32]
     low_bits = kind.bits - kind.high_bits
-    words = _words(codes & ((1 << low_bits) - 1), low_bits)
+    words = _words((codes & ((1 << low_bits) - 1)).astype(np.uint8), low_bits)
     # 16 bytes of every row, then, of 8-bit codes, the other 16
     parts = [words.reshape(*words.shape[:3], -1, 16).swapaxes(2, 3)]
     if kind.high_bits:
-        parts.append(_words(codes >> low_bits, kind.high_bits))
+        parts.append(_words((codes >> low_bits).astype(np.uint8), kind.high_bits))
     parts.append(_by_row(groups.numbers, cols // GROUP))
     flat = [np.ascontiguousarray(part).reshape(*shape[::2], -1) for part in parts]
     whole = np.concatenate(flat, axis=-1).reshape(shape[0], cols // kind.columns, -1)
@@ -172,7 +172,8 @@ class QuantizedMatrix:
 
     def _group(self, row: Scalar, group: Scalar) -> Scalar:
         """Where 32 columns of a block begin, in bytes."""
-        return row // ROWS * self._block_bytes + group_offset(self.kind, group)
+        offset: Scalar = group_offset(self.kind, group)
+        return row // ROWS * self._block_bytes + offset
 
     def _code(self, at: Scalar, bits: int, column: Scalar) -> Scalar:
         """A code, i32, of words from byte `at` on."""

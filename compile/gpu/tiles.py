@@ -102,7 +102,7 @@ class Instruction:
         """A lane's operands of the instructions of a step, from its chunks."""
         if self.name == "mfma":
             return [k.shuffle(chunks[0], chunks[0], range(at, at + 4)) for at in (0, 4)]
-        return [k.shuffle(*chunks, range(SIDE))] if self.operand == SIDE else [*chunks]
+        return [k.shuffle(chunks[0], chunks[1], range(SIDE))] if self.operand == SIDE else [*chunks]
 
 
 @dataclass(frozen=True)

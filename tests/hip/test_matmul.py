@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from compile.build import VMFB
 from compile.formats.blocks import BLOCK_TYPES, BlockType, Groups
+from compile.gpu.embedding import Embedding
 from compile.gpu.kernel import Kernels
-from compile.gpu.lookup import Lookup, look_up
 from compile.gpu.matmul import Product, Tile, multiply
 from compile.gpu.quantized import ROWS, packed
 from compile.mlir.builder import Builder, Tensor, tensor_type
@@ -59,16 +59,13 @@ def module_text(target: Target, product: Product, shape: tuple[int, ...]) -> str
     return kernels.write() + b.text("module")
 
 
-def lookup_text(target: Target, lookup: Lookup, shape: tuple[int, ...]) -> str:
-    """A function `main` of any number of tokens and a table."""
+def embedding_text(target: Target, embedding: Embedding, shape: tuple[int, ...]) -> str:
+    """A function `main` of five tokens and a table."""
     b = Builder()
-    kernels, table = Kernels(b, target), Tensor("%table", shape, "i8")
-    result = tensor_type(("?", lookup.columns), "f32")
-    head = f"func.func @main(%x: tensor<?xi64>, %table: {table.type}) -> {result} {{"
-    with b.block(head):
-        zero = b.scalar(0, "index")
-        count = b.op(f"tensor.dim %x, {zero.name} : tensor<?xi64>", "index").name
-        rows = look_up(kernels, lookup, Tensor("%x", (count,), "i64"), table)
+    kernels, tokens = Kernels(b, target), Tensor("%x", (5,), "i64")
+    table, result = Tensor("%table", shape, "i8"), Tensor("", (5, embedding.columns), "f32")
+    with b.block(f"func.func @main(%x: {tokens.type}, %table: {table.type}) -> {result.type} {{"):
+        [rows] = kernels.call(embedding, (5, 1, 1), [5], [tokens, table], outputs=[result])
         b.emit(f"return {rows.name} : {rows.type}")
     return kernels.write() + b.text("module")
 
@@ -206,12 +203,12 @@ def test_gates_and_ups(on: On, chip: str) -> None:
 @pytest.mark.parametrize("chip", ["gfx942", "gfx1100", "gfx1201"])
 def test_rows_of_a_quantized_table(on: On, chip: str, kind: str) -> None:
     """To the bit; of the first and last row, and of tokens that are none."""
-    lookup, block = Lookup(kind, 300, 2304), BLOCK_TYPES[kind]
-    groups = random_groups(block, lookup.rows, lookup.columns)
+    embedding, block = Embedding(kind, 300, 2304), BLOCK_TYPES[kind]
+    groups = random_groups(block, embedding.rows, embedding.columns)
     numbers = [x if block.has_super_blocks else x * np.float16(0.37) for x in groups.numbers]
     factors = [x * np.float16(0.37) for x in groups.factors]
     groups, tokens = Groups(block, groups.codes, numbers, factors), np.array([7, 299, 0, -1, 300])
     table = packed(groups).view(np.int8)
-    text = partial(lookup_text, lookup=lookup, shape=table.shape)
-    got = on(chip).run(lookup.name, text, [tokens, table], "random")
+    text = partial(embedding_text, embedding=embedding, shape=table.shape)
+    got = on(chip).run(embedding.name, text, [tokens, table], "random")
     np.testing.assert_array_equal(got, groups.dequantized()[tokens.clip(0, 299)])
