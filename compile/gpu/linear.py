@@ -113,6 +113,7 @@ class Weights:
 
         is_gated: of a quantized matrix of gates and ups, silu(gate) * up instead: [T, N / 2].
         """
+        _check_depth(name, int(x.shape[1]))
         if not self.is_quantized(name):
             return self.linear(rms_norm(self, x, norm, epsilon), name)
         if x.shape[0] == 1:
@@ -134,9 +135,7 @@ class Weights:
         )
         return matvec.multiply(self._kernels, kernel, activations, self.load(name), residual)
 
-    def _many_rows(
-        self, lhs: Tensor, name: str, residual: Tensor | None, is_gated: bool
-    ) -> Tensor:
+    def _many_rows(self, lhs: Tensor, name: str, residual: Tensor | None, is_gated: bool) -> Tensor:
         """A product with a quantized matrix by matrix instructions."""
         assert self._kernels
         ending = "gate" if is_gated else "add" if residual else ""
@@ -155,11 +154,7 @@ class Weights:
         matrix may have fewer columns than lhs; those missing are zero. Raises UnsupportedError.
         """
         b, rows, depth = self.b, lhs.shape[0], int(lhs.shape[1])
-        if depth % ALIGNED:
-            raise UnsupportedError(
-                f"{name}: has {depth} columns, but GPU code needs a multiple of {ALIGNED}; "
-                "compile this model for the CPU"
-            )
+        _check_depth(name, depth)
         if name in self._sizes:
             return self._few_rows([lhs], name, residual, None, is_gated=False)
         # iree-compile 3.9.0 makes wrong code of other depths, such as NaN from bf16 on gfx90a.
@@ -184,6 +179,14 @@ class Weights:
 def _element(parameter: Parameter) -> str:
     """The dtype of a parameter's elements: bytes of quantized ones."""
     return "i8" if parameter.is_quantized else parameter.dtype
+
+
+def _check_depth(name: str, depth: int) -> None:
+    if depth % ALIGNED:
+        raise UnsupportedError(
+            f"{name}: has {depth} columns, but GPU code needs a multiple of {ALIGNED}; "
+            "compile this model for the CPU"
+        )
 
 
 def rms_norm(weights: Weights, x: Tensor, name: str, epsilon: float) -> Tensor:

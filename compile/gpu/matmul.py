@@ -36,8 +36,9 @@ CHUNKS = range(0, GROUP, CHUNK)  # where chunks of a group begin
 class Product(Kernel):
     """Activations [T, K] f16 times a matrix [N, K], and what follows it.
 
-    Bindings: activations, matrix, residual if there is one, result. Constant: T. Workgroups: those
-    of T, those of N.
+    Bindings: activations, matrix, residual if there is one, result. Constants: T, and the
+    columns of the activations, which LLVM must not know: it would unroll loops of three or four
+    steps, and not end. Workgroups: those of T, those of N.
     """
 
     tile: Tile
@@ -88,7 +89,7 @@ class Product(Kernel):
     def write(self, k: ThreadBuilder) -> None:
         """What each thread does."""
         lhs, matrix, residual, result = self._views(k)
-        num_rows = k.constant()
+        num_rows, width = k.constant(), k.constant()
         row, column = (k.workgroup(axis) * TILE for axis in (0, 1))
         last = k.scalar(self.columns - 1, "index")
         weights: Source
@@ -100,7 +101,7 @@ class Product(Kernel):
             sizes = self.depth, self.width
             weights = Weights(k, self.tile, groups, column, last, sizes, self.is_gated)
         activations = Floats(k, self.tile, lhs, self.width, row, num_rows - 1)
-        sums = Multiplication(k, self.tile, (activations, weights)).run(self.width)
+        sums = Multiplication(k, self.tile, (activations, weights)).run(width)
         outputs = Outputs(k, sums, row, column, num_rows, self.columns)
         if self.is_gated:
             outputs.store_gated(result)
@@ -111,7 +112,8 @@ class Product(Kernel):
         """Each output, one after the other."""
         lhs, matrix, residual, result = self._views(k)
         width = self.columns // (2 if self.is_gated else 1)
-        with k.loop(0, k.constant()) as row, k.loop(0, width) as column:
+        num_rows, _ = k.constant(), k.constant()
+        with k.loop(0, num_rows) as row, k.loop(0, width) as column:
             at = row * width + column
             if self.is_gated:
                 gate_row = column // 8 * 16 + column % 8
@@ -216,4 +218,4 @@ def multiply(
     inputs = [lhs, matrix, *([residual] if residual else [])]
     width = product.columns // (2 if product.is_gated else 1)
     result = Tensor("", (lhs.shape[0], width), product.result[0])
-    return kernels.call(product, tiles, [lhs.shape[0]], inputs, outputs=[result])[0]
+    return kernels.call(product, tiles, [lhs.shape[0], product.width], inputs, outputs=[result])[0]

@@ -220,15 +220,15 @@ class Multiplication:
         self._memory = k.shared(2 * TILE * tile.depth * tile.buffers, "f16")
         self._instruction = Instruction.of(k.chip)
 
-    def run(self, depth: int) -> list[Scalar]:
-        """A lane's sums, for each row of instructions and each column."""
+    def run(self, depth: Scalar) -> list[Scalar]:
+        """A lane's sums over `depth` columns, for each row of instructions and each column."""
         k, tile = self._k, self._tile
         size = 2 * TILE * tile.depth
         start, zero = k.scalar(0, "index"), k.scalar(0, "index")
         sums = [k.scalar(0.0, f"vector<{self._instruction.sums}xf32>")] * BLOCKS**2
         self._store(self._load(zero), zero)
         k.barrier()
-        last = k.scalar(depth - tile.depth, "index")
+        last = depth - tile.depth
 
         def step(column: Scalar, start: Scalar, *sums: Scalar) -> list[Scalar]:
             # After the last columns they are loaded once more, instead of a second copy of the code

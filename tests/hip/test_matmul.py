@@ -145,6 +145,7 @@ class Runner:
         code.write_text(text(Target(self.chip)))
         plain.write_text(text(Target("cpu")))
         np.savez(given, *arguments)
+        record.unlink(missing_ok=True)  # that of a product before
         vmfb = compile_code_object(code, self.chip, self.cache).parent / VMFB
         twins, found = compile_twins(plain, self.cache), self.folder / "found.npy"
         outcome = self.driver.run(

@@ -11,6 +11,8 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from compile.formats.blocks import GROUP
+from compile.formats.quantize import quantized
 from compile.models.spec import LlamaConfig
 
 Weights = dict[str, np.ndarray]
@@ -293,3 +295,11 @@ def write_tokenizer(
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def quantized_like(name: str, weight: np.ndarray, dtype: str) -> np.ndarray:
+    """What the artifact holds: its embedding has 8 bits in any case."""
+    cols = weight.shape[1]
+    padded = np.pad(weight, ((0, 0), (0, -cols % GROUP)))
+    kind = "int8" if name == "token_embd.weight" else dtype
+    return quantized(padded, kind).dequantized()[:, :cols]

@@ -53,6 +53,7 @@ TINY_OPTIONS = BuildOptions(
 ONE_SIZE = {"prefill_batch_sizes": (1,), "decode_batch_sizes": (1,)}
 ONE_PADDED = {"prefill_batch_sizes": (3,), "decode_batch_sizes": (4,)}  # of rows, mostly padding
 GPU_SIZES = {"prefill_batch_sizes": (1,), "decode_batch_sizes": (1, 8)}  # of models for chips
+QUANTIZABLE = {"head_dim": 32, "num_heads": 3, "num_kv_heads": 1, "hidden_size": 80}
 MACHINE_CODE_CHIPS = ("gfx942", "gfx1100")  # of the default tests
 CODE_CHIPS = (*MACHINE_CODE_CHIPS, *(pytest.param(chip, marks=pytest.mark.slow)
                                      for chip in ("gfx90a", "gfx1201")))  # fmt: skip
