@@ -54,9 +54,9 @@ def test_example(smollm2: Path, name: str, expected: str) -> None:
 def test_many_prompts(tmp_path: Path) -> None:
     lines = [json.dumps({"prompt": "The sun is", "max_new_tokens": 3}) for _ in range(3)]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
-    for _ in range(2):
+    for new in (3, 0):
         out = run("many_prompts.py", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"))
-        assert out == "Summary(answered=3, failed=0, new=3)\n"
+        assert out == f"Summary(answered=3, failed=0, {new=})\n"
     assert (tmp_path / "out.jsonl").read_text().count("\n") == 3
 
 
