@@ -207,7 +207,7 @@ def test_types_and_sizes_are_told_before_work_starts(
     assert len(lines) == len(target.split(","))
     for line, name in zip(lines, target.split(","), strict=True):
         assert f"become {dtype} for {name}: {needed} kB on disk and in memory" in line.message
-        assert line.levelname == level and ("are for CPUs" in line.message) == (level != "INFO")
+        assert line.levelname == level and ("keeps them small" in line.message) == (level != "INFO")
 
 
 @pytest.mark.parametrize("limit", [1000, 100_000])
