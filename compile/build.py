@@ -99,7 +99,7 @@ def _log_sizes(source: Source, options: BuildOptions, target: Target, emitter: E
         "%s: %s for %s: %s on disk and in memory, where the KV cache takes %s a token%s",
         source.name, _conversions_text(source, emitter), target.name, size_text(size),
         size_text(token / model.page_size),
-        "; --weights int8 or int4 keeps them small, on CPUs with heads of a multiple of 32"
+        "; sf-compile --weights int8 or int4 keeps them small, on CPUs with heads of whole 32s"
         if is_unasked else "",
     )  # fmt: skip
 

@@ -18,16 +18,17 @@ from pathlib import Path
 from compile.formats.layout import ITEM_BYTES
 from compile.gpu.emitter import LlamaEmitter
 from compile.models.spec import LlamaConfig, VisionConfig
+from compile.models.tensors import decoder_tensors
 from compile.options import BuildOptions, ModelOptions
 from compile.target import resolve_target
 from compile.toolchain import iree_compile
 from compile.tools.gpu_cards import MATRIX
 from compile.tools.gpu_code import Code, parse
 
-SIZES = ITEM_BYTES | {"i64": 8, "i32": 4}
+SIZES = ITEM_BYTES | {"i64": 8, "i32": 4, "i8": 1}
 # A kernel that picks elements, by what is in its text: it reads at most so many times what it
 # writes
-PICKING = {"iree_linalg_ext.gather ": 1, "tensor.extract ": 4}
+PICKING = {"iree_linalg_ext.gather ": 1, "tensor.extract ": 4, "func.func @embedding_": 1}
 
 _TENSOR = re.compile(r"tensor<((?:[?\d]+x)*)(\w+)>(?:\{(.*)\})?")
 _ITEM = re.compile(r"tensor<[^>]*>(?:\{[^}]*\})?|%[\w#]+(?:\{[^}]*\})?|\w+")  # of a list of types
@@ -183,10 +184,13 @@ def compile_shape(
     """Compile all functions that `sf-compile` makes for a GPU; raises CompileError."""
     target = resolve_target(build.target)
     weights = build.weight_dtype or target.weight_dtype
+    table = decoder_tensors(config)
+    names = [name for tensor in (table.embedding, *table.head) for name in tensor.sources]
     options = ModelOptions(
         weights, build.kv_dtype or weights, build.page_size, build.prefill_batch_sizes,
         build.decode_batch_sizes, build.max_seq_len or config.max_seq_len,
         (build.image_batch_sizes or target.image_batch_sizes) if vision else (),
+        tensor_dtypes=dict.fromkeys(names, "int8") if weights == "int4" else {},
     )  # fmt: skip
     emitter = LlamaEmitter(config, options, target, vision)
     with tempfile.TemporaryDirectory(prefix="sf-kernels-") as name:

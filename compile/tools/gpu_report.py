@@ -14,7 +14,7 @@ import argparse
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from compile.formats.layout import ITEM_BYTES
+from compile.formats.layout import ITEM_BYTES, QUANTIZED
 from compile.models.spec import LlamaConfig, VisionConfig
 from compile.options import BuildOptions
 from compile.tools.gpu_cards import CARDS, LAUNCH_SECONDS, Card
@@ -77,7 +77,7 @@ def _times(dispatch: Dispatch, count: int, kernel: Kernel, found: Profile, least
         f"{count:4} x {grid:>14}{dispatch.num_bytes / 1e6:9.2f}{memory:9.2f}{lds:8.2f}"
         f"{issue:8.2f}{'*' if found.has_unknown else ' '}{seconds:9.2f}{count * seconds:9.1f}"
         f"{count * (seconds + 1e6 * LAUNCH_SECONDS):10.1f}  "
-        f"{dispatch.name.split('_dispatch_')[1]}: {least.limit}"
+        f"{dispatch.name.split('_dispatch_')[-1]}: {least.limit}"
     )
 
 
@@ -156,7 +156,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--target", choices=CARDS, default="gfx942", help="(%(default)s)")
-    parser.add_argument("--weights", choices=("f16", "bf16"), default="f16", help="(%(default)s)")
+    parser.add_argument("--weights", choices=("f16", "bf16", *QUANTIZED), default="f16",
+                        help="(%(default)s)")  # fmt: skip
     parser.add_argument("--kv", choices=("f16", "bf16"), default="f16", help="(%(default)s)")
     parser.add_argument("--rows", type=int, nargs="+", choices=BuildOptions().decode_batch_sizes,
                         default=[1, 8], help="of a decode step (%(default)s)")  # fmt: skip
