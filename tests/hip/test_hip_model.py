@@ -380,7 +380,11 @@ def test_the_pages_take_what_is_free_and_give_it_back(run_model: Callable[..., O
 
 @pytest.mark.slow
 def test_memory_is_flat(run_model: Callable[..., Outcome]) -> None:
-    """Over 2,000 steps of random lengths: of the device from some time on, and of the process."""
+    """Over 2,000 steps of random lengths: of the device from some time on, and of the process.
+
+    By step 1,000 all sizes of buffers have been there, which the driver keeps; by step 500 on a
+    loaded machine not always.
+    """
     outcome = run_model(
         RUN
         + """
@@ -389,7 +393,7 @@ def test_memory_is_flat(run_model: Callable[..., Outcome]) -> None:
 
     rng, seen = random.Random(5), []
     with Engine(artifact, device, kv_pages=100) as engine:
-        while (steps := engine.stats()["steps"]) < 2500:
+        while (steps := engine.stats()["steps"]) < 3000:
             lengths = [rng.randrange(1, 200) for _ in range(4)]
             handles = [engine.submit([rng.randrange(3, 300) for _ in range(n)],
                                      greedy(rng.randrange(1, 50))) for n in lengths]
@@ -400,7 +404,7 @@ def test_memory_is_flat(run_model: Callable[..., Outcome]) -> None:
 """,
         timeout=600,
     )
-    _, early, process_early = next(entry for entry in outcome.value if entry[0] >= 500)
+    _, early, process_early = next(entry for entry in outcome.value if entry[0] >= 1000)
     _, late, process_late = outcome.value[-1]
     assert late <= 1.02 * early
     assert process_late - process_early < 10  # MiB
