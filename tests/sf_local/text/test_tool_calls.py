@@ -264,7 +264,7 @@ def test_answers_in_documentation(name: str) -> None:
         "<tool_call>{'name': 'now', 'arguments': {}}</tool_call>",
         "<tool_call>[" + A + "]</tool_call>",
         "<tool_call>" + "[{" * 5_000,
-        '<tool_call>{"name": "now", "arguments": {"x": ' + "[" * 5_000 + "]" * 5_000 + "}}",
+        '<tool_call>{"name": "now", "arguments": {"x": ' + "[" * 100_000 + "]" * 100_000 + "}}",
         "</tool_call>",
         "Thoughts: <think>no</think>",
         '<tool_call>{"name": "now\\',
