@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 from compile.formats.blocks import BLOCK_TYPES, GROUP
 from compile.gpu.kernel import Kernel, Kernels, ThreadBuilder
@@ -124,13 +126,13 @@ class FewRows(Kernel):
                 squares.store(total, thread // k.subgroup)
         k.barrier()
         if self.epsilon is not None:
-            scale = work.norm_scale(_sum([squares.load(i) for i in range(waves)]))
+            scale = work.norm_scale(reduce(add, [squares.load(i) for i in range(waves)]))
         outputs = ROWS // 2 if self.epilogue == "silu" else ROWS
         row, feature = thread // outputs, thread % outputs
 
         def output(n: Scalar) -> Scalar:
             start = row * THREADS + n
-            total = _sum([parts.load(start + i * ROWS) for i in range(SLOTS)])
+            total = reduce(add, [parts.load(start + i * ROWS) for i in range(SLOTS)])
             return total if scale is None else total * scale
 
         end = k.scalar(self.rows, "index")
@@ -181,11 +183,10 @@ def multiply(
     residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The product of activations, after which comes their norm's weight if there is one."""
-    b, num_rows = kernels.b, activations[0].shape[0]
-    groups = ((b.index(num_rows) + (product.rows - 1)) // product.rows).name
+    num_rows = activations[0].shape[0]
     result = Tensor("", (num_rows, product.features), product.result[0])
     inputs = [*activations, matrix, *([residual] if residual else [])]
-    workgroups = -(-product.columns // ROWS), groups, 1
+    workgroups = -(-product.columns // ROWS), kernels.tiles(num_rows, product.rows), 1
     return kernels.call(product, workgroups, [num_rows], inputs, outputs=[result])[0]
 
 
@@ -266,7 +267,7 @@ class _Stage:
             inside = column.less(k.scalar(product.depth, "index"))
             column = column.minimum(k.scalar(product.depth - PIECE, "index"))
             x = self._work.x.load_vector(token * product.depth + column, PIECE)
-            x = k.select_all(inside, x, k.scalar(0.0, x.dtype))
+            x = inside.select(x, k.scalar(0.0, x.dtype))
             if self._work.norm:
                 squares = k.sum(x * x, squares)
                 x = k.convert(x * self._work.norm.load_vector(column, PIECE), "f16")
@@ -304,13 +305,6 @@ class _Stage:
             return k.fma(numbers[1], halves[1], k.fma(numbers[0], halves[0], total))
         total = k.fma(numbers[0], halves[0] + halves[1], total)
         return k.fma(numbers[1], self._sums.load(unit), total) if self._sums else total
-
-
-def _sum(values: Sequence[Scalar]) -> Scalar:
-    first, *others = values
-    for value in others:
-        first = first + value
-    return first
 
 
 def _silu(x: Scalar) -> Scalar:

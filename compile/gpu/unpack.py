@@ -15,6 +15,7 @@ from compile.formats.blocks import GROUP, SUPER_GROUPS, BlockType
 from compile.gpu.quantized import ROWS, column_bytes, group_bytes, group_offset
 from compile.mlir.executable import ExecutableBuilder, Views
 from compile.mlir.values import Scalar
+from compile.mlir.vectors import lanes_of
 
 CHUNK = 8  # columns that are unpacked at once
 BIAS = 0x6400  # the bits of 1024 in f16
@@ -119,7 +120,7 @@ class Groups:
         k, in_word = self.k, 16 // bits  # pairs in a word
         first = i * CHUNK // 2  # pair
         words = [(first + pair) // in_word for pair in range(CHUNK // 2)]
-        lanes = int(vectors[0].dtype.removeprefix("vector<").partition("x")[0])
+        lanes = lanes_of(vectors[0])
         vector = vectors[words[0] // lanes]
         word = k.shuffle(vector, vector, [index % lanes for index in words])
         shifts = [bits * ((first + pair) % in_word) for pair in range(CHUNK // 2)]

@@ -39,12 +39,6 @@ class VectorBuilder(TextBuilder):
         """A vector with elements of another float type."""
         return x.to(vector_type(lanes_of(x), dtype))
 
-    def select_all(self, condition: Scalar, yes: Scalar, no: Scalar) -> Scalar:
-        """`yes` where an i1 is true, else `no`; of vectors, the whole one."""
-        return self.op(
-            f"arith.select {condition.name}, {yes.name}, {no.name} : {yes.dtype}", yes.dtype
-        )
-
     def sum(self, value: Scalar, start: Scalar | None = None) -> Scalar:
         """The sum of an f32 vector's elements, and of `start`."""
         return self._reduction("add", value, start)
