@@ -8,26 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compile.build import VMFB
 from compile.gpu.kernel import Kernel, Kernels, ThreadBuilder
 from compile.mlir.builder import Builder, Tensor
 from compile.mlir.executable import ExecutableBuilder
 from compile.target import Target
-from tests.hip.dispatches import compare_record, read_dispatches, wrong_ones
-from tests.hip.driver import Driver, compile_code_object, compile_twins
+from tests.hip.driver import Driver
+from tests.hip.kernel_runs import KernelRunner
 
 ROWS, SIZE = 3, 200
-RUN = """
-    import sys
-
-    import iree.runtime
-    import numpy as np
-
-    vmfb, given, found = sys.argv[1:4]
-    with open(vmfb, "rb") as file:
-        module = iree.runtime.load_vm_flatbuffer(file.read(), driver="hip")
-    np.save(found, module["main"](np.load(given)).to_host())
-"""
 
 
 @dataclass(frozen=True)
@@ -92,18 +80,8 @@ def module_text(target: Target) -> str:
 def test_a_kernel_beside_its_plain_form(
     hip_driver: Driver, hip_cache: Path, tmp_path: Path, chip: str
 ) -> None:
-    code, plain, given, found, record = (tmp_path / name for name in "abcde")
-    code.write_text(module_text(Target(chip)))
-    plain.write_text(module_text(Target("cpu")))
     x = np.random.default_rng(1).normal(size=(ROWS, SIZE)).astype(np.float32)
-    np.save(given.with_suffix(".npy"), x)
-    vmfb = compile_code_object(code, chip, hip_cache).parent / VMFB
-    twins = compile_twins(plain, hip_cache)
-    outcome = hip_driver.run(
-        RUN, vmfb, given.with_suffix(".npy"), found.with_suffix(".npy"), devices=f"{chip}:64MiB",
-        twins=twins, runs="both", machine="random", record=record,
-    )  # fmt: skip
-    assert outcome.exit_code == 0, outcome.stderr
-    differences = compare_record(record, read_dispatches(twins))
-    assert set(differences) == {"row_sums_200"} and wrong_ones(differences.values()) == []
-    np.testing.assert_allclose(np.load(found.with_suffix(".npy")), x.sum(axis=1), rtol=1e-5)
+    found = KernelRunner(hip_driver, hip_cache, tmp_path, chip).run(
+        RowSums(SIZE).name, module_text, [x]
+    )
+    np.testing.assert_allclose(found, x.sum(axis=1), rtol=1e-5)

@@ -4,17 +4,13 @@ and by numpy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from compile.build import VMFB
 from compile.formats.blocks import BLOCK_TYPES, BlockType, Groups
 from compile.gpu.embedding import Embedding
 from compile.gpu.kernel import Kernels
@@ -22,23 +18,8 @@ from compile.gpu.matmul import Product, Tile, multiply
 from compile.gpu.quantized import ROWS, packed
 from compile.mlir.builder import Builder, Tensor, tensor_type
 from compile.target import HIP_CHIPS, Target
-from tests.hip.dispatches import compare_record, read_dispatches, wrong_ones
-from tests.hip.driver import Driver, compile_code_object, compile_twins
-
-Array = NDArray[Any]
-
-RUN = """
-    import sys
-
-    import iree.runtime
-    import numpy as np
-
-    vmfb, given, found = sys.argv[1:4]
-    with open(vmfb, "rb") as file:
-        module = iree.runtime.load_vm_flatbuffer(file.read(), driver="hip")
-    with np.load(given) as arrays:
-        np.save(found, module["main"](*arrays.values()).to_host())
-"""
+from tests.hip.driver import Driver
+from tests.hip.kernel_runs import Array, KernelRunner
 
 
 def module_text(target: Target, product: Product, shape: tuple[int, ...]) -> str:
@@ -105,14 +86,8 @@ def expected(product: Product, x: Array, matrix: Array, residual: Array) -> Arra
     return y + residual if product.ending else y
 
 
-@dataclass(frozen=True)
-class Runner:
+class ProductRunner(KernelRunner):
     """Of products on one chip."""
-
-    driver: Driver
-    cache: Path
-    folder: Path
-    chip: str
 
     @property
     def tile(self) -> Tile:
@@ -137,34 +112,13 @@ class Runner:
         else:
             np.testing.assert_array_equal(got, wanted)
 
-    def run(
-        self, name: str, text: Callable[[Target], str], arguments: Sequence[Array], order: str
-    ) -> Array:
-        """What the machine code of a module's only kernel gives, as its plain form does."""
-        code, plain, given, record = (self.folder / name for name in ("a", "b", "c.npz", "d"))
-        code.write_text(text(Target(self.chip)))
-        plain.write_text(text(Target("cpu")))
-        np.savez(given, *arguments)
-        record.unlink(missing_ok=True)  # that of a product before
-        vmfb = compile_code_object(code, self.chip, self.cache).parent / VMFB
-        twins, found = compile_twins(plain, self.cache), self.folder / "found.npy"
-        outcome = self.driver.run(
-            RUN, vmfb, given, found, devices=f"{self.chip}:64MiB", twins=twins, runs="both",
-            machine=order, record=record,
-        )  # fmt: skip
-        assert outcome.exit_code == 0, outcome.stderr
-        differences = compare_record(record, read_dispatches(twins))
-        assert set(differences) == {name} and wrong_ones(differences.values()) == []
-        result: Array = np.load(found)
-        return result
 
-
-On = Callable[[str], Runner]
+On = Callable[[str], ProductRunner]
 
 
 @pytest.fixture
 def on(hip_driver: Driver, hip_cache: Path, tmp_path: Path) -> On:
-    return lambda chip: Runner(hip_driver, hip_cache, tmp_path, chip)
+    return lambda chip: ProductRunner(hip_driver, hip_cache, tmp_path, chip)
 
 
 @pytest.mark.parametrize("chip", ["gfx942", "gfx1100"])

@@ -11,29 +11,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from compile.build import VMFB
 from compile.formats.blocks import BLOCK_TYPES, BlockType, Groups
 from compile.gpu.kernel import Kernels
 from compile.gpu.matvec import FewRows, multiply
 from compile.gpu.quantized import ROWS, packed
 from compile.mlir.builder import Builder, Tensor
 from compile.target import Target
-from tests.hip.dispatches import compare_record, read_dispatches, wrong_ones
-from tests.hip.driver import Driver, compile_code_object, compile_twins
+from tests.hip.driver import Driver
+from tests.hip.kernel_runs import KernelRunner
 
-RUN = """
-    import sys
-
-    import iree.runtime
-    import numpy as np
-
-    vmfb, given, found = sys.argv[1:4]
-    with open(vmfb, "rb") as file:
-        module = iree.runtime.load_vm_flatbuffer(file.read(), driver="hip")
-    with np.load(given) as arrays:
-        arguments = [arrays[name] for name in sorted(arrays)]
-    np.save(found, module["main"](*arguments).to_host())
-"""
 Arrays = dict[str, NDArray[Any]]
 
 ODD = FewRows("int4", 44, 72, 2, epilogue="add")  # no whole block, group or set of rows
@@ -107,19 +93,11 @@ def module_text(product: FewRows, given: Arrays, target: Target) -> str:
 def check(driver: Driver, cache: Path, folder: Path, chip: str, case: tuple[FewRows, int]) -> None:
     product, num_rows = case
     given, expected = given_and_expected(product, num_rows)
-    code, plain, record = (folder / name for name in ("code.mlir", "plain.mlir", "record"))
-    code.write_text(module_text(product, given, Target(chip)))
-    plain.write_text(module_text(product, given, Target("cpu")))
-    np.savez(folder / "given.npz", **given)
-    vmfb = compile_code_object(code, chip, cache).parent / VMFB
-    twins = compile_twins(plain, cache)
-    outcome = driver.run(
-        RUN, vmfb, folder / "given.npz", folder / "found.npy", devices=f"{chip}:64MiB",
-        twins=twins, runs="both", machine="random", record=record,
-    )  # fmt: skip
-    assert outcome.exit_code == 0, outcome.stderr
-    assert wrong_ones(compare_record(record, read_dispatches(twins)).values()) == []
-    found = np.load(folder / "found.npy").astype(np.float64)
+    runner = KernelRunner(driver, cache, folder, chip)
+    found = runner.run(
+        product.name, lambda target: module_text(product, given, target),
+        [given[name] for name in sorted(given)],
+    ).astype(np.float64)  # fmt: skip
     assert np.abs(found - expected).max() <= 1e-3 * np.abs(expected).max()
 
 
