@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from compile.gpu.linear import Weights
 from compile.mlir import abi
+from compile.mlir.activations import gated
 from compile.mlir.builder import Builder, Dim, Tensor
 from compile.mlir.values import Scalar
 from compile.models.spec import LlamaConfig
@@ -134,7 +135,7 @@ class Decoder:
                 b.extract(gate_up, b.position("t"), b.scalar(j, "index"), b.position("f"))
                 for j in (0, 1)
             )
-            return (gate / ((gate * -1.0).math("exp") + 1.0) * up).to(self.weights.dtype)
+            return gated(gate, up).to(self.weights.dtype)
 
         shape = (x.shape[0], c.intermediate_size)
         hidden = b.generic("->tf", [], shape, self.weights.dtype, silu_times)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compile.formats.blocks import BLOCK_TYPES
+from compile.formats.blocks import BLOCK_TYPES, GROUP
 from compile.gpu.kernel import Kernel, ThreadBuilder
-from compile.gpu.quantized import QuantizedMatrix
+from compile.gpu.unpack import CHUNK, QuantizedMatrix
 from compile.mlir.executable import ExecutableBuilder
 from compile.mlir.values import Scalar
 
@@ -25,7 +25,7 @@ class Embedding(Kernel):
 
     kind: str
     rows: int  # V
-    columns: int  # H
+    columns: int  # H, a multiple of 8
 
     @property
     def name(self) -> str:
@@ -53,13 +53,16 @@ class Embedding(Kernel):
     def _write(
         self, k: ExecutableBuilder, token: Scalar | None, first: Scalar, step: int
     ) -> None:  # fmt: skip
-        """Every `step`th column from `first` on; of all tokens, if none is given."""
+        """Every `step`th group of columns from `first` on; of all tokens, if none is given."""
         tokens = k.view(k.binding(read_only=True), "i64")
         table = QuantizedMatrix(k, BLOCK_TYPES[self.kind], self.columns)
         result, count = k.view(k.binding(), "f32"), k.constant()
         start, end = (k.scalar(0, "index"), count) if token is None else (token, token + 1)
-        last = k.scalar(self.rows - 1, "index")
+        last, width = k.scalar(self.rows - 1, "index"), k.scalar(self.columns, "index")
         with k.loop(start, end) as t:
             row = tokens.load(t).to("index").clamp(0, last)
-            with k.loop(first, self.columns, step) as column:
-                result.store(table.weight(row, column), t * self.columns + column)
+            with k.loop(first, table.num_groups, step) as group:
+                for i, weights in enumerate(table.unpack(table.load(row, group), "f32")):
+                    column = group * GROUP + i * CHUNK
+                    with k.when(column.less(width)):
+                        result.store_vector(weights, t * self.columns + column)

@@ -24,9 +24,10 @@ from compile.gpu.tiles import (
     Weights,
     part,
 )
-from compile.gpu.unpack import CHUNK, DTYPES, Groups
+from compile.gpu.unpack import CHUNK, QuantizedMatrix
+from compile.mlir.activations import gated
 from compile.mlir.builder import Tensor
-from compile.mlir.executable import ExecutableBuilder, Memory, Views
+from compile.mlir.executable import ExecutableBuilder, Memory
 from compile.mlir.values import Scalar
 
 CHUNKS = range(0, GROUP, CHUNK)  # where chunks of a group begin
@@ -78,13 +79,18 @@ class Product(Kernel):
     def _is_exact(self) -> bool:
         return self.kind == "f16" and not self.is_gated
 
-    def _views(self, k: ExecutableBuilder) -> tuple[Memory, Views, Memory | None, Memory]:
+    def _views(
+        self, k: ExecutableBuilder
+    ) -> tuple[Memory, Memory | QuantizedMatrix, Memory | None, Memory]:
         """Activations, matrix, residual and result."""
-        lhs = k.view(k.binding(read_only=True), "f16")
-        matrix = Views(k, k.binding(read_only=True))
-        matrix.open(*(("f16",) if self.kind == "f16" else DTYPES))
+        lhs, matrix = k.view(k.binding(read_only=True), "f16"), self._matrix(k)
         residual = k.view(k.binding(read_only=True), "f32") if self.ending == "add" else None
         return lhs, matrix, residual, k.view(k.binding(), self.result[0])
+
+    def _matrix(self, k: ExecutableBuilder) -> Memory | QuantizedMatrix:
+        if self.kind == "f16":
+            return k.view(k.binding(read_only=True), "f16")
+        return QuantizedMatrix(k, BLOCK_TYPES[self.kind], self.depth)
 
     def write(self, k: ThreadBuilder) -> None:
         """What each thread does."""
@@ -93,13 +99,12 @@ class Product(Kernel):
         row, column = (k.workgroup(axis) * TILE for axis in (0, 1))
         last = k.scalar(self.columns - 1, "index")
         weights: Source
-        if self.kind == "f16":
+        if isinstance(matrix, Memory):
             assert self.width == self.depth and not self.is_gated
-            weights = Floats(k, self.tile, matrix["f16"], self.depth, column, last)
+            weights = Floats(k, self.tile, matrix, self.depth, column, last)
         else:
-            groups = Groups(k, BLOCK_TYPES[self.kind], matrix, self.depth)
             sizes = self.depth, self.width
-            weights = Weights(k, self.tile, groups, column, last, sizes, self.is_gated)
+            weights = Weights(k, self.tile, matrix, column, last, sizes, self.is_gated)
         activations = Floats(k, self.tile, lhs, self.width, row, num_rows - 1)
         sums = Multiplication(k, self.tile, (activations, weights)).run(width)
         outputs = Outputs(k, sums, row, column, num_rows, self.columns)
@@ -118,25 +123,23 @@ class Product(Kernel):
             if self.is_gated:
                 gate_row = column // 8 * 16 + column % 8
                 gate, up = (self._output(k, lhs, matrix, row, gate_row + i) for i in (0, 8))
-                result.store(gated(gate, up), at)
+                result.store(gated(gate, up).to("f16"), at)
             else:
                 total = self._output(k, lhs, matrix, row, column)
                 result.store(total + residual.load(at) if residual else total, at)
 
     def _output(
-        self, k: ExecutableBuilder, lhs: Memory, matrix: Views, row: Scalar, column: Scalar
-    ) -> Scalar:
+        self, k: ExecutableBuilder, lhs: Memory, matrix: Memory | QuantizedMatrix, row: Scalar,
+        column: Scalar,
+    ) -> Scalar:  # fmt: skip
         """One output, in plain loops."""
-        groups = (
-            None if self.kind == "f16" else Groups(k, BLOCK_TYPES[self.kind], matrix, self.depth)
-        )
 
         def add(i: Scalar, sums: Scalar) -> list[Scalar]:
-            if groups:
-                weights = groups.unpack(groups.load(groups.start(column), column, i // GROUP))
-            else:
+            if isinstance(matrix, Memory):
                 start = column * self.depth + i
-                weights = [matrix["f16"].load_vector(start + j, CHUNK) for j in CHUNKS]
+                weights = [matrix.load_vector(start + j, CHUNK) for j in CHUNKS]
+            else:
+                weights = matrix.unpack(matrix.load(column, i // GROUP))
             for j, weight in zip(CHUNKS, weights, strict=True):
                 x = k.convert(lhs.load_vector(row * self.width + i + j, CHUNK), "f32")
                 sums = k.fma(x, k.convert(weight, "f32"), sums)
@@ -181,7 +184,10 @@ class Outputs:
         columns = [first + j * SIDE for j in range(BLOCKS // 2)]
         for i in range(BLOCKS):
             values = [
-                [gated(self._sum(i, j, n), self._sum(i, j + 1, n)) for j in range(0, BLOCKS, 2)]
+                [
+                    gated(self._sum(i, j, n), self._sum(i, j + 1, n)).to("f16")
+                    for j in range(0, BLOCKS, 2)
+                ]
                 for n in range(self._count)
             ]
             self._put(i, values, columns, self._num_columns // 2, result)
@@ -202,11 +208,6 @@ class Outputs:
                 for column, value in zip(columns, of_row, strict=True):
                     with nullcontext() if is_whole else k.when(column.less(end)):
                         result.store(value, at_row * width + column)
-
-
-def gated(gate: Scalar, up: Scalar) -> Scalar:
-    """silu(gate) * up, f32, as f16."""
-    return (gate / ((gate * -1.0).math("exp") + 1.0) * up).to("f16")
 
 
 def multiply(

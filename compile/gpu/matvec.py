@@ -18,7 +18,9 @@ from operator import add
 
 from compile.formats.blocks import BLOCK_TYPES, GROUP
 from compile.gpu.kernel import Kernel, Kernels, ThreadBuilder
-from compile.gpu.quantized import ROWS, QuantizedMatrix
+from compile.gpu.quantized import ROWS
+from compile.gpu.unpack import CHUNK, QuantizedMatrix
+from compile.mlir.activations import gated
 from compile.mlir.builder import Tensor
 from compile.mlir.executable import ExecutableBuilder, Memory
 from compile.mlir.values import Scalar
@@ -26,8 +28,7 @@ from compile.mlir.values import Scalar
 THREADS = 256
 SLOTS = THREADS // ROWS  # groups of columns that a workgroup multiplies at once
 MAX_ROWS = 8  # of activations that are multiplied together
-CHUNK = 28  # times SLOTS groups: columns in local memory, of all rows together
-PIECE = 8  # activations that are loaded at once
+STEPS = 28  # times SLOTS groups: columns in local memory, of all rows together
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class FewRows(Kernel):
         """What each thread does."""
         work = _Work(self, k)
         steps = -(-work.matrix.num_groups // SLOTS)
-        chunk = min(steps, max(1, CHUNK // self.rows))
+        chunk = min(steps, max(1, STEPS // self.rows))
         stage = _Stage(work, k, chunk)
         zero = k.scalar(0.0, "f32")
         totals = [zero] * (self.rows + 1)  # the last is a thread's share of the squares
@@ -107,8 +108,12 @@ class FewRows(Kernel):
         last = k.scalar(work.matrix.num_groups - 1, "index")
         places = [(step + i) * SLOTS + thread // ROWS for i in range(unroll)]
         loaded = [work.matrix.load(row, (first + place).minimum(last)) for place in places]
-        for place, (words, numbers) in zip(places, loaded, strict=True):
-            pairs = work.matrix.unpack(words)
+        for place, packed in zip(places, loaded, strict=True):
+            pairs = [
+                k.shuffle(codes, codes, [j, j + 1])
+                for codes in work.matrix.codes(packed) for j in range(0, CHUNK, 2)
+            ]  # fmt: skip
+            numbers = work.matrix.numbers(packed)
             for i in range(self.rows):
                 sums[i] = stage.add_products(sums[i], pairs, numbers, place, i)
         return sums
@@ -141,7 +146,7 @@ class FewRows(Kernel):
             place = k.workgroup() * outputs + feature
             with k.when(token.less(work.num_rows)), k.when(place.less(work.features)):
                 if self.epilogue == "silu":
-                    work.store(_silu(output(feature)) * output(feature + outputs), token, place)
+                    work.store(gated(output(feature), output(feature + outputs)), token, place)
                 else:
                     work.store(output(feature), token, place)
 
@@ -161,18 +166,21 @@ class FewRows(Kernel):
                 scale = work.norm_scale(squares)
 
             def output(token: Scalar, n: Scalar, scale: Scalar | None = scale) -> Scalar:
-                [total] = k.fold(
-                    0, self.depth, [zero],
-                    lambda c, total: [
-                        k.fma(work.activation(token, c), work.matrix.weight(n, c), total)
-                    ],
-                )  # fmt: skip
+                def add(group: Scalar, total: Scalar) -> list[Scalar]:
+                    weights = work.matrix.unpack(work.matrix.load(n, group), "f32")
+                    for i, weight in enumerate(weights):
+                        x, _ = work.activations(token, group * GROUP + i * CHUNK)
+                        total = k.fma(k.convert(x, "f32"), weight, total)
+                    return [total]
+
+                zeros = k.scalar(0.0, f"vector<{CHUNK}xf32>")
+                total = k.sum(k.fold(0, -(-self.depth // GROUP), [zeros], add)[0])
                 return total if scale is None else total * scale
 
             with k.loop(0, self.features) as place:
                 if self.epilogue == "silu":
-                    gate = place // PIECE * ROWS + place % PIECE
-                    product = _silu(output(token, gate)) * output(token, gate + PIECE)
+                    gate = place // CHUNK * ROWS + place % CHUNK
+                    product = gated(output(token, gate), output(token, gate + CHUNK))
                     work.store(product, token, place)
                 else:
                     work.store(output(token, place), token, place)
@@ -206,12 +214,17 @@ class _Work:
         self.num_rows = k.constant()
         self.features = k.scalar(product.features, "index")
 
-    def activation(self, token: Scalar, column: Scalar) -> Scalar:
-        """One activation as f32, rounded to f16; without the norm's factor."""
-        x = self.x.load(token * self.product.depth + column)
-        if self.norm:
-            x = (x * self.norm.load(column)).to("f16")
-        return x.to("f32")
+    def activations(self, token: Scalar, column: Scalar) -> tuple[Scalar, Scalar | None]:
+        """A vector of CHUNK activations in f16, without the norm's factor; columns beyond the last
+        are 0. With a norm also as they were before it, in f32."""
+        k, depth = self._k, self.product.depth
+        inside = column.less(k.scalar(depth, "index"))
+        column = column.minimum(k.scalar(depth - CHUNK, "index"))
+        x = self.x.load_vector(token * depth + column, CHUNK)
+        x = inside.select(x, k.scalar(0.0, x.dtype))
+        if self.norm is None:
+            return x, None
+        return k.convert(x * self.norm.load_vector(column, CHUNK), "f16"), x
 
     def norm_scale(self, squares: Scalar) -> Scalar:
         """What the norm multiplies a row with, whose sum of squares this is."""
@@ -257,55 +270,46 @@ class _Stage:
         return squares
 
     def _load_group(self, first: Scalar, unit: Scalar) -> tuple[list[Scalar], Scalar]:
-        """A group of a row, as vectors of PIECE f16 numbers, and of a norm the sum of squares."""
-        k, product = self._k, self._work.product
+        """A group of a row, as vectors of f16 numbers, and of a norm the sum of squares."""
+        k = self._k
         row, group = unit // self._groups, unit % self._groups
         token = (k.workgroup(1) * self._rows + row).minimum(self._work.num_rows - 1)
         pieces, squares = [], k.scalar(0.0, "f32")
-        for piece in range(GROUP // PIECE):
-            column = (first + group) * GROUP + piece * PIECE
-            inside = column.less(k.scalar(product.depth, "index"))
-            column = column.minimum(k.scalar(product.depth - PIECE, "index"))
-            x = self._work.x.load_vector(token * product.depth + column, PIECE)
-            x = inside.select(x, k.scalar(0.0, x.dtype))
-            if self._work.norm:
-                squares = k.sum(x * x, squares)
-                x = k.convert(x * self._work.norm.load_vector(column, PIECE), "f16")
+        for start in range(0, GROUP, CHUNK):
+            x, before = self._work.activations(token, (first + group) * GROUP + start)
+            if before is not None:
+                squares = k.sum(before * before, squares)
             pieces.append(x)
         return pieces, squares
 
     def _store_group(self, pieces: Sequence[Scalar], unit: Scalar) -> None:
         k, total = self._k, self._k.scalar(0.0, "f32")
         for i, x in enumerate(pieces):
-            self._x.store_vector(x, unit * GROUP + i * PIECE)
+            self._x.store_vector(x, unit * GROUP + i * CHUNK)
             total = k.sum(k.convert(x, "f32"), total) if self._sums else total
         if self._sums:
             self._sums.store(total, unit)
 
     def add_products(
-        self, total: Scalar, pairs: Sequence[Scalar], numbers: Sequence[Scalar], place: Scalar,
-        row: int,
+        self, total: Scalar, pairs: Sequence[Scalar],
+        numbers: tuple[Sequence[Scalar], Scalar | None], place: Scalar, row: int,
     ) -> Scalar:  # fmt: skip
         """The total plus the products of a group's weights with a row's activations.
 
         pairs, numbers: of the weights, see QuantizedMatrix. place: of the group in the chunk.
         """
-        k, unit = self._k, place + row * self._groups
+        k, unit, (scales, minimum) = self._k, place + row * self._groups, numbers
         halves, half = [], len(pairs) // 2
         no_clamp = k.scalar(0, "i1")
         for start in (0, half):
             dot = k.scalar(0.0, "f32")
-            for i in range(start, start + half, PIECE // 2):
-                x = self._x.load_vector(unit * GROUP + 2 * i, PIECE)
-                for j in range(PIECE // 2):
+            for i in range(start, start + half, CHUNK // 2):
+                x = self._x.load_vector(unit * GROUP + 2 * i, CHUNK)
+                for j in range(CHUNK // 2):
                     two = k.shuffle(x, x, [2 * j, 2 * j + 1])
                     dot = k.intrinsic("amdgcn.fdot2", [pairs[i + j], two, dot, no_clamp], "f32")
             halves.append(dot)
-        if self._work.kind.group < GROUP:
-            return k.fma(numbers[1], halves[1], k.fma(numbers[0], halves[0], total))
-        total = k.fma(numbers[0], halves[0] + halves[1], total)
-        return k.fma(numbers[1], self._sums.load(unit), total) if self._sums else total
-
-
-def _silu(x: Scalar) -> Scalar:
-    return x / ((x * -1.0).math("exp") + 1.0)
+        if len(scales) > 1:
+            return k.fma(scales[1], halves[1], k.fma(scales[0], halves[0], total))
+        total = k.fma(scales[0], halves[0] + halves[1], total)
+        return k.fma(minimum, self._sums.load(unit), total) if minimum and self._sums else total

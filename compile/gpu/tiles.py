@@ -25,7 +25,7 @@ from typing import Protocol
 
 from compile.formats.blocks import GROUP
 from compile.gpu.kernel import ThreadBuilder
-from compile.gpu.unpack import CHUNK, Groups
+from compile.gpu.unpack import CHUNK, QuantizedMatrix
 from compile.mlir.executable import Memory
 from compile.mlir.values import Scalar
 from compile.target import Target
@@ -178,17 +178,16 @@ class Weights:
     """
 
     def __init__(
-        self, k: ThreadBuilder, tile: Tile, groups: Groups, first: Scalar, last: Scalar,
+        self, k: ThreadBuilder, tile: Tile, matrix: QuantizedMatrix, first: Scalar, last: Scalar,
         columns: tuple[int, int], is_gated: bool,
     ) -> None:  # fmt: skip
         assert tile.threads * GROUP == TILE * tile.depth
-        self._groups, thread = groups, k.thread()
+        self._matrix, thread = matrix, k.thread()
         row = thread % TILE
         self._group, self._place = thread // TILE, row
         if is_gated:
             self._place = row // 32 * 32 + row % 8 + row // 8 % 2 * 16 + row // 16 % 2 * 8
         self._row = (first + row).minimum(last)
-        self._start = groups.start(self._row)
         self._last = None if columns[0] == columns[1] else columns[0] // GROUP - 1
 
     def load(self, column: Scalar) -> Store:
@@ -196,10 +195,10 @@ class Weights:
         group = column // GROUP + self._group
         if self._last is not None:
             group = group.minimum(self._last)
-        packed = self._groups.load(self._start, self._row, group)
+        packed = self._matrix.load(self._row, group)
 
         def store(panel: Panel) -> None:
-            for i, chunk in enumerate(self._groups.unpack(packed)):
+            for i, chunk in enumerate(self._matrix.unpack(packed)):
                 panel.store(chunk, self._place, self._group * (GROUP // CHUNK) + i)
 
         return store

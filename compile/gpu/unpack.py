@@ -19,7 +19,6 @@ from compile.mlir.vectors import lanes_of
 
 CHUNK = 8  # columns that are unpacked at once
 BIAS = 0x6400  # the bits of 1024 in f16
-DTYPES = ("i8", "i32", "f16")  # as which the bytes of a matrix are read
 LOW_BITS = 4  # of a code, whose others lie apart
 
 
@@ -34,26 +33,22 @@ class Packed:
     factors: Sequence[Scalar]  # d, and dmin where there are minima: a vector of f16 numbers
 
 
-@dataclass(frozen=True)
-class Groups:
-    """Reads a quantized matrix [N, K] of a type, packed as `compile.gpu.quantized` tells.
+class QuantizedMatrix:
+    """A matrix [N, K] of a type in a kernel's next binding, as `compile.gpu.quantized` tells.
 
-    views: of its bytes, as all of DTYPES. columns: K.
+    columns: K. Rows and columns of the matrix, and numbers of groups of 32 columns, are indices.
     """
 
-    k: ExecutableBuilder
-    kind: BlockType
-    views: Views
-    columns: int
+    def __init__(self, k: ExecutableBuilder, kind: BlockType, columns: int) -> None:
+        self.k, self.kind = k, kind
+        whole = -(-columns // kind.columns)
+        self.num_groups = whole * kind.columns // GROUP
+        self._block_bytes = whole * column_bytes(kind)
+        self._views = Views(k, k.binding(read_only=True)).open("i32", "f16", "i8")
 
-    def start(self, row: Scalar) -> Scalar:
-        """The byte at which the block of a row begins."""
-        whole = -(-self.columns // self.kind.columns)
-        return row // ROWS * (whole * column_bytes(self.kind))
-
-    def load(self, start: Scalar, row: Scalar, group: Scalar) -> Packed:
-        """32 columns of a row, by the number of their group; start: that of the row's block."""
-        kind, in_block = self.kind, row % ROWS
+    def load(self, row: Scalar, group: Scalar) -> Packed:
+        """32 columns of a row."""
+        kind, in_block, start = self.kind, row % ROWS, row // ROWS * self._block_bytes
         at = start + group_offset(kind, group)
         codes = [
             self._vector("i32", at + (in_block * 16 + piece * ROWS * 16), 4)
@@ -74,16 +69,14 @@ class Groups:
 
     def _vector(self, dtype: str, at: Scalar, lanes: int) -> Scalar:
         size = {"i8": 1, "f16": 2, "i32": 4}[dtype]
-        return self.views[dtype].load_vector(at // size, lanes)
+        return self._views[dtype].load_vector(at // size, lanes)
 
     def unpack(self, packed: Packed, dtype: str = "f16") -> list[Scalar]:
         """The weights: four vectors of 8 numbers, in f16 or f32."""
-        k, kind, kind8 = self.k, self.kind, f"vector<{CHUNK}xf16>"
-        scales, minimum = self._numbers(packed, dtype)
-        zero = k.scalar(1024 + kind.zero, kind8)
-        weights = []
-        for i in range(GROUP // CHUNK):
-            codes = k.convert(k.bitcast(self._codes(packed, i), kind8) - zero, dtype)
+        k, weights = self.k, []
+        scales, minimum = self.numbers(packed, dtype)
+        for i, code in enumerate(self.codes(packed)):
+            codes = k.convert(code, dtype)
             scale = k.broadcast(scales[i * len(scales) * CHUNK // GROUP], CHUNK)
             if minimum:
                 weights.append(k.fma(codes, scale, k.broadcast(minimum, CHUNK)))
@@ -91,8 +84,16 @@ class Groups:
                 weights.append(codes * scale)
         return weights
 
-    def _numbers(self, packed: Packed, dtype: str) -> tuple[list[Scalar], Scalar | None]:
-        """Scales and the minimum of a group."""
+    def codes(self, packed: Packed) -> list[Scalar]:
+        """The codes minus that of zero: four vectors of 8 f16 numbers."""
+        k, kind8 = self.k, f"vector<{CHUNK}xf16>"
+        zero = k.scalar(1024 + self.kind.zero, kind8)
+        return [
+            k.bitcast(self._biased_codes(packed, i), kind8) - zero for i in range(GROUP // CHUNK)
+        ]
+
+    def numbers(self, packed: Packed, dtype: str = "f32") -> tuple[list[Scalar], Scalar | None]:
+        """The scale, or those of both halves, and the minimum if there is one, in f16 or f32."""
         k, kind = self.k, self.kind
         numbers = [k.element(packed.numbers[0], i) for i in range(kind.num_numbers)]
         if kind.has_super_blocks:
@@ -105,7 +106,7 @@ class Groups:
         numbers = [number.to(dtype) for number in numbers]
         return (numbers[:1], numbers[1]) if kind.has_minima else (numbers, None)
 
-    def _codes(self, packed: Packed, i: int) -> Scalar:
+    def _biased_codes(self, packed: Packed, i: int) -> Scalar:
         """Four words, with two codes each in their halves, under the bits of 1024."""
         kind = self.kind
         low_bits = kind.bits - kind.high_bits

@@ -1,4 +1,4 @@
-"""Activation functions of a vision tower, as arithmetic on MLIR values."""
+"""Activation functions, as arithmetic on MLIR values."""
 
 from __future__ import annotations
 
@@ -26,3 +26,8 @@ def activation(x: Scalar, name: str, exp: Callable[[Scalar], Scalar] | None = No
 def gelu(x: Scalar) -> Scalar:
     """GELU of a float scalar or vector, by the error function."""
     return x * 0.5 * ((x * math.sqrt(0.5)).math("erf") + 1.0)
+
+
+def gated(gate: Scalar, up: Scalar) -> Scalar:
+    """silu(gate) * up, of f32 scalars."""
+    return gate / ((gate * -1.0).math("exp") + 1.0) * up
