@@ -95,7 +95,8 @@ def _parser() -> argparse.ArgumentParser:
         "--cpu",
         default=defaults.cpu,
         metavar="LEVEL",
-        help=f"for cpu: {', '.join(CPU_LEVELS)} (default: host)",
+        help=f"for cpu: {', '.join(CPU_LEVELS)} (default: host); also with "
+        "more features, e.g. x86-64-v3+avx_vnni",
     )
     parser.add_argument(
         "--weights",

@@ -28,7 +28,7 @@ class Vectors:
     lanes: int  # f32 numbers of a vector
     max_rows: int  # that one product computes together, as far as registers go
     has_dot: bool = False  # dot products of bf16
-    has_int8_dot: bool = False
+    has_int8_dot: bool = False  # of four bytes; else there are those of two i16
     has_tiles: bool = False  # AMX in bf16
     tuning: Tuning = Tuning()
 
@@ -50,10 +50,23 @@ _CPU_FEATURES = {
     "avx512cd": "avx512cd", "avx512dq": "avx512dq", "avx512vl": "avx512vl",
     "avx512_vnni": "avx512vnni", "avx512_bf16": "avx512bf16", "avx512_fp16": "avx512fp16",
     "avx512vbmi": "avx512vbmi", "amx_tile": "amx-tile", "amx_bf16": "amx-bf16",
+    "avx_vnni": "avxvnni",
 }  # fmt: skip
 _V3 = ("ssse3", "sse4_1", "sse4_2", "popcnt", "cx16", "movbe", "avx", "f16c", "fma", "avx2", "bmi1",
        "bmi2", "abm")  # fmt: skip
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+# What a level can be given beyond its own features
+_ADDABLE = {
+    "x86-64-v3": ("avx_vnni",),
+    "x86-64-v4": (
+        "avx512_vnni",
+        "avx512_bf16",
+        "avx512_fp16",
+        "avx512vbmi",
+        "amx_tile",
+        "amx_bf16",
+    ),
+}
 
 # By `python -m compile.tools.tune_cpu` on two cores of a Xeon (Emerald Rapids): a single row is
 # 1.2 times as fast as with the default, 512 rows 1.14 times; 256 rows a task instead of 64 bring
@@ -110,8 +123,10 @@ class Target:
         features = self.cpu_features
         has_tiles = {"avx512_bf16", "amx_tile", "amx_bf16"} <= set(features)
         tuning = self.tuning or (TILED if has_tiles else Tuning())
-        if "avx512f" not in features:
-            return Vectors(8 if "avx2" in features else 4, 4, tuning=tuning)
+        if not {"avx512f", "avx512bw"} <= set(features):
+            has_int8_dot = {"avx2", "avx_vnni"} <= set(features)
+            lanes = 8 if "avx2" in features else 4
+            return Vectors(lanes, 4, has_int8_dot=has_int8_dot, tuning=tuning)
         has_dots = "avx512_bf16" in features, "avx512_vnni" in features
         return Vectors(16, 8, *has_dots, has_tiles, tuning)
 
@@ -146,11 +161,21 @@ def resolve_target(name: str, cpu: str = "host") -> Target:
     raise UnsupportedError(f"target={name!r} is unknown; use cpu, or one of {', '.join(HIP_CHIPS)}")
 
 
-def _level_features(level: str) -> tuple[str, ...]:
+def _level_features(cpu: str) -> tuple[str, ...]:
+    """The features of a level, e.g. "x86-64-v3", and of those after it, e.g. "+avxvnni"."""
     levels = {"generic": (), "x86-64-v3": _V3, "x86-64-v4": _V4}
-    if level == "host":
+    if cpu == "host":
         host = host_cpu_features()
-        return tuple(f for f in _CPU_FEATURES if f in host)
+        # With AVX-512 its own instruction is used, which AMD's CPUs of this kind have, too.
+        unused = {"avx_vnni"} if "avx512_vnni" in host else set()
+        return tuple(f for f in _CPU_FEATURES if f in host - unused)
+    level, *added = cpu.split("+")
     if level not in levels:
-        raise UnsupportedError(f"cpu={level!r} is unknown; use one of {', '.join(CPU_LEVELS)}")
-    return levels[level]
+        raise UnsupportedError(f"cpu={cpu!r} is unknown; use one of {', '.join(CPU_LEVELS)}")
+    names = {name: f for f in _ADDABLE.get(level, ()) for name in (f, _CPU_FEATURES[f])}
+    if unknown := [name for name in added if name not in names]:
+        addable = "; ".join(f"{level} +{', +'.join(names)}" for level, names in _ADDABLE.items())
+        raise UnsupportedError(
+            f"cpu={cpu!r}: {level} does not take {', '.join(unknown)}; what can be added: {addable}"
+        )
+    return (*levels[level], *(f for f in _CPU_FEATURES if f in {names[name] for name in added}))

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from compile.cpu.activations import Activations
+from compile.cpu.activations import Activations, Integers
 from compile.cpu.kernel import KernelBuilder
 from compile.cpu.operands import Operand, Streams, operand, product
-from compile.cpu.quantized_blocks import QuantizedBlocks
+from compile.cpu.quantized_blocks import UNIT, QuantizedBlocks
 from compile.cpu.quantized_element import element
 from compile.cpu.quantized_matmul import QuantizedProduct
 from compile.formats.blocks import BLOCK_TYPES
@@ -71,7 +71,7 @@ class Format:
     @property
     def unit(self) -> int:
         """Columns that lie side by side."""
-        return self.quantized.unit if self.is_quantized else self.operand.unit
+        return UNIT if self.is_quantized else self.operand.unit
 
     @property
     def view_types(self) -> tuple[str, ...]:
@@ -123,11 +123,12 @@ class Format:
         return 2 if self.has_half_sums else 1
 
     @property
-    def _activation_kind(self) -> Operand | int:
-        """How floats are multiplied, or the bytes of an integer."""
+    def _activation_kind(self) -> Operand | Integers:
+        """How floats are multiplied, or what integers are."""
         if not self.takes_integers:
             return self.operand
-        return 1 if self.activation_dtype == "int8" else 2
+        num_bits = 8 if self.activation_dtype == "int8" else 15
+        return Integers(num_bits, is_paired=not self.vectors.has_int8_dot)
 
     def product(
         self, k: KernelBuilder, weights: Views, blocks: Sequence[Scalar], cols: int, x: Activations,

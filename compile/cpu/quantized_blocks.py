@@ -15,6 +15,8 @@ from compile.mlir.values import Scalar
 from compile.mlir.vectors import vector_type
 from compile.target import VECTORS_PER_BLOCK, Vectors
 
+UNIT = 4  # columns that lie side by side
+
 
 @dataclass(frozen=True)
 class QuantizedBlocks:
@@ -22,11 +24,6 @@ class QuantizedBlocks:
 
     kind: BlockType
     vectors: Vectors
-
-    @property
-    def unit(self) -> int:
-        """Columns that lie side by side: four where the CPU has dot products of bytes."""
-        return 4 if self.vectors.has_int8_dot else 1
 
     @property
     def columns(self) -> int:
@@ -50,8 +47,8 @@ class QuantizedBlocks:
 
     @property
     def unit_bytes(self) -> int:
-        """Bytes of the lower bits of `unit` columns of a block."""
-        return self.unit * self.vectors.block * self.kind.low_bytes // GROUP
+        """Bytes of the lower bits of UNIT columns of a block."""
+        return UNIT * self.vectors.block * self.kind.low_bytes // GROUP
 
     @property
     def plane_columns(self) -> int:
@@ -151,24 +148,4 @@ class QuantizedBlocks:
             plane = memory.load_vector(planes + t * lanes, lanes)
             shifted = k.bits("shli" if shift > 0 else "shrui", plane, abs(shift))
             codes[t] = k.bits("ori", codes[t], k.bits("andi", shifted, mask))
-        return codes
-
-    def column(self, k: KernelBuilder, memory: Memory, start: Scalar, i: Scalar) -> list[Scalar]:
-        """Codes of column i of a group, for both vectors of the block's features, as i32."""
-        lanes = self.vectors.lanes
-        whole = vector_type(lanes, "i32")
-        codes = []
-        for t in range(VECTORS_PER_BLOCK if self.kind.bits == 8 else 1):
-            loaded = memory.load_vector(start + i * self.unit_bytes + t * lanes, lanes)
-            codes.append(loaded.to_unsigned(whole))
-        if self.kind.bits < 8:
-            codes = [k.bits("andi", codes[0], 15), k.bits("shrui", codes[0], 4)]
-        if not self.kind.high_bits:
-            return codes
-        planes = start + (i // self.plane_columns + self.kind.low_bytes) * self.vectors.block
-        shift = k.broadcast((i % self.plane_columns * self.kind.high_bits).to("i32"), lanes)
-        for t in range(VECTORS_PER_BLOCK):
-            plane = memory.load_vector(planes + t * lanes, lanes).to_unsigned(whole)
-            high = k.bits("andi", k.bits("shrui", plane, shift), 2**self.kind.high_bits - 1)
-            codes[t] = k.bits("ori", codes[t], k.bits("shli", high, 4))
         return codes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compile.cpu.kernel import KernelBuilder
-from compile.cpu.quantized_blocks import QuantizedBlocks
+from compile.cpu.quantized_blocks import UNIT, QuantizedBlocks
 from compile.formats.blocks import GROUP, SUPER_GROUPS
 from compile.mlir.executable import Memory, Views
 from compile.mlir.values import Scalar
@@ -36,7 +36,7 @@ def _code(
     col: Scalar,
 ) -> Scalar:  # fmt: skip
     """The code of a column and feature, i8; at: the first byte of its group."""
-    kind, unit, lanes, block = blocks.kind, blocks.unit, blocks.vectors.lanes, blocks.vectors.block
+    kind, unit, lanes, block = blocks.kind, UNIT, blocks.vectors.lanes, blocks.vectors.block
     h, low_at = kind.high_bits, at + col % GROUP // unit * blocks.unit_bytes
     if kind.bits == 8:
         return memory.load(low_at + feature * unit + col % unit)

@@ -19,6 +19,9 @@ from compile.mlir.values import Scalar
 from compile.mlir.vectors import vector_type
 from compile.target import VECTORS_PER_BLOCK
 
+# Dot products of two i16, by f32 lanes
+PAIRS = {4: "x86.sse2.pmadd.wd", 8: "x86.avx2.pmadd.wd", 16: "x86.avx512.pmaddw.d.512"}
+
 
 @dataclass(frozen=True)
 class QuantizedProduct:
@@ -89,16 +92,17 @@ class QuantizedProduct:
         """
         k, x = self.k, self.x
         kind, whole = vector_type(self._lanes, "f32"), vector_type(self._lanes, "i32")
-        multiply = self._dots_of_quads if self.blocks.unit == 4 else self._dots_of_bytes
+        is_paired, num_parts = x.integers.is_paired, x.integers.parts
+        multiply = self._dots_of_pairs if is_paired else self._dots_of_quads
         start = [k.scalar(0, whole)] * len(self.rows)
         if self.blocks.kind.zero:  # codes are unsigned: this one stands for 0
             start = [k.broadcast(self._offset(row, group, half), self._lanes) for row in self.rows]
         *high, low = (
             multiply(
                 at, [x.codes_at(row, group, part) for row in self.rows], half,
-                start if part == x.parts - 1 else [k.scalar(0, whole)] * len(self.rows),
+                start if part == num_parts - 1 else [k.scalar(0, whole)] * len(self.rows),
             )
-            for part in range(x.parts)
+            for part in range(num_parts)
         )  # fmt: skip
         dots = [k.bits("shli", a, 7) + b for a, b in zip(*high, low, strict=True)] if high else low
         return [dot.to(kind) for dot in dots]
@@ -132,23 +136,24 @@ class QuantizedProduct:
                     dots[d] = k.intrinsic(name, [dots[d], codes[t], value], whole)
         return dots
 
-    def _dots_of_bytes(
+    def _dots_of_pairs(
         self, at: Scalar, rows: Sequence[Scalar], half: int, sums: Sequence[Scalar]
     ) -> list[Scalar]:
-        """The same with products in f32, whose 24 bits hold their sums exactly."""
-        k, lanes, codes = self.k, self._lanes, self.x.codes["i8"]
-        kind, whole = vector_type(lanes, "f32"), vector_type(lanes, "i32")
-
-        def step(i: Scalar, *sums: Scalar) -> list[Scalar]:
-            columns = self.blocks.column(k, self.weights["i8"], at, i)
-            values = [column.to(kind) for column in columns]
-            wide = [k.broadcast(codes.load(row + i).to("f32"), lanes) for row in rows]
-            return [
-                k.fma(wide[d // VECTORS_PER_BLOCK], values[d % VECTORS_PER_BLOCK], total)
-                for d, total in enumerate(sums)
-            ]
-
-        none = k.scalar(0.0, kind)
-        first, last = half * self.blocks.kind.group, (half + 1) * self.blocks.kind.group
-        dots = k.fold(first, last, [none] * (VECTORS_PER_BLOCK * len(rows)), step)
-        return [dot.to_int(whole) + sums[d // VECTORS_PER_BLOCK] for d, dot in enumerate(dots)]
+        """The same for activations of 16 bits, with dot products of two i16."""
+        k, lanes = self.k, self._lanes
+        whole, pairs = vector_type(lanes, "i32"), vector_type(2 * lanes, "i16")
+        low = k.scalar(255, pairs)
+        dots = [total for total in sums for _ in range(VECTORS_PER_BLOCK)]
+        count = self.blocks.kind.group // 4
+        for i in range(half * count, (half + 1) * count):
+            quads = self.blocks.quads(k, self.weights["i32"], at, i)
+            codes = [k.bitcast(quad, pairs) for quad in quads]
+            for odd in range(2):  # columns 0 and 2, then 1 and 3
+                wide = [k.bits("shrui", c, 8) if odd else k.bits("andi", c, low) for c in codes]
+                for r, row in enumerate(rows):
+                    word = self.x.codes["i32"].load(row // 4 + (2 * i + odd))
+                    value = k.bitcast(k.broadcast(word, lanes), pairs)
+                    for t in range(VECTORS_PER_BLOCK):
+                        d = r * VECTORS_PER_BLOCK + t
+                        dots[d] = dots[d] + k.intrinsic(PAIRS[lanes], [wide[t], value], whole)
+        return dots

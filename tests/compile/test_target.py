@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from compile.target import HIP_CHIPS, resolve_target
+from compile import target as target_module
+from compile.target import HIP_CHIPS, Vectors, resolve_target
 from sf_local.errors import UnsupportedError
 
 
@@ -25,6 +26,42 @@ def test_cpu_levels() -> None:
     assert set(features["x86-64-v4"]) - set(features["x86-64-v3"]) >= {"avx512f", "avx512vl"}
     vectors = [resolve_target("cpu", level).vectors for level in features]
     assert [v and (v.lanes, v.has_dot) for v in vectors] == [(4, False), (8, False), (16, False)]
+
+
+def test_features_beyond_a_level() -> None:
+    """Named as in /proc/cpuinfo or as LLVM does; the artifact names them as the former."""
+    plain = resolve_target("cpu", "x86-64-v3")
+    for name in ("avx_vnni", "avxvnni"):
+        target = resolve_target("cpu", f"x86-64-v3+{name}")
+        assert target.cpu_features == (*plain.cpu_features, "avx_vnni")
+        assert target.vectors == Vectors(8, 4, has_int8_dot=True)
+        assert any(flag.endswith(",+avxvnni") for flag in target.flags)
+    tiles = resolve_target("cpu", "x86-64-v4+amx-bf16+amx_tile+avx512_vnni+avx512_bf16").vectors
+    assert tiles is not None and tiles.has_tiles and tiles.has_int8_dot
+
+
+@pytest.mark.parametrize(
+    ("cpu", "told"),
+    [
+        ("x86-64-v3+avx512_vnni", "x86-64-v3 does not take avx512_vnni; .*x86-64-v3 .avx_vnni"),
+        ("x86-64-v4+avx_vnni", "x86-64-v4 does not take avx_vnni"),
+        ("generic+avx2+", "generic does not take avx2, ;"),
+        ("host+avx_vnni", "'host.avx_vnni' is unknown; use one of host"),
+    ],
+)
+def test_features_that_do_not_fit(cpu: str, told: str) -> None:
+    with pytest.raises(UnsupportedError, match=told):
+        resolve_target("cpu", cpu)
+
+
+def test_a_host_with_both_kinds_of_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What needs AVX-512 anyway does not need AVX-VNNI as well, which some CPUs lack."""
+    for host, expected in (
+        ({"avx2", "avx_vnni"}, ("avx2", "avx_vnni")),
+        ({"avx2", "avx512f", "avx512_vnni", "avx_vnni"}, ("avx2", "avx512f", "avx512_vnni")),
+    ):
+        monkeypatch.setattr(target_module, "host_cpu_features", lambda host=host: frozenset(host))
+        assert resolve_target("cpu").cpu_features == expected
 
 
 def test_default_weights() -> None:

@@ -61,7 +61,8 @@ MIXTURES: dict[str, tuple[Callable[[str], Kind], LlamaConfig]] = {
     "Q4_K_M": (q4_k_m, LlamaConfig(*SHAPE, tied_embeddings=True)),
     "others": (other_types, LlamaConfig(*SHAPE, tied_embeddings=False)),
 }
-SLOW = [("host", "int16"), ("host", "int8"), ("x86-64-v3", None), ("generic", None)]
+SLOW = [("host", "int16"), ("host", "int8"), ("x86-64-v3", None), ("generic", None),
+        ("x86-64-v3", "int8"), ("x86-64-v3+avx_vnni", None), ("x86-64-v4", None)]  # fmt: skip
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)

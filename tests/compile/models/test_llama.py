@@ -256,7 +256,13 @@ def test_prefill_is_equal_to_the_bit_in_any_batch(
     np.testing.assert_array_equal(together, alone)
 
 
-@pytest.mark.parametrize("cpu", ["host", "x86-64-v3", "generic"])
+@pytest.mark.parametrize(
+    "cpu",
+    [
+        "host", "x86-64-v3", "generic",
+        *(pytest.param(cpu, marks=pytest.mark.slow) for cpu in ("x86-64-v3+avx_vnni", "x86-64-v4")),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_quantized_weights(make_tiny: Callable[..., TinyModel], dtype: str, cpu: str) -> None:
     """As the reference with the same quantized weights; a row of any batch equal to the bit, and
