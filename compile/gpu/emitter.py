@@ -42,7 +42,7 @@ class LlamaEmitter:
         self.kernels = Kernels(self.b, target, plain=plain)
         tile = target.tile
         self.weights = Weights(self.b, _activations(options), self.kernels)
-        self.decoder = Decoder(config, options, self.weights, tile)
+        self.decoder = Decoder(config, options, self.weights, self.kernels, tile)
         self.kv_row = 2 * config.num_kv_heads * config.head_dim
         self.page_elements = config.num_layers * options.page_size * self.kv_row
         tensors = decoder_tensors(config, context=options.max_seq_len)

@@ -176,7 +176,7 @@ class ExecutableBuilder(VectorBuilder):
     # Control flow
 
     @contextmanager
-    def loop(self, low: Index, high: Index, step: int = 1) -> Iterator[Scalar]:
+    def loop(self, low: Index, high: Index, step: Index = 1) -> Iterator[Scalar]:
         """A for loop from `low` to `high`, exclusive; yields the loop variable, an index."""
         variable = self.fresh()
         with self.block(
@@ -190,7 +190,7 @@ class ExecutableBuilder(VectorBuilder):
         high: Index,
         state: Sequence[Scalar],
         body: Callable[..., Sequence[Scalar]],
-        step: int = 1,
+        step: Index = 1,
     ) -> list[Scalar]:
         """A for loop that carries values: `body(index, *state)` returns the next state.
 

@@ -24,11 +24,15 @@ from compile.target import resolve_target
 from compile.toolchain import iree_compile
 from compile.tools.gpu_cards import MATRIX
 from compile.tools.gpu_code import Code, parse
+from compile.tools.gpu_registers import ARGUMENTS
 
 SIZES = ITEM_BYTES | {"i64": 8, "i32": 4, "i8": 1}
 # A kernel that picks elements, by what is in its text: it reads at most so many times what it
 # writes
 PICKING = {"iree_linalg_ext.gather ": 1, "tensor.extract ": 4, "func.func @embedding_": 1}
+ATTENDING = "attend_"  # how names of kernels begin that attend to pages
+START_BINDING = 2  # of these: the positions of the tokens
+STARTS = 1 << 20  # where these lie for `compile.tools.gpu_walk`, behind the arguments' address
 
 _TENSOR = re.compile(r"tensor<((?:[?\d]+x)*)(\w+)>(?:\{(.*)\})?")
 _ITEM = re.compile(r"tensor<[^>]*>(?:\{[^}]*\})?|%[\w#]+(?:\{[^}]*\})?|\w+")  # of a list of types
@@ -48,7 +52,7 @@ _OPERATION = re.compile(
 _ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     "addi": int.__add__, "subi": int.__sub__, "muli": int.__mul__, "divui": int.__floordiv__,
     "divsi": int.__floordiv__, "remui": int.__mod__, "remsi": int.__mod__,
-    "shrui": int.__rshift__, "shli": int.__lshift__, "ori": int.__or__,
+    "minui": min, "minsi": min, "shrui": int.__rshift__, "shli": int.__lshift__, "ori": int.__or__,
     "align": lambda a, b: -(-a // b) * b,
 }  # fmt: skip
 
@@ -132,8 +136,17 @@ class Report:
         """What a function dispatches for `rows` rows of `length` tokens that see `context` each."""
         pages = -(-context // self.options.page_size)
         sizes = [length] * (function.startswith("prefill") + ("_embeds" in function))
-        attention = 4 * rows * length * self.config.num_heads * self.config.head_dim * context
-        return self._dispatches(function, [*sizes, pages, rows * pages + 1], attention)
+        c = self.config
+        attention = 4 * rows * length * c.num_heads * c.head_dim * context
+        found = self._dispatches(function, [*sizes, pages, rows * pages + 1], attention)
+        token = 2 * c.num_kv_heads * c.head_dim * ITEM_BYTES[self.options.kv_dtype]
+        return [
+            replace(
+                d, num_bytes=d.num_bytes + rows * context * token, operations=attention,
+                arguments=_with_start(d.arguments, context - 1),
+            ) if d.name.startswith(ATTENDING) else d
+            for d in found
+        ]  # fmt: skip
 
     def tile_dispatches(self, num_tiles: int) -> list[Dispatch]:
         """What the function dispatches that encodes `num_tiles` tiles of images."""
@@ -161,7 +174,9 @@ class Report:
         updated = {output.split("{")[0] for output in outputs}  # in place, if an operand
         read = [_num_bytes(t, values) for a, t in operands.items() if a not in updated]
         written = sum(_num_bytes(output, values) for output in outputs)
-        if updated & set(operands):
+        if name.startswith(ATTENDING):  # picks from the others, and `dispatches` adds the cache
+            read = read[:1]
+        elif updated & set(operands):
             written += sum(read)
         if kernel.picking:
             read = [min(size, kernel.picking * written) for size in read]
@@ -176,6 +191,13 @@ class Report:
             name, math.prod(counts), sum(read) + written, operations, weights,
             given[name].pop(0).with_grid(counts, kernel.size),
         )  # fmt: skip
+
+
+def _with_start(arguments: dict[int, int], start: int) -> dict[int, int]:
+    """The arguments of attention over pages, and behind their address the position of a token."""
+    place = ARGUMENTS + STARTS
+    given = {8 * START_BINDING: place & 0xFFFFFFFF, 8 * START_BINDING + 4: place >> 32}
+    return arguments | given | {STARTS: start, STARTS + 4: 0}
 
 
 def compile_shape(

@@ -25,14 +25,18 @@ std::FILE* record_file() {
 }  // namespace
 
 Comparison::Comparison(const std::vector<void*>& bindings) {
+  int number = -static_cast<int>(bindings.size());
   for (const void* binding : bindings) {
     const View view = allocation_of(binding);
-    const bool is_known = std::any_of(copies_.begin(), copies_.end(), [&](const Copy& copy) {
+    const auto known = std::find_if(copies_.begin(), copies_.end(), [&](const Copy& copy) {
       return copy.view.data == view.data;
     });
-    if (view.data && !is_known) {
-      copies_.push_back({view, {view.data, view.data + view.size}, {}});
+    if (known != copies_.end()) {
+      known->bindings.push_back(number);
+    } else if (view.data) {
+      copies_.push_back({view, {view.data, view.data + view.size}, {}, {number}});
     }
+    ++number;
   }
 }
 
@@ -59,8 +63,13 @@ void Comparison::record(const std::string& kernel) const {
     if (begin == end) continue;
     begin = begin / 8 * 8;
     end = std::min((end + 7) / 8 * 8, copy.view.size);
-    std::fprintf(file, R"({"kernel": "%s", "launch": %ld, "offset": %zu, "size": %zu})"
-                       "\n", kernel.c_str(), num_launches, begin, end - begin);
+    std::string numbers;
+    for (const int number : copy.bindings) {
+      numbers += (numbers.empty() ? "" : ", ") + std::to_string(number);
+    }
+    std::fprintf(file, R"({"kernel": "%s", "launch": %ld, "bindings": [%s], "offset": %zu, )"
+                       R"("size": %zu})" "\n",
+                 kernel.c_str(), num_launches, numbers.c_str(), begin, end - begin);
     for (const char* data : {copy.before.data(), copy.twin.data(), machine}) {
       std::fwrite(data + begin, 1, end - begin, file);
     }

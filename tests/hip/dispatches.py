@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ EXACT = {
 
 _NAME = re.compile(r"hal\.executable\.export public @(\S+) ordinal")
 _WRITTEN = re.compile(r"dispatch\.tensor<(?:writeonly|readwrite):tensor<(?:[\d?]+x)*(\w+)>")
-_OURS = re.compile(r'precision = "(\w*)".*written = "(\w+)"')
+_OURS = re.compile(r'precision = "(\w*)".*written = "([\w,]+)"')
 _OPERATION = re.compile(r"(?<![.\w])((?:arith|math|linalg|iree_linalg_ext|tensor)\.[a-z_]+)\b")
 _TRUNCATED = re.compile(r"arith\.truncf .* to (\w+)")
 _ATTENTION = re.compile(r"iree_linalg_ext\.attention .*?ins\((.*?)\) outs", re.DOTALL)
@@ -50,14 +50,28 @@ _FLOATS = re.compile(r"(?<![a-z])(b?f\d+)>")
 class Dispatch:
     """One dispatch.
 
-    dtype: of the elements that it writes; "i8", bytes, if it writes several types. precision: the
-    float type whose bound it must keep; None where it rounds nothing, so that its results must be
-    the same to the bit.
+    dtype: of the elements that it writes; "i8", bytes, if it writes several types. A kernel of our
+    own may tell that of each of its last bindings instead, as in "f16,f32". precision: the float
+    type whose bound it must keep; None where it rounds nothing, so that its results must be the
+    same to the bit.
     """
 
     name: str
     dtype: str
     precision: str | None
+
+    def dtype_of(self, bindings: Sequence[int]) -> str:
+        """Of what it writes to an allocation with these of its bindings, of which -1 is the last.
+
+        Raises ValueError where bindings of several types lie in one allocation.
+        """
+        types = self.dtype.split(",")
+        if len(types) == 1:
+            return types[0]
+        found = {types[number] for number in bindings if number >= -len(types)}
+        if len(found) != 1:
+            raise ValueError(f"{self.name} writes {found} to one allocation, or to an input")
+        return found.pop()
 
 
 def read_dispatches(folder: Path) -> dict[str, Dispatch]:
@@ -93,6 +107,7 @@ class Written:
 
     kernel: str
     launch: int
+    bindings: Sequence[int]  # of the launch, in this allocation
     before: bytes
     twin: bytes
     machine: bytes
@@ -104,7 +119,9 @@ def read_record(path: Path) -> Iterator[Written]:
         while line := file.readline():
             entry = json.loads(line)
             before, twin, machine = (file.read(entry["size"]) for _ in range(3))
-            yield Written(entry["kernel"], entry["launch"], before, twin, machine)
+            yield Written(
+                entry["kernel"], entry["launch"], entry["bindings"], before, twin, machine
+            )
 
 
 @dataclass
@@ -128,7 +145,8 @@ class Difference:
 
     def add(self, written: Written) -> None:
         self.launches += 1
-        arrays = (_elements(data, self.dispatch.dtype)
+        dtype = self.dispatch.dtype_of(written.bindings)
+        arrays = (_elements(data, dtype)
                   for data in (written.before, written.twin, written.machine))  # fmt: skip
         difference, problem = _difference(*arrays, is_exact=self.dispatch.precision is None)
         self.largest = max(self.largest, difference)

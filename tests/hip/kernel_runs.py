@@ -27,7 +27,9 @@ RUN = """
     with open(vmfb, "rb") as file:
         module = iree.runtime.load_vm_flatbuffer(file.read(), driver="hip")
     with np.load(given) as arrays:
-        np.save(found, module["main"](*arrays.values()).to_host())
+        results = module["main"](*arrays.values())
+    results = results if isinstance(results, (tuple, list)) else [results]
+    np.savez(found, *(result.to_host() for result in results))
 """
 
 
@@ -48,19 +50,27 @@ class KernelRunner:
 
         text: of the module for a target, whose function is `main`. order: of the waves.
         """
+        [result] = self.run_all({name}, text, arguments, order)
+        return result
+
+    def run_all(
+        self, names: set[str], text: Callable[[Target], str], arguments: Sequence[Array],
+        order: str = "random",
+    ) -> list[Array]:  # fmt: skip
+        """The same of a module with several kernels, or results."""
         code, plain, given, record = (self.folder / name for name in ("a", "b", "c.npz", "d"))
         code.write_text(text(Target(self.chip)))
         plain.write_text(text(Target("cpu")))
         np.savez(given, *arguments)
         record.unlink(missing_ok=True)  # that of a product before
         vmfb = compile_code_object(code, self.chip, self.cache).parent / VMFB
-        twins, found = compile_twins(plain, self.cache), self.folder / "found.npy"
+        twins, found = compile_twins(plain, self.cache), self.folder / "found.npz"
         outcome = self.driver.run(
             RUN, vmfb, given, found, devices=f"{self.chip}:64MiB", twins=twins, runs="both",
             machine=order, record=record,
         )  # fmt: skip
         assert outcome.exit_code == 0, outcome.stderr
         differences = compare_record(record, read_dispatches(twins))
-        assert set(differences) == {name} and wrong_ones(differences.values()) == []
-        result: Array = np.load(found)
-        return result
+        assert set(differences) == names and wrong_ones(differences.values()) == []
+        with np.load(found) as results:
+            return list(results.values())

@@ -1,0 +1,277 @@
+"""Attention of decode on GPUs, over the pages of a KV cache, which are read where they lie.
+
+Shapes: N rows of one token each, B pages a row, P tokens a page, L layers, H query heads, KH KV
+heads, G = H / KH query heads of a KV head, D head_dim, S splits of the context.
+
+A workgroup has one KV head of a row, and one split of its context: chunks of tokens, every S-th of
+them. A few lanes have a token, 16 bytes of its key and of its value each, and use them for all G
+query heads. Each group of lanes keeps a softmax of its own, corrected as larger scores come
+(Milakov and Gimelshein 2018); at the end those of a workgroup become one, and those of all splits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from compile.gpu.kernel import Kernel, Kernels, ThreadBuilder
+from compile.gpu.pages import Heads, Pages, Token
+from compile.gpu.softmax import (
+    THREADS,
+    Combination,
+    Lanes,
+    State,
+    add_tokens,
+    exp2_exact,
+    exp2_fast,
+    flattened,
+    merge,
+    of_token,
+    unflattened,
+)
+from compile.mlir.builder import Builder, Dim, Tensor
+from compile.mlir.executable import ExecutableBuilder
+from compile.mlir.values import Scalar
+
+TOKENS = 4  # side by side, which a group of lanes loads at once; a page has a multiple of them
+ENOUGH = 64  # rows times KV heads that keep a chip busy without splits, which cost a launch
+WORKGROUPS = 256  # that splits make of fewer
+HIDDEN = -3e38  # the score of a token that is not there, which has no weight beside any other
+PRECISION = ("bf16", "f16", "f32")  # from the least
+
+
+@dataclass(frozen=True)
+class DecodeAttention(Kernel):
+    """Rotates queries and keys, stores keys and values in the cache, and attends.
+
+    Bindings: queries, keys and values [N, (H + 2 KH) * D] f32; cosines and sines of all positions
+    [context, 2, D/2] f32; first positions [N] i64, which are those of the tokens; lengths after
+    them [N] i64; page ids [N, B] i64; the cache; the result. Constants: N, B, the layer, S.
+    Workgroups: S, KH times parts of its queries, N.
+
+    The result is what rows attend to, [N, H * D] of `dtype`; or with splits [S, N, H * (D + 2)]
+    f32, of each split the sums of values of all heads, then of each head the largest score, in
+    powers of two, and the sum of exponentials. Rows that only pad the batch store nothing. A row
+    reads what it stores itself from its registers, and nothing that another stores in this call.
+    """
+
+    heads: Heads
+    dtype: str
+    is_split: bool
+
+    @property
+    def name(self) -> str:
+        """By the sizes that differ within a module."""
+        heads = self.heads
+        sizes = f"{heads.num_heads}x{heads.num_kv_heads}x{heads.head_dim}"
+        return f"attend_{heads.kv_dtype}_{sizes}{'_split' if self.is_split else ''}"
+
+    @property
+    def threads(self) -> int:
+        """Of a workgroup."""
+        return THREADS
+
+    @property
+    def result(self) -> tuple[str, str]:
+        """Of the cache, then of the result; queries and keys are rounded to the cache's type."""
+        kv, dtype = self.heads.kv_dtype, "f32" if self.is_split else self.dtype
+        least = min(kv, dtype, key=lambda name: PRECISION.index(name))
+        return (dtype if kv == dtype else f"{kv},{dtype}"), least
+
+    @property
+    def lanes(self) -> Lanes:
+        """Of a key or value."""
+        return Lanes.of(self.heads.head_dim, self.heads.kv_dtype)
+
+    @property
+    def chunk(self) -> int:
+        """Tokens that a workgroup loads at once."""
+        return self.lanes.slots * TOKENS
+
+    # What a thread does
+
+    def write(self, k: ThreadBuilder) -> None:
+        """What each thread does."""
+        heads, lanes, pages = self.heads, self.lanes, self._pages(k)
+        parts = heads.num_heads // heads.num_kv_heads // heads.queries
+        split, part, row = (k.workgroup(axis) for axis in range(3))
+        slot = k.thread() // lanes.count
+        start, has_numbers = lanes.place(k, heads.head_dim)
+        token = Token(pages, row, part // parts, start, lanes.piece)
+        queries = [token.rotated(part * heads.queries + i) for i in range(heads.queries)]
+        if has_numbers:
+            zero = k.scalar(0.0, queries[0].dtype)
+            queries = [has_numbers.select(query, zero) for query in queries]
+        is_first = is_stored = k.bits("andi", split.equals(0), slot.equals(0))
+        for condition in (token.is_valid, (part % parts).equals(0), has_numbers):
+            is_stored = k.bits("andi", is_stored, condition) if condition else is_stored
+        with k.when(is_stored):
+            token.store()
+        own = [self._score(k, query, token.key) for query in queries]
+        states = of_token(k, own, token.value, is_first)
+        states = self._attend(k, pages, token, queries, states, split)
+
+        def finish(i: int, place: Scalar, *sums: Scalar) -> None:
+            pages.finish(row, part * heads.queries + i, split, place, *sums)
+
+        merge(k, lanes, heads.head_dim, states, has_numbers, finish)
+
+    def _attend(
+        self, k: ThreadBuilder, pages: Pages, token: Token, queries: Sequence[Scalar],
+        states: Sequence[State], split: Scalar,
+    ) -> list[State]:  # fmt: skip
+        """The states with all tokens before `token` that the thread has."""
+        first = k.thread() // self.lanes.count * TOKENS
+        step = pages.splits * self.chunk
+        last = token.position.largest(k.scalar(1, "index")) - 1
+
+        def attend(chunk: Scalar, page: Scalar, *flat: Scalar) -> list[Scalar]:
+            position = first + chunk * self.chunk
+            following = pages.page_of(token.row, (position + step).minimum(last))
+            at = pages.at(page, position % self.heads.page_size, token.head, token.start)
+            places = [at + u * self.heads.token for u in range(TOKENS)]
+            keys, values = (
+                [pages.cache.load_vector(place + half, self.lanes.piece) for place in places]
+                for half in (0, self.heads.token // 2)
+            )
+            # What lies behind the last token may be NaN
+            seen = [(position + u).less(token.position) for u in range(TOKENS)]
+            none, zero = k.scalar(HIDDEN, "f32"), k.scalar(0.0, values[0].dtype)
+            values = [is_seen.select(v, zero) for is_seen, v in zip(seen, values, strict=True)]
+            states = unflattened(flat)
+            for q, query in enumerate(queries):
+                scores = [
+                    is_seen.select(self._score(k, query, key), none)
+                    for is_seen, key in zip(seen, keys, strict=True)
+                ]
+                states[q] = add_tokens(k, exp2_fast, states[q], scores, values)
+            return [following, *flattened(states)]
+
+        page = pages.page_of(token.row, (first + split * self.chunk).minimum(last))
+        state = [page, *flattened(states)]
+        return unflattened(k.fold(split, self._chunks(token), state, attend, step=pages.splits)[1:])
+
+    def _score(self, k: ThreadBuilder, query: Scalar, key: Scalar) -> Scalar:
+        """The score of a key in powers of two; each lane of a token has it."""
+        total, pairs = k.scalar(0.0, "f32"), self.lanes.piece // 2
+        if self.heads.kv_dtype == "f16":
+            no_clamp = k.scalar(0, "i1")
+            for i in range(pairs):
+                a, b = (k.shuffle(x, x, [2 * i, 2 * i + 1]) for x in (query, key))
+                total = k.intrinsic("amdgcn.fdot2", [a, b, total, no_clamp], "f32")
+        else:
+            a, b = (k.convert(x, "f32") for x in (query, key))
+            for i in range(self.lanes.piece):
+                total = k.fma(k.element(a, i), k.element(b, i), total)
+        if self.lanes.count > 1:
+            total = k.reduce("add", total, self.lanes.count)
+        return total * self.scale
+
+    def _pages(self, k: ExecutableBuilder) -> Pages:
+        return Pages(k, self.heads, None if self.is_split else self.dtype)
+
+    def _chunks(self, token: Token) -> Scalar:
+        """How many chunks the tokens before `token` are."""
+        return (token.position + (self.chunk - 1)) // self.chunk
+
+    @property
+    def scale(self) -> float:
+        """Of scores: the usual one, and that of powers of two."""
+        return math.log2(math.e) / math.sqrt(self.heads.head_dim)
+
+    # The same in loops
+
+    def write_plain(self, k: ExecutableBuilder) -> None:
+        """Head by head, a split after the other; of a head, one half after the other."""
+        heads, pages = self.heads, self._pages(k)
+        group, half = heads.num_heads // heads.num_kv_heads, heads.head_dim // 2
+        starts = [k.scalar(start, "index") for start in (0, half)]
+        with k.loop(0, pages.num_rows) as row, k.loop(0, heads.num_kv_heads) as head:
+            halves = [Token(pages, row, head, start, half) for start in starts]
+            with k.when(halves[0].is_valid):
+                for token in halves:
+                    token.store()
+            with k.loop(0, group) as i, k.loop(0, pages.splits) as split:
+                self._attend_plainly(k, pages, halves, head * group + i, split)
+
+    def _attend_plainly(
+        self, k: ExecutableBuilder, pages: Pages, halves: Sequence[Token], head: Scalar,
+        split: Scalar,
+    ) -> None:  # fmt: skip
+        """What a query head and a split of a row leave."""
+        token, half = halves[0], self.heads.head_dim // 2
+        queries = [each.rotated(head) for each in halves]
+
+        def score(keys: Sequence[Scalar]) -> Scalar:
+            total = k.scalar(0.0, "f32")
+            for a, b in zip(queries, keys, strict=True):
+                total = k.sum(k.convert(a, "f32") * k.convert(b, "f32"), total)
+            return total * self.scale
+
+        def attend_token(position: Scalar, *flat: Scalar) -> list[Scalar]:
+            page, slot = pages.page_of(token.row, position), position % self.heads.page_size
+            places = [pages.at(page, slot, token.head, each.start) for each in halves]
+            keys = [pages.cache.load_vector(place, half) for place in places]
+            found, states = score(keys), unflattened(flat)
+            for i, place in enumerate(places):
+                value = pages.cache.load_vector(place + self.heads.token // 2, half)
+                states[i] = add_tokens(k, exp2_exact, states[i], [found], [value])
+            return flattened(states)
+
+        def attend(chunk: Scalar, *flat: Scalar) -> list[Scalar]:
+            first = chunk * self.chunk
+            end = (first + self.chunk).minimum(token.position)
+            return k.fold(first, end, flat, attend_token)
+
+        own, is_first = score([each.key for each in halves]), split.equals(0)
+        states = [of_token(k, [own], each.value, is_first)[0] for each in halves]
+        flat = k.fold(split, self._chunks(token), flattened(states), attend, step=pages.splits)
+        for each, (top, weight, total) in zip(halves, unflattened(flat), strict=True):
+            for i in range(half):
+                number = k.element(total, i)
+                pages.finish(token.row, head, split, each.start + i, number, top, weight)
+
+
+def attend(
+    kernels: Kernels, heads: Heads, dtype: str, inputs: Sequence[Tensor], cache: Tensor,
+    layer: Dim,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What rows attend to [N, H * D] in `dtype`, and the cache.
+
+    inputs: queries, keys and values, cosines and sines, first positions, lengths, page ids: as of
+    `DecodeAttention`. layer: its number.
+    """
+    num_rows, num_pages = inputs[-1].shape
+    busy = int(num_rows) * heads.num_kv_heads
+    kernel = DecodeAttention(heads, dtype, busy < ENOUGH)
+    parts = heads.num_heads // heads.queries
+    out = Tensor("", (num_rows, heads.num_heads * heads.head_dim), dtype)
+    if not kernel.is_split:
+        constants = [num_rows, num_pages, layer, 1]
+        cache, out = kernels.call(kernel, (1, parts, num_rows), constants, inputs, [cache], [out])
+        return out, cache
+    most = 1 << (WORKGROUPS // busy).bit_length() - 1
+    tokens = kernels.b.product(num_pages, heads.page_size)
+    splits = _power_of_two(kernels.b, kernels.tiles(tokens, kernel.chunk), most)
+    sums = Tensor("", (splits, num_rows, heads.summed), "f32")
+    cache, sums = kernels.call(
+        kernel, (splits, parts, num_rows), [num_rows, num_pages, layer, splits], inputs, [cache],
+        [sums],
+    )  # fmt: skip
+    [out] = kernels.call(
+        Combination(heads.num_heads, heads.head_dim, dtype), (heads.num_heads, num_rows, 1),
+        [num_rows, splits], [sums], outputs=[out],
+    )  # fmt: skip
+    return out, cache
+
+
+def _power_of_two(b: Builder, size: Dim, most: int) -> Dim:
+    """The power of two that is not smaller than a size, but at most `most`, which is one: so there
+    are few sizes of what splits leave, each of which the runtime keeps memory for."""
+    bits = b.index(size) - 1
+    for shift in (1, 2, 4, 8, 16):
+        by = b.scalar(shift, "index")
+        lower = b.op(f"arith.shrui {bits.name}, {by.name} : index", "index")
+        bits = b.op(f"arith.ori {bits.name}, {lower.name} : index", "index")
+    return (bits + 1).unsigned_minimum(b.scalar(most, "index")).name

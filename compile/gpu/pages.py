@@ -1,0 +1,151 @@
+"""What attention of decode reads and writes on GPUs: heads of new tokens, and the pages of a cache.
+
+Shapes: N rows of one token each, B pages a row, P tokens a page, L layers, H query heads, KH KV
+heads, D head_dim, S splits of the context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from compile.mlir.executable import ExecutableBuilder
+from compile.mlir.values import Scalar
+from compile.mlir.vectors import lanes_of
+from compile.models.spec import LlamaConfig
+from compile.options import ModelOptions
+
+MAX_QUERIES = 8  # heads of a workgroup, as many as registers hold
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Sizes of attention, and of the cache [pages, L, P, 2, KH, D]."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_layers: int
+    page_size: int
+    max_seq_len: int
+    kv_dtype: str
+
+    @classmethod
+    def of(cls, config: LlamaConfig, options: ModelOptions) -> Heads:
+        """Those of a model."""
+        return cls(
+            config.num_heads, config.num_kv_heads, config.head_dim, config.num_layers,
+            options.page_size, options.max_seq_len, options.kv_dtype,
+        )  # fmt: skip
+
+    @property
+    def token(self) -> int:
+        """Numbers of a token in the cache, of one layer."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+    @property
+    def features(self) -> int:
+        """Of a row of queries, keys and values."""
+        return self.num_heads * self.head_dim + self.token
+
+    @property
+    def queries(self) -> int:
+        """Query heads of a workgroup: all of a KV head, or a part of them."""
+        group = self.num_heads // self.num_kv_heads
+        return next(n for n in range(min(group, MAX_QUERIES), 0, -1) if group % n == 0)
+
+    @property
+    def summed(self) -> int:
+        """Numbers that a split of a row leaves: of each head D sums, its maximum and its sum."""
+        return self.num_heads * (self.head_dim + 2)
+
+
+class Pages:
+    """Bindings and constants of a kernel that attends to pages, as `DecodeAttention` has them.
+
+    dtype: of its result; None for what splits leave.
+    """
+
+    def __init__(self, k: ExecutableBuilder, heads: Heads, dtype: str | None) -> None:
+        self.k, self.heads, self._is_split = k, heads, dtype is None
+        self.qkv, self.rope = (k.view(k.binding(read_only=True), "f32") for _ in range(2))
+        self.starts, self.ends, self._ids = (
+            k.view(k.binding(read_only=True), "i64") for _ in range(3)
+        )
+        self.cache = k.view(k.binding(), heads.kv_dtype)
+        self._out = k.view(k.binding(), dtype or "f32")
+        self.num_rows, self.num_pages, self._layer, self.splits = (k.constant() for _ in range(4))
+
+    def page_of(self, row: Scalar, position: Scalar) -> Scalar:
+        """The page of a position."""
+        place = row * self.num_pages + position // self.heads.page_size
+        return self._ids.load(place).to("index")
+
+    def at(self, page: Scalar, slot: Scalar, head: Scalar, start: Scalar) -> Scalar:
+        """Where numbers of a key are in the cache."""
+        heads = self.heads
+        token = (page * heads.num_layers + self._layer) * heads.page_size + slot
+        return token * heads.token + head * heads.head_dim + start
+
+    def finish(
+        self, row: Scalar, head: Scalar, split: Scalar, place: Scalar, total: Scalar, top: Scalar,
+        weight: Scalar,
+    ) -> None:  # fmt: skip
+        """Store number `place` of what a head attends to."""
+        heads, out = self.heads, self._out
+        if not self._is_split:
+            at = (row * heads.num_heads + head) * heads.head_dim + place
+            out.store((total / weight).to(out.dtype), at)
+            return
+        start = (split * self.num_rows + row) * heads.summed
+        out.store(total, start + head * heads.head_dim + place)
+        zero = self.k.scalar(0.0, "f32")
+        with self.k.when(place.equals(0)):
+            at = start + heads.num_heads * heads.head_dim + head * 2
+            out.store(zero.is_below(weight).select(top, zero), at)
+            out.store(weight, at + 1)
+
+
+class Token:
+    """The new token of a row: `piece` numbers of a KV head's key and value, from `start` on.
+
+    is_valid: whether it is stored; the tokens of rows that only pad a batch are not.
+    """
+
+    def __init__(
+        self, pages: Pages, row: Scalar, head: Scalar, start: Scalar, piece: int
+    ) -> None:  # fmt: skip
+        k, heads, half = pages.k, pages.heads, pages.heads.head_dim // 2
+        self._pages, self.row, self.head, self.start = pages, row, head, start
+        position = pages.starts.load(row)
+        self.is_valid, position = position.less(pages.ends.load(row)), position.to("index")
+        is_low = start.less(k.scalar(half, "index"))
+        within = is_low.select(start, start - half)
+        self._other = is_low.select(start + half, within)  # where what it is rotated with begins
+        known = position.clamp(0, k.scalar(heads.max_seq_len - 1, "index"))
+        self._cosine, sine = (
+            pages.rope.load_vector((known * 2 + i) * half + within, piece) for i in (0, 1)
+        )
+        self._sine = is_low.select(sine * -1.0, sine)
+        self.position = position.clamp(0, pages.num_pages * heads.page_size - 1)
+        self.key = self.rotated(head + heads.num_heads)
+        value = self._load(head + (heads.num_heads + heads.num_kv_heads), start)
+        self.value = k.convert(value, heads.kv_dtype)
+
+    def rotated(self, head: Scalar) -> Scalar:
+        """A query or key in the cache's type (Su et al. 2021, rotate-half form)."""
+        x, y = (self._load(head, start) for start in (self.start, self._other))
+        rotated = x * self._cosine + y * self._sine
+        return self._pages.k.convert(rotated, self._pages.heads.kv_dtype)
+
+    def store(self) -> None:
+        """Store key and value in the cache."""
+        pages, page_size = self._pages, self._pages.heads.page_size
+        page = pages.page_of(self.row, self.position)
+        at = pages.at(page, self.position % page_size, self.head, self.start)
+        pages.cache.store_vector(self.key, at)
+        pages.cache.store_vector(self.value, at + pages.heads.token // 2)
+
+    def _load(self, head: Scalar, start: Scalar) -> Scalar:
+        heads = self._pages.heads
+        at = self.row * heads.features + head * heads.head_dim + start
+        return self._pages.qkv.load_vector(at, lanes_of(self._cosine))
