@@ -40,7 +40,7 @@ SOME = {
     ("tiny-f16", "gfx90a"), ("tiny-f16", "gfx1100"), ("tiny-f16", "gfx1201"),
     ("tiny-bf16", "gfx90a"), ("tiny-bf16", "gfx1100"), ("smollm2-layer-f16", "gfx1100"),
     ("context-300", "gfx942"), ("images-idefics3", "gfx942"), ("images-llava", "gfx1100"),
-    ("smollm2", "gfx1100"),
+    ("smollm2-f16", "gfx1100"),
 }  # fmt: skip
 ORDERS = ("forward", "backward", "random")  # of waves, by turns
 CACHE = Path(__file__).parents[2] / ".pytest_cache" / "d" / "hip"  # as the tests have it
@@ -250,15 +250,15 @@ def images(family: str) -> Callable[[Bench, Case, str], Result]:
     return run
 
 
-def smollm2(seconds: float) -> Callable[[Bench, Case, str], Result]:
+def smollm2(dtype: str, seconds: float) -> Callable[[Bench, Case, str], Result]:
     """SmolLM2 itself, for about that long: its first tokens after golden prompts."""
 
     def run(bench: Bench, case: Case, chip: str) -> Result:
         options = BuildOptions(
-            chip, weight_dtype="f16", prefill_batch_sizes=(1,), decode_batch_sizes=(1,),
+            chip, weight_dtype=dtype, prefill_batch_sizes=(1,), decode_batch_sizes=(1,),
             max_seq_len=256,
         )  # fmt: skip
-        artifact = bench.folder / f"smollm2-{chip}"
+        artifact = bench.folder / f"smollm2-{dtype}-{chip}"
         build("demo", artifact, options, keep_mlir=True, force=True)
         golden = [json.loads(GOLDEN.read_text())["cases"][i] for i in SHORT]
         prompts = json.dumps([each["prompt_ids"] for each in golden])
@@ -324,8 +324,11 @@ def all_cases(seconds: float) -> list[Case]:
                  images(family))
             for family in ("idefics3", "llava")
         ),
-        Case("smollm2", ("gfx942", "gfx1100"), "SmolLM2 itself in f16 after two golden prompts",
-             smollm2(seconds)),
+        *(
+            Case(f"smollm2-{dtype}", ("gfx942", "gfx1100"),
+                 f"SmolLM2 itself in {dtype} after two golden prompts", smollm2(dtype, seconds))
+            for dtype in ("f16", "int4")
+        ),
     ]  # fmt: skip
 
 
