@@ -102,7 +102,9 @@ class Scalar:
         return self.builder.op(f"arith.fptosi {self.name} : {self.dtype} to {dtype}", dtype)
 
     def to_unsigned(self, dtype: str) -> Scalar:
-        """An unsigned integer, widened by zeros."""
+        """An unsigned integer, widened by zeros; or as `index`."""
+        if dtype == "index":
+            return self.builder.op(f"arith.index_castui {self.name} : {self.dtype} to index", dtype)
         return self.builder.op(f"arith.extui {self.name} : {self.dtype} to {dtype}", dtype)
 
     def to(self, dtype: str) -> Scalar:
