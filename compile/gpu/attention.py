@@ -31,11 +31,13 @@ from compile.gpu.softmax import (
     unflattened,
 )
 from compile.mlir.builder import Builder, Dim, Tensor
-from compile.mlir.executable import ExecutableBuilder
+from compile.mlir.executable import ExecutableBuilder, Memory
 from compile.mlir.values import Scalar
 
 TOKENS = 4  # side by side, which a group of lanes loads at once; a page has a multiple of them
-ENOUGH = 64  # rows times KV heads that keep a chip busy without splits, which cost a launch
+# Rows times KV heads that keep a chip busy without splits, which cost a launch: MI300X has three
+# times as many compute units as the largest Radeon
+ENOUGH, ENOUGH_FOR_GFX9 = 64, 256
 WORKGROUPS = 256  # that splits make of fewer
 HIDDEN = -3e38  # the score of a token that is not there, which has no weight beside any other
 PRECISION = ("bf16", "f16", "f32")  # from the least
@@ -96,40 +98,74 @@ class DecodeAttention(Kernel):
         heads, lanes, pages = self.heads, self.lanes, self._pages(k)
         parts = heads.num_heads // heads.num_kv_heads // heads.queries
         split, part, row = (k.workgroup(axis) for axis in range(3))
-        slot = k.thread() // lanes.count
+        token, head = Token(pages, row), part // parts
+        is_stored = k.bits("andi", split.equals(0), (part % parts).equals(0))
+        is_stored = k.bits("andi", is_stored, token.is_valid)
+        new = self._prepare(k, pages, token, part, head, is_stored)
+        k.barrier()
         start, has_numbers = lanes.place(k, heads.head_dim)
-        token = Token(pages, row, part // parts, start, lanes.piece)
-        queries = [token.rotated(part * heads.queries + i) for i in range(heads.queries)]
+        *queries, key, value = [
+            new.load_vector(start + i * heads.head_dim, lanes.piece)
+            for i in range(heads.queries + 2)
+        ]
         if has_numbers:
-            zero = k.scalar(0.0, queries[0].dtype)
+            zero = k.scalar(0.0, key.dtype)
             queries = [has_numbers.select(query, zero) for query in queries]
-        is_first = is_stored = k.bits("andi", split.equals(0), slot.equals(0))
-        for condition in (token.is_valid, (part % parts).equals(0), has_numbers):
-            is_stored = k.bits("andi", is_stored, condition) if condition else is_stored
-        with k.when(is_stored):
-            token.store()
-        own = [self._score(k, query, token.key) for query in queries]
-        states = of_token(k, own, token.value, is_first)
-        states = self._attend(k, pages, token, queries, states, split)
+        is_first = k.bits("andi", split.equals(0), (k.thread() // lanes.count).equals(0))
+        states = of_token(k, [self._score(k, query, key) for query in queries], value, is_first)
+        place = head * heads.head_dim + start
+        states = self._attend(k, pages, token, place, queries, states, split.to("i32"))
 
         def finish(i: int, place: Scalar, *sums: Scalar) -> None:
             pages.finish(row, part * heads.queries + i, split, place, *sums)
 
         merge(k, lanes, heads.head_dim, states, has_numbers, finish)
 
+    def _prepare(
+        self, k: ThreadBuilder, pages: Pages, token: Token, part: Scalar, head: Scalar,
+        is_stored: Scalar,
+    ) -> Memory:  # fmt: skip
+        """The queries of a workgroup, the key and the value of their token, in local memory.
+
+        Key and value are stored in the cache, too.
+        """
+        heads, piece = self.heads, self.lanes.piece
+        pieces, queries = heads.head_dim // piece, k.scalar(heads.queries, "index")
+        end = (heads.queries + 2) * pieces
+        new = k.shared(end * piece, heads.kv_dtype)
+        for first in range(0, end, THREADS):
+            unit = k.thread() + first
+            which, start = unit // pieces, unit % pieces * piece
+            with k.when(unit.less(k.scalar(end, "index"))):
+                is_query, is_value = which.less(queries), which.equals(heads.queries + 1)
+                other = head + heads.num_heads
+                other = is_value.select(other + heads.num_kv_heads, other)
+                source = is_query.select(part * heads.queries + which, other)
+                x = token.rotated(source, start, piece)
+                x = is_value.select(token.numbers(source, start, piece), x)
+                x = k.convert(x, heads.kv_dtype)
+                new.store_vector(x, unit * piece)
+                is_kept = is_query.select(k.scalar(0, "i1"), is_stored)
+                with k.when(is_kept):
+                    at = token.place(head, start) + (which - queries) * (heads.token // 2)
+                    pages.cache.store_vector(x, at)
+        return new
+
     def _attend(
-        self, k: ThreadBuilder, pages: Pages, token: Token, queries: Sequence[Scalar],
-        states: Sequence[State], split: Scalar,
+        self, k: ThreadBuilder, pages: Pages, token: Token, start: Scalar,
+        queries: Sequence[Scalar], states: Sequence[State], split: Scalar,
     ) -> list[State]:  # fmt: skip
-        """The states with all tokens before `token` that the thread has."""
-        first = k.thread() // self.lanes.count * TOKENS
+        """The states with all tokens before `token` that the thread has; start: of its numbers in
+        their keys."""
+        first = (k.thread() // self.lanes.count * TOKENS).to("i32")
         step = pages.splits * self.chunk
-        last = token.position.largest(k.scalar(1, "index")) - 1
+        last = token.position.largest(k.scalar(1, "i32")) - 1
+        no_head = k.scalar(0, "index")
 
         def attend(chunk: Scalar, page: Scalar, *flat: Scalar) -> list[Scalar]:
             position = first + chunk * self.chunk
             following = pages.page_of(token.row, (position + step).minimum(last))
-            at = pages.at(page, position % self.heads.page_size, token.head, token.start)
+            at = pages.at(page, position, no_head, start)
             places = [at + u * self.heads.token for u in range(TOKENS)]
             keys, values = (
                 [pages.cache.load_vector(place + half, self.lanes.piece) for place in places]
@@ -188,20 +224,32 @@ class DecodeAttention(Kernel):
         group, half = heads.num_heads // heads.num_kv_heads, heads.head_dim // 2
         starts = [k.scalar(start, "index") for start in (0, half)]
         with k.loop(0, pages.num_rows) as row, k.loop(0, heads.num_kv_heads) as head:
-            halves = [Token(pages, row, head, start, half) for start in starts]
-            with k.when(halves[0].is_valid):
-                for token in halves:
-                    token.store()
-            with k.loop(0, group) as i, k.loop(0, pages.splits) as split:
-                self._attend_plainly(k, pages, halves, head * group + i, split)
+            token, number = Token(pages, row), head + heads.num_heads
+            keys = [
+                k.convert(token.rotated(number, start, half), heads.kv_dtype) for start in starts
+            ]
+            number = number + heads.num_kv_heads
+            values = [
+                k.convert(token.numbers(number, start, half), heads.kv_dtype) for start in starts
+            ]
+            with k.when(token.is_valid):
+                for start, key, value in zip(starts, keys, values, strict=True):
+                    pages.cache.store_vector(key, token.place(head, start))
+                    pages.cache.store_vector(value, token.place(head, start) + heads.token // 2)
+            splits = pages.splits.to("index")
+            with k.loop(0, group) as i, k.loop(0, splits) as split:
+                self._attend_plainly(k, token, head, head * group + i, split, keys, values)
 
     def _attend_plainly(
-        self, k: ExecutableBuilder, pages: Pages, halves: Sequence[Token], head: Scalar,
-        split: Scalar,
+        self, k: ExecutableBuilder, token: Token, kv_head: Scalar, head: Scalar, split: Scalar,
+        keys: Sequence[Scalar], values: Sequence[Scalar],
     ) -> None:  # fmt: skip
-        """What a query head and a split of a row leave."""
-        token, half = halves[0], self.heads.head_dim // 2
-        queries = [each.rotated(head) for each in halves]
+        """What a query head and a split of a row leave; keys, values: of the token, as halves."""
+        pages, half = token.pages, self.heads.head_dim // 2
+        starts = [k.scalar(start, "index") for start in (0, half)]
+        queries = [
+            k.convert(token.rotated(head, start, half), self.heads.kv_dtype) for start in starts
+        ]
 
         def score(keys: Sequence[Scalar]) -> Scalar:
             total = k.scalar(0.0, "f32")
@@ -210,10 +258,9 @@ class DecodeAttention(Kernel):
             return total * self.scale
 
         def attend_token(position: Scalar, *flat: Scalar) -> list[Scalar]:
-            page, slot = pages.page_of(token.row, position), position % self.heads.page_size
-            places = [pages.at(page, slot, token.head, each.start) for each in halves]
-            keys = [pages.cache.load_vector(place, half) for place in places]
-            found, states = score(keys), unflattened(flat)
+            page, states = pages.page_of(token.row, position), unflattened(flat)
+            places = [pages.at(page, position, kv_head, start) for start in starts]
+            found = score([pages.cache.load_vector(place, half) for place in places])
             for i, place in enumerate(places):
                 value = pages.cache.load_vector(place + self.heads.token // 2, half)
                 states[i] = add_tokens(k, exp2_exact, states[i], [found], [value])
@@ -224,13 +271,13 @@ class DecodeAttention(Kernel):
             end = (first + self.chunk).minimum(token.position)
             return k.fold(first, end, flat, attend_token)
 
-        own, is_first = score([each.key for each in halves]), split.equals(0)
-        states = [of_token(k, [own], each.value, is_first)[0] for each in halves]
-        flat = k.fold(split, self._chunks(token), flattened(states), attend, step=pages.splits)
-        for each, (top, weight, total) in zip(halves, unflattened(flat), strict=True):
+        own, number = score(keys), split.to("i32")
+        states = [of_token(k, [own], value, split.equals(0))[0] for value in values]
+        flat = k.fold(number, self._chunks(token), flattened(states), attend, step=pages.splits)
+        for start, (top, weight, total) in zip(starts, unflattened(flat), strict=True):
             for i in range(half):
                 number = k.element(total, i)
-                pages.finish(token.row, head, split, each.start + i, number, top, weight)
+                pages.finish(token.row, head, split, start + i, number, top, weight)
 
 
 def attend(
@@ -244,7 +291,8 @@ def attend(
     """
     num_rows, num_pages = inputs[-1].shape
     busy = int(num_rows) * heads.num_kv_heads
-    kernel = DecodeAttention(heads, dtype, busy < ENOUGH)
+    enough = ENOUGH_FOR_GFX9 if kernels.target.name.startswith("gfx9") else ENOUGH
+    kernel = DecodeAttention(heads, dtype, busy < enough)
     parts = heads.num_heads // heads.queries
     out = Tensor("", (num_rows, heads.num_heads * heads.head_dim), dtype)
     if not kernel.is_split:

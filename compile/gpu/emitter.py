@@ -10,7 +10,8 @@ from compile.formats.layout import DTYPES, Parameter
 from compile.gpu.decoder import Decoder
 from compile.gpu.kernel import Kernels
 from compile.gpu.linear import Weights
-from compile.gpu.logits import compute_logits, last_rows, summarize
+from compile.gpu.logits import compute_logits, last_rows
+from compile.gpu.summary import summarize
 from compile.gpu.vision import VisionEmitter
 from compile.mlir import abi
 from compile.mlir.builder import Builder
@@ -84,7 +85,10 @@ class LlamaEmitter:
             if is_next:
                 x = last_rows(b, x, batch.start, batch.seq_lens, batch.seq_len)
                 logits = compute_logits(self.weights, c, x)
-                results = [b.expand(logits, 0, n, 1), summarize(b, logits, args["scales"])]
+                results = [
+                    b.expand(logits, 0, n, 1),
+                    summarize(self.kernels, logits, args["scales"]),
+                ]
             else:
                 logits = b.expand(compute_logits(self.weights, c, x), 0, n, batch.seq_len)
                 results = [b.slice(logits, 1, 0, args["tokens"].shape[1])]

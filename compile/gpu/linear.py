@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from compile.formats.blocks import BLOCK_TYPES, GROUP
 from compile.formats.layout import Parameter
-from compile.gpu import matmul, matvec
+from compile.gpu import matmul, matvec, row
 from compile.gpu.embedding import Embedding
 from compile.gpu.kernel import Kernels
 from compile.gpu.matmul import Product
@@ -111,14 +111,33 @@ class Weights:
     ) -> Tensor:
         """The RMS norm of x [T, H] f32 times the matrix `name` [N, H]: [T, N] f32.
 
-        is_gated: of a quantized matrix of gates and ups, silu(gate) * up instead: [T, N / 2].
+        is_gated: of a matrix of gates and ups, silu(gate) * up instead: [T, N / 2], if it is
+        quantized or `is_row`.
         """
         _check_depth(name, int(x.shape[1]))
+        if self.is_row(x, name):
+            return self._one_row([x, self.load(norm)], name, None, epsilon, is_gated)
         if not self.is_quantized(name):
             return self.linear(rms_norm(self, x, norm, epsilon), name)
         if x.shape[0] == 1:
             return self._few_rows([x, self.load(norm)], name, None, epsilon, is_gated)
         return self._few_rows([rms_norm(self, x, norm, epsilon)], name, None, None, is_gated)
+
+    def is_row(self, x: Tensor, name: str) -> bool:
+        """Whether x [T, K] is one row, for which there is a kernel of our own, times floats."""
+        is_small = x.shape[0] == 1 and int(x.shape[1]) <= row.MAX_DEPTH
+        return bool(is_small and self._kernels and self.parameters[name].dtype in row.DTYPES)
+
+    def _one_row(
+        self, activations: list[Tensor], name: str, residual: Tensor | None,
+        epsilon: float | None, is_gated: bool,
+    ) -> Tensor:  # fmt: skip
+        """A product of one row with floats. activations: and the norm's weight, with epsilon."""
+        assert self._kernels
+        (columns, depth), dtype = self.parameters[name].shape, self.parameters[name].dtype
+        epilogue = "silu" if is_gated else "add" if residual else ""
+        kernel = row.OneRow(dtype, columns, depth, epsilon, epilogue)
+        return row.multiply(self._kernels, kernel, activations, self.load(name), residual)
 
     def _few_rows(
         self, activations: list[Tensor], name: str, residual: Tensor | None,
@@ -157,6 +176,8 @@ class Weights:
         _check_depth(name, depth)
         if name in self._sizes:
             return self._few_rows([lhs], name, residual, None, is_gated=False)
+        if self.is_row(lhs, name) and self.parameters[name].shape[1] == depth:
+            return self._one_row([lhs], name, residual, None, is_gated=False)
         # iree-compile 3.9.0 makes wrong code of other depths, such as NaN from bf16 on gfx90a.
         depth = whole_subgroups(depth)
         lhs, weight = (b.pad(x, 1, depth, 0) for x in (lhs, self.load(name)))

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from compile.mlir.executable import ExecutableBuilder
 from compile.mlir.values import Scalar
-from compile.mlir.vectors import lanes_of
 from compile.models.spec import LlamaConfig
 from compile.options import ModelOptions
 
@@ -73,18 +72,19 @@ class Pages:
         )
         self.cache = k.view(k.binding(), heads.kv_dtype)
         self._out = k.view(k.binding(), dtype or "f32")
-        self.num_rows, self.num_pages, self._layer, self.splits = (k.constant() for _ in range(4))
+        self.num_rows, self.num_pages, layer, splits = (k.constant() for _ in range(4))
+        self._layer, self.splits = layer.to("i32"), splits.to("i32")
 
     def page_of(self, row: Scalar, position: Scalar) -> Scalar:
-        """The page of a position."""
-        place = row * self.num_pages + position // self.heads.page_size
-        return self._ids.load(place).to("index")
+        """The page of a position, both i32."""
+        column = (position // self.heads.page_size).to_unsigned("index")
+        return self._ids.load(row * self.num_pages + column).to("i32")
 
-    def at(self, page: Scalar, slot: Scalar, head: Scalar, start: Scalar) -> Scalar:
-        """Where numbers of a key are in the cache."""
-        heads = self.heads
-        token = (page * heads.num_layers + self._layer) * heads.page_size + slot
-        return token * heads.token + head * heads.head_dim + start
+    def at(self, page: Scalar, position: Scalar, head: Scalar, start: Scalar) -> Scalar:
+        """Where numbers of a position's key are in the cache, which has fewer than 2^31 tokens."""
+        heads, size = self.heads, self.heads.page_size
+        token = (page * heads.num_layers + self._layer) * size + position % size
+        return token.to_unsigned("index") * heads.token + head * heads.head_dim + start
 
     def finish(
         self, row: Scalar, head: Scalar, split: Scalar, place: Scalar, total: Scalar, top: Scalar,
@@ -106,46 +106,38 @@ class Pages:
 
 
 class Token:
-    """The new token of a row: `piece` numbers of a KV head's key and value, from `start` on.
+    """The new token of a row, at `position` (i32).
 
     is_valid: whether it is stored; the tokens of rows that only pad a batch are not.
     """
 
-    def __init__(
-        self, pages: Pages, row: Scalar, head: Scalar, start: Scalar, piece: int
-    ) -> None:  # fmt: skip
-        k, heads, half = pages.k, pages.heads, pages.heads.head_dim // 2
-        self._pages, self.row, self.head, self.start = pages, row, head, start
-        position = pages.starts.load(row)
-        self.is_valid, position = position.less(pages.ends.load(row)), position.to("index")
+    def __init__(self, pages: Pages, row: Scalar) -> None:
+        k, heads = pages.k, pages.heads
+        self.pages, self.row = pages, row
+        start = pages.starts.load(row)
+        self.is_valid = start.less(pages.ends.load(row))
+        end = (pages.num_pages * heads.page_size).to("i32")
+        position = start.to("i32").minimum(end - 1)
+        self.position = position.clamp(0, k.scalar(heads.max_seq_len - 1, "i32"))
+
+    def numbers(self, head: Scalar, start: Scalar, piece: int) -> Scalar:
+        """`piece` numbers from `start` on of a head: of a query, a key or a value."""
+        heads = self.pages.heads
+        at = self.row * heads.features + head * heads.head_dim + start
+        return self.pages.qkv.load_vector(at, piece)
+
+    def rotated(self, head: Scalar, start: Scalar, piece: int) -> Scalar:
+        """The same of a query or key, rotated (Su et al. 2021, rotate-half form)."""
+        k, half = self.pages.k, self.pages.heads.head_dim // 2
         is_low = start.less(k.scalar(half, "index"))
         within = is_low.select(start, start - half)
-        self._other = is_low.select(start + half, within)  # where what it is rotated with begins
-        known = position.clamp(0, k.scalar(heads.max_seq_len - 1, "index"))
-        self._cosine, sine = (
-            pages.rope.load_vector((known * 2 + i) * half + within, piece) for i in (0, 1)
-        )
-        self._sine = is_low.select(sine * -1.0, sine)
-        self.position = position.clamp(0, pages.num_pages * heads.page_size - 1)
-        self.key = self.rotated(head + heads.num_heads)
-        value = self._load(head + (heads.num_heads + heads.num_kv_heads), start)
-        self.value = k.convert(value, heads.kv_dtype)
+        angles = self.position.to_unsigned("index") * (2 * half) + within
+        cosine, sine = (self.pages.rope.load_vector(angles + i, piece) for i in (0, half))
+        other = self.numbers(head, is_low.select(start + half, within), piece)
+        sine = is_low.select(sine * -1.0, sine)
+        return self.numbers(head, start, piece) * cosine + other * sine
 
-    def rotated(self, head: Scalar) -> Scalar:
-        """A query or key in the cache's type (Su et al. 2021, rotate-half form)."""
-        x, y = (self._load(head, start) for start in (self.start, self._other))
-        rotated = x * self._cosine + y * self._sine
-        return self._pages.k.convert(rotated, self._pages.heads.kv_dtype)
-
-    def store(self) -> None:
-        """Store key and value in the cache."""
-        pages, page_size = self._pages, self._pages.heads.page_size
-        page = pages.page_of(self.row, self.position)
-        at = pages.at(page, self.position % page_size, self.head, self.start)
-        pages.cache.store_vector(self.key, at)
-        pages.cache.store_vector(self.value, at + pages.heads.token // 2)
-
-    def _load(self, head: Scalar, start: Scalar) -> Scalar:
-        heads = self._pages.heads
-        at = self.row * heads.features + head * heads.head_dim + start
-        return self._pages.qkv.load_vector(at, lanes_of(self._cosine))
+    def place(self, head: Scalar, start: Scalar) -> Scalar:
+        """Where numbers of its key belong in the cache."""
+        page = self.pages.page_of(self.row, self.position)
+        return self.pages.at(page, self.position, head, start)

@@ -194,17 +194,23 @@ class ExecutableBuilder(VectorBuilder):
     ) -> list[Scalar]:
         """A for loop that carries values: `body(index, *state)` returns the next state.
 
-        Returns the state after the last iteration.
+        The index has the type of the bounds. Returns the state after the last iteration.
         """
         name, variable = self.fresh(), self.fresh()
         inner = [Scalar(self, self.fresh(), s.dtype) for s in state]
         types = ", ".join(s.dtype for s in state)
         carried = ", ".join(f"{i.name} = {s.name}" for i, s in zip(inner, state, strict=True))
+        kind = next((x.dtype for x in (low, high) if isinstance(x, Scalar)), "index")
+
+        def at(x: Index) -> str:
+            return (x if isinstance(x, Scalar) else self.scalar(x, kind)).name
+
         with self.block(
-            f"{name}:{len(inner)} = scf.for {variable} = {self.at(low)} to {self.at(high)} step "
-            f"{self.at(step)} iter_args({carried}) -> ({types}) {{"
+            f"{name}:{len(inner)} = scf.for {variable} = {at(low)} to {at(high)} step "
+            f"{at(step)} iter_args({carried}) -> ({types}) "
+            f"{'' if kind == 'index' else f': {kind} '}{{"
         ):
-            result = body(Scalar(self, variable, "index"), *inner)
+            result = body(Scalar(self, variable, kind), *inner)
             self.emit(f"scf.yield {', '.join(r.name for r in result)} : {types}")
         return [Scalar(self, f"{name}#{i}", s.dtype) for i, s in enumerate(state)]
 

@@ -56,11 +56,7 @@ class Scalar:
         return self._binary("minsi", other)
 
     def unsigned_minimum(self, other: Scalar) -> Scalar:
-        """The smaller of two integers that are not negative; use it for reductions on GPUs.
-
-        There, iree-compile 3.9.0 starts some i32 reductions from wrong numbers: `minsi` from -1,
-        `maxsi` from 0, `andi` from 1. It starts `minui` from the right one.
-        """
+        """The smaller of two integers that are not negative."""
         return self._binary("minui", other)
 
     def clamp(self, low: int, high: Scalar) -> Scalar:
@@ -102,7 +98,9 @@ class Scalar:
         return self.builder.op(f"arith.fptosi {self.name} : {self.dtype} to {dtype}", dtype)
 
     def to_unsigned(self, dtype: str) -> Scalar:
-        """An unsigned integer, widened by zeros."""
+        """An unsigned integer, widened by zeros; or as `index`."""
+        if dtype == "index":
+            return self.builder.op(f"arith.index_castui {self.name} : {self.dtype} to index", dtype)
         return self.builder.op(f"arith.extui {self.name} : {self.dtype} to {dtype}", dtype)
 
     def to(self, dtype: str) -> Scalar:

@@ -42,7 +42,7 @@ _ARITHMETIC: dict[str, Callable[..., int]] = {
     "lshl_add": lambda a, b, c, w: (a << b % 32) + c, "or3": lambda a, b, c, w: a | b | c,
     "lshl_or": lambda a, b, c, w: a << b % 32 | c, "and_or": lambda a, b, c, w: a & b | c,
     "add_lshl": lambda a, b, c, w: (a + b) << c % 32, "add3": lambda a, b, c, w: a + b + c,
-    "mad": lambda a, b, c, w: a * b + c,
+    "mad": lambda a, b, c, w: a * b + c, "med3": lambda a, b, c, w: sorted((a, b, c))[1],
 }  # fmt: skip
 _NAME = re.compile(r"([sv])_(\w+?)(?:_nc|_co)?_([uib])(32|64)(?:_[ui](?:24|32))?")
 _COMPARISON = re.compile(r"([sv])_cmp([kx]?)_(eq|ne|lg|lt|le|gt|ge)_([ui])(32|64)")

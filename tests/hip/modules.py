@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from compile.gpu.emitter import LlamaEmitter
+from compile.gpu.kernel import Kernels
 from compile.gpu.linear import Weights, whole_subgroups
-from compile.gpu.logits import summarize
+from compile.gpu.summary import summarize
 from compile.mlir.builder import Builder, Tensor, tensor_type
 from compile.models.spec import LlamaConfig, VisionConfig
 from compile.options import BuildOptions, ModelOptions
@@ -28,21 +29,21 @@ def model_emitter(
     return LlamaEmitter(config, model, resolve_target(options.target), vision)
 
 
-def summing_module(config: LlamaConfig, vocab_size: int, num_rows: int) -> str:
+def summing_module(chip: str, vocab_size: int, num_rows: int) -> str:
     """A function `sum_up` alone, of logits [n, V] and scales [n]: what a model makes of them.
 
     Its result [n, 1 + 2 * blocks] is the best token, the maxima, and the sums.
     """
-    options = BuildOptions("gfx942", weight_dtype="f32")
-    emitter = model_emitter(replace(config, vocab_size=vocab_size), options)
+    b = Builder()
+    kernels = Kernels(b, resolve_target(chip))
     logits = Tensor("%logits", (num_rows, vocab_size), "f32")
     scales = Tensor("%scales", (num_rows,), "f32")
     result = tensor_type((num_rows, 1 + 2 * -(-vocab_size // LOGITS_BLOCK)), "f32")
     arguments = ", ".join(f"{argument.name}: {argument.type}" for argument in (logits, scales))
-    with emitter.b.block(f"func.func @sum_up({arguments}) -> {result} {{"):
-        sums = summarize(emitter.b, logits, scales)
-        emitter.b.emit(f"return {sums.name} : {sums.type}")
-    return emitter.b.text("summing")
+    with b.block(f"func.func @sum_up({arguments}) -> {result} {{"):
+        sums = summarize(kernels, logits, scales)
+        b.emit(f"return {sums.name} : {sums.type}")
+    return kernels.write() + b.text("summing")
 
 
 @dataclass(frozen=True)

@@ -574,17 +574,30 @@ def _pk_mov(registers: Registers, fields: Fields, flushes: bool) -> Context:
     return outcome(D0=unsigned(low | high << np.uint64(32), 64))
 
 
-def _dot2_bf16(registers: Registers, fields: Fields, flushes: bool) -> Context:
+def _dot2(registers: Registers, fields: Fields, flushes: bool, kind: str) -> Context:
     total = _f32(registers, "D0", flushes).astype(np.float64)
     for low in (0, 16):
-        a, b = (_bf16(registers[name].bits, low) for name in ("S0", "S1"))
+        a, b = (_half(registers[name].bits, low, kind) for name in ("S0", "S1"))
         total = total + a.astype(np.float64) * b
     return outcome(D0=_rounded(total, flushes))
 
 
-def _bf16(bits: Array, low: int) -> Array:
-    return Value(bits >> np.uint64(low) & np.uint64(0xFFFF), "bf", 16).floats()
+def _half(bits: Array, low: int, kind: str) -> Array:
+    return Value(bits >> np.uint64(low) & np.uint64(0xFFFF), kind, 16).floats()
 
+
+def _sum(registers: Registers, fields: Fields, flushes: bool, form: str) -> Context:
+    a, b = (registers[name].bits.astype(np.int64) for name in ("S0", "S1"))
+    exact = {"add": a + b, "sub": a - b, "subrev": b - a}[form]
+    bounded = np.clip(exact, 0, 2**32 - 1) if fields.get("clmp") else exact & (2**32 - 1)
+    return outcome(D0=unsigned(bounded.astype(np.uint64)))
+
+
+# Dot products that add to their destination, with the kind of their operands
+DOTS = {"v_dot2c_f32_bf16": "bf", "v_dot2c_f32_f16": "f", "v_dot2acc_f32_f16": "f"}
+
+# Unsigned sums and differences
+SUMS = {f"v_{form}_{kind}u32": form for form in ("add", "sub", "subrev") for kind in ("", "nc_")}
 
 # What AMD's text of an operation cannot tell, with the reason.
 BY_HAND: dict[str, tuple[Hand, str]] = {
@@ -598,7 +611,14 @@ BY_HAND: dict[str, tuple[Hand, str]] = {
     "v_div_fixup_f32": (_div_fixup, "UNDERFLOW and 32'F(0xffc00000) have no definition."),
     "v_perm_b32": (_perm, "A function with statements, beyond this evaluator."),
     "v_pk_mov_b32": (_pk_mov, "The text applies op_sel itself."),
-    "v_dot2c_f32_bf16": (_dot2_bf16, "The order of sums is open; here they are exact."),
+    **{
+        name: (partial(_dot2, kind=kind), "The order of sums is open; here they are exact.")
+        for name, kind in DOTS.items()
+    },
+    **{
+        name: (partial(_sum, form=form), "The text does not tell of clamp.")
+        for name, form in SUMS.items()
+    },
     "v_fma_mix_f32": (partial(_mix, form="f32"), "Modifiers differ from those of other VOP3P."),
     "v_fma_mixlo_f16": (partial(_mix, form="lo"), "As v_fma_mix_f32."),
     "v_fma_mixhi_f16": (partial(_mix, form="hi"), "As v_fma_mix_f32."),
@@ -609,7 +629,6 @@ ULPS = {
     **dict.fromkeys(("v_exp_f32", "v_log_f32", "v_rcp_f32", "v_rcp_iflag_f32", "v_rsq_f32"), 1),
     **dict.fromkeys(("v_sqrt_f32", "v_s_rcp_f32", "v_s_exp_f32", "v_s_rsq_f32"), 1),
 }
-_DOTS = {"v_dot2c_f32_bf16"}
 
 
 # ------------------------------------------------------------------------------------ across lanes
@@ -773,7 +792,7 @@ def _vector(fields: Fields, batch: Batch, literal: int | None) -> Result:
         write = target.write(context, enabled)
         if fields.name in ULPS and not batch.flushes_f32:
             write.or_bits = target.write(run(True), enabled).bits
-        write.slack = _slack(fields, registers, write.bits)
+        write.slack = _slack(fields.name, registers, write.bits)
         result.vectors.append(write)
     return result
 
@@ -782,17 +801,20 @@ def _has_mask_source(fields: Fields) -> bool:
     return "src2" in fields.inst.operands and fields.type_of("src2")[0] == "M64"
 
 
-def _slack(fields: Fields, registers: Registers, bits: Array) -> Array | None:
+def _slack(name: str, registers: Registers, bits: Array) -> Array | None:
     """How far the result may be off."""
     with np.errstate(all="ignore"):
         numbers = Value(bits, "f", 32).floats().astype(np.float64)
-        if fields.name in ULPS:
+        if name in ULPS:
             spacing = np.ldexp(1.0, np.maximum(np.frexp(numbers)[1] - 24, -149))
-            return np.asarray(np.where(np.isfinite(numbers), spacing * ULPS[fields.name], 0))
-        if fields.name in _DOTS:
+            return np.asarray(np.where(np.isfinite(numbers), spacing * ULPS[name], 0))
+        if name in DOTS:
             parts = np.abs(_f32(registers, "D0", False).astype(np.float64))
             for low in (0, 16):
-                a, b = (_bf16(registers[n].bits, low).astype(np.float64) for n in ("S0", "S1"))
+                a, b = (
+                    _half(registers[n].bits, low, DOTS[name]).astype(np.float64)
+                    for n in ("S0", "S1")
+                )
                 parts = parts + np.abs(a * b)
             return np.asarray(np.where(np.isfinite(parts), parts * 2.0**-22 + 2.0**-126, np.inf))
     return None
@@ -806,7 +828,7 @@ def _one_lane(fields: Fields, batch: Batch, registers: dict[str, Any]) -> Result
     flushed = _run(fields.name, text, fields, scalars, True)["D0"].bits
     index = scalar_index(fields.get("vdst") % 256, fields.arch)
     assert index is not None
-    slack = _slack(fields, scalars, value)
+    slack = _slack(fields.name, scalars, value)
     return Result(scalars=[ScalarWrite(index, 1, value, slack, flushed, is_float=True)])
 
 
@@ -866,7 +888,7 @@ class Target:
         floats = note.floats
         if self.fields.get("omod"):
             raise NoCase(f"no case for {self.fields.name}: omod")
-        if self.fields.get("clmp"):
+        if self.fields.get("clmp") and self.fields.name not in SUMS:
             bits = self._clamped(bits, floats)
         if "SDWA" in self.fields.format:
             bits = self._sdwa(bits)
@@ -926,7 +948,8 @@ def _dual(fields: Fields, batch: Batch, literal: int | None) -> Result:
         context = _run(name, text, fields, registers, batch.flushes_f32)
         floats = context.written["D0"].floats
         bits = np.broadcast_to(context["D0"].bits, fetch.shape)
-        result.vectors.append(VectorWrite(index, 1, bits, batch.mask(EXEC), floats))
+        slack = _slack(name, registers, bits)
+        result.vectors.append(VectorWrite(index, 1, bits, batch.mask(EXEC), floats, slack))
     return result
 
 

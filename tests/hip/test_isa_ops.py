@@ -586,7 +586,7 @@ def test_indexed_registers(chip: str, isa_probe: Probe) -> None:
 
 @pytest.mark.parametrize("chip", CODE_CHIPS)
 def test_unsigned_sums_and_differences_saturate(chip: str, isa_probe: Probe) -> None:
-    """With clamp. Kernels for odd sizes have it on gfx9; those of the inventory do not."""
+    """With clamp."""
     assemble, rng = Assembler(chip), np.random.default_rng(5)
     kind = "" if assemble.is_cdna else "nc_"
     for name, exact in (

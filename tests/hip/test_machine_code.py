@@ -172,7 +172,7 @@ def test_the_best_token(
 ) -> None:
     """It is the first of the largest logits, wherever they are."""
     mlir, results = tmp_path / "sums.mlir", tmp_path / "sums.npy"
-    mlir.write_text(summing_module(TINY, vocab_size, num_rows))
+    mlir.write_text(summing_module(chip, vocab_size, num_rows))
     vmfb = compile_code_object(mlir, chip, hip_cache).parent / VMFB
     given = hard_logits(vocab_size).reshape(-1, num_rows, vocab_size)  # of each call
     scales = np.linspace(0.5, 2, num_rows, dtype=np.float32)

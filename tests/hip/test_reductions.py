@@ -13,11 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compile.formats.layout import MASKED
 from compile.gpu.emitter import LlamaEmitter
-from compile.gpu.logits import SEARCHED_AT_ONCE, summarize
-from compile.mlir.builder import Tensor, tensor_type
-from compile.mlir.values import Scalar
+from compile.mlir.builder import Tensor
 from compile.models.spec import VisionConfig
 from compile.options import ModelOptions
 from compile.target import resolve_target
@@ -25,8 +22,7 @@ from compile.toolchain import iree_compile
 from tests.support.tiny import TINY
 from tests.support.vision_reference import IDEFICS3, LLAVA
 
-VOCAB, ROWS = 300, 4
-SAFE = {"arith.addf", "arith.maximumf", "arith.minui"}
+ROWS = 4
 LOWEST = np.finfo(np.float32).min
 
 
@@ -59,18 +55,15 @@ def combiners(text: str) -> set[str]:
     return found
 
 
-def numbered_sizes(text: str) -> list[int]:
-    """Sizes of the dimensions that are reduced and whose elements are numbered at the same time."""
-    sizes = []
+def numbered(text: str) -> list[str]:
+    """Headers of reductions that use the numbers of the elements that they reduce."""
+    found = []
     for header, body in reductions(text):
         [kinds] = re.findall(r"iterator_types = \[(.*?)\]", header)
-        [letters] = re.findall(r"affine_map<\(.*?\) -> \((.*?)\)>", header)[:1]
-        [shape] = re.findall(r"ins\(.*? : tensor<([0-9x?]*)x\w+>", header)
-        for dimension in {int(d) for d in re.findall(r"linalg\.index (\d+)", body)}:
-            if "reduction" in kinds.split(", ")[dimension]:
-                place = letters.split(", ").index(f"d{dimension}")
-                sizes.append(int(shape.split("x")[place]))
-    return sizes
+        used = {int(d) for d in re.findall(r"linalg\.index (\d+)", body)}
+        if any("reduction" in kinds.split(", ")[dimension] for dimension in used):
+            found.append(header)
+    return found
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
@@ -78,16 +71,15 @@ def numbered_sizes(text: str) -> list[int]:
 def test_no_signed_or_bitwise_reduction_is_emitted(dtype: str, vision: VisionConfig | None) -> None:
     """iree-compile starts i32 minsi, maxsi and andi from wrong numbers on AMD GPUs."""
     text = emitter(dtype, vision).emit()
-    assert combiners(text) == SAFE
+    assert combiners(text) == {"arith.addf"}
     assert "linalg.reduce" not in text and "vector.reduction" not in text
 
 
 @pytest.mark.parametrize("vision", [None, IDEFICS3, LLAVA], ids=["text", "idefics3", "llava"])
-def test_a_subgroup_reads_what_it_numbers_at_once(vision: VisionConfig | None) -> None:
+def test_no_reduction_numbers_its_elements(vision: VisionConfig | None) -> None:
     """Of more than 128 elements, iree-compile numbers those behind the first 128 from 0 on, where a
     subgroup has 32 lanes: the best token was too small by 128 on gfx11 and gfx12."""
-    sizes = numbered_sizes(emitter("f16", vision).emit())
-    assert sizes and set(sizes) == {SEARCHED_AT_ONCE} == {128}
+    assert not numbered(emitter("f16", vision).emit())
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
@@ -116,40 +108,9 @@ def optimized(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str],
     return compiled
 
 
-def sums_module() -> str:
-    """A module with what sums up logits [ROWS, VOCAB]."""
-    e = emitter("f16")
-    logits, scales = Tensor("%x", (ROWS, VOCAB), "f32"), Tensor("%s", (ROWS,), "f32")
-    result = tensor_type((ROWS, 1 + 2 * -(-VOCAB // 256)), "f32")
-    with e.b.block(f"util.func public @f(%x: {logits.type}, %s: {scales.type}) -> {result} {{"):
-        e.b.emit(f"util.return {summarize(e.b, logits, scales).name} : {result}")
-    return e.b.text("module")
-
-
 def constants(text: str, function: str) -> set[str]:
     """Constant arguments of calls of an LLVM intrinsic, which reductions begin with."""
     return set(re.findall(rf"@llvm\.{function}\([^)]*, \w+ ([^%)\s]+)\)", text))
-
-
-def test_what_sums_up_logits_starts_right(optimized: Callable[[str], str]) -> None:
-    """The smallest token of any is found from the largest unsigned number on, which LLVM leaves
-    out; then compared with the last token, as we say. The maxima begin with -inf, then -1e30."""
-    text = optimized(sums_module())
-    assert text.count("@llvm.umin.i32(") > 5 and constants(text, "umin.i32") == {str(VOCAB - 1)}
-    for wrong in "smin", "smax", "vector.reduce.smin", "vector.reduce.and":
-        assert f"@llvm.{wrong}" not in text
-    starts = {hexadecimal(c) for c in constants(text, "max(?:num|imum).f32")}
-    assert starts == {-np.inf, np.float32(MASKED)}
-
-
-def test_the_fault_would_be_seen(
-    optimized: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A signed minimum starts from -1. If it no longer does, the compiler is mended."""
-    monkeypatch.setattr(Scalar, "unsigned_minimum", Scalar.minimum)
-    module = sums_module()
-    assert "arith.minsi" in combiners(module)
-    assert "-1" in constants(optimized(module), "smin.i32")
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])

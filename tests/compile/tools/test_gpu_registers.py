@@ -33,6 +33,7 @@ def after(body: str, arguments: dict[int, int] | None = None, threads: int = LAN
         ("s_mov_b32 s2, -1\n s_add_i32 s2, s2, 1", "scc", 0),
         ("s_min_i32 s2, -4, 3", "s2", MASK - 3), ("s_min_i32 s2, -4, 3", "scc", 1),
         ("s_max_u32 s2, 4, 9", "s2", 9), ("s_max_u32 s2, 4, 9", "scc", 0),
+        ("v_med3_i32 v1, 9, -4, 7\n v_readfirstlane_b32 s2, v1", "s2", 7),
         ("s_and_b32 s2, 12, 3", "scc", 0), ("s_or_b32 s2, 12, 3", "scc", 1),
         ("s_cmp_eq_u32 s9, 3", "scc", None),
         # What is chosen

@@ -164,13 +164,16 @@ void dot2_f32(Wave& wave, const Instruction& i) {
   const uint32_t* a = read_bits(wave, i, i.src0, 0, buffers[0]);
   const uint32_t* b = read_bits(wave, i, i.src1, 1, buffers[1]);
   const uint32_t* c = read_bits(wave, i, i.src2, 2, buffers[2]);
+  const auto kept = [flushes = !wave.mode.keeps_f32_denormals()](float x) {
+    return flushes ? flush_f32(x) : x;
+  };
   for (int lane = 0; lane < wave.lanes; ++lane) {
-    double sum = as_float(c[lane]);
+    double sum = kept(as_float(c[lane]));
     for (int shift = 0; shift < 32; shift += 16) {
       sum += static_cast<double>(FROM_16(static_cast<uint16_t>(a[lane] >> shift))) *
              FROM_16(static_cast<uint16_t>(b[lane] >> shift));
     }
-    result.lane[lane] = as_bits(static_cast<float>(sum));
+    result.lane[lane] = as_bits(kept(static_cast<float>(sum)));
   }
   write_bits(wave, i, i.dst, result.lane);
 }
