@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from compile.formats.blocks import BLOCK_TYPES
 from compile.formats.layout import ITEM_BYTES
 from compile.gpu.emitter import LlamaEmitter
 from compile.models.spec import LlamaConfig, VisionConfig
-from compile.models.tensors import decoder_tensors
+from compile.models.tensors import ModelTensor, decoder_tensors
 from compile.options import BuildOptions, ModelOptions
 from compile.target import resolve_target
 from compile.toolchain import iree_compile
@@ -179,18 +180,25 @@ class Report:
 
 
 def compile_shape(
-    config: LlamaConfig, build: BuildOptions, vision: VisionConfig | None = None
-) -> Report:
-    """Compile all functions that `sf-compile` makes for a GPU; raises CompileError."""
+    config: LlamaConfig, build: BuildOptions, vision: VisionConfig | None = None,
+    *, is_q4_k_m: bool = False,
+) -> Report:  # fmt: skip
+    """Compile all functions that `sf-compile` makes for a GPU; raises CompileError.
+
+    is_q4_k_m: weights are of the types of such a GGUF file, instead of the options'.
+    """
     target = resolve_target(build.target)
-    weights = build.weight_dtype or target.weight_dtype
+    weights = "q4_k" if is_q4_k_m else build.weight_dtype or target.weight_dtype
     table = decoder_tensors(config)
     names = [name for tensor in (table.embedding, *table.head) for name in tensor.sources]
     options = ModelOptions(
         weights, build.kv_dtype or weights, build.page_size, build.prefill_batch_sizes,
         build.decode_batch_sizes, build.max_seq_len or config.max_seq_len,
         (build.image_batch_sizes or target.image_batch_sizes) if vision else (),
-        tensor_dtypes=dict.fromkeys(names, "int8") if weights == "int4" else {},
+        tensor_dtypes=(
+            q4_k_m_dtypes(config) if is_q4_k_m
+            else dict.fromkeys(names, "int8") if weights == "int4" else {}
+        ),
     )  # fmt: skip
     emitter = LlamaEmitter(config, options, target, vision)
     with tempfile.TemporaryDirectory(prefix="sf-kernels-") as name:
@@ -210,6 +218,30 @@ def compile_shape(
             _kernels(flow, _text(folder, "*.executable-targets.mlir"), assembly), flow,
             _text(folder, "*.stream.mlir"),
         )  # fmt: skip
+
+
+def q4_k_m_dtypes(config: LlamaConfig) -> dict[str, str]:
+    """What matrices are in a Q4_K_M file, by canonical name, as llama.cpp chooses."""
+    table, eighth = decoder_tensors(config), config.num_layers // 8
+    dtypes: dict[str, str] = {}
+    for i, layer in enumerate(table.layers):
+        is_outer = i < eighth or i >= 7 * config.num_layers // 8
+        gets_more = is_outer or (i - eighth) % 3 == 2
+        for tensor in layer:
+            for name in tensor.sources if tensor.is_matrix else ():
+                has_more = gets_more and ("attn_v" in name or "ffn_down" in name)
+                dtypes[name] = _of_rows("q6_k" if has_more else "q4_k", tensor)
+    *others, head = [table.embedding, *table.head]
+    for tensor in others:
+        dtypes |= dict.fromkeys(tensor.sources, _of_rows("q4_k", tensor))
+    return dtypes | dict.fromkeys(head.sources, _of_rows("q6_k", head))
+
+
+def _of_rows(dtype: str, tensor: ModelTensor) -> str:
+    """The type, or what llama.cpp takes for rows of no whole super-blocks."""
+    if tensor.shape[1] % BLOCK_TYPES[dtype].columns == 0:
+        return dtype
+    return {"q4_k": "q5_0", "q6_k": "int8"}[dtype]
 
 
 def _cpu_seconds() -> float:

@@ -297,8 +297,10 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def quantized_like(name: str, weight: np.ndarray, dtype: str) -> np.ndarray:
-    """What the artifact holds: its embedding has 8 bits in any case."""
+def stored_as(name: str, weight: np.ndarray, dtype: str) -> np.ndarray:
+    """A matrix [N, K] as an artifact holds it, in f32: an embedding has 8 bits at least."""
+    if dtype == "f16":
+        return weight.astype(np.float16).astype(np.float32)
     cols = weight.shape[1]
     padded = np.pad(weight, ((0, 0), (0, -cols % GROUP)))
     kind = "int8" if name == "token_embd.weight" else dtype
