@@ -298,9 +298,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def stored_as(name: str, weight: np.ndarray, dtype: str) -> np.ndarray:
-    """A matrix [N, K] as an artifact holds it, in f32: an embedding has 8 bits at least."""
-    if dtype == "f16":
-        return weight.astype(np.float16).astype(np.float32)
+    """A matrix [N, K] as an artifact holds it: an embedding has 8 bits in any case."""
     cols = weight.shape[1]
     padded = np.pad(weight, ((0, 0), (0, -cols % GROUP)))
     kind = "int8" if name == "token_embd.weight" else dtype
