@@ -15,16 +15,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from compile.formats.blocks import BLOCK_TYPES
 from compile.formats.layout import ITEM_BYTES
 from compile.gpu.emitter import LlamaEmitter
 from compile.models.spec import LlamaConfig, VisionConfig
-from compile.models.tensors import ModelTensor, decoder_tensors
+from compile.models.tensors import decoder_tensors
 from compile.options import BuildOptions, ModelOptions
-from compile.target import resolve_target
+from compile.target import Target, resolve_target
 from compile.toolchain import iree_compile
 from compile.tools.gpu_cards import MATRIX
 from compile.tools.gpu_code import Code, parse
+from compile.tools.q4_k_m import q4_k_m_dtypes
 
 SIZES = ITEM_BYTES | {"i64": 8, "i32": 4, "i8": 1}
 # A kernel that picks elements, by what is in its text: it reads at most so many times what it
@@ -200,7 +200,13 @@ def compile_shape(
             else dict.fromkeys(names, "int8") if weights == "int4" else {}
         ),
     )  # fmt: skip
-    emitter = LlamaEmitter(config, options, target, vision)
+    return compile_emitter(LlamaEmitter(config, options, target, vision), target, vision)
+
+
+def compile_emitter(
+    emitter: LlamaEmitter, target: Target, vision: VisionConfig | None = None
+) -> Report:
+    """Compile a model, without its weights; raises CompileError."""
     with tempfile.TemporaryDirectory(prefix="sf-kernels-") as name:
         folder = Path(name)
         (folder / "model.mlir").write_text(emitter.emit())
@@ -213,35 +219,12 @@ def compile_shape(
         seconds = _cpu_seconds() - started_at
         flow, assembly = _text(folder, "*.flow.mlir"), _text(folder, "*.rocmasm")
         return Report(
-            config, vision, options, seconds, (folder / "model.vmfb").stat().st_size,
+            emitter.config, vision, emitter.options, seconds,
+            (folder / "model.vmfb").stat().st_size,
             sum(parameter.num_bytes for parameter in emitter.parameters.values()),
             _kernels(flow, _text(folder, "*.executable-targets.mlir"), assembly), flow,
             _text(folder, "*.stream.mlir"),
         )  # fmt: skip
-
-
-def q4_k_m_dtypes(config: LlamaConfig) -> dict[str, str]:
-    """What matrices are in a Q4_K_M file, by canonical name, as llama.cpp chooses."""
-    table, eighth = decoder_tensors(config), config.num_layers // 8
-    dtypes: dict[str, str] = {}
-    for i, layer in enumerate(table.layers):
-        is_outer = i < eighth or i >= 7 * config.num_layers // 8
-        gets_more = is_outer or (i - eighth) % 3 == 2
-        for tensor in layer:
-            for name in tensor.sources if tensor.is_matrix else ():
-                has_more = gets_more and ("attn_v" in name or "ffn_down" in name)
-                dtypes[name] = _of_rows("q6_k" if has_more else "q4_k", tensor)
-    *others, head = [table.embedding, *table.head]
-    for tensor in others:
-        dtypes |= dict.fromkeys(tensor.sources, _of_rows("q4_k", tensor))
-    return dtypes | dict.fromkeys(head.sources, _of_rows("q6_k", head))
-
-
-def _of_rows(dtype: str, tensor: ModelTensor) -> str:
-    """The type, or what llama.cpp takes for rows of no whole super-blocks."""
-    if tensor.shape[1] % BLOCK_TYPES[dtype].columns == 0:
-        return dtype
-    return {"q4_k": "q5_0", "q6_k": "int8"}[dtype]
 
 
 def _cpu_seconds() -> float:

@@ -69,6 +69,18 @@ def table(dispatches: Sequence[Dispatch], kernels: dict[str, Kernel], card: Card
     return lines
 
 
+def least_seconds(
+    dispatches: Sequence[Dispatch], kernels: dict[str, Kernel], card: Card
+) -> float:  # fmt: skip
+    """The least time that all of these take together, with their launches."""
+    total = len(dispatches) * LAUNCH_SECONDS
+    for dispatch, count in Counter(dispatches).items():
+        kernel = kernels[dispatch.name]
+        found = profile(kernel.code, dispatch.arguments, kernel.size, card.architecture)
+        total += count * bound(found, dispatch.workgroups, dispatch.num_bytes, card).seconds
+    return total
+
+
 def _times(dispatch: Dispatch, count: int, kernel: Kernel, found: Profile, least: Bound) -> str:
     grid = f"{dispatch.workgroups} x {kernel.threads}"
     memory, lds, issue, seconds = (
