@@ -20,7 +20,7 @@ from compile.folder import (
     staging,
     write_descriptions,
 )
-from compile.formats.blocks import BLOCK_TYPES
+from compile.formats.blocks import BLOCK_TYPES, GROUP
 from compile.formats.layout import DTYPES, ITEM_BYTES
 from compile.models.tensors import decoder_tensors
 from compile.options import BuildOptions
@@ -99,8 +99,7 @@ def _log_sizes(source: Source, options: BuildOptions, target: Target, emitter: E
         "%s: %s for %s: %s on disk and in memory, where the KV cache takes %s a token%s",
         source.name, _conversions_text(source, emitter), target.name, size_text(size),
         size_text(token / model.page_size),
-        "; sf-compile --weights int8 or int4 keeps them small, on CPUs with heads of whole 32s"
-        if is_unasked else "",
+        f"; on CPUs quantized weights need heads of whole {GROUP}s" if is_unasked else "",
     )  # fmt: skip
 
 

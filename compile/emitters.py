@@ -52,7 +52,8 @@ def _model_options(source: Source, options: BuildOptions, target: Target) -> Mod
 
 def _default_weight_dtype(source: Source, options: BuildOptions, target: Target) -> str:
     """That of the source, or what loses nothing of it; 16 bits where nothing narrower computes."""
-    is_wide = target.vectors is None or options.row_major or source.config.head_dim % GROUP
+    is_for_cpu = target.vectors is not None and not options.row_major
+    is_wide = is_for_cpu and source.config.head_dim % GROUP
     if is_wide or source.weight_dtype.lower() in DTYPES:
         return target.weight_dtype
     return _quantized_dtype(source.weight_dtype)

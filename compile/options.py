@@ -66,9 +66,9 @@ class BuildOptions:
     target: "cpu", an AMD chip such as "gfx942", or several as "gfx942,gfx1100,cpu".
     cpu: "host", "generic", "x86-64-v3" or "x86-64-v4", the last two also with features that are
     more, e.g. "x86-64-v3+avx_vnni" and "x86-64-v4+avx512_vnni".
-    weight_dtype: "f32", "f16", "bf16", and on CPUs "int8" or "int4". By default as the source: 16
-    bits for floats; on CPUs blocks of types Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K and Q6_K are
-    carried over, and other quantized types become int8; on GPUs 16 bits.
+    weight_dtype: "f32", "f16", "bf16", "int8" or "int4". By default as the source: 16 bits for
+    floats; blocks of types Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K and Q6_K are carried over, and
+    other quantized types become int8; on CPUs, where heads are no whole 32s, 16 bits.
     activation_dtype: what quantized weights are multiplied with: "int16", which is exact enough for
     prefill and decode to agree to the bit; "bf16", for CPUs with AMX and there the default, by
     which prefill is two to three times as fast; or "int8", less accurate, and faster on CPUs with

@@ -78,7 +78,7 @@ def write_weights(
     entries = [(p.name, type_name(p), p.num_bytes) for p in parameters]
     total = sum(num_bytes for _, _, num_bytes in entries)
     tensors = model_tensors(source.config, source.vision)
-    table = {t.name: t for tensor in tensors for t in (*tensor.parts(), tensor)}
+    table = {t.name: t for tensor in tensors for t in tensor.all_runs()}
 
     def blocks() -> Iterator[memoryview]:
         done = 0

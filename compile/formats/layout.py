@@ -12,7 +12,7 @@ from compile.formats.blocks import BLOCK_TYPES
 
 DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
-QUANTIZED = ("int8", "int4")  # what floats can be quantized to; on CPUs only
+QUANTIZED = ("int8", "int4")  # what floats can be quantized to
 
 MASKED = -1e30  # a score or logit that is hidden: finite, or a row without any other would be NaN
 

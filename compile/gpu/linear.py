@@ -5,7 +5,8 @@ Shapes: T rows, K features of an input (the depth of a product), N features of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from compile.formats.blocks import BLOCK_TYPES, GROUP
 from compile.formats.layout import Parameter
@@ -14,6 +15,7 @@ from compile.gpu.embedding import Embedding
 from compile.gpu.kernel import Kernels
 from compile.gpu.matmul import Product
 from compile.gpu.matvec import MAX_ROWS, FewRows
+from compile.gpu.parts import Part, Parts
 from compile.gpu.quantized import ROWS, column_bytes
 from compile.gpu.tiles import Tile
 from compile.mlir.builder import Builder, Dim, Tensor, tensor_type
@@ -31,6 +33,16 @@ MATRIX = 16  # rows of a matrix instruction
 ALIGNED = 8  # K must be a multiple; else gfx11 runs matrix instructions with lanes masked off
 
 
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized matrix: its parts, the parameters that have them, and how many columns it has;
+    rows and columns without the padding of blocks."""
+
+    parts: Parts
+    names: Sequence[str]
+    columns: int
+
+
 def whole_subgroups(size: int) -> int:
     """A size, rounded up to a multiple of SUBGROUP."""
     return -(-size // SUBGROUP) * SUBGROUP
@@ -46,7 +58,7 @@ class Weights:
     def __init__(self, b: Builder, dtype: str, kernels: Kernels | None = None) -> None:
         self.b, self.dtype, self._kernels = b, dtype, kernels
         self.parameters: dict[str, Parameter] = {}
-        self._sizes: dict[str, tuple[int, ...]] = {}  # of quantized matrices, without padding
+        self._quantized: dict[str, Quantized] = {}  # by the names of whole matrices
 
     def add(
         self, tensors: Iterable[ModelTensor], dtype_of: Callable[[str], str] | None = None
@@ -58,26 +70,33 @@ class Weights:
         for tensor in tensors:
             dtype = self.dtype if tensor.is_matrix else "f32"
             if tensor.is_matrix and dtype_of:
-                [dtype] = {dtype_of(name) for name in tensor.sources}
-            parameter = Parameter(tensor.name, tensor.shape, dtype)
-            if dtype in BLOCK_TYPES:
-                parameter = self._quantized(tensor, dtype)
-            self.parameters[tensor.name] = parameter
+                dtype = dtype_of(next(iter(tensor.sources)))
+                if dtype in BLOCK_TYPES:
+                    self._add_quantized(tensor, dtype_of)
+                    continue
+            self.parameters[tensor.name] = Parameter(tensor.name, tensor.shape, dtype)
 
-    def _quantized(self, tensor: ModelTensor, dtype: str) -> Parameter:
-        """A matrix in blocks; of an interleaved one, each part has half of every block."""
-        kind, (rows, columns) = BLOCK_TYPES[dtype], tensor.shape
-        if tensor.is_interleaved:
-            part = -(-rows // 2 // (ROWS // 2)) * (ROWS // 2)
-            rows = 2 * part
-        self._sizes[tensor.name] = rows, columns
-        shape = -(-rows // ROWS), -(-columns // kind.columns), column_bytes(kind)
-        return Parameter(tensor.name, shape, dtype, block=ROWS, is_for_gpu=True)
+    def _add_quantized(self, tensor: ModelTensor, dtype_of: Callable[[str], str]) -> None:
+        """Add a matrix in blocks, in parts where its rows are of several types; of an interleaved
+        one, which is of one type, each source has half of every block."""
+        parts, names = [], []
+        for run in tensor.runs(dtype_of):
+            dtype, (rows, columns) = dtype_of(next(iter(run.sources))), run.shape
+            if tensor.is_interleaved:
+                rows = 2 * (-(-rows // ROWS) * (ROWS // 2))
+            kind = BLOCK_TYPES[dtype]
+            shape = -(-rows // ROWS), -(-columns // kind.columns), column_bytes(kind)
+            self.parameters[run.name] = Parameter(
+                run.name, shape, dtype, block=ROWS, is_for_gpu=True
+            )
+            parts.append(Part(dtype, rows))
+            names.append(run.name)
+        self._quantized[tensor.name] = Quantized(tuple(parts), names, tensor.shape[1])
 
     def is_quantized(self, name: str) -> bool:
         """Whether a matrix is; of those with gates, `linear` then has the product of silu(gate)
         and up."""
-        return self.parameters[name].is_quantized
+        return name in self._quantized
 
     def declare(self) -> None:
         """Emit all parameters as globals."""
@@ -97,8 +116,8 @@ class Weights:
     def rows_of(self, name: str, tokens: Tensor) -> Tensor:
         """Rows of the quantized table `name` for tokens [T] i64: [T, H] f32."""
         assert self._kernels
-        rows, columns = self._sizes[name]
-        kernel = Embedding(self.parameters[name].dtype, rows, columns)
+        [part], columns = self._quantized[name].parts, self._quantized[name].columns
+        kernel = Embedding(part.kind, part.rows, columns)
         result = Tensor("", (tokens.shape[0], columns), "f32")
         [found] = self._kernels.call(
             kernel, (tokens.shape[0], 1, 1), [tokens.shape[0]], [tokens, self.load(name)],
@@ -149,20 +168,21 @@ class Weights:
         if isinstance(count, str) or count > MAX_ROWS:
             return self._many_rows(activations[0], name, residual, is_gated)
         epilogue = "silu" if is_gated else "add" if residual else ""
-        kernel = FewRows(
-            self.parameters[name].dtype, self._sizes[name][0], int(depth), count, epsilon, epilogue
-        )
-        return matvec.multiply(self._kernels, kernel, activations, self.load(name), residual)
+        matrix = self._quantized[name]
+        kernel = FewRows(matrix.parts, int(depth), count, epsilon, epilogue)
+        parts = [self.load(part) for part in matrix.names]
+        return matvec.multiply(self._kernels, kernel, activations, parts, residual)
 
     def _many_rows(self, lhs: Tensor, name: str, residual: Tensor | None, is_gated: bool) -> Tensor:
         """A product with a quantized matrix by matrix instructions."""
         assert self._kernels
         ending = "gate" if is_gated else "add" if residual else ""
         depth = -(-int(lhs.shape[1]) // GROUP) * GROUP
-        kind, columns = self.parameters[name].dtype, self._sizes[name][0]
-        product = Product(Tile.of(self._kernels.target), columns, depth, kind, ending)
+        matrix = self._quantized[name]
+        product = Product(Tile.of(self._kernels.target), matrix.parts, depth, ending)
         lhs = self.b.pad(lhs, 1, product.width, 0)
-        return matmul.multiply(self._kernels, product, lhs, self.load(name), residual)
+        parts = [self.load(part) for part in matrix.names]
+        return matmul.multiply(self._kernels, product, lhs, parts, residual)
 
     def linear(
         self, lhs: Tensor, name: str, residual: Tensor | None = None, *, num_rows: int | None = None
@@ -174,7 +194,7 @@ class Weights:
         """
         b, rows, depth = self.b, lhs.shape[0], int(lhs.shape[1])
         _check_depth(name, depth)
-        if name in self._sizes:
+        if self.is_quantized(name):
             return self._few_rows([lhs], name, residual, None, is_gated=False)
         if self.is_row(lhs, name) and self.parameters[name].shape[1] == depth:
             return self._one_row([lhs], name, residual, None, is_gated=False)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from compile.formats.blocks import BLOCK_TYPES, GROUP
 from compile.gpu.kernel import Kernel, Kernels, ThreadBuilder
+from compile.gpu.parts import Parts, PartTile, first_rows, name_of, num_tiles, total_rows
 from compile.gpu.tiles import (
     BLOCKS,
     SIDE,
@@ -31,29 +32,34 @@ from compile.mlir.executable import ExecutableBuilder, Memory
 from compile.mlir.values import Scalar
 
 CHUNKS = range(0, GROUP, CHUNK)  # where chunks of a group begin
+Matrix = Memory | QuantizedMatrix
 
 
 @dataclass(frozen=True)
 class Product(Kernel):
     """Activations [T, K] f16 times a matrix [N, K], and what follows it.
 
-    Bindings: activations, matrix, residual if there is one, result. Constants: T, and the
-    columns of the activations, which LLVM must not know: it would unroll loops of three or four
-    steps, and not end. Workgroups: those of T, those of N.
+    Bindings: activations, each part of the matrix, residual if there is one, result. Constants: T,
+    and the columns of the activations, which LLVM must not know: it would unroll loops of three or
+    four steps, and not end. Workgroups: those of T, those of N of each part.
     """
 
     tile: Tile
-    columns: int  # N
+    parts: Parts  # of the matrix: one "f16" of rows of numbers, or types of BLOCK_TYPES
     depth: int  # K, a multiple of 32
-    kind: str = "f16"  # of the matrix: rows of f16 numbers, or a type of `compile.formats.blocks`
     ending: str = ""  # "add" a residual [T, N] f32, or "gate": the result is [T, N / 2] f16
 
     @property
     def name(self) -> str:
         """By all that it is, but for the chip."""
         return "_".join(
-            filter(None, ["multiply", self.kind, f"{self.columns}x{self.depth}", self.ending])
+            filter(None, ["multiply", f"{name_of(self.parts)}x{self.depth}", self.ending])
         )
+
+    @property
+    def columns(self) -> int:
+        """N"""
+        return total_rows(self.parts)
 
     @property
     def threads(self) -> int:
@@ -77,61 +83,65 @@ class Product(Kernel):
 
     @property
     def _is_exact(self) -> bool:
-        return self.kind == "f16" and not self.is_gated
+        return self.parts[0].kind == "f16" and not self.is_gated
 
-    def _views(
-        self, k: ExecutableBuilder
-    ) -> tuple[Memory, Memory | QuantizedMatrix, Memory | None, Memory]:
-        """Activations, matrix, residual and result."""
-        lhs, matrix = k.view(k.binding(read_only=True), "f16"), self._matrix(k)
+    def _views(self, k: ExecutableBuilder) -> tuple[Memory, list[Matrix], Memory | None, Memory]:
+        """Activations, matrices, residual and result."""
+        lhs = k.view(k.binding(read_only=True), "f16")
+        matrices = [self._matrix(k, part.kind) for part in self.parts]
         residual = k.view(k.binding(read_only=True), "f32") if self.ending == "add" else None
-        return lhs, matrix, residual, k.view(k.binding(), self.result[0])
+        return lhs, matrices, residual, k.view(k.binding(), self.result[0])
 
-    def _matrix(self, k: ExecutableBuilder) -> Memory | QuantizedMatrix:
-        if self.kind == "f16":
+    def _matrix(self, k: ExecutableBuilder, kind: str) -> Matrix:
+        if kind == "f16":
             return k.view(k.binding(read_only=True), "f16")
-        return QuantizedMatrix(k, BLOCK_TYPES[self.kind], self.depth)
+        return QuantizedMatrix(k, BLOCK_TYPES[kind], self.depth)
 
     def write(self, k: ThreadBuilder) -> None:
         """What each thread does."""
-        lhs, matrix, residual, result = self._views(k)
+        lhs, matrices, residual, result = self._views(k)
         num_rows, width = k.constant(), k.constant()
-        row, column = (k.workgroup(axis) * TILE for axis in (0, 1))
-        last = k.scalar(self.columns - 1, "index")
-        weights: Source
-        if isinstance(matrix, Memory):
-            assert self.width == self.depth and not self.is_gated
-            weights = Floats(k, self.tile, matrix, self.depth, column, last)
-        else:
-            sizes = self.depth, self.width
-            weights = Weights(k, self.tile, matrix, column, last, sizes, self.is_gated)
+        row = k.workgroup() * TILE
+        tile = PartTile(k, self.parts, matrices, TILE, k.workgroup(1))
         activations = Floats(k, self.tile, lhs, self.width, row, num_rows - 1)
-        sums = Multiplication(k, self.tile, (activations, weights)).run(width)
-        outputs = Outputs(k, sums, row, column, num_rows, self.columns)
+        multiplication = Multiplication(k, self.tile)
+        sums = tile.choose(
+            lambda matrix: multiplication.run((activations, self._weights(k, matrix, tile)), width),
+            multiplication.dtypes,
+        )
+        outputs = Outputs(k, sums, row, tile, num_rows, self.parts)
         if self.is_gated:
             outputs.store_gated(result)
         else:
             outputs.store(residual, result)
 
+    def _weights(self, k: ThreadBuilder, matrix: Matrix, tile: PartTile[Matrix]) -> Source:
+        if isinstance(matrix, Memory):
+            assert self.width == self.depth and not self.is_gated
+            return Floats(k, self.tile, matrix, self.depth, tile.row, tile.last)
+        sizes = self.depth, self.width
+        return Weights(k, self.tile, matrix, tile.row, tile.last, sizes, self.is_gated)
+
     def write_plain(self, k: ExecutableBuilder) -> None:
         """Each output, one after the other."""
-        lhs, matrix, residual, result = self._views(k)
-        width = self.columns // (2 if self.is_gated else 1)
+        lhs, matrices, residual, result = self._views(k)
+        share = 2 if self.is_gated else 1
+        width = self.columns // share
         num_rows, _ = k.constant(), k.constant()
-        with k.loop(0, num_rows) as row, k.loop(0, width) as column:
-            at = row * width + column
-            if self.is_gated:
-                gate_row = column // 8 * 16 + column % 8
-                gate, up = (self._output(k, lhs, matrix, row, gate_row + i) for i in (0, 8))
-                result.store(gated(gate, up).to("f16"), at)
-            else:
-                total = self._output(k, lhs, matrix, row, column)
-                result.store(total + residual.load(at) if residual else total, at)
+        for rows, matrix, first in zip(self.parts, matrices, first_rows(self.parts), strict=True):
+            with k.loop(0, num_rows) as row, k.loop(0, rows.rows // share) as column:
+                at = row * width + (column + first)
+                if self.is_gated:
+                    gate_row = column // 8 * 16 + column % 8
+                    gate, up = (self._output(k, lhs, matrix, row, gate_row + i) for i in (0, 8))
+                    result.store(gated(gate, up).to("f16"), at)
+                else:
+                    total = self._output(k, lhs, matrix, row, column)
+                    result.store(total + residual.load(at) if residual else total, at)
 
     def _output(
-        self, k: ExecutableBuilder, lhs: Memory, matrix: Memory | QuantizedMatrix, row: Scalar,
-        column: Scalar,
-    ) -> Scalar:  # fmt: skip
+        self, k: ExecutableBuilder, lhs: Memory, matrix: Matrix, row: Scalar, column: Scalar
+    ) -> Scalar:
         """One output, in plain loops."""
 
         def add(i: Scalar, sums: Scalar) -> list[Scalar]:
@@ -153,11 +163,12 @@ class Outputs:
     """What becomes of a tile's sums. Rows and columns beyond the last are not stored."""
 
     def __init__(
-        self, k: ThreadBuilder, sums: Sequence[Scalar], row: Scalar, column: Scalar,
-        num_rows: Scalar, num_columns: int,
+        self, k: ThreadBuilder, sums: Sequence[Scalar], row: Scalar, tile: PartTile[Matrix],
+        num_rows: Scalar, parts: Parts,
     ) -> None:  # fmt: skip
-        self._k, self._sums = k, sums
-        self._num_rows, self._num_columns = num_rows, num_columns
+        self._k, self._sums, column, self._end = k, sums, tile.place, tile.end
+        self._is_whole = all(part.rows % TILE == 0 for part in parts)
+        self._num_rows, self._num_columns = num_rows, total_rows(parts)
         self._count = Instruction.of(k.chip).sums
         part_row, part_column, lane = part(k)
         row, self._first, self._lane = row + part_row, column + part_column, lane % SIDE
@@ -176,7 +187,7 @@ class Outputs:
                     of_row[:] = [
                         v + residual.load(at + c) for v, c in zip(of_row, inside, strict=True)
                     ]
-            self._put(i, values, columns, self._num_columns, result)
+            self._put(i, values, columns, 1, result)
 
     def store_gated(self, result: Memory) -> None:
         """silu(gate) * up, as f16: of two neighbouring blocks of columns, gates and ups."""
@@ -190,33 +201,36 @@ class Outputs:
                 ]
                 for n in range(self._count)
             ]
-            self._put(i, values, columns, self._num_columns // 2, result)
+            self._put(i, values, columns, 2, result)
 
     def _sum(self, i: int, j: int, n: int) -> Scalar:
         return self._k.element(self._sums[i * BLOCKS + j], n)
 
     def _put(
-        self, i: int, values: Sequence[Sequence[Scalar]], columns: Sequence[Scalar], width: int,
+        self, i: int, values: Sequence[Sequence[Scalar]], columns: Sequence[Scalar], share: int,
         result: Memory,
     ) -> None:  # fmt: skip
-        """Store what a lane has of rows of instructions: of each row, in these columns."""
-        k, is_whole = self._k, self._num_columns % TILE == 0
-        end = k.scalar(width, "index")
+        """Store what a lane has of rows of instructions: of each row, in these columns.
+
+        share: how many rows of the matrix make a column of the result.
+        """
+        k, width, end = self._k, self._num_columns // share, self._end // share
         for row, of_row in zip(self._rows, values, strict=True):
             at_row = row + i * SIDE
             with k.when(at_row.less(self._num_rows)):
                 for column, value in zip(columns, of_row, strict=True):
-                    with nullcontext() if is_whole else k.when(column.less(end)):
+                    with nullcontext() if self._is_whole else k.when(column.less(end)):
                         result.store(value, at_row * width + column)
 
 
 def multiply(
-    kernels: Kernels, product: Product, lhs: Tensor, matrix: Tensor, residual: Tensor | None = None
-) -> Tensor:
-    """Run a product: [T, N] f32, or gated [T, N / 2] f16, of lhs [T, width] f16 and a matrix
-    [N, K] f16, or of any shape if packed; residual: [T, N] f32, to be added."""
-    tiles = kernels.tiles(lhs.shape[0], TILE), -(-product.columns // TILE), 1
-    inputs = [lhs, matrix, *([residual] if residual else [])]
+    kernels: Kernels, product: Product, lhs: Tensor, matrices: Sequence[Tensor],
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Run a product: [T, N] f32, or gated [T, N / 2] f16, of lhs [T, width] f16 and the parts of a
+    matrix [N, K] f16, or of any shape if packed; residual: [T, N] f32, to be added."""
+    tiles = kernels.tiles(lhs.shape[0], TILE), num_tiles(product.parts, TILE), 1
+    inputs = [lhs, *matrices, *([residual] if residual else [])]
     width = product.columns // (2 if product.is_gated else 1)
     result = Tensor("", (lhs.shape[0], width), product.result[0])
     return kernels.call(product, tiles, [lhs.shape[0], product.width], inputs, outputs=[result])[0]

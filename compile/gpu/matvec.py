@@ -18,6 +18,7 @@ from operator import add
 
 from compile.formats.blocks import BLOCK_TYPES, GROUP
 from compile.gpu.kernel import Kernel, Kernels, ThreadBuilder
+from compile.gpu.parts import Parts, PartTile, first_rows, name_of, num_tiles, total_rows
 from compile.gpu.quantized import ROWS
 from compile.gpu.unpack import CHUNK, QuantizedMatrix
 from compile.mlir.activations import gated
@@ -36,16 +37,16 @@ class FewRows(Kernel):
     """Activations [T, K] times a quantized matrix: [T, N].
 
     Bindings: activations, the norm's weight [K] f32 if there is one, matrix, residual [T, N] f32 if
-    there is one, result. Constant: T. Workgroups: N / 16, T / rows.
+    there is one, result. Constant: T. Workgroups: N / 16 of each part, T / rows.
 
-    kind: a name of BLOCK_TYPES. rows: of activations that a workgroup multiplies. epsilon: of an
-    RMS norm of the activations, which are f32 then and f16 else; only with one row. epilogue: ""
-    for f32 results, "add" for the residual added, "silu" for silu(gate) * up of a matrix with eight
-    gates and eight ups in turn: [T, N / 2] f16.
+    parts: of the matrix, of types of BLOCK_TYPES, each of them in a binding. rows: of activations
+    that a workgroup multiplies. epsilon: of an RMS norm of the activations, which are f32 then and
+    f16 else; only with one row. epilogue: "" for f32 results, "add" for the residual added, "silu"
+    for silu(gate) * up of a matrix of one part with eight gates and eight ups in turn: [T, N / 2]
+    f16.
     """
 
-    kind: str
-    columns: int  # N
+    parts: Parts
     depth: int  # K, a multiple of 8
     rows: int = 1
     epsilon: float | None = None
@@ -55,7 +56,12 @@ class FewRows(Kernel):
     def name(self) -> str:
         """By everything that makes it differ."""
         norm = "_norm" if self.epsilon is not None else ""
-        return f"{self.kind}{norm}_{self.columns}x{self.depth}_{self.epilogue}_{self.rows}_rows"
+        return f"{name_of(self.parts)}x{self.depth}{norm}_{self.epilogue}_{self.rows}_rows"
+
+    @property
+    def columns(self) -> int:
+        """N"""
+        return total_rows(self.parts)
 
     @property
     def threads(self) -> int:
@@ -77,9 +83,10 @@ class FewRows(Kernel):
     def write(self, k: ThreadBuilder) -> None:
         """What each thread does."""
         work = _Work(self, k)
-        steps = -(-work.matrix.num_groups // SLOTS)
+        steps = -(-work.num_groups // SLOTS)
         chunk = min(steps, max(1, STEPS // self.rows))
         stage = _Stage(work, k, chunk)
+        tile = PartTile(k, self.parts, work.matrices, ROWS, k.workgroup())
         zero = k.scalar(0.0, "f32")
         totals = [zero] * (self.rows + 1)  # the last is a thread's share of the squares
 
@@ -88,37 +95,45 @@ class FewRows(Kernel):
             squares = stage.fill(first, totals[-1])
             k.barrier()
             unroll = next(n for n in (4, 3, 2, 1) if chunk % n == 0)
-            sums = k.fold(
-                0, chunk, totals[:-1],
-                lambda step, *sums: self._steps(k, work, stage, first, step, unroll, sums),
-                step=unroll,
-            )  # fmt: skip
-            return [*sums, squares]
+
+            def steps_of(matrix: QuantizedMatrix) -> list[Scalar]:
+                row = tile.row + k.thread() % ROWS
+                return k.fold(
+                    0, chunk, totals[:-1],
+                    lambda step, *sums: self._steps(
+                        k, stage, (matrix, row), first, step, unroll, sums
+                    ),
+                    step=unroll,
+                )  # fmt: skip
+
+            return [*tile.choose(steps_of, ["f32"] * self.rows), squares]
 
         totals = k.fold(0, -(-steps // chunk) * chunk * SLOTS, totals, multiply, chunk * SLOTS)
-        self._finish(k, work, totals)
+        self._finish(k, work, tile, totals)
 
     def _steps(
-        self, k: ThreadBuilder, work: _Work, stage: _Stage, first: Scalar, step: Scalar,
-        unroll: int, sums: Sequence[Scalar],
+        self, k: ThreadBuilder, stage: _Stage, of: tuple[QuantizedMatrix, Scalar], first: Scalar,
+        step: Scalar, unroll: int, sums: Sequence[Scalar],
     ) -> list[Scalar]:  # fmt: skip
-        """The sums, with `unroll` groups of the thread more."""
-        thread, sums = k.thread(), [*sums]
-        row = k.workgroup() * ROWS + thread % ROWS
-        last = k.scalar(work.matrix.num_groups - 1, "index")
+        """The sums, with `unroll` groups more of the thread's row of a matrix."""
+        thread, sums, (matrix, row) = k.thread(), [*sums], of
+        last = k.scalar(matrix.num_groups - 1, "index")
         places = [(step + i) * SLOTS + thread // ROWS for i in range(unroll)]
-        loaded = [work.matrix.load(row, (first + place).minimum(last)) for place in places]
+        loaded = [matrix.load(row, (first + place).minimum(last)) for place in places]
         for place, packed in zip(places, loaded, strict=True):
             pairs = [
                 k.shuffle(codes, codes, [j, j + 1])
-                for codes in work.matrix.codes(packed) for j in range(0, CHUNK, 2)
+                for codes in matrix.codes(packed) for j in range(0, CHUNK, 2)
             ]  # fmt: skip
-            numbers = work.matrix.numbers(packed)
+            numbers = matrix.numbers(packed)
             for i in range(self.rows):
                 sums[i] = stage.add_products(sums[i], pairs, numbers, place, i)
         return sums
 
-    def _finish(self, k: ThreadBuilder, work: _Work, totals: Sequence[Scalar]) -> None:
+    def _finish(
+        self, k: ThreadBuilder, work: _Work, tile: PartTile[QuantizedMatrix],
+        totals: Sequence[Scalar],
+    ) -> None:  # fmt: skip
         """Add up what the threads have, and store it."""
         thread, parts = k.thread(), k.shared(self.rows * THREADS, "f32")
         for i, total in enumerate(totals[:-1]):
@@ -132,7 +147,7 @@ class FewRows(Kernel):
         k.barrier()
         if self.epsilon is not None:
             scale = work.norm_scale(reduce(add, [squares.load(i) for i in range(waves)]))
-        outputs = ROWS // 2 if self.epilogue == "silu" else ROWS
+        outputs, share = (ROWS // 2, 2) if self.epilogue == "silu" else (ROWS, 1)
         row, feature = thread // outputs, thread % outputs
 
         def output(n: Scalar) -> Scalar:
@@ -143,8 +158,8 @@ class FewRows(Kernel):
         end = k.scalar(self.rows, "index")
         with k.when(row.less(end)):
             token = k.workgroup(1) * self.rows + row
-            place = k.workgroup() * outputs + feature
-            with k.when(token.less(work.num_rows)), k.when(place.less(work.features)):
+            place = tile.place // share + feature
+            with k.when(token.less(work.num_rows)), k.when(place.less(tile.end // share)):
                 if self.epilogue == "silu":
                     work.store(gated(output(feature), output(feature + outputs)), token, place)
                 else:
@@ -165,9 +180,11 @@ class FewRows(Kernel):
                 )  # fmt: skip
                 scale = work.norm_scale(squares)
 
-            def output(token: Scalar, n: Scalar, scale: Scalar | None = scale) -> Scalar:
+            def output(
+                matrix: QuantizedMatrix, token: Scalar, n: Scalar, scale: Scalar | None = scale
+            ) -> Scalar:
                 def add(group: Scalar, total: Scalar) -> list[Scalar]:
-                    weights = work.matrix.unpack(work.matrix.load(n, group), "f32")
+                    weights = matrix.unpack(matrix.load(n, group), "f32")
                     for i, weight in enumerate(weights):
                         x, _ = work.activations(token, group * GROUP + i * CHUNK)
                         total = k.fma(k.convert(x, "f32"), weight, total)
@@ -177,24 +194,29 @@ class FewRows(Kernel):
                 total = k.sum(k.fold(0, -(-self.depth // GROUP), [zeros], add)[0])
                 return total if scale is None else total * scale
 
-            with k.loop(0, self.features) as place:
-                if self.epilogue == "silu":
-                    gate = place // CHUNK * ROWS + place % CHUNK
-                    product = gated(output(token, gate), output(token, gate + CHUNK))
-                    work.store(product, token, place)
-                else:
-                    work.store(output(token, place), token, place)
+            share = 2 if self.epilogue == "silu" else 1
+            for matrix, part, at in zip(
+                work.matrices, self.parts, first_rows(self.parts), strict=True
+            ):
+                with k.loop(0, part.rows // share) as n:
+                    if self.epilogue == "silu":
+                        gate = n // CHUNK * ROWS + n % CHUNK
+                        pair = [output(matrix, token, gate + i) for i in (0, CHUNK)]
+                        work.store(gated(*pair), token, n)
+                    else:
+                        work.store(output(matrix, token, n), token, n + at)
 
 
 def multiply(
-    kernels: Kernels, product: FewRows, activations: Sequence[Tensor], matrix: Tensor,
+    kernels: Kernels, product: FewRows, activations: Sequence[Tensor], matrices: Sequence[Tensor],
     residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The product of activations, after which comes their norm's weight if there is one."""
+    """The product of activations, after which comes their norm's weight if there is one, with a
+    matrix, each part of which is a tensor."""
     num_rows = activations[0].shape[0]
     result = Tensor("", (num_rows, product.features), product.result[0])
-    inputs = [*activations, matrix, *([residual] if residual else [])]
-    workgroups = -(-product.columns // ROWS), kernels.tiles(num_rows, product.rows), 1
+    inputs = [*activations, *matrices, *([residual] if residual else [])]
+    workgroups = num_tiles(product.parts, ROWS), kernels.tiles(num_rows, product.rows), 1
     return kernels.call(product, workgroups, [num_rows], inputs, outputs=[result])[0]
 
 
@@ -203,16 +225,17 @@ class _Work:
 
     def __init__(self, product: FewRows, k: ExecutableBuilder) -> None:
         self.product, self._k = product, k
-        self.kind = BLOCK_TYPES[product.kind]
         has_norm = product.epsilon is not None
         self.x = k.view(k.binding(read_only=True), "f32" if has_norm else "f16")
         self.norm = k.view(k.binding(read_only=True), "f32") if has_norm else None
-        self.matrix = QuantizedMatrix(k, self.kind, product.depth)
+        kinds = [BLOCK_TYPES[part.kind] for part in product.parts]
+        self.matrices = [QuantizedMatrix(k, kind, product.depth) for kind in kinds]
+        self.num_groups = max(matrix.num_groups for matrix in self.matrices)
+        self.has_minima = any(kind.has_minima for kind in kinds)
         has_residual = product.epilogue == "add"
         self._residual = k.view(k.binding(read_only=True), "f32") if has_residual else None
         self._out = k.view(k.binding(), product.result[0])
         self.num_rows = k.constant()
-        self.features = k.scalar(product.features, "index")
 
     def activations(self, token: Scalar, column: Scalar) -> tuple[Scalar, Scalar | None]:
         """A vector of CHUNK activations in f16, without the norm's factor; columns beyond the last
@@ -246,9 +269,8 @@ class _Stage:
         self._work, self._k = work, k
         self._groups, self._rows = chunk * SLOTS, work.product.rows
         self._x = k.shared(self._rows * self._groups * GROUP, "f16")
-        has_minima = work.kind.has_minima
         self._sums: Memory | None = (
-            k.shared(self._rows * self._groups, "f32") if has_minima else None
+            k.shared(self._rows * self._groups, "f32") if work.has_minima else None
         )
 
     def fill(self, first: Scalar, squares: Scalar) -> Scalar:

@@ -214,24 +214,30 @@ def part(k: ThreadBuilder) -> tuple[Scalar, Scalar, Scalar]:
 class Multiplication:
     """The sums of a tile over K."""
 
-    def __init__(self, k: ThreadBuilder, tile: Tile, sides: Sequence[Source]) -> None:
-        self._k, self._tile, self._sides = k, tile, sides
+    def __init__(self, k: ThreadBuilder, tile: Tile) -> None:
+        self._k, self._tile = k, tile
         self._memory = k.shared(2 * TILE * tile.depth * tile.buffers, "f16")
         self._instruction = Instruction.of(k.chip)
 
-    def run(self, depth: Scalar) -> list[Scalar]:
+    @property
+    def dtypes(self) -> list[str]:
+        """Of a lane's sums."""
+        return [f"vector<{self._instruction.sums}xf32>"] * BLOCKS**2
+
+    def run(self, sides: Sequence[Source], depth: Scalar) -> list[Scalar]:
         """A lane's sums over `depth` columns, for each row of instructions and each column."""
         k, tile = self._k, self._tile
         size = 2 * TILE * tile.depth
         start, zero = k.scalar(0, "index"), k.scalar(0, "index")
-        sums = [k.scalar(0.0, f"vector<{self._instruction.sums}xf32>")] * BLOCKS**2
-        self._store(self._load(zero), zero)
+        sums = [k.scalar(0.0, dtype) for dtype in self.dtypes[:1]] * BLOCKS**2
+        self._store([side.load(zero) for side in sides], zero)
         k.barrier()
         last = depth - tile.depth
 
         def step(column: Scalar, start: Scalar, *sums: Scalar) -> list[Scalar]:
             # After the last columns they are loaded once more, instead of a second copy of the code
-            loaded = self._load((column + tile.depth).minimum(last))
+            following = (column + tile.depth).minimum(last)
+            loaded = [side.load(following) for side in sides]
             sums = tuple(self._multiply(start, sums))
             if tile.buffers == 1:
                 k.barrier()
@@ -249,9 +255,6 @@ class Multiplication:
         return [
             Panel(self._k, self._memory, start + i * TILE * tile.depth, tile.depth) for i in (0, 1)
         ]
-
-    def _load(self, column: Scalar) -> list[Store]:
-        return [side.load(column) for side in self._sides]
 
     def _store(self, loaded: Sequence[Store], start: Scalar) -> None:
         for store, panel in zip(loaded, self._panels(start), strict=True):

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from compile.formats.blocks import GROUP, SUPER_GROUPS, BlockType
 from compile.gpu.quantized import ROWS, column_bytes, group_bytes, group_offset
-from compile.mlir.executable import ExecutableBuilder, Views
+from compile.mlir.executable import ExecutableBuilder
 from compile.mlir.values import Scalar
-from compile.mlir.vectors import lanes_of
+from compile.mlir.vectors import lanes_of, vector_type
 
 CHUNK = 8  # columns that are unpacked at once
 BIAS = 0x6400  # the bits of 1024 in f16
@@ -29,8 +29,8 @@ class Packed:
 
     codes: Sequence[Scalar]  # vectors of four words
     upper: Sequence[Scalar]  # a vector of one word or two
-    numbers: Sequence[Scalar]  # scales and minima: vectors of f16 numbers, or of bytes
-    factors: Sequence[Scalar]  # d, and dmin where there are minima: a vector of f16 numbers
+    numbers: Scalar  # scales and minima: a word of f16 numbers, or of bytes
+    factors: Scalar | None  # d, and dmin where there are minima: a word of f16 numbers
 
 
 class QuantizedMatrix:
@@ -44,32 +44,41 @@ class QuantizedMatrix:
         whole = -(-columns // kind.columns)
         self.num_groups = whole * kind.columns // GROUP
         self._block_bytes = whole * column_bytes(kind)
-        self._views = Views(k, k.binding(read_only=True)).open("i32", "f16", "i8")
+        self._words = k.view(k.binding(read_only=True), "i32")
 
     def load(self, row: Scalar, group: Scalar) -> Packed:
         """32 columns of a row."""
         kind, in_block, start = self.kind, row % ROWS, row // ROWS * self._block_bytes
         at = start + group_offset(kind, group)
         codes = [
-            self._vector("i32", at + (in_block * 16 + piece * ROWS * 16), 4)
+            self._vector(at + (in_block * 16 + piece * ROWS * 16), 4)
             for piece in range(kind.low_bytes // 16)
         ]
         at_upper, size = at + ROWS * kind.low_bytes, kind.code_bytes - kind.low_bytes
-        upper = [self._vector("i32", at_upper + in_block * size, size // 4)] if size else []
-        at_numbers, count = at + ROWS * kind.code_bytes, kind.num_numbers
+        upper = [self._vector(at_upper + in_block * size, size // 4)] if size else []
+        at_numbers, size = at + ROWS * kind.code_bytes, kind.group_bytes - kind.code_bytes
+        numbers = self._word(at_numbers, in_block, size)
         if not kind.has_super_blocks:
-            numbers = self._vector("f16", at_numbers + in_block * (2 * count), count)
-            return Packed(codes, upper, [numbers], [])
-        numbers = self._vector("i8", at_numbers + in_block * count, count)
+            return Packed(codes, upper, numbers, None)
         at_factors = start + group // SUPER_GROUPS * column_bytes(kind)
         at_factors += SUPER_GROUPS * group_bytes(kind)
-        count = 2 if kind.has_minima else 1
-        factors = self._vector("f16", at_factors + in_block * (2 * count), count)
-        return Packed(codes, upper, [numbers], [factors])
+        size = 4 if kind.has_minima else 2
+        return Packed(codes, upper, numbers, self._word(at_factors, in_block, size))
 
-    def _vector(self, dtype: str, at: Scalar, lanes: int) -> Scalar:
-        size = {"i8": 1, "f16": 2, "i32": 4}[dtype]
-        return self._views[dtype].load_vector(at // size, lanes)
+    def _vector(self, at: Scalar, lanes: int) -> Scalar:
+        return self._words.load_vector(at // 4, lanes)
+
+    def _word(self, at: Scalar, row: Scalar, size: int) -> Scalar:
+        """Two or four bytes of a row in the block, in the lower bits of a word.
+
+        Loads of 16 bits may write one half of a register while a load of the other is under way, as
+        code for gfx11 did; whole words are loaded instead.
+        """
+        if size == 4:
+            return self._words.load(at // 4 + row)
+        assert size == 2
+        shift = (row % 2 * 16).to("i32")
+        return self.k.bits("shrui", self._words.load(at // 4 + row // 2), shift)
 
     def unpack(self, packed: Packed, dtype: str = "f16") -> list[Scalar]:
         """The weights: four vectors of 8 numbers, in f16 or f32."""
@@ -94,17 +103,23 @@ class QuantizedMatrix:
 
     def numbers(self, packed: Packed, dtype: str = "f32") -> tuple[list[Scalar], Scalar | None]:
         """The scale, or those of both halves, and the minimum if there is one, in f16 or f32."""
-        k, kind = self.k, self.kind
-        numbers = [k.element(packed.numbers[0], i) for i in range(kind.num_numbers)]
-        if kind.has_super_blocks:
+        kind = self.kind
+        item = "i8" if kind.has_super_blocks else "f16"
+        numbers = [self._element(packed.numbers, item, i) for i in range(kind.num_numbers)]
+        if packed.factors:
             for i, number in enumerate(numbers):
                 is_minimum = kind.has_minima and i == 1
-                factor = k.element(packed.factors[0], int(is_minimum)).to("f32")
+                factor = self._element(packed.factors, "f16", int(is_minimum)).to("f32")
                 wide = number.to("i32") if kind.has_signed_scales else number.to_unsigned("i32")
                 product = factor * wide.to("f32")
                 numbers[i] = product * -1.0 if is_minimum else product
         numbers = [number.to(dtype) for number in numbers]
         return (numbers[:1], numbers[1]) if kind.has_minima else (numbers, None)
+
+    def _element(self, word: Scalar, dtype: str, i: int) -> Scalar:
+        """Number i of a word of bytes or f16 numbers."""
+        kind = vector_type(2 if dtype == "f16" else 4, dtype)
+        return self.k.element(self.k.bitcast(self.k.broadcast(word, 1), kind), i)
 
     def _biased_codes(self, packed: Packed, i: int) -> Scalar:
         """Four words, with two codes each in their halves, under the bits of 1024."""

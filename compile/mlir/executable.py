@@ -220,6 +220,18 @@ class ExecutableBuilder(VectorBuilder):
         with self.block(f"scf.if {condition.name} {{"):
             yield
 
+    def choose(
+        self, condition: Scalar, yes: Callable[[], Sequence[Scalar]],
+        no: Callable[[], Sequence[Scalar]], dtypes: Sequence[str],
+    ) -> list[Scalar]:  # fmt: skip
+        """What `yes()` gives where an i1 is true, else what `no()` gives; both of these types."""
+        name, types = self.fresh(), ", ".join(dtypes)
+        with self.block(f"{name}:{len(dtypes)} = scf.if {condition.name} -> ({types}) {{", ""):
+            self.emit(f"scf.yield {', '.join(value.name for value in yes())} : {types}")
+        with self.block("} else {"):
+            self.emit(f"scf.yield {', '.join(value.name for value in no())} : {types}")
+        return [Scalar(self, f"{name}#{i}", dtype) for i, dtype in enumerate(dtypes)]
+
 
 class Views:
     """One binding, seen as memory of several element types: `views[dtype]`."""

@@ -11,9 +11,9 @@ In the names "{}" is the number of the layer. Canonical names are those of GGUF.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, groupby
 
 from compile.models.spec import LlamaConfig, VisionConfig
 
@@ -63,7 +63,22 @@ class ModelTensor:
 
     def parts(self) -> list[ModelTensor]:
         """One tensor for each of its sources, as which it can be stored instead."""
-        return [ModelTensor(n, s, {n: s}, self.is_matrix) for n, s in self.sources.items()]
+        return self.runs(lambda name: name)
+
+    def runs(self, key: Callable[[str], str]) -> list[ModelTensor]:
+        """One tensor for all sources side by side whose names have the same key."""
+        found = [[*names] for _, names in groupby(self.sources, key)]
+        return [self] if len(found) == 1 else [self._run(names) for names in found]
+
+    def all_runs(self) -> list[ModelTensor]:
+        """Every tensor that `runs` may make of it."""
+        names, ends = [*self.sources], range(1, len(self.sources) + 1)
+        return [*(self._run(names[i:end]) for end in ends for i in range(end)), self]
+
+    def _run(self, names: Sequence[str]) -> ModelTensor:
+        sources = {name: self.sources[name] for name in names}
+        rows = sum(shape[0] for shape in sources.values())
+        return ModelTensor("+".join(names), (rows, *self.shape[1:]), sources, self.is_matrix)
 
 
 def _matrix(name: str, hf_name: str, rows: str, columns: str) -> Entry:

@@ -20,11 +20,12 @@ from compile.gpu.emitter import LlamaEmitter
 from compile.models.spec import LlamaConfig, VisionConfig
 from compile.models.tensors import decoder_tensors
 from compile.options import BuildOptions, ModelOptions
-from compile.target import resolve_target
+from compile.target import Target, resolve_target
 from compile.toolchain import iree_compile
 from compile.tools.gpu_cards import MATRIX
 from compile.tools.gpu_code import Code, parse
 from compile.tools.gpu_registers import ARGUMENTS
+from compile.tools.q4_k_m import q4_k_m_dtypes
 
 SIZES = ITEM_BYTES | {"i64": 8, "i32": 4, "i8": 1}
 # A kernel that picks elements, by what is in its text: it reads at most so many times what it
@@ -201,20 +202,33 @@ def _with_start(arguments: dict[int, int], start: int) -> dict[int, int]:
 
 
 def compile_shape(
-    config: LlamaConfig, build: BuildOptions, vision: VisionConfig | None = None
-) -> Report:
-    """Compile all functions that `sf-compile` makes for a GPU; raises CompileError."""
+    config: LlamaConfig, build: BuildOptions, vision: VisionConfig | None = None,
+    *, is_q4_k_m: bool = False,
+) -> Report:  # fmt: skip
+    """Compile all functions that `sf-compile` makes for a GPU; raises CompileError.
+
+    is_q4_k_m: weights are of the types of such a GGUF file, instead of the options'.
+    """
     target = resolve_target(build.target)
-    weights = build.weight_dtype or target.weight_dtype
+    weights = "q4_k" if is_q4_k_m else build.weight_dtype or target.weight_dtype
     table = decoder_tensors(config)
     names = [name for tensor in (table.embedding, *table.head) for name in tensor.sources]
     options = ModelOptions(
         weights, build.kv_dtype or weights, build.page_size, build.prefill_batch_sizes,
         build.decode_batch_sizes, build.max_seq_len or config.max_seq_len,
         (build.image_batch_sizes or target.image_batch_sizes) if vision else (),
-        tensor_dtypes=dict.fromkeys(names, "int8") if weights == "int4" else {},
+        tensor_dtypes=(
+            q4_k_m_dtypes(config) if is_q4_k_m
+            else dict.fromkeys(names, "int8") if weights == "int4" else {}
+        ),
     )  # fmt: skip
-    emitter = LlamaEmitter(config, options, target, vision)
+    return compile_emitter(LlamaEmitter(config, options, target, vision), target, vision)
+
+
+def compile_emitter(
+    emitter: LlamaEmitter, target: Target, vision: VisionConfig | None = None
+) -> Report:
+    """Compile a model, without its weights; raises CompileError."""
     with tempfile.TemporaryDirectory(prefix="sf-kernels-") as name:
         folder = Path(name)
         (folder / "model.mlir").write_text(emitter.emit())
@@ -227,7 +241,8 @@ def compile_shape(
         seconds = _cpu_seconds() - started_at
         flow, assembly = _text(folder, "*.flow.mlir"), _text(folder, "*.rocmasm")
         return Report(
-            config, vision, options, seconds, (folder / "model.vmfb").stat().st_size,
+            emitter.config, vision, emitter.options, seconds,
+            (folder / "model.vmfb").stat().st_size,
             sum(parameter.num_bytes for parameter in emitter.parameters.values()),
             _kernels(flow, _text(folder, "*.executable-targets.mlir"), assembly), flow,
             _text(folder, "*.stream.mlir"),

@@ -32,6 +32,7 @@ TOWERS = {
     "smolvlm-256m": VisionConfig("idefics3", 512, 16, 768, 3072, 12, 12, 1e-6, "gelu_tanh", 4),
     "llava-1.5-7b": VisionConfig("llava", 336, 14, 1024, 4096, 23, 16, 1e-5, "quick_gelu", 1),
 }
+Q4_K_M = "q4_k_m"
 NEGLIGIBLE = 0.05  # microseconds
 
 
@@ -66,6 +67,18 @@ def table(dispatches: Sequence[Dispatch], kernels: dict[str, Kernel], card: Card
         f"{sums['seconds'] + launches:.0f} us with launches of {LAUNCH_SECONDS * 1e6:.0f} us each",
     ]
     return lines
+
+
+def least_seconds(
+    dispatches: Sequence[Dispatch], kernels: dict[str, Kernel], card: Card
+) -> float:  # fmt: skip
+    """The least time that all of these take together, with their launches."""
+    total = len(dispatches) * LAUNCH_SECONDS
+    for dispatch, count in Counter(dispatches).items():
+        kernel = kernels[dispatch.name]
+        found = profile(kernel.code, dispatch.arguments, kernel.size, card.architecture)
+        total += count * bound(found, dispatch.workgroups, dispatch.num_bytes, card).seconds
+    return total
 
 
 def _times(dispatch: Dispatch, count: int, kernel: Kernel, found: Profile, least: Bound) -> str:
@@ -125,10 +138,12 @@ def main() -> None:
     config, vision = SHAPES[args.shape], TOWERS.get(args.shape)
     card = CARDS[args.target]
     max_seq_len = min(args.max_seq_len, config.max_seq_len)
+    is_q4_k_m = args.weights == Q4_K_M
     build = BuildOptions(
-        args.target, weight_dtype=args.weights, kv_dtype=args.kv, max_seq_len=max_seq_len
-    )
-    report = compile_shape(config, build, vision)
+        args.target, weight_dtype=None if is_q4_k_m else args.weights, kv_dtype=args.kv,
+        max_seq_len=max_seq_len,
+    )  # fmt: skip
+    report = compile_shape(config, build, vision, is_q4_k_m=is_q4_k_m)
     token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * ITEM_BYTES[args.kv]
     print(
         f"{args.shape} in {args.weights} for {args.target}, on {card.name}: compiled in "
@@ -156,8 +171,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--target", choices=CARDS, default="gfx942", help="(%(default)s)")
-    parser.add_argument("--weights", choices=("f16", "bf16", *QUANTIZED), default="f16",
-                        help="(%(default)s)")  # fmt: skip
+    parser.add_argument("--weights", choices=("f16", "bf16", *QUANTIZED, Q4_K_M),
+                        default="f16", help="or of such a GGUF file (%(default)s)")  # fmt: skip
     parser.add_argument("--kv", choices=("f16", "bf16"), default="f16", help="(%(default)s)")
     parser.add_argument("--rows", type=int, nargs="+", choices=BuildOptions().decode_batch_sizes,
                         default=[1, 8], help="of a decode step (%(default)s)")  # fmt: skip

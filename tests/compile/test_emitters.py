@@ -44,11 +44,12 @@ def defaults(source: Path, options: BuildOptions) -> tuple[str, str]:
 def test_the_default_follows_the_source(tmp_path: Path, kind: str, dtype: str) -> None:
     source = write_wide_gguf(tmp_path / "toy.gguf", gguf.GGMLQuantizationType[kind])
     assert defaults(source, BuildOptions(cpu=NO_BF16)) == (dtype, "f16")
-    assert defaults(source, BuildOptions("gfx942")) == ("f16", "f16")
-    assert defaults(source, BuildOptions(cpu=NO_BF16, row_major=True)) == ("f16", "f16")
+    assert defaults(source, BuildOptions("gfx942")) == (dtype, "f16")
+    assert defaults(source, BuildOptions(cpu=NO_BF16, row_major=True)) == (dtype, "f16")
     assert defaults(source, BuildOptions(cpu=NO_BF16, weight_dtype="f32")) == ("f32", "f32")
     narrow_heads = write_gguf(tmp_path / "narrow.gguf", gguf.GGMLQuantizationType[kind])
     assert defaults(narrow_heads, BuildOptions(cpu=NO_BF16)) == ("f16", "f16")
+    assert defaults(narrow_heads, BuildOptions("gfx1100")) == (dtype, "f16")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -120,27 +121,29 @@ def q4_k_m(name: str, num_layers: int) -> str:
     return "Q6_K" if part in ("attn_v", "ffn_down") and gets_more else "Q4_K"
 
 
-def dtypes(source: Source, **options: Any) -> dict[str, str]:
+def dtypes(source: Source, target: str = "cpu", **options: Any) -> dict[str, str]:
     """What each matrix becomes, by canonical name."""
-    target = resolve_target("cpu", NO_BF16)
-    model = find_emitter(source, BuildOptions(cpu=NO_BF16, **options), target).options
+    resolved = resolve_target(target, NO_BF16)
+    model = find_emitter(source, BuildOptions(cpu=NO_BF16, **options), resolved).options
     return {n: model.dtype_of(n) for n, t in source.tensors.items() if len(t.shape) == 2}
 
 
-def test_each_tensor_keeps_its_type() -> None:
+@pytest.mark.parametrize("target", ["cpu", "gfx1100"])
+def test_each_tensor_keeps_its_type(target: str) -> None:
     source = source_of(LLAMA, lambda name: q4_k_m(name, LLAMA.num_layers))
-    found = dtypes(source)
+    found = dtypes(source, target)
     assert found == {name: source.tensors[name].dtype.lower() for name in found}
     assert {"q4_k", "q6_k"} == set(found.values())
     assert source.weight_dtype == "Q4_K"
 
 
-def test_a_q4_k_m_file_grows_by_at_most_a_twentieth() -> None:
+@pytest.mark.parametrize("target", ["cpu", "gfx1100"])
+def test_a_q4_k_m_file_grows_by_at_most_a_twentieth(target: str) -> None:
     source = source_of(LLAMA, lambda name: q4_k_m(name, LLAMA.num_layers))
     bits = {"Q4_K": 4.5, "Q6_K": 6.5625, "F32": 32}
     of_file = sum(math.prod(t.shape) * bits[t.dtype] / 8 for t in source.tensors.values())
-    target = resolve_target("cpu", NO_BF16)
-    emitter = find_emitter(source, BuildOptions(cpu=NO_BF16, max_seq_len=8192), target)
+    options = BuildOptions(cpu=NO_BF16, max_seq_len=8192)
+    emitter = find_emitter(source, options, resolve_target(target, NO_BF16))
     assert sum(p.num_bytes for p in emitter.parameters.values()) <= 1.05 * of_file
 
 

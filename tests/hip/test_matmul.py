@@ -4,7 +4,7 @@ and by numpy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from compile.formats.blocks import BLOCK_TYPES, BlockType, Groups
 from compile.gpu.embedding import Embedding
 from compile.gpu.kernel import Kernels
 from compile.gpu.matmul import Product, Tile, multiply
+from compile.gpu.parts import Part
 from compile.gpu.quantized import ROWS, packed
 from compile.mlir.builder import Builder, Tensor, tensor_type
 from compile.target import HIP_CHIPS, Target
@@ -22,20 +23,24 @@ from tests.hip.driver import Driver
 from tests.hip.kernel_runs import Array, KernelRunner
 
 
-def module_text(target: Target, product: Product, shape: tuple[int, ...]) -> str:
+def module_text(target: Target, product: Product, shapes: Sequence[tuple[int, ...]]) -> str:
     """A function `main` of activations, the matrix and a residual, for any number of rows."""
     b = Builder()
     kernels, n, dtype = Kernels(b, target), product.columns, product.result[0]
-    matrix = Tensor("%m", shape, "f16" if product.kind == "f16" else "i8")
+    matrices = [
+        Tensor(f"%m{i}", shape, "f16" if part.kind == "f16" else "i8")
+        for i, (part, shape) in enumerate(zip(product.parts, shapes, strict=True))
+    ]
+    given = ", ".join(f"{matrix.name}: {matrix.type}" for matrix in matrices)
     x, residual = tensor_type(("?", product.width), "f16"), tensor_type(("?", n), "f32")
     result_type = tensor_type(("?", n // 2 if product.ending == "gate" else n), dtype)
-    head = f"func.func @main(%x: {x}, %m: {matrix.type}, %r: {residual}) -> {result_type} {{"
+    head = f"func.func @main(%x: {x}, {given}, %r: {residual}) -> {result_type} {{"
     with b.block(head):
         zero = b.scalar(0, "index")
         rows = b.op(f"tensor.dim %x, {zero.name} : {x}", "index").name
         added = Tensor("%r", (rows, n), "f32") if product.ending == "add" else None
         lhs = Tensor("%x", (rows, product.width), "f16")
-        result = multiply(kernels, product, lhs, matrix, added)
+        result = multiply(kernels, product, lhs, matrices, added)
         b.emit(f"return {result.name} : {result.type}")
     return kernels.write() + b.text("module")
 
@@ -67,13 +72,13 @@ def random_groups(kind: BlockType, rows: int, columns: int) -> Groups:
     return Groups(kind, codes, numbers, factors)
 
 
-def random_matrix(product: Product) -> tuple[Array, Array]:
-    """A matrix as it is stored, and its numbers, of which f16 rounds none."""
-    if product.kind == "f16":
-        matrix = whole_numbers(product.columns, product.depth, seed=2).astype(np.float16)
+def random_matrix(part: Part, depth: int) -> tuple[Array, Array]:
+    """Rows as they are stored, and their numbers, of which f16 rounds none."""
+    if part.kind == "f16":
+        matrix = whole_numbers(part.rows, depth, seed=2).astype(np.float16)
         return matrix, matrix
-    groups = random_groups(BLOCK_TYPES[product.kind], product.columns, product.depth)
-    return packed(groups).view(np.int8), groups.dequantized()[: product.columns, : product.depth]
+    groups = random_groups(BLOCK_TYPES[part.kind], part.rows, depth)
+    return packed(groups).view(np.int8), groups.dequantized()[: part.rows, :depth]
 
 
 def expected(product: Product, x: Array, matrix: Array, residual: Array) -> Array:
@@ -96,17 +101,19 @@ class ProductRunner(KernelRunner):
 
     def check(self, product: Product, rows: int, order: str = "random") -> None:
         """Machine code, its plain form and numpy give the same numbers."""
-        stored, matrix = random_matrix(product)
+        stored, matrices = zip(
+            *(random_matrix(part, product.depth) for part in product.parts), strict=True
+        )
         x = whole_numbers(rows, product.width, seed=1).astype(np.float16)
         x[:, product.depth :] = 0
         if product.ending == "gate":
             x /= 256  # so that gates are neither all zero nor the identity
         residual = whole_numbers(rows, product.columns, seed=3).astype(np.float32)
         got = self.run(
-            product.name, partial(module_text, product=product, shape=stored.shape),
-            [x, stored, residual], order,
+            product.name, partial(module_text, product=product, shapes=[m.shape for m in stored]),
+            [x, *stored, residual], order,
         )  # fmt: skip
-        wanted = expected(product, x, matrix, residual)
+        wanted = expected(product, x, np.concatenate(matrices), residual)
         if product.ending == "gate":
             np.testing.assert_allclose(got, wanted, rtol=2e-3, atol=1e-3)
         else:
@@ -124,7 +131,7 @@ def on(hip_driver: Driver, hip_cache: Path, tmp_path: Path) -> On:
 @pytest.mark.parametrize("chip", ["gfx942", "gfx1100"])
 def test_a_quantized_product_of_more_than_a_tile(on: On, chip: str) -> None:
     runner = on(chip)
-    runner.check(Product(runner.tile, 144, 96, "int4", "add"), 133)
+    runner.check(Product(runner.tile, (Part("int4", 144),), 96, "add"), 133)
 
 
 @pytest.mark.slow
@@ -133,9 +140,9 @@ def test_products_of_f16(on: On, chip: str) -> None:
     """One row; columns that are no multiple of an instruction's; a depth of one step."""
     runner = on(chip)
     tile = runner.tile
-    runner.check(Product(tile, 40, tile.depth), 1, "backward")
-    runner.check(Product(tile, 256, 576, ending="add"), 130, "forward")
-    runner.check(Product(tile, 129, 192, ending="add"), 40)
+    runner.check(Product(tile, (Part("f16", 40),), tile.depth), 1, "backward")
+    runner.check(Product(tile, (Part("f16", 256),), 576, "add"), 130, "forward")
+    runner.check(Product(tile, (Part("f16", 129),), 192, "add"), 40)
 
 
 @pytest.mark.slow
@@ -143,14 +150,23 @@ def test_products_of_f16(on: On, chip: str) -> None:
 @pytest.mark.parametrize("chip", ["gfx90a", "gfx942", "gfx1100", "gfx1201"])
 def test_products_of_quantized_types(on: On, chip: str, kind: str) -> None:
     runner = on(chip)
-    runner.check(Product(runner.tile, 72, 512, kind), 21, "backward")
+    runner.check(Product(runner.tile, (Part(kind, 72),), 512), 21, "backward")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["gfx942", "gfx1100", "gfx1201"])
+def test_a_matrix_of_several_types(on: On, chip: str) -> None:
+    """The first part of two tiles, the others of a part of one."""
+    runner = on(chip)
+    parts = Part("q4_k", 136), Part("int8", 40), Part("q6_k", 24)
+    runner.check(Product(runner.tile, parts, 256), 21)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", ["gfx942", "gfx1100", "gfx1201"])
 def test_gates_and_ups(on: On, chip: str) -> None:
     runner = on(chip)
-    runner.check(Product(runner.tile, 288, 128, "int4", "gate"), 130)
+    runner.check(Product(runner.tile, (Part("int4", 288),), 128, "gate"), 130)
 
 
 @pytest.mark.slow

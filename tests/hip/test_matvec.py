@@ -4,6 +4,7 @@ numpy, at sizes that no known model has as well.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from compile.formats.blocks import BLOCK_TYPES, BlockType, Groups
 from compile.gpu.kernel import Kernels
 from compile.gpu.matvec import FewRows, multiply
+from compile.gpu.parts import Part
 from compile.gpu.quantized import ROWS, packed
 from compile.mlir.builder import Builder, Tensor
 from compile.target import Target
@@ -22,13 +24,17 @@ from tests.hip.kernel_runs import KernelRunner
 
 Arrays = dict[str, NDArray[Any]]
 
-ODD = FewRows("int4", 44, 72, 2, epilogue="add")  # no whole block, group or set of rows
-NORM = FewRows("int4", 48, 1544, epsilon=1e-5)  # more columns than are multiplied at once
-GATED = FewRows("int8", 144, 72, 4, epilogue="silu")
-CHUNKS = FewRows("int8", 32, 1544, 8)  # more columns than local memory has room for
-DEFAULT = [(ODD, 3), (NORM, 1)]
-OTHERS = [(GATED, 4), (CHUNKS, 9)]
-TYPES = [(FewRows(name, 32, 2 * kind.columns, 1, 1e-5), 1) for name, kind in BLOCK_TYPES.items()]
+ODD = FewRows((Part("int4", 44),), 72, 2, epilogue="add")  # no whole block, group or set of rows
+NORM = FewRows((Part("int4", 48),), 1544, epsilon=1e-5)  # more columns than are multiplied at once
+GATED = FewRows((Part("int8", 144),), 72, 4, epilogue="silu")
+CHUNKS = FewRows((Part("int8", 32),), 1544, 8)  # more columns than local memory has room for
+# Of three types, which share local memory; two of them with rows that fill no block
+MIXED = FewRows((Part("q4_k", 40), Part("int8", 16), Part("q6_k", 24)), 512, 1, 1e-5)
+DEFAULT = [(ODD, 3), (NORM, 1), (MIXED, 1)]
+OTHERS = [(GATED, 4), (CHUNKS, 9), (replace(MIXED, rows=8, epsilon=None, epilogue="add"), 9)]
+TYPES = [
+    (FewRows((Part(name, 32),), 2 * kind.columns, 1, 1e-5), 1) for name, kind in BLOCK_TYPES.items()
+]
 
 
 def random_rows(kind: BlockType, rows: int, columns: int, rng: np.random.Generator) -> Groups:
@@ -48,14 +54,19 @@ def random_rows(kind: BlockType, rows: int, columns: int, rng: np.random.Generat
 
 def given_and_expected(product: FewRows, num_rows: int) -> tuple[Arrays, NDArray[np.float64]]:
     """Arguments by name, whose alphabetical order is that of the kernel's bindings."""
-    rng, kind = np.random.default_rng(1), BLOCK_TYPES[product.kind]
-    whole = -(-product.depth // kind.columns) * kind.columns
-    groups = random_rows(kind, product.columns, whole, rng)
-    stored = Groups.zeros(kind, -(-product.columns // ROWS) * ROWS, whole)
-    stored.put(slice(0, product.columns), groups)
-    weights = groups.dequantized()[:, : product.depth].astype(np.float64)
+    rng, matrices = np.random.default_rng(1), []
+    given: Arrays = {}
+    for i, part in enumerate(product.parts):
+        kind = BLOCK_TYPES[part.kind]
+        whole = -(-product.depth // kind.columns) * kind.columns
+        groups = random_rows(kind, part.rows, whole, rng)
+        stored = Groups.zeros(kind, -(-part.rows // ROWS) * ROWS, whole)
+        stored.put(slice(0, part.rows), groups)
+        given[f"y_matrix_{i}"] = packed(stored).view(np.int8)
+        matrices.append(groups.dequantized()[:, : product.depth].astype(np.float64))
+    weights = np.concatenate(matrices)
     x = rng.normal(size=(num_rows, product.depth))
-    given: Arrays = {"x": x.astype(np.float16), "y_matrix": packed(stored).view(np.int8)}
+    given["x"] = x.astype(np.float16)
     activations = given["x"].astype(np.float64)
     if product.epsilon is not None:
         given["x"] = x.astype(np.float32)
@@ -85,7 +96,8 @@ def module_text(product: FewRows, given: Arrays, target: Target) -> str:
     arguments = ", ".join(f"{x.name}: {x.type}" for x in inputs.values())
     with b.block(f"func.func @main({arguments}) -> {result} {{"):
         activations = [x for name, x in inputs.items() if name.startswith("x")]
-        found = multiply(kernels, product, activations, inputs["y_matrix"], inputs.get("z"))
+        matrices = [x for name, x in inputs.items() if name.startswith("y")]
+        found = multiply(kernels, product, activations, matrices, inputs.get("z"))
         b.emit(f"return {found.name} : {found.type}")
     return kernels.write() + b.text("module")
 
@@ -102,7 +114,7 @@ def check(driver: Driver, cache: Path, folder: Path, chip: str, case: tuple[FewR
 
 
 @pytest.mark.parametrize("chip", ["gfx942", "gfx1100"])
-@pytest.mark.parametrize("case", DEFAULT, ids=["odd", "norm"])
+@pytest.mark.parametrize("case", DEFAULT, ids=["odd", "norm", "mixed"])
 def test_products_in_4_bits(
     hip_driver: Driver, hip_cache: Path, tmp_path: Path, chip: str, case: tuple[FewRows, int]
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 from tests.hip.driver import Driver
 from tests.hip.machine_runs import run_beside_twins
 from tests.hip.model_calls import Plan
-from tests.support.reference import forward, quantized_like
+from tests.support.reference import forward, stored_as
 from tests.support.tiny import GPU_SIZES, MACHINE_CODE_CHIPS, QUANTIZABLE, TINY, TinyModel
 
 PLAN = Plan(TINY.vocab_size, 8)
@@ -42,7 +42,7 @@ def test_dispatches_and_logits(
     done.check()
     assert done.names == set(done.dispatches)
     weights = {
-        name: quantized_like(name, weight, dtype) if weight.ndim == 2 else weight
+        name: stored_as(name, weight, dtype) if weight.ndim == 2 else weight
         for name, weight in model.weights.items()
     }
     main = forward(model.config, weights, PLAN.tokens)

@@ -297,8 +297,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def quantized_like(name: str, weight: np.ndarray, dtype: str) -> np.ndarray:
-    """What the artifact holds: its embedding has 8 bits in any case."""
+def stored_as(name: str, weight: np.ndarray, dtype: str) -> np.ndarray:
+    """A matrix [N, K] as an artifact holds it: an embedding has 8 bits in any case."""
     cols = weight.shape[1]
     padded = np.pad(weight, ((0, 0), (0, -cols % GROUP)))
     kind = "int8" if name == "token_embd.weight" else dtype

@@ -20,7 +20,7 @@ from sf_local.model.outputs import OutputSpec
 from sf_local.model.runner import ModelRunner
 from sf_local.request.batch import Row
 from sf_local.sampling.logits import ModelOutput, summarize
-from tests.support.reference import forward, quantized_like, random_weights
+from tests.support.reference import forward, random_weights, stored_as
 from tests.support.running import open_runner
 from tests.support.tiny import (
     ONE_PADDED,
@@ -322,7 +322,7 @@ def test_quantized_weights_and_short_activations(
 def quantized_reference(model: TinyModel, dtype: str, count: int) -> tuple[list[int], np.ndarray]:
     """Tokens, and the logits of the reference with the weights that the artifact holds."""
     weights = {
-        name: quantized_like(name, weight, dtype) if weight.ndim == 2 else weight
+        name: stored_as(name, weight, dtype) if weight.ndim == 2 else weight
         for name, weight in model.weights.items()
     }
     tokens = tokens_of(model, count)
