@@ -9,7 +9,7 @@ rows beside it, even if those hold garbage.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from compile.cpu.activations import Activations
 from compile.cpu.kernel import KernelBuilder
@@ -24,23 +24,6 @@ WORDS_OF_ROW = 2 * LINES  # f32: the sums of a row
 WORDS_OF_CONFIG = 16
 PANEL = 320  # columns of a block that are expanded at once: with 32 rows they fit the L1, in 40 KB
 FIRST_X, FIRST_WEIGHT = 4, 6  # registers; before them are the sums
-
-
-@dataclass(frozen=True)
-class TileConfig:
-    """Lines, and bytes of a line, of the registers that are not whole tiles."""
-
-    smaller: dict[int, tuple[int, int]] = field(default_factory=dict)
-
-    def words(self) -> list[int]:
-        """The 64 bytes that ldtilecfg reads: palette 1, bytes of a line, lines."""
-        sizes = [self.smaller.get(i, (LINES, LINE_BYTES)) for i in range(8)]
-        data = struct.pack("<16B8H16x8B8x", 1, *[0] * 15, *(b for _, b in sizes),
-                           *(n for n, _ in sizes))  # fmt: skip
-        return list(struct.unpack("<16i", data))
-
-
-WHOLE = TileConfig()
 
 
 @dataclass(frozen=True)
@@ -89,10 +72,10 @@ class TileRegisters:
         """
         self._k.syscall(158, *(self._k.scalar(n, "i64") for n in (0x1023, 18)))
 
-    def configure(self, config: TileConfig = WHOLE) -> None:
-        """Set the sizes of all registers, which also makes them zero."""
+    def configure(self) -> None:
+        """Make all registers whole tiles, and zero."""
         words = self._scratch["i32"]
-        for i, word in enumerate(config.words()):
+        for i, word in enumerate(_config()):
             words.store(self._k.scalar(word, "i32"), i)
         self._do("ldtilecfg", self._k.pointer(words, self._k.scalar(0, "index")))
 
@@ -173,3 +156,11 @@ class TileRegisters:
         names = ", ".join(a.name for a in arguments)
         types = ", ".join(a.dtype for a in arguments)
         self._k.emit(f'llvm.call_intrinsic "llvm.x86.{name}"({names}) : ({types}) -> ()')
+
+
+def _config() -> list[int]:
+    """The 64 bytes that ldtilecfg reads: palette 1, bytes of a line and lines of 8 registers."""
+    sizes = [LINE_BYTES] * 8 + [0] * 8, [LINES] * 8 + [0] * 8
+    return list(
+        struct.unpack("<16i", struct.pack("<16B16H16B", 1, *[0] * 15, *sizes[0], *sizes[1]))
+    )

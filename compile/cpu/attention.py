@@ -16,7 +16,7 @@ from compile.cpu.activations import Activations
 from compile.cpu.amx import TileRegisters
 from compile.cpu.kernel import KernelBuilder
 from compile.cpu.kv_layout import KVLayout
-from compile.cpu.softmax import Softmax, Splits
+from compile.cpu.softmax import Splits
 from compile.mlir.executable import Memory, Views
 from compile.mlir.values import Scalar
 from compile.mlir.vectors import lanes_of, vector_type
@@ -72,19 +72,15 @@ class Attention(ABC):
         self.vectors, self.memory = vectors, memory
         self.position, self.page = position, page
         self.groups = self.config.num_heads // self.config.num_kv_heads
-        self.softmax = Softmax(k, layout, memory.act, memory.splits, position, self.max_queries)
-
-    @property
-    @abstractmethod
-    def max_queries(self) -> int:
-        """Queries of one task, at most."""
 
     @abstractmethod
     def num_tasks(self, num_groups: Scalar, num_splits: Scalar) -> Scalar:
         """Tasks of groups of up to rows_per_task rows, for all heads and splits of the context."""
 
     @abstractmethod
-    def task(self, number: Scalar, num_splits: Scalar) -> tuple[Scalar, Scalar, Scalar | None]:
+    def task(
+        self, number: Scalar, num_groups: Scalar, num_splits: Scalar
+    ) -> tuple[Scalar, Scalar, Scalar | None]:
         """The group of rows, the head and the split of a task, as `attend` takes them."""
 
     @abstractmethod
@@ -118,7 +114,7 @@ class Attention(ABC):
                 rotated = self._rotated(start + query * d, angles, i, lanes)
                 for feature, x in zip((i, i + half), rotated, strict=True):
                     at = row * self.memory.q_width + query * d + feature
-                    self.memory.q[self.softmax.weight_dtype].store_as(x * (1 / math.sqrt(d)), at)
+                    self.memory.q[self.layout.operand.other].store_as(x * (1 / math.sqrt(d)), at)
         key_row = start + (head + c.num_heads) * d
         for i in range(0, half, lanes):
             rotated = self._rotated(key_row, angles, i, lanes)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from compile.cpu.attention import Attention, ContextSlice
+from collections.abc import Callable
+
+from compile.cpu.attention import Attention, AttentionMemory, ContextSlice
+from compile.cpu.kernel import KernelBuilder
+from compile.cpu.kv_layout import KVLayout
 from compile.cpu.operands import Streams, product
-from compile.cpu.softmax import SLICE, SPLIT, Workspace
+from compile.cpu.softmax import SLICE, SPLIT, Softmax, Workspace
 from compile.formats.layout import ITEM_BYTES
 from compile.mlir.values import Scalar
 from compile.mlir.vectors import vector_type
+from compile.target import Vectors
 
 ROWS_PER_TASK = 4
 LINE_BYTES = 64  # of a CPU's cache
@@ -19,16 +24,21 @@ class VectorAttention(Attention):
     rows_per_task = ROWS_PER_TASK
     takes_any_count = False
 
-    @property
-    def max_queries(self) -> int:
-        """Queries of one task, at most."""
-        return (1 if self.memory.splits else ROWS_PER_TASK) * self.groups
+    def __init__(
+        self, k: KernelBuilder, layout: KVLayout, vectors: Vectors, memory: AttentionMemory,
+        position: Callable[[Scalar], Scalar], page: Callable[[Scalar, Scalar], Scalar],
+    ) -> None:  # fmt: skip
+        super().__init__(k, layout, vectors, memory, position, page)
+        max_queries = (1 if memory.splits else ROWS_PER_TASK) * self.groups
+        self.softmax = Softmax(k, layout, memory.act, memory.splits, position, max_queries)
 
     def num_tasks(self, num_groups: Scalar, num_splits: Scalar) -> Scalar:
         """One for each group of rows, split of the context and KV head."""
         return num_groups * num_splits * self.config.num_kv_heads
 
-    def task(self, number: Scalar, num_splits: Scalar) -> tuple[Scalar, Scalar, Scalar | None]:
+    def task(
+        self, number: Scalar, num_groups: Scalar, num_splits: Scalar
+    ) -> tuple[Scalar, Scalar, Scalar | None]:
         """Its group of rows, KV head, and in decode its split of the context."""
         heads = self.config.num_kv_heads
         head, group = number % heads, number // heads // num_splits

@@ -10,6 +10,7 @@ from __future__ import annotations
 from compile.cpu.activations import Activations
 from compile.cpu.amx import MAX_ROWS
 from compile.cpu.attention import AttentionMemory
+from compile.cpu.attention_vector import VectorAttention
 from compile.cpu.decoder_layout import DecoderLayout
 from compile.cpu.kernel import CACHE_LINE
 from compile.cpu.kv_layout import KVLayout
@@ -207,6 +208,7 @@ class DecoderKernel(TransformerKernel):
         self._store_kv(numbers["store_kv"], layer, rows)
         self._attend(numbers["attend"], layer)
         if self.kind.is_decode:
+            assert isinstance(self.attention, VectorAttention)
             with self.phase(numbers["combine"], rows) as row:
                 self.attention.softmax.combine(row)
         linear("attn_output", self.act, self.add_to_residual)
@@ -236,7 +238,7 @@ class DecoderKernel(TransformerKernel):
         k, attention, tables = self.k, self.attention, self.tables
         splits, groups = tables.number(NUM_SPLITS), tables.number(NUM_GROUPS)
         with self.phase(number, attention.num_tasks(groups, splits)) as task:
-            group, head, split = attention.task(task, splits)
+            group, head, split = attention.task(task, groups, splits)
             row, length = tables.group(group)
             if attention.takes_any_count:
                 attention.attend(row, length, head, layer, split)
