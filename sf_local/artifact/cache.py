@@ -22,6 +22,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from difflib import get_close_matches
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +41,12 @@ if TYPE_CHECKING:
 
 MAX_NAME = 48  # characters of a source's name that the folder's name begins with
 SETTLED = 2.0  # seconds after which another change of a file has another time of change
+# What options of `sf-compile`, and of other libraries, are called in BuildOptions
+_OTHER_NAMES = {
+    **dict.fromkeys(("weights", "dtype", "quantization"), "weight_dtype"), "kv": "kv_dtype",
+    "activations": "activation_dtype",
+    **dict.fromkeys(("n_ctx", "max_model_len", "context_length"), "max_seq_len"),
+}  # fmt: skip
 REMEDY = "set SF_LOCAL_CACHE to a folder that you may write to and that has room"
 
 
@@ -245,9 +252,9 @@ def _build_options(given: dict[str, Any]) -> BuildOptions:
     names = [field.name for field in dataclasses.fields(BuildOptions)]
     for name, value in given.items():
         if name not in names:
-            raise UnsupportedError(
-                f"{name}={value!r}: there is no such build option; use {', '.join(names)}"
-            )
+            near = [_OTHER_NAMES[name]] if name in _OTHER_NAMES else get_close_matches(name, names)
+            remedy = f"did you mean {near[0]}?" if near else f"use {', '.join(names)}"
+            raise UnsupportedError(f"{name}={value!r}: there is no such build option; {remedy}")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     return BuildOptions(**values)
 

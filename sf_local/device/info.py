@@ -118,7 +118,7 @@ def device_names(device: str | Sequence[str]) -> list[str]:
     """The names in a name or a list of them; raises DeviceError for one that no device can have."""
     names = [device] if isinstance(device, str) else device
     if not isinstance(names, Sequence) or not names:
-        raise DeviceError(f"device={device!r} must be a name, or a list of them")
+        raise DeviceError(f"device={device!r} must be a name, or a list of them; use {ALLOWED}")
     for name in names:
         _parse(name)
     return list(names)

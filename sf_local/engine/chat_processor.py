@@ -10,7 +10,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from sf_local.engine.generation import Generation
-from sf_local.engine.input_processor import InputProcessor, deadline_of
+from sf_local.engine.input_processor import PROMPT_OF_CHAT, InputProcessor, deadline_of
 from sf_local.errors import ChatTemplateError, RequestError
 from sf_local.request.params import SamplingOptions, SamplingParams
 from sf_local.text.prompt_encoder import PromptEncoder
@@ -56,13 +56,14 @@ class ChatProcessor:
 
     def render(self, messages: Messages, tools: Sequence[Any] | None, **options: Any) -> str:
         """As `Engine.apply_chat_template`."""
-        from sf_local.text.messages import plain_messages
+        from sf_local.text.messages import images_of, plain_messages
         from sf_local.text.tools import normalized_tools
 
         if tools is not None:  # dicts are written as they are
             tools = [tool if isinstance(tool, Mapping) else normalized_tools([tool])[0]
                      for tool in tools]  # fmt: skip
         turns = plain_messages(messages)
+        self._inputs.check_images(images_of(messages))
         self.template().check_roles(turns)
         return self.template().render(turns, tools=tools, **options)
 
@@ -76,6 +77,10 @@ class ChatProcessor:
 
         started_at = time.perf_counter() if started_at is None else started_at
         params, template = self._inputs.resolved(params), self.template()
+        if params.n != 1:
+            raise RequestError(
+                f"n={params.n}: several answers to a chat come from `samples`; {PROMPT_OF_CHAT}"
+            )
         deadline = deadline_of(params, started_at)
         turns, images = self._messages(messages, options.get("images") or ())
         form = AnswerForm.of(template, options.get("tools"), options.get("tool_choice"), params)

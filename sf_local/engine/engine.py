@@ -35,7 +35,7 @@ from sf_local.engine.sources import from_source
 from sf_local.engine.worker import finish_closing
 from sf_local.errors import RequestError
 from sf_local.model.runner import ModelRunner
-from sf_local.request.checks import check_bool, check_int, shown
+from sf_local.request.checks import check_bool, check_int, known_names, shown, unknown_name
 from sf_local.request.params import ResolvedParams, SamplingOptions, SamplingParams
 from sf_local.text.tokenizer import Tokenizer
 
@@ -120,6 +120,7 @@ class Engine(Batches):
     threads.
     """
 
+    @known_names
     def __init__(
         self,
         vmfb: str | Path,
@@ -206,7 +207,7 @@ class Engine(Batches):
         device: str | Sequence[str] = "cpu",
         *,
         build_options: Mapping[str, Any] | None = None,
-        progress: bool = False,
+        progress: bool | None = None,
         **options: Unpack[EngineOptions],
     ) -> Self:
         """An engine for "demo", a .gguf file, a Hugging Face folder or a repo id, which is compiled
@@ -215,6 +216,9 @@ class Engine(Batches):
         build_options, progress: see `sf_local.from_source`, whose errors are raised as well. The
         others are those of `Engine`.
         """
+        for name, value in options.items():
+            if name not in (known := EngineOptions.__annotations__):
+                raise unknown_name(name, value, ["build_options", "device", "progress", *known])
         artifact = from_source(source, device, progress=progress, **(build_options or {}))
         return cls(artifact, device, **options)
 

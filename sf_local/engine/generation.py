@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -187,7 +187,7 @@ class Generation:
             logprobs=self._logprobs(),
             tool_calls=answer.tool_calls,
             reasoning=answer.reasoning or None,
-            schema=schema if isinstance(schema, type) else None,
+            schema=None if isinstance(schema, str | bool | Mapping) else schema,
             queue_time=(request.scheduled_at or now) - self.ready_at,
             request_id=request.sequence,
         )

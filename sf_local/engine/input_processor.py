@@ -48,6 +48,7 @@ NEED_ALL_LOGITS = (
     "frequency_penalty", "presence_penalty", "repetition_penalty",
 )  # fmt: skip
 NEUTRAL = ResolvedParams()
+PROMPT_OF_CHAT = "make its prompt, engine.apply_chat_template(messages, add_generation_prompt=True)"
 # Held while the grammar compiler is imported and built. A fork waits for it: a child that is forked
 # meanwhile waits for ever for the module, or for llguidance.
 _grammar_lock = threading.Lock()
@@ -280,6 +281,8 @@ class InputProcessor:
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
             ids = self.encode(prompt)
+        elif isinstance(prompt, Sequence) and any(isinstance(t, Mapping) for t in prompt[:1]):
+            raise RequestError("prompt is a chat: answer it by `chat`; or " + PROMPT_OF_CHAT)
         elif not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
             raise RequestError(f"prompt={shown(prompt)} must be a str, or a list of token ids")
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ def from_source(
     source: str | Path,
     device: str | Sequence[str] = "cpu",
     *,
-    progress: bool = False,
+    progress: bool | None = None,
     **build_options: Any,
 ) -> Path:
     """The path of a model's artifact, which is compiled on first use and kept in the cache.
@@ -24,7 +25,8 @@ def from_source(
             Face repo id such as "org/name"; or an artifact, which is used as it is.
         device: what the artifact is for, as `Engine` takes it. "auto" is the first GPU that can be
             compiled for, else the CPU.
-        progress: show on standard error what is done, as `sf-compile` does.
+        progress: show on standard error what is done, as `sf-compile` does; by default if that is
+            a terminal.
         build_options: fields of `compile.BuildOptions`: weight_dtype, kv_dtype, max_seq_len, ...;
             `target` instead of that of `device`.
 
@@ -44,4 +46,6 @@ def from_source(
         found = [find_device(name, known_targets()) for name in device_names(device)]
         chips = dict.fromkeys(device.chip for device in found)
         build_options["target"] = ",".join(chips)
+    if progress is None:
+        progress = sys.stderr is not None and sys.stderr.isatty()
     return compiled(source, progress, **build_options)

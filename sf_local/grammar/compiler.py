@@ -85,8 +85,9 @@ class GrammarCompiler:
     def regex(self, text: str) -> Grammar:
         r"""Texts that Python's `re.fullmatch(text, ...)` matches.
 
-        `\d`, `\w` and `\s` are Unicode, as in Python; `(?a)` makes them ASCII. Greedy and lazy
-        repeats are the same. A leading `^` and a trailing `$` are ignored.
+        `\d`, `\w`, `\s` and `(?i)` are as with `re.ASCII`, because a model would write the digits
+        of any script; `(?u)` makes them Unicode. Greedy and lazy repeats are the same. A leading
+        `^` and a trailing `$` are ignored.
 
         Raises:
             GrammarError: not a regex, look-around, backreference, word boundary or another
@@ -95,7 +96,7 @@ class GrammarCompiler:
         return self._compile("regex", text, regex_grammar)
 
     def json_schema(self, schema: str | bool | Mapping[str, Any] | type) -> Grammar:
-        r"""JSON that is valid under `schema`: JSON text, a dict, or a pydantic model class.
+        r"""JSON that is valid under `schema`: JSON text, a dict, or a type that pydantic knows.
 
         OpenAI's response formats, and what they have as json_schema, stand for the schema in them.
 

@@ -67,29 +67,35 @@ _OBJECT_KEYWORDS = frozenset(
 
 
 def schema_text(schema: object) -> str:
-    """The JSON text of a schema given as text, a bool, a dict or a pydantic model class.
+    """The JSON text of a schema given as text, a bool, a dict or a type that pydantic knows.
 
     Raises:
         GrammarError: it is none of these, or has no JSON form.
     """
     if isinstance(schema, str):
         return schema
-    if isinstance(schema, type) and hasattr(schema, "model_json_schema"):
-        try:
-            schema = schema.model_json_schema()
-        except Exception as error:  # pydantic has several
-            raise GrammarError(f"json_schema has no JSON form: {error}") from error
     if not isinstance(schema, (bool, Mapping)):
-        raise GrammarError(
-            "json_schema must be JSON text, a dict or a pydantic model class, not "
-            f"{type(schema).__name__}."
-        )
+        schema = _schema_of_type(schema)
     try:
         return json.dumps(schema if isinstance(schema, bool) else dict(schema), ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise GrammarError(f"json_schema cannot be written as JSON: {error}.") from None
     except RecursionError:
         raise GrammarError("json_schema is nested too deeply. Flatten it.") from None
+
+
+def _schema_of_type(of: Any) -> Mapping[str, Any]:
+    import pydantic  # takes 0.1 s
+
+    try:
+        return pydantic.TypeAdapter(of).json_schema()
+    except Exception as error:  # pydantic has several, and a model's own code may raise anything
+        if isinstance(of, type):
+            raise GrammarError(f"json_schema has no JSON form: {error}") from error
+        raise GrammarError(
+            "json_schema must be JSON text, a dict, a pydantic model class, or another type that "
+            f"pydantic knows, such as list[int], not {type(of).__name__}."
+        ) from None
 
 
 def schema_grammar(text: str) -> str:

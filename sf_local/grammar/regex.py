@@ -69,9 +69,12 @@ class RegexWriter:
     def __init__(self) -> None:
         self._num_optional = self._num_sets = 0
         self._is_search = self._is_found = self._is_key = self._is_largest = self._is_ascii = False
+        self._folds_ascii = False  # upper and lower case of A to Z are the same here
 
     def write(self, text: str, is_search: bool = False) -> str:
         """A regex for the texts that `text` matches as a whole, or anywhere with `is_search`.
+
+        As a whole, sets and case are those of re.ASCII, unless it has the flag u.
 
         Raises:
             Refused: `text` is not a regex, not regular, or too large.
@@ -112,11 +115,12 @@ class RegexWriter:
         except OverflowError as error:
             raise Refused(f"is not a regex: {error}. Lower its counts.") from None
         flags = tree.state.flags
-        self._is_ascii = bool(flags & re.ASCII)
-        if self._is_ascii and flags & re.IGNORECASE:
-            raise Refused("combines the flags a and i, which is not supported. Remove one.")
+        is_whole = not (is_search or is_found)
+        self._is_ascii = bool(flags & re.ASCII) or (is_whole and not _is_unicode(text))
+        ignores_case = bool(flags & re.IGNORECASE)
+        self._folds_ascii = self._is_ascii and ignores_case
         pattern = self._sequence(tree, bool(flags & re.DOTALL), _AT_EDGE, _AT_EDGE)
-        return f"(?i:{pattern})" if flags & re.IGNORECASE else pattern
+        return f"(?i:{pattern})" if ignores_case and not self._is_ascii else pattern
 
     def _sequence(self, tree: Any, dotall: bool, first: int, last: int) -> str:
         """`first`, `last`: where the beginning and the end of `tree` are in the regex."""
@@ -143,7 +147,8 @@ class RegexWriter:
 
     def _item(self, op: str, value: Any, dotall: bool, first: int, last: int) -> str:
         if op == "LITERAL":
-            is_class = self._is_key and re.match(f"[{NOT_IN_KEYS}]", chr(value))
+            is_class = self._is_key and bool(re.match(f"[{NOT_IN_KEYS}]", chr(value)))
+            is_class = is_class or (self._folds_ascii and bool(_other_case(value, value)))
             return self._class([(op, value)]) if is_class else _escaped(value)
         if op == "NOT_LITERAL":
             return self._class([("NEGATE", None), ("LITERAL", value)])
@@ -179,11 +184,14 @@ class RegexWriter:
         _, add, remove, tree = value
         if (add | remove) & (re.ASCII | re.UNICODE):
             raise Refused("changes the flags a or u for a part, which is not supported.")
-        if self._is_ascii and add & re.IGNORECASE:
-            raise Refused("combines the flags a and i, which is not supported. Remove one.")
         dotall = bool((dotall or add & re.DOTALL) and not remove & re.DOTALL)
         flag = "i" if add & re.IGNORECASE else "-i" if remove & re.IGNORECASE else ""
-        return f"(?{flag}:{self._sequence(tree, dotall, first, last)})"
+        outside = self._folds_ascii
+        if self._is_ascii and flag:
+            self._folds_ascii, flag = flag == "i", ""
+        inner = self._sequence(tree, dotall, first, last)
+        self._folds_ascii = outside
+        return f"(?{flag}:{inner})"
 
     def _repeat(self, value: Any, dotall: bool) -> str:
         low, high, tree = value
@@ -205,6 +213,8 @@ class RegexWriter:
         items = [(str(op), value) for op, value in items[is_negated:]]
         sets = [self._set(value, is_negated) for op, value in items if op == "CATEGORY"]
         chars = [_characters(op, value) for op, value in items if op != "CATEGORY"]
+        if self._folds_ascii:
+            chars += [_other_case(*_ends(op, value)) for op, value in items if op != "CATEGORY"]
         if self._is_search:
             return self._without_controls("".join(sets + chars), items, is_negated)
         written = f"[{'^' * is_negated}{''.join(sets + chars)}]"
@@ -243,6 +253,15 @@ class RegexWriter:
         return f"[[{chars}]--[{controls}]]"
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether a regex has the flag u, which a parsed one does not tell: it is the default."""
+    try:
+        _parser.parse(text, re.ASCII)
+    except ValueError:  # of re: ASCII and UNICODE flags are incompatible
+        return True
+    return False
+
+
 def _is_group(part: Any) -> bool:
     return any(str(op) in ("BRANCH", "SUBPATTERN") for op, _ in part)
 
@@ -252,6 +271,20 @@ def _has_case(op: str, value: Any) -> bool:
     if op == "LITERAL":
         return chr(value).lower() != chr(value).upper()
     return op == "RANGE" and bool(value[1] >= ord("A"))
+
+
+def _ends(op: str, value: Any) -> tuple[int, int]:
+    return (value, value) if op == "LITERAL" else value
+
+
+def _other_case(low: int, high: int) -> str:
+    """The letters A to Z of a range in the other case, as a part of a class; may be empty."""
+    found = ""
+    for first, last, step in ((ord("a"), ord("z"), -32), (ord("A"), ord("Z"), 32)):
+        start, end = max(low, first), min(high, last)
+        if start <= end:
+            found += f"{chr(start + step)}-{chr(end + step)}"
+    return found
 
 
 def _characters(op: str, value: Any) -> str:

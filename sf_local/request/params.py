@@ -14,6 +14,7 @@ from sf_local.request.checks import (
     check_bool,
     check_float,
     check_int,
+    known_names,
     shown,
     told_fields,
     unknown_name,
@@ -53,7 +54,8 @@ class SamplingParams:
         seed: makes the draws repeatable.
         regex: a regular expression that the whole text matches. At most one grammar may be given;
             it takes the place of one in the engine's `defaults`.
-        json_schema: a JSON schema that the text follows; as text, dict or pydantic model.
+        json_schema: a JSON schema that the text follows; as text, dict, pydantic model, or another
+            type that pydantic knows, such as list[int].
         ebnf: a grammar in Lark's syntax as llguidance reads it, or in llama.cpp's GBNF.
         return_logprob: report log probabilities of the answer's tokens, after penalties, grammar
             and temperature.
@@ -121,8 +123,10 @@ class SamplingParams:
             raise RequestError(
                 "max_tokens and max_new_tokens: give one of them; they mean the same"
             )
-        rest = {name: value for name, value in values.items() if name != "max_tokens"}
-        return cls(**rest, max_new_tokens=values["max_tokens"])
+        rest = dict(values)
+        if (max_tokens := rest.pop("max_tokens")) is not None:
+            max_tokens = check_int("max_tokens", max_tokens, 0)  # by the name that was given
+        return cls(**rest, max_new_tokens=max_tokens)
 
     def given(self) -> dict[str, Any]:
         """The values that are given, by name."""
@@ -138,6 +142,10 @@ class SamplingParams:
     def is_constrained(self) -> bool:
         """Whether the answer follows a regex, a JSON schema or a grammar."""
         return any(getattr(self, name) is not None for name in GRAMMARS)
+
+
+# Typed as before, so that type checkers know the fields
+SamplingParams.__init__ = known_names(SamplingParams.__init__)  # type: ignore[method-assign]
 
 
 class SamplingOptions(TypedDict, total=False):

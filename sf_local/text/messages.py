@@ -98,6 +98,7 @@ def _plain_message(name: str, message: object) -> dict[str, Any]:
         raise RequestError(f"{name} is nested too deep, or contains itself") from None
     if not isinstance(plain, dict) or not isinstance(plain.get("role"), str):
         raise RequestError(f'{name}={shown(message)} must be a dict with a "role"; {_EXAMPLE}')
+    _check_types(name, _fields(message))
     plain = {key: value for key, value in plain.items() if value is not None}
     if plain.keys().isdisjoint(("content", *_REASONING)) and not plain.get("tool_calls"):
         near = get_close_matches("content", map(str, plain), 1)
@@ -133,6 +134,24 @@ def _openai_call(call: object) -> object:
     return {"id": call.id, "type": "function", "function": function}
 
 
+def _check_types(name: str, fields: Mapping[str, Any]) -> None:
+    """Raise RequestError where `plain_data` would write the name of a type for a text."""
+    if not isinstance(role := fields.get("role"), str):
+        raise RequestError(f"{name}.role={shown(role)} must be a str, not {type(role).__name__}")
+    content = fields.get("content")
+    if not isinstance(content, str | list | tuple | None):
+        raise RequestError(
+            f"{name}.content={shown(content)} of role {role!r} must be a str or a list of parts, "
+            f"not {type(content).__name__}"
+        )
+    for number, part in enumerate(_parts(fields)):
+        if not isinstance(text := part.get("text"), str | None):
+            raise RequestError(
+                f"{name}.content[{number}].text={shown(text)} must be a str, not "
+                f"{type(text).__name__}"
+            )
+
+
 def _check_part(name: str, part: object) -> None:
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         raise RequestError(
@@ -143,6 +162,10 @@ def _check_part(name: str, part: object) -> None:
         raise RequestError(f"{name}.text={shown(part.get('text'))} must be a str")
     if part["type"] in _OTHER_MEDIA:
         raise RequestError(f"{name}.type={part['type']!r}: models here read text and images only")
+    if part["type"] not in ("text", *_IMAGES):
+        raise RequestError(
+            f"{name}.type={part['type']!r} is unknown; use one of text, {', '.join(_IMAGES)}"
+        )
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,11 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 import pytest
+from annotated_types import Len
 from hypothesis import given, settings
 from transformers import PreTrainedTokenizerFast
 
@@ -137,7 +138,11 @@ def test_variables_of_the_template(engine: Engine) -> None:
         ("Hello!", "messages='Hello!' must be a list of messages"),
         ([1], r"messages\[0\]=1 must be a dict"),
         ([{"content": "Hi"}], r"messages\[0\]=.* must be a dict with a \"role\""),
-        ([*HELLO, {"role": "user", "content": 3}], r"messages\[1\].content=3 must be a str"),
+        ([*HELLO, {"role": "user", "content": 3}], r"messages\[1\].content=3 of role 'user' must"),
+        ([{"role": "user", "content": b"Hi"}], "content=b'Hi' of role 'user' .* not bytes"),
+        ([{"role": b"user", "content": "Hi"}], "role=b'user' must be a str, not bytes"),
+        ([{"role": "user", "content": [{"type": "text", "text": b"Hi"}]}], "a str, not bytes"),
+        ([{"role": "user", "content": [{"type": "txt", "text": "Hi"}]}], "'txt' is unknown; use"),
         ([{"role": "user", "content": ["a"]}], r"content\[0\]='a' must be a dict with a \"type\""),
         (
             [{"role": "user", "content": [{"type": "text"}]}],
@@ -180,6 +185,27 @@ def test_an_answer_as_a_pydantic_model(engine: Engine) -> None:
     assert isinstance(engine.generate("x", params).parsed, Size)
     assert engine.chat(HELLO, replace(params, max_new_tokens=3)).parsed is None
     assert engine.chat(HELLO, PARAMS).parsed is None
+
+
+def test_an_answer_as_any_type(engine: Engine) -> None:
+    output = engine.generate("x", max_tokens=60, json_schema=Literal["a", "b"])
+    assert output.parsed == json.loads(output.text) and output.parsed in ("a", "b")
+    numbers = engine.generate("x", max_tokens=60, json_schema=Annotated[list[bool], Len(2, 2)])
+    assert numbers.parsed == json.loads(numbers.text) and len(numbers.parsed) == 2
+
+
+def test_several_answers_to_a_chat_tell_how(engine: Engine) -> None:
+    with pytest.raises(RequestError, match=r"come from `samples`; make its prompt, engine\.apply"):
+        engine.chat(HELLO, n=2)
+    with pytest.raises(RequestError, match="prompt is a chat: answer it by `chat`"):
+        engine.samples(HELLO, n=2)  # type: ignore[arg-type]
+    prompt = engine.apply_chat_template(HELLO, add_generation_prompt=True)
+    assert len(engine.samples(prompt, n=2, max_tokens=2)) == 2
+
+
+def test_an_image_in_the_template_of_a_text_model(engine: Engine) -> None:
+    with pytest.raises(RequestError, match="is a text model; compile one that sees"):
+        engine.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
 
 
 def test_an_empty_answer_to_a_plain_prompt(

@@ -1,7 +1,9 @@
 """SamplingParams refuses every value that cannot work; Request slices prompt and answer as one."""
 
 import math
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sf_local.engine.engine import Engine
 from sf_local.errors import RequestError, SfLocalError
 from sf_local.request.checks import shown
 from sf_local.request.output import Output
@@ -175,10 +178,14 @@ def test_from_dict() -> None:
     [
         ({"temprature": 0.5}, "temprature=0.5: there is no such parameter; did you mean temp"),
         ({"max_new_token": 5}, "did you mean max_new_tokens?"),
-        ({"best_of": 5}, "best_of=5: there is no such parameter; use one of max_tokens, max_new"),
+        ({"banana": 5}, "banana=5: there is no such parameter; use one of max_tokens, max_new"),
+        ({"best_of": 5}, "best_of=5: there is no such parameter; did you mean n?"),
+        ({"response_format": {}}, "did you mean json_schema?"),
+        ({"stream": True}, "call `stream` or `stream_chat`"),
+        ({"choices": ["a"]}, "`Engine.score` compares whole texts"),
         ({5: 5}, "5=5: there is no such parameter; use one of"),
         ({"max_tokens": 5, "max_new_tokens": 5}, "max_tokens and max_new_tokens: give one"),
-        ({"max_tokens": -1}, "max_new_tokens=-1 must be an integer of at least 0"),
+        ({"max_tokens": -1}, "max_tokens=-1 must be an integer of at least 0"),
         ([("top_k", 5)], "[('top_k', 5)] must be a dict of sampling parameters"),
         (None, "None must be a dict"),
     ],
@@ -274,3 +281,19 @@ def test_reprs_leave_out_what_is_empty() -> None:
         "Output(text='Hi', token_ids=[5], finish_reason='length', prompt_tokens=3, "
         "completion_tokens=1, cached_tokens=0, time_to_first_token=0.5, latency=0.5, index=2)"
     )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (partial(SamplingParams, max_tokens=3), "max_tokens=3: .*; did you mean max_new_tokens?"),
+        (partial(Engine, "nowhere", devise="cpu"), "devise='cpu': .*; did you mean device?"),
+        (partial(Engine, "nowhere", n_threads=2), "n_threads=2: .*; did you mean num_threads?"),
+        (partial(Engine, model="nowhere"), "model='nowhere': .*; did you mean vmfb?"),
+        (partial(Engine.from_source, "nowhere", n_ctx=64), "n_ctx=64: .*max_seq_len"),
+        (partial(Engine.from_source, "nowhere", kv_memry=1), "did you mean kv_memory?"),
+    ],
+)
+def test_arguments_that_there_are_not(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        call()
