@@ -574,8 +574,8 @@ def _pk_mov(registers: Registers, fields: Fields, flushes: bool) -> Context:
     return outcome(D0=unsigned(low | high << np.uint64(32), 64))
 
 
-def _dot2(registers: Registers, fields: Fields, flushes: bool, kind: str) -> Context:
-    total = _f32(registers, "D0", flushes).astype(np.float64)
+def _dot2(registers: Registers, fields: Fields, flushes: bool, kind: str, to: str) -> Context:
+    total = _f32(registers, to, flushes).astype(np.float64)
     for low in (0, 16):
         a, b = (_half(registers[name].bits, low, kind) for name in ("S0", "S1"))
         total = total + a.astype(np.float64) * b
@@ -593,8 +593,11 @@ def _sum(registers: Registers, fields: Fields, flushes: bool, form: str) -> Cont
     return outcome(D0=unsigned(bounded.astype(np.uint64)))
 
 
-# Dot products that add to their destination, with the kind of their operands
-DOTS = {"v_dot2c_f32_bf16": "bf", "v_dot2c_f32_f16": "f", "v_dot2acc_f32_f16": "f"}
+# Dot products, with the kind of their operands, and what they are added to
+DOTS = {
+    "v_dot2c_f32_bf16": ("bf", "D0"), "v_dot2c_f32_f16": ("f", "D0"),
+    "v_dot2acc_f32_f16": ("f", "D0"), "v_dot2_f32_f16": ("f", "S2"),
+}  # fmt: skip
 
 # Unsigned sums and differences
 SUMS = {f"v_{form}_{kind}u32": form for form in ("add", "sub", "subrev") for kind in ("", "nc_")}
@@ -612,8 +615,8 @@ BY_HAND: dict[str, tuple[Hand, str]] = {
     "v_perm_b32": (_perm, "A function with statements, beyond this evaluator."),
     "v_pk_mov_b32": (_pk_mov, "The text applies op_sel itself."),
     **{
-        name: (partial(_dot2, kind=kind), "The order of sums is open; here they are exact.")
-        for name, kind in DOTS.items()
+        name: (partial(_dot2, kind=kind, to=to), "The order of sums is open; here they are exact.")
+        for name, (kind, to) in DOTS.items()
     },
     **{
         name: (partial(_sum, form=form), "The text does not tell of clamp.")
@@ -809,11 +812,11 @@ def _slack(name: str, registers: Registers, bits: Array) -> Array | None:
             spacing = np.ldexp(1.0, np.maximum(np.frexp(numbers)[1] - 24, -149))
             return np.asarray(np.where(np.isfinite(numbers), spacing * ULPS[name], 0))
         if name in DOTS:
-            parts = np.abs(_f32(registers, "D0", False).astype(np.float64))
+            kind, to = DOTS[name]
+            parts = np.abs(_f32(registers, to, False).astype(np.float64))
             for low in (0, 16):
                 a, b = (
-                    _half(registers[n].bits, low, DOTS[name]).astype(np.float64)
-                    for n in ("S0", "S1")
+                    _half(registers[n].bits, low, kind).astype(np.float64) for n in ("S0", "S1")
                 )
                 parts = parts + np.abs(a * b)
             return np.asarray(np.where(np.isfinite(parts), parts * 2.0**-22 + 2.0**-126, np.inf))
