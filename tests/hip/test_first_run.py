@@ -29,13 +29,13 @@ def test_a_card(
     tmp_path: Path,
 ) -> None:
     sizes = {"prefill_batch_sizes": (1,), "decode_batch_sizes": (1, 2, 4, 8, 16)}
-    model = make_tiny(target="gfx942", keep_mlir=True, **sizes)
+    model = make_tiny(target="gfx942", keep_mlir=True, weight_dtype="int4", **sizes)
 
     def run(**rest: str) -> Outcome:
         return hip_driver.run(
             START, "--source", model.source, "--vmfb", model.artifact, "--device", "hip:1",
             "--quick", devices="gfx1100:1GiB,gfx942:1GiB", twins=twins_of(model.artifact),
-            timeout=500, SF_LOCAL_CACHE=str(tmp_path), **rest,
+            timeout=900, SF_LOCAL_CACHE=str(tmp_path), **rest,
         )  # fmt: skip
 
     outcome = run()
@@ -45,21 +45,24 @@ def test_a_card(
         "answers            128 of 128 tokens before another",
         "verdict            as on the CPU",
         "GB/s",
+        "ms; MI300X needs at least",
+        "weights int4, KV f32, for gfx942",
         "all is well",
     ):
         assert line in outcome.stdout
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("weights", ["f16", "int4"])
 def test_it_compiles_for_the_chip(
-    hip_driver: Driver, make_tiny: Callable[..., TinyModel], tmp_path: Path
+    hip_driver: Driver, make_tiny: Callable[..., TinyModel], tmp_path: Path, weights: str
 ) -> None:
     """Without the kernels' twins nothing runs after that."""
     outcome = hip_driver.run(
-        START, "--source", make_tiny().source, devices="gfx1100:1GiB", timeout=500,
-        SF_LOCAL_CACHE=str(tmp_path),
+        START, "--source", make_tiny().source, "--weights", weights, devices="gfx1100:1GiB",
+        timeout=500, SF_LOCAL_CACHE=str(tmp_path),
     )  # fmt: skip
-    assert "weights f16, KV f16, for gfx1100" in outcome.stdout
+    assert f"weights {weights}, KV f16, for gfx1100" in outcome.stdout
     assert outcome.exit_code != 0 and "all is well" not in outcome.stdout
 
 

@@ -19,7 +19,9 @@ from tests.support.running import open_runner
 CHUNK = 512  # tokens
 
 
-def step_logprobs(artifact: Path, cases: list[dict[str, Any]]) -> list[np.ndarray]:
+def step_logprobs(
+    artifact: Path, cases: list[dict[str, Any]], device: str = "cpu"
+) -> list[np.ndarray]:
     """Log probabilities [steps, V] of each case, with the golden tokens forced."""
 
     async def use(runner: ModelRunner) -> list[np.ndarray]:
@@ -31,7 +33,7 @@ def step_logprobs(artifact: Path, cases: list[dict[str, Any]]) -> list[np.ndarra
             results.append(logprobs(logits[len(case["prompt_ids"]) - 1 :]))
         return results
 
-    with open_runner(artifact) as run:
+    with open_runner(artifact, device=device, patience=3600) as run:
         return run(use)
 
 
