@@ -23,6 +23,7 @@ MAX_ROWS = 2 * LINES  # of one product
 WORDS_OF_ROW = 2 * LINES  # f32: the sums of a row
 WORDS_OF_CONFIG = 16
 PANEL = 320  # columns of a block that are expanded at once: with 32 rows they fit the L1, in 40 KB
+LINES_AHEAD = 4  # so that 256 rows, while a block is multiplied with them, prefetch the next one
 FIRST_X, FIRST_WEIGHT = 4, 6  # registers; before them are the sums
 
 
@@ -43,7 +44,8 @@ class Scratch:
 class Columns:
     """Columns of a block as pairs of bf16: `count` from `first` on, at byte `start` of `memory`.
 
-    ahead: bytes to prefetch where few rows are multiplied.
+    ahead: bytes to prefetch where few rows are multiplied. next: where many are, from which byte on
+    to prefetch LINES_AHEAD cache lines for each 32 columns.
     """
 
     memory: Memory
@@ -51,6 +53,7 @@ class Columns:
     count: Scalar | int
     first: Scalar
     ahead: int = 0
+    next: Scalar | None = None
 
 
 class TileRegisters:
@@ -125,6 +128,10 @@ class TileRegisters:
             if num_tiles == 1 and columns.ahead:
                 for byte in range(0, step, LINE_BYTES):
                     memory.prefetch((at + (columns.ahead + byte)) // 4)
+            if num_tiles > 1 and columns.next:
+                for n in range(LINES_AHEAD):
+                    ahead = columns.next + (i * LINES_AHEAD + n) * LINE_BYTES
+                    memory.prefetch(ahead // 4)
             for t in range(2):
                 self.load(FIRST_WEIGHT + t, memory, at + t * LINE_BYTES, line)
             for r in range(num_tiles):

@@ -7,6 +7,8 @@ each.
 
 from __future__ import annotations
 
+import math
+
 from compile.cpu.activations import Activations
 from compile.cpu.amx import MAX_ROWS
 from compile.cpu.attention import AttentionMemory
@@ -255,14 +257,23 @@ class DecoderKernel(TransformerKernel):
 
     def _silu(self, sums: list[Scalar], row: Scalar, block: Scalar) -> None:
         """silu(gate) * up: of a block's two vectors, one holds gates and one ups."""
-        inner, feature = self.model.inner, block * self.vectors.lanes
+        k, inner, feature = self.k, self.model.inner, block * self.vectors.lanes
         for r in range(len(sums) // 2):
             gate, up = sums[2 * r : 2 * r + 2]
-            value = gate / (self.k.exp(gate * -1.0) + 1.0) * up
+            if self._stores_bf16:
+                decay = k.exp2(gate * -math.log2(math.e))
+                value = gate * k.reciprocal(decay + 1.0) * up
+            else:
+                value = gate / (k.exp(gate * -1.0) + 1.0) * up
             if self.layers.takes_integers:  # in groups, which are larger than a vector
                 self.mlp_floats.store_vector(value, (row + r) * inner + feature)
             else:
                 self.mlp_act.store([value], row + r, feature)
+
+    @property
+    def _stores_bf16(self) -> bool:
+        """Whether activations become bf16, by AVX-512."""
+        return not self.layers.takes_integers and self.layers.operand.unit == 2
 
     def _quantize_mlp(self, row: Scalar) -> None:
         inner, lanes = self.model.inner, self.vectors.lanes

@@ -7,7 +7,16 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from compile.cpu.activations import Activations
-from compile.cpu.amx import COLUMNS, LINES, MAX_ROWS, PANEL, Columns, TileRegisters
+from compile.cpu.amx import (
+    COLUMNS,
+    LINE_BYTES,
+    LINES,
+    LINES_AHEAD,
+    MAX_ROWS,
+    PANEL,
+    Columns,
+    TileRegisters,
+)
 from compile.cpu.kernel import KernelBuilder
 from compile.cpu.matmul import Format
 from compile.formats.blocks import GROUP
@@ -191,22 +200,28 @@ class MatrixKernel:
             )  # fmt: skip
 
     def _multiply_amx(self, task: Task) -> None:
+        """Block after block, while the next one comes from memory."""
         assert self.amx is not None
-        amx = self.amx
+        k, amx, size = self.k, self.amx, task.format.block_bytes(task.cols)
 
-        def multiply(first: Scalar, count: int) -> None:
-            """Rows from `first` on times all blocks, which keeps stores in few pages of memory."""
-            rows = (task.high - first).minimum(self.k.scalar(count, "index"))
-            with self.k.loop(task.first, task.last) as block:
-                columns = Columns(
-                    self.weights[task.format.operand.unit_dtype], task.block_at(block), task.cols,
-                    self.k.scalar(0, "index"), self.vectors.tuning.ahead,
-                )  # fmt: skip
-                amx.multiply(columns, task.x, first, count // LINES)
-                with self.k.loop(0, rows) as row:
-                    task.use(amx.sums(row), first + row, block)
+        def multiply(block: Scalar, first: Scalar, count: int) -> None:
+            """Rows from `first` on times a block."""
+            start = task.block_at(block)
+            fetched = (first - task.low) // MAX_ROWS * (task.cols // COLUMNS * LINES_AHEAD)
+            columns = Columns(
+                self.weights[task.format.operand.unit_dtype], start, task.cols,
+                k.scalar(0, "index"), self.vectors.tuning.ahead,
+                start + size + fetched * LINE_BYTES,
+            )  # fmt: skip
+            amx.multiply(columns, task.x, first, count // LINES)
+            with k.loop(0, (task.high - first).minimum(k.scalar(count, "index"))) as row:
+                task.use(amx.sums(row), first + row, block)
 
-        self._in_groups(task.low, task.low + _whole_tiles(task), MAX_ROWS, LINES, multiply)
+        with k.loop(task.first, task.last) as block:
+            self._in_groups(
+                task.low, task.low + _whole_tiles(task), MAX_ROWS, LINES,
+                lambda first, count: multiply(block, first, count),
+            )  # fmt: skip
 
     def _expand_and_multiply(self, task: Task) -> None:
         """Each block becomes bf16, a panel of columns after another, for all rows of the task."""

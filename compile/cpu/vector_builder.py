@@ -59,6 +59,12 @@ class CpuVectorBuilder(ExecutableBuilder):
         arguments = [power, x, zero, every, now]
         return self.intrinsic("x86.avx512.mask.scalef.ps.512", arguments, x.dtype)
 
+    def reciprocal(self, x: Scalar) -> Scalar:
+        """1 / x of an f32 vector of 16, within 1 part in 16,384, by AVX-512; as `exp2`, for what
+        becomes bf16. A division takes 16 cycles."""
+        arguments = [x, self.scalar(0.0, x.dtype), self.scalar(-1, "i16")]
+        return self.intrinsic("x86.avx512.rcp14.ps.512", arguments, x.dtype)
+
     def larger(self, a: Scalar, b: Scalar) -> Scalar:
         """The larger of each pair of f32 elements, in one instruction; b's where one is NaN."""
         return b.is_below(a).select(a, b)
