@@ -12,8 +12,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+try:
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+except ImportError:
+    raise SystemExit('draw_trace.py needs matplotlib: pip install "sf-local[bench]"') from None
 
 COLORS = {
     "queue": "tab:gray", "copies": "tab:brown", "images": "tab:pink", "prefill": "tab:blue",

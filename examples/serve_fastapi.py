@@ -1,4 +1,4 @@
-"""A web service around an engine: pip install sf-local[fastapi], then run this file.
+"""A web service around an engine: pip install "sf-local[fastapi]", then run this file.
 
     curl localhost:8000/chat -d '{"messages": [{"role": "user", "content": "Hi!"}]}' \
         -H 'content-type: application/json'
@@ -11,13 +11,15 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import PlainTextResponse, StreamingResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from sf_local import AsyncStream, Engine, SamplingParams
 from sf_local.errors import RequestError
 
 
 class ChatRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # a field that is misspelt is told, not ignored
+
     messages: list[dict[str, Any]]
     max_tokens: int | None = None  # what is not given is as the model's makers recommend
     temperature: float | None = None

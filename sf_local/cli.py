@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from sf_local import __version__
 from sf_local.arguments import Parser
-from sf_local.artifact.manifest import DTYPE_BYTES, ModelConfig
-from sf_local.artifact.open import Artifact, compiled_targets, open_artifact, verify
+from sf_local.artifact.open import compiled_targets, open_artifact, verify
 from sf_local.device.info import devices, find_device
 from sf_local.engine.sources import from_source
 from sf_local.errors import ChatTemplateError, RequestError, SfLocalError
+from sf_local.frontend.description import describe
 
 if TYPE_CHECKING:
     from sf_local.engine.engine import Engine
@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         is_batch = args.command == "batch"
-        print("\nstopped; the same command continues" if is_batch else "", file=sys.stderr)
+        again = "stopped; the same command continues, and starts answers that had not ended again"
+        print(f"\n{again}" if is_batch else "", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, such as `| head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -113,7 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("artifact", help=ARTIFACT)
     inspect.add_argument("--verify", action="store_true", help="hash every file as well")
     commands.add_parser("devices", help="list what models can run on here")
-    bench = commands.add_parser("bench", help="measure speed and how well the cache shares")
+    bench = commands.add_parser(
+        "bench", help="measure speed and how well the cache shares, in minutes"
+    )
     which = bench.add_mutually_exclusive_group(required=True)
     which.add_argument("artifact", nargs="?", default=argparse.SUPPRESS, help=ARTIFACT)
     which.add_argument("--vmfb", dest="artifact", metavar="ARTIFACT", help="the same")
@@ -189,9 +192,10 @@ def _engine(
 
 def _generate(args: argparse.Namespace) -> None:
     from sf_local.frontend.conversation import speed
+    from sf_local.frontend.terminal_chat import read_prompt
 
     params = _params(args)
-    prompt = sys.stdin.read() if args.prompt is None else args.prompt
+    prompt = read_prompt() if args.prompt is None else args.prompt
     with _engine(args) as engine:
         if args.raw or not engine.tokenizer.chat_templates:
             handle: Handle[Any] = engine.submit(prompt, params)
@@ -233,7 +237,12 @@ def _batch(args: argparse.Namespace) -> int:
         rate = engine.stats()["completion_tokens"] / (time.perf_counter() - started_at)
     new = f"{summary.new} new, {rate:.0f} tokens/s; in all"
     counts = f"{summary.answered} answered, {summary.failed} failed"
-    print(new if summary.new else "nothing left to do:", counts, file=sys.stderr)
+    nothing = "nothing left to do:" if summary.answered + summary.failed else "no requests:"
+    print(new if summary.new else nothing, counts, file=sys.stderr)
+    if summary.failed:
+        print(
+            f"{summary.first_error}; sf-local batch --retry-errors tries it again", file=sys.stderr
+        )
     return 2 if summary.failed else 0
 
 
@@ -263,7 +272,8 @@ def _devices(_: argparse.Namespace) -> None:
         try:
             find_device("hip")
         except SfLocalError as error:
-            print(error)
+            why = str(error).removeprefix("device='hip': ")
+            print(f"no AMD GPU: {why}")
     try:
         print(f"shortfin {version('shortfin')}")
     except PackageNotFoundError:
@@ -286,6 +296,8 @@ def _bench(args: argparse.Namespace) -> None:
         progress=progress,
     )  # fmt: skip
     print(table(report))
+    if any(figure["met"] is False for figure in report["figures"].values()):
+        print("MISSED: slower than we aim for on an idle machine; nothing is broken")
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     if args.plot:
@@ -303,47 +315,6 @@ def _trace(args: argparse.Namespace) -> None:
         "To see each step and each request, open https://ui.perfetto.dev and drop the file on it; "
         "the page reads it in the browser and sends it nowhere. chrome://tracing shows it as well."
     )
-
-
-def _abi(config: ModelConfig) -> str:
-    parts = ["paged_llm_v1"]
-    if config.has_prefill_position:
-        parts.append("has_prefill_position")
-    if config.top_k is not None:
-        parts.append(f"top_k {config.top_k}")
-    return ", ".join(parts)
-
-
-def describe(artifact: Artifact) -> list[tuple[str, str]]:
-    """What an artifact holds, as pairs of a name and a value to print."""
-    config, manifest = artifact.config, artifact.manifest
-    cache = config.paged_kv_cache
-    token_bytes = config.page_bytes // config.page_size
-    lines = [
-        ("vmfb", f"{artifact.vmfb} ({artifact.vmfb.stat().st_size / 1e6:.1f} MB)"),
-        ("weights", f"{artifact.num_weight_bytes / 1e6:.1f} MB"),
-        ("ABI", _abi(config)),
-        ("context", f"{config.max_seq_len} tokens"),
-        ("layers", f"{config.transformer_block_count}, {cache.attention_head_count_kv} KV heads "
-                   f"of {config.attn_head_dim}"),
-        ("KV cache", f"{cache.kv_cache_dtype} ({DTYPE_BYTES[cache.kv_cache_dtype]} bytes), "
-                     f"{config.page_size} tokens a page, {token_bytes / 1e3:.1f} kB a token"),
-        ("prefill batches", ", ".join(map(str, config.prefill_batch_sizes))),
-        ("decode batches", ", ".join(map(str, config.decode_batch_sizes))),
-    ]  # fmt: skip
-    if manifest is None:
-        return [*lines, ("made by", "another exporter (no artifact.json)")]
-    return [
-        ("source", f"{manifest.source['name']} (sha256 {manifest.source['sha256'][:16]})"),
-        ("target", f"{manifest.target} {' '.join(manifest.cpu_features)}".strip()),
-        ("weight type", manifest.weight_dtype),
-        ("multiplied with", manifest.activation_dtype or manifest.weight_dtype),
-        ("compiler", f"iree-compile {manifest.compiler_version}"),
-        *lines,
-        ("vocabulary", str(manifest.vocab_size)),
-        ("functions", ", ".join(manifest.functions)),
-        ("sampling", ", ".join(f"{k} {v}" for k, v in manifest.sampling_defaults.items()) or "-"),
-    ]
 
 
 if __name__ == "__main__":

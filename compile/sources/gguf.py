@@ -79,16 +79,17 @@ def open_gguf(path: Path, progress: Progress, sha256: str | None = None) -> Sour
 
 
 class _Cursor:
-    """Reads the values of a header in order; struct.error where one ends outside the file."""
+    """Reads the values of a header in order; ValueError where one ends outside the file."""
 
     def __init__(self, mapped: mmap.mmap) -> None:
         self.mapped = mapped
         self.at = 0
 
     def scalars(self, code: str, count: int) -> tuple[Any, ...]:
-        values = struct.unpack_from(f"<{count}{code}", self.mapped, self.at)
-        self.at += struct.calcsize(f"<{count}{code}")
-        return values
+        start, self.at = self.at, self.at + struct.calcsize(f"<{count}{code}")
+        if self.at > len(self.mapped):
+            raise ValueError(f"a header that goes on behind the end, at {len(self.mapped)} bytes")
+        return struct.unpack_from(f"<{count}{code}", self.mapped, start)
 
     def integer(self, code: str) -> int:
         return int(self.scalars(code, 1)[0])

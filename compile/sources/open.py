@@ -51,7 +51,8 @@ class Location:
         """The hash that `open` would find, without opening the weights or using the network.
 
         Of a repo on Hugging Face, that of its newest revision that is in Hugging Face's cache, or
-        else that which `remember` was told; None if there is neither. Raises SourceError.
+        else that which `remember` was told; None if there is neither. Raises SourceError, and
+        UnsupportedError for a folder whose config.json is of no family that can be compiled.
         """
         with _named_errors(self.path):
             if self.kind == "demo":
@@ -59,6 +60,7 @@ class Location:
             if self.kind == "gguf":
                 return known_sha256(self.path, progress)
             if self.kind == "folder":
+                _check_family(self.path)  # before gigabytes are read
                 return folder_sha256(self.path, weight_files(self.path), progress)
         if folder := _downloaded(self.name):
             return folder_sha256(folder, weight_files(folder), progress)
@@ -104,6 +106,8 @@ def locate(source: str | Path, or_artifact: bool = False) -> Location:
         return Location("demo", DEMO_NAME)
     if not isinstance(source, str | Path):
         raise SourceError(f"source={source!r}: not a str or a Path; {ALLOWED}")
+    if not str(source):
+        raise SourceError(f"source '': is empty; {ALLOWED}")
     path = Path(os.path.expanduser(source))
     is_gguf = path.suffix.lower() == ".gguf"
     with _named_errors(path):
@@ -134,6 +138,16 @@ def _named_errors(path: Path | str) -> Iterator[None]:
         raise SourceError(f"source {str(path)!r}: {missing}; {ALLOWED}") from error
     except OSError as error:
         raise SourceError(f"source {str(path)!r}: cannot be read: {error}; {ALLOWED}") from error
+
+
+def _check_family(folder: Path) -> None:
+    """Raise SourceError or UnsupportedError for the config.json of a model that is refused."""
+    from compile.models.registry import find_hf_family
+    from compile.reading import read_json
+
+    path = folder / "config.json"
+    raw = read_json(path)
+    find_hf_family(path, raw).hf_config(path, raw)
 
 
 def _downloaded(repo_id: str) -> Path | None:

@@ -138,7 +138,7 @@ def _best(targets: Sequence[str]) -> DeviceInfo:
         if device.chip in targets or not targets:
             return device
     raise TargetError(
-        f"device='auto': the artifact was compiled for {', '.join(targets)}; here are "
+        f"the artifact was compiled for {', '.join(targets)}, and no device here is that: "
         f"{_listed(found)}; compile it with sf-compile --target {found[-1].chip}"
     )
 

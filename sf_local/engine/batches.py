@@ -112,9 +112,9 @@ class Batches(Completions, ChatCompletions):
     ) -> Any:
         """The model's whole answer to a chat; arguments and errors as for `submit_chat`.
 
-        For a list of chats, the list of their answers; all are in flight at once. `params` may be a
-        list, too. Raises what one of them raises, once the others are cancelled; with
-        `return_exceptions` the error stands in the place of its answer.
+        For a list of chats, the list of their answers, an empty one for []; all are in flight at
+        once. `params` may be a list, too. Raises what one of them raises, once the others are
+        cancelled; with `return_exceptions` the error stands in the place of its answer.
         """
         if not is_chat_batch(messages):
             return self.submit_chat(messages, params, **options).result()

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
@@ -41,12 +41,13 @@ _LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 @dataclass(frozen=True)
 class Summary:
-    """What a batch has come to: ids in the output that were answered, and that failed; and how many
-    this call has added."""
+    """What a batch has come to: ids in the output that were answered, and that failed; how many
+    this call has added; and what one of those that failed says, which is empty without one."""
 
     answered: int
     failed: int
     new: int
+    first_error: str = field(default="", repr=False)
 
 
 def run_batch(
@@ -91,8 +92,8 @@ def run_batch(
                   disable=None if progress else True) as bar:  # fmt: skip
             _answer(engine, Path(source), left, max_in_flight,
                     _Writer(file, Path(output), done, bar))  # fmt: skip
-    failed = sum(done.values())
-    return Summary(len(done) - failed, failed, len(left))
+        failed = sum(done.values())
+        return Summary(len(done) - failed, failed, len(left), _first_error(file, Path(output)))
 
 
 class _Writer:
@@ -264,6 +265,14 @@ def _output_lines(file: IO[bytes], output: Path) -> Iterator[tuple[bytes, dict[s
     for number, raw in enumerate(file, 1):
         if raw.endswith(b"\n"):
             yield raw, _output_line(raw, f"{output}:{number}")
+
+
+def _first_error(file: IO[bytes], output: Path) -> str:
+    """The id and the message of the first line that failed; empty without one."""
+    for _, line in _output_lines(file, output):
+        if line["error"] is not None:
+            return f"{line['custom_id'] or line['id']}: {line['error'].get('message')}"
+    return ""
 
 
 def _output_line(raw: bytes, where: str) -> dict[str, Any]:

@@ -98,6 +98,8 @@ class Conversation:
             "/help": self._help, "/reset": self._reset, "/system": self._system,
             "/image": self._image, "/save": self._save, "/load": self._load, "/stats": self._stats,
         }  # fmt: skip
+        if name in ("/save", "/load", "/image") and not argument:
+            raise RequestError(f"{name}: which file? Give its path, as in {name} FILE")
         if name not in commands:
             raise RequestError(
                 f"{name}: no such command; /help lists them, and a message that begins with a "
@@ -108,7 +110,7 @@ class Conversation:
     def _help(self, _: str) -> None:
         """list the commands"""
         for line in (
-            "/reset         forget all messages",
+            "/reset         forget all messages but that of /system",
             "/system TEXT   instruct the model; without a text, no longer",
             "/image PATH    show an image with the next message",
             "/save FILE     write the conversation there",
@@ -168,6 +170,6 @@ def speed(output: Output) -> str:
     decode_time = output.latency - output.time_to_first_token
     rate = max(output.completion_tokens - 1, 0) / decode_time if decode_time > 0 else 0.0
     return (
-        f"[{output.prompt_tokens} + {output.completion_tokens} tokens, "
+        f"[{output.prompt_tokens} of prompt, {output.completion_tokens} of answer, "
         f"{output.time_to_first_token * 1000:.0f} ms to the first, {rate:.0f} tokens/s]"
     )

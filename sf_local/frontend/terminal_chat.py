@@ -38,6 +38,17 @@ def chat(
             _say(told(error))
 
 
+def read_prompt() -> str:
+    """All of standard input; raises RequestError if there is nothing."""
+    if sys.stdin.isatty():
+        print("type a prompt, then a new line and Ctrl-D", file=sys.stderr)
+    if prompt := sys.stdin.read():
+        return prompt
+    raise RequestError(
+        "standard input is empty; give a prompt there, or sf-local generate --prompt"
+    )
+
+
 def header(engine: Engine) -> str:
     """What one talks to: model, device, context and memory."""
     artifact, pages = engine.artifact, engine.stats()["pages_total"]
@@ -59,7 +70,7 @@ def lines(ask: Callable[[], str]) -> Iterator[str]:
             continue
         except EOFError:
             return
-        if line.strip() == "/exit":
+        if line.strip() in ("/exit", "exit", "quit"):
             return
         if line.strip():
             yield line

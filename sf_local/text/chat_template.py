@@ -169,9 +169,9 @@ class JinjaTemplate:
             if role in _ROLES or any(named.search(form.source) for form in self._forms.values()):
                 continue
             near = get_close_matches(role.lower(), _ROLES, 1, 0.8) if role.isalpha() else []
-            if not (near or self._writes(role)):
-                near = [known for known in _ROLES if self._writes(known)]
-            if near:
+            if near:  # many templates write any role, which the model has never seen
+                raise RequestError(f"messages[{index}].role={role!r}: did you mean {near[0]}?")
+            if not self._writes(role) and (near := [r for r in _ROLES if self._writes(r)]):
                 raise RequestError(
                     f"messages[{index}].role={role!r}: the chat template of {self._name} has no "
                     f"such role; use {' or '.join(near)}"

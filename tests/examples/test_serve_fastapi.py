@@ -62,6 +62,7 @@ def test_answers(port: int) -> None:
         ({"messages": [{"role": "user", "content": "x" * 400}]}, "leave no room for an answer"),
         ({"messages": []}, "is no conversation"),
         ({"temperature": -1}, "temperature=-1"),
+        ({"max_new_tokens": 5}, "max_new_tokens"),
         ({"messages": 3}, "list"),
         ({"messages": [{"role": "user", "content": "x" * 400}], "stream": True}, "no room"),
     ],

@@ -50,6 +50,9 @@ def test_generate_reads_standard_input(
     monkeypatch.setattr("sys.stdin", io.StringIO("abc"))
     assert main(arguments) == 0
     assert capsys.readouterr().out == expected
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert main(arguments) == 1
+    assert "standard input is empty; give a prompt there, or" in capsys.readouterr().err
 
 
 def test_chat(
@@ -81,7 +84,7 @@ def test_chat_needs_a_template(
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
     arguments = ["chat", str(folder), "--max-new-tokens", "5", "--chat-template"]
     assert main([*arguments, str(template)]) == 0
-    assert "+ 5 tokens, " in capsys.readouterr().err
+    assert ", 5 of answer, " in capsys.readouterr().err
     assert main([*arguments, "none.jinja"]) == 1
     assert "--chat-template 'none.jinja' cannot be read" in capsys.readouterr().err
 
@@ -168,7 +171,7 @@ def test_a_source_is_compiled_on_first_use(
 def test_inspect(tiny: TinyModel, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["inspect", str(tiny.artifact), "--verify"]) == 0
     out = capsys.readouterr().out
-    for text in ("source", "decode_bs4", "256 tokens", "every file has the hash"):
+    for text in ("source", "decode_bs4", "256 tokens", "every file has the hash", "none recomm"):
         assert text in out
     folder = shutil.copytree(tiny.artifact, tmp_path / "copy")
     data = bytearray((folder / "weights.irpa").read_bytes())

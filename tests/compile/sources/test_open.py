@@ -19,8 +19,8 @@ from huggingface_hub import errors
 
 from compile.sources import demo as demo_source
 from compile.sources import open as sources
-from compile.sources.open import open_source
-from sf_local.errors import SourceError
+from compile.sources.open import locate, open_source
+from sf_local.errors import SourceError, UnsupportedError
 from tests.support.toy_sources import CONFIG, hf_weights, refused, whole, write_folder, write_gguf
 
 
@@ -172,3 +172,15 @@ def test_chunks_equal_the_whole(tmp_path: Path, kind: str) -> None:
         rows = np.random.default_rng(1).permutation(n)[:7]
         np.testing.assert_array_equal(tensor.read(rows), everything[rows])
         np.testing.assert_array_equal(tensor.read(slice(1, None, 3)), everything[1::3])
+
+
+def test_a_family_is_refused_before_files_are_hashed(tmp_path: Path) -> None:
+    folder, messages = write_folder(tmp_path / "toy"), list[str]()
+    (folder / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(UnsupportedError, match="qwen2"):
+        locate(folder).sha256(messages.append)
+    assert not messages
+
+
+def test_an_empty_name() -> None:
+    refused("", SourceError, "source '': is empty")

@@ -132,7 +132,7 @@ def test_auto(targets: list[str], name: str) -> None:
 
 @pytest.mark.usefixtures("hip")
 def test_auto_without_a_device_for_it() -> None:
-    with pytest.raises(TargetError, match=r"compiled for gfx90a; here are cpu.*--target gfx1100"):
+    with pytest.raises(TargetError, match=r"compiled for gfx90a, and no .*: cpu.*--target gfx1100"):
         find_device("auto", ["gfx90a"])
 
 

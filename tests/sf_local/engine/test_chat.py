@@ -155,8 +155,14 @@ def test_variables_of_the_template(engine: Engine) -> None:
         ([*HELLO, {"role": "user"}], r"messages\[1\]=.* has no \"content\"; give a text"),
         ([{"role": "user", "content": None}], r"messages\[0\]=.* has no \"content\""),
         ([{"role": "user", "contents": "Hi"}], "has no \"content\", but 'contents'"),
-        ([{"role": "sytem", "content": "x"}, *HELLO], r"messages\[0\].role='sytem': .*use system"),
-        ([*HELLO, {"role": "User", "content": "x"}], r"messages\[1\].role='User': .*use user"),
+        (
+            [{"role": "sytem", "content": "x"}, *HELLO],
+            r"\[0\].role='sytem': did you mean system",
+        ),
+        (
+            [*HELLO, {"role": "User", "content": "x"}],
+            r"\[1\].role='User': did you mean user",
+        ),
         ([{"role": "user", "content": "x" * 300}], "leave no room for an answer"),
     ],
 )

@@ -263,13 +263,18 @@ def test_the_command(tiny: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixt
     source = write(tmp_path / "in.jsonl", [text("a"), text("b", prompt="x" * 500)])
     arguments = ["batch", str(tiny.artifact), str(source), "-o", str(tmp_path / "out.jsonl")]
     assert main(arguments) == 2
-    assert re.search(r"2 new, \d+ tokens/s; in all 1 answered, 1 failed\n", capsys.readouterr().err)
+    err = capsys.readouterr().err
+    assert re.search(r"2 new, \d+ tokens/s; in all 1 answered, 1 failed\nb: prompt: .*shorten", err)
+    assert "--retry-errors" in err
     write(source, [text("a"), text("b")])
     assert main(arguments) == 1 and "have changed" in capsys.readouterr().err
     assert main([*arguments, "--retry-errors"]) == 0
     assert capsys.readouterr().err.startswith("1 new, ")
     assert main(arguments) == 0
     assert capsys.readouterr().err == "nothing left to do: 2 answered, 0 failed\n"
+    write(source, [])
+    assert main([*arguments[:-1], str(tmp_path / "none.jsonl")]) == 0
+    assert capsys.readouterr().err == "no requests: 0 answered, 0 failed\n"
 
 
 FULL = r"""

@@ -100,6 +100,8 @@ def test_commands(conversation: Conversation, said: list[str], tmp_path: Path) -
         ("/save /no/such/folder/file", "/save /no/such/folder/file: No such file"),
         ("/load /no/such/file", "/load /no/such/file: No such file"),
         ("/load pyproject.toml", "no conversation"),
+        ("/save", "/save: which file"),
+        ("/load", "/load: which file"),
         ("/image picture.png", "is a text model"),
     ],
 )
@@ -189,7 +191,7 @@ def test_a_chat_on_a_terminal(
 def test_lines_of_a_pipe(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\n/stats\nagain\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\n/stats\nagain\nquit\nno\n"))
     terminal_chat.chat(engine, PARAMS, None)
     assert capsys.readouterr().err.count("tokens/s]") == 3
 

@@ -209,10 +209,10 @@ def test_named_templates(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "config", "known", "refused"),
     [
-        (CHATML, CHATML_TOKENS, ["critic", "user2", "developer"], {"asistant": "use assistant"}),
-        (LLAMA3, LLAMA3_TOKENS, ["critic"], {"USER": "use user", "humna": None}),
+        (CHATML, CHATML_TOKENS, ["critic", "user2", "developer"], {"asistant": "mean assistant"}),
+        (LLAMA3, LLAMA3_TOKENS, ["critic"], {"USER": "did you mean user", "humna": None}),
         (ZEPHYR, LLAMA2_TOKENS, ["tool"], {"critic": "use system or user or assistant"}),
-        (GEMMA, LLAMA2_TOKENS, ["assistant"], {"System": "use system"}),
+        (GEMMA, LLAMA2_TOKENS, ["assistant"], {"System": "did you mean system"}),
     ],
 )
 def test_roles(
