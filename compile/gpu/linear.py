@@ -144,8 +144,10 @@ class Weights:
 
     def is_row(self, x: Tensor, name: str) -> bool:
         """Whether x [T, K] is one row, for which there is a kernel of our own, times floats."""
+        if self.is_quantized(name) or not self._kernels:
+            return False
         is_small = x.shape[0] == 1 and int(x.shape[1]) <= row.MAX_DEPTH
-        return bool(is_small and self._kernels and self.parameters[name].dtype in row.DTYPES)
+        return is_small and self.parameters[name].dtype in row.DTYPES
 
     def _one_row(
         self, activations: list[Tensor], name: str, residual: Tensor | None,

@@ -442,7 +442,7 @@ def test_defaults_carry_what_sglang_cannot(tiny: TinyModel) -> None:
         assert text(seeded.using(seed=1)) == text(seeded) == first
         state = plain.run(max_tokens=12, backend=seeded.using(timeout=0.0))
         assert state.get_meta_info("out")["finish_reason"] == {"type": "timeout"}
-        with pytest.raises(TypeError):
+        with pytest.raises(RequestError, match=r"sead=3.*did you mean seed\?"):
             seeded.using(sead=3)
 
 
