@@ -182,9 +182,9 @@ class Report:
         if kernel.picking:
             read = [min(size, kernel.picking * written) for size in read]
         operations = weights = 0
-        if "_matmul_like_" in name or "_matvec_like_" in name:
-            tensors = [t for t in operands.values() if t.startswith("tensor")]
-            left, right = (_shape(t, values) for t in tensors[:2])
+        if any(kind in name for kind in ("_matmul_like_", "_matvec_like_", "row_f16", "row_bf16")):
+            left, *rest = (_shape(t, values) for t in operands.values() if t.startswith("tensor"))
+            right = next(shape for shape in rest if len(shape) > 1)  # and no norm's weight
             operations, weights = 2 * math.prod(left) * right[0], math.prod(right)
         sizes = [values[size] for size in workload.split(", ")] if workload else []
         counts = _counts(kernel.workgroups, sizes)

@@ -17,7 +17,7 @@ from compile.tools.gpu_report import SHAPES, TOWERS, table
 
 CONFIG = LlamaConfig(4096, 1024, 2048, 2, 8, 2, 64, 1e-5, 1e4, 1024, True)
 MATRICES = 2 * 2 * (1024 * (512 + 2 * 128) + 512 * 1024 + 3 * 1024 * 2048) + 2 * 4096 * 1024
-PRODUCTS = ("_matmul_like_", "_matvec_like_")
+PRODUCTS = ("_matmul_like_", "_matvec_like_", "row_f16")
 SO400M = VisionConfig("idefics3", 384, 14, 1152, 4304, 27, 16, 1e-6, "gelu_tanh", 3)
 SEEING = {name: (SHAPES[name], TOWERS[name]) for name in TOWERS} | {
     "smolvlm-2.2b": (replace(CONFIG, hidden_size=2048, num_heads=32, num_kv_heads=32), SO400M)
@@ -153,4 +153,4 @@ def test_table(report: Report, chip_card: Card) -> None:
     least, alone, launched = map(int, re.findall(sums, text)[0])
     assert alone == round(memory) <= least
     assert launched - least == pytest.approx(1e6 * LAUNCH_SECONDS * len(step), abs=1)
-    assert re.search(r"matvec_like_4096x1024.*: memory\n.* VGPRs, 0 AGPRs.*\n.*a weight: \d", text)
+    assert re.search(r"row_f16_norm_4096x1024_: memory\n.* VGPRs, 0 AGPRs.*\n.*a weight: \d", text)
