@@ -4,6 +4,7 @@ its plain form, and logits beside numpy with the numbers that gguf dequantizes.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,10 +56,13 @@ MIXTURES: dict[str, tuple[Callable[[str], Kind], LlamaConfig]] = {
     "Q4_0": (q4_0, LlamaConfig(*NARROW, tied_embeddings=True)),
 }
 DEFAULT = ("Q4_K_M", "gfx1100")
+CHIPS = (*MACHINE_CODE_CHIPS, "gfx1201")
+# One on all chips, the others on each in turn: tests of products have all types on all chips
+BY_TURNS = list(zip(MIXTURES, itertools.cycle(CHIPS), strict=False))
 CASES = [
-    pytest.param(mixture, chip, marks=() if (mixture, chip) == DEFAULT else pytest.mark.slow)
-    for mixture in MIXTURES for chip in (*MACHINE_CODE_CHIPS, "gfx1201")
-]  # fmt: skip
+    pytest.param(*case, marks=() if case == DEFAULT else pytest.mark.slow)
+    for case in dict.fromkeys([*((DEFAULT[0], chip) for chip in CHIPS), *BY_TURNS])
+]
 TEXT = """
     import json, sys
     from sf_local.engine.engine import Engine
@@ -137,8 +141,7 @@ def test_dispatches_and_logits(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", MACHINE_CODE_CHIPS)
-@pytest.mark.parametrize("mixture", MIXTURES)
+@pytest.mark.parametrize(("mixture", "chip"), BY_TURNS)
 def test_greedy_text_is_the_cpus(
     hip_driver: Driver,
     model_of: Callable[[str], Model],
