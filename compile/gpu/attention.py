@@ -15,10 +15,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compile.gpu.kernel import Kernel, Kernels, ThreadBuilder
+from compile.gpu.kernel import THREADS, Kernel, Kernels, ThreadBuilder
 from compile.gpu.pages import Heads, Pages, Token
 from compile.gpu.softmax import (
-    THREADS,
     Combination,
     Lanes,
     State,
@@ -68,11 +67,6 @@ class DecodeAttention(Kernel):
         heads = self.heads
         sizes = f"{heads.num_heads}x{heads.num_kv_heads}x{heads.head_dim}"
         return f"attend_{heads.kv_dtype}_{sizes}{'_split' if self.is_split else ''}"
-
-    @property
-    def threads(self) -> int:
-        """Of a workgroup."""
-        return THREADS
 
     @property
     def result(self) -> tuple[str, str]:

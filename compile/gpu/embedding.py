@@ -8,12 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from compile.formats.blocks import BLOCK_TYPES, GROUP
-from compile.gpu.kernel import Kernel, ThreadBuilder
+from compile.gpu.kernel import THREADS, Kernel, ThreadBuilder
 from compile.gpu.unpack import CHUNK, QuantizedMatrix
 from compile.mlir.executable import ExecutableBuilder
 from compile.mlir.values import Scalar
-
-THREADS = 256
 
 
 @dataclass(frozen=True)
@@ -31,11 +29,6 @@ class Embedding(Kernel):
     def name(self) -> str:
         """By its type and sizes."""
         return f"embedding_{self.kind}_{self.rows}x{self.columns}"
-
-    @property
-    def threads(self) -> int:
-        """Of a workgroup."""
-        return THREADS
 
     @property
     def result(self) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from compile.mlir.executable import ExecutableBuilder, Memory, dispatch
 from compile.mlir.values import Scalar
 from compile.target import Target
 
+THREADS = 256  # of a workgroup, where a kernel does not say otherwise
 WORKGROUP_MEMORY = "#gpu.address_space<workgroup>"
 NO_PIPELINE = "#iree_codegen.translation_info<pipeline = None{}>"
 
@@ -70,9 +71,9 @@ class Kernel(ABC):
         """One that no other kernel of the module has."""
 
     @property
-    @abstractmethod
     def threads(self) -> int:
         """Of a workgroup: a multiple of the subgroup's."""
+        return THREADS
 
     @property
     @abstractmethod

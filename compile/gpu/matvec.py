@@ -17,7 +17,7 @@ from functools import reduce
 from operator import add
 
 from compile.formats.blocks import BLOCK_TYPES, GROUP
-from compile.gpu.kernel import Kernel, Kernels, ThreadBuilder
+from compile.gpu.kernel import THREADS, Kernel, Kernels, ThreadBuilder
 from compile.gpu.parts import Parts, PartTile, first_rows, name_of, num_tiles, total_rows
 from compile.gpu.quantized import ROWS
 from compile.gpu.unpack import CHUNK, QuantizedMatrix
@@ -26,7 +26,6 @@ from compile.mlir.builder import Tensor
 from compile.mlir.executable import ExecutableBuilder, Memory
 from compile.mlir.values import Scalar
 
-THREADS = 256
 SLOTS = THREADS // ROWS  # groups of columns that a workgroup multiplies at once
 MAX_ROWS = 8  # of activations that are multiplied together
 STEPS = 28  # times SLOTS groups: columns in local memory, of all rows together
@@ -62,11 +61,6 @@ class FewRows(Kernel):
     def columns(self) -> int:
         """N"""
         return total_rows(self.parts)
-
-    @property
-    def threads(self) -> int:
-        """Of a workgroup."""
-        return THREADS
 
     @property
     def result(self) -> tuple[str, str]:

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import add
 
-from compile.gpu.kernel import Kernel, Kernels, ThreadBuilder
+from compile.gpu.kernel import THREADS, Kernel, Kernels, ThreadBuilder
+from compile.mlir.activations import gated
 from compile.mlir.builder import Tensor
 from compile.mlir.executable import ExecutableBuilder
 from compile.mlir.values import Scalar
 
-THREADS = 256
 LANES = 32  # threads of two rows of the matrix
 PIECE = 8  # numbers that are loaded at once: K is a multiple
 STEP = LANES * PIECE
@@ -50,11 +50,6 @@ class OneRow(Kernel):
         """By everything that makes it differ."""
         norm = "_norm" if self.epsilon is not None else ""
         return f"row_{self.dtype}{norm}_{self.columns}x{self.depth}_{self.epilogue}"
-
-    @property
-    def threads(self) -> int:
-        """Of a workgroup."""
-        return THREADS
 
     @property
     def result(self) -> tuple[str, str]:
@@ -200,8 +195,7 @@ class _Work:
         if self._product.epilogue == "silu":
             gate, up = sums
             with k.when(pair.less(features)):
-                value = gate / ((gate * -1.0).math("exp") + 1.0) * up
-                out.store(value.to(out.dtype), pair)
+                out.store(gated(gate, up).to(out.dtype), pair)
             return
         for row, total in zip(self.rows(pair), sums, strict=True):
             with k.when(row.less(features)):

@@ -15,12 +15,11 @@ from functools import reduce
 from operator import add
 
 from compile.formats.layout import ITEM_BYTES
-from compile.gpu.kernel import Kernel, ThreadBuilder
+from compile.gpu.kernel import THREADS, Kernel, ThreadBuilder
 from compile.mlir.executable import ExecutableBuilder, Memory
 from compile.mlir.values import Scalar
 from compile.mlir.vectors import lanes_of
 
-THREADS = 256
 LOAD = 16  # bytes
 NOTHING = -1e30  # the maximum of no scores
 
@@ -185,11 +184,6 @@ class Combination(Kernel):
     def name(self) -> str:
         """By its sizes."""
         return f"combine_splits_{self.num_heads}x{self.head_dim}_{self.dtype}"
-
-    @property
-    def threads(self) -> int:
-        """Of a workgroup."""
-        return THREADS
 
     @property
     def result(self) -> tuple[str, str]:

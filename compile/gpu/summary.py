@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from functools import reduce
 
 from compile.formats.layout import MASKED
-from compile.gpu.kernel import Kernel, Kernels, ThreadBuilder
+from compile.gpu.kernel import THREADS, Kernel, Kernels, ThreadBuilder
 from compile.mlir.builder import Tensor
 from compile.mlir.executable import ExecutableBuilder, Memory
 from compile.mlir.values import Scalar
 from sf_local.artifact.manifest import LOGITS_BLOCK
 
-THREADS = 256
 LANES = 32  # threads of a block of logits
 LOWEST = -3e38  # below every maximum, which are MASKED at least
 
@@ -41,11 +40,6 @@ class SummarizeBlocks(Kernel):
         return f"summarize_{self.size}"
 
     @property
-    def threads(self) -> int:
-        """Of a workgroup."""
-        return THREADS
-
-    @property
     def result(self) -> tuple[str, str]:
         """All f32."""
         return "f32", "f32"
@@ -53,7 +47,7 @@ class SummarizeBlocks(Kernel):
     @property
     def num_blocks(self) -> int:
         """Of a row."""
-        return -(-self.size // LOGITS_BLOCK)
+        return _num_blocks(self.size)
 
     def write(self, k: ThreadBuilder) -> None:
         """What each thread does: a 32nd of a block."""
@@ -146,11 +140,6 @@ class FindBest(Kernel):
         return f"find_best_{self.size}"
 
     @property
-    def threads(self) -> int:
-        """Of a workgroup."""
-        return THREADS
-
-    @property
     def result(self) -> tuple[str, str]:
         """A number is found and not computed."""
         return "f32", ""
@@ -188,14 +177,14 @@ class FindBest(Kernel):
         return places, k.view(k.binding(), "f32"), k.constant()
 
     def _start(self, row: Scalar) -> Scalar:
-        return row * (1 + 2 * -(-self.size // LOGITS_BLOCK))
+        return row * (1 + 2 * _num_blocks(self.size))
 
     def _search(
         self, k: ExecutableBuilder, places: Memory, summary: Memory, row: Scalar, first: Scalar,
         step: int,
     ) -> list[Scalar]:  # fmt: skip
         """The largest logit of every `step`th block from `first` on, and its token as f32."""
-        num_blocks, last = -(-self.size // LOGITS_BLOCK), k.scalar(self.size - 1, "f32")
+        num_blocks, last = _num_blocks(self.size), k.scalar(self.size - 1, "f32")
 
         def look(block: Scalar, top: Scalar, token: Scalar) -> list[Scalar]:
             value = summary.load(self._start(row) + block + 1)
@@ -205,6 +194,10 @@ class FindBest(Kernel):
             return [is_better.select(value, top), is_better.select(here, token)]
 
         return k.fold(first, num_blocks, [k.scalar(LOWEST, "f32"), last], look, step=step)
+
+
+def _num_blocks(size: int) -> int:
+    return -(-size // LOGITS_BLOCK)
 
 
 def _smaller(k: ExecutableBuilder, a: Scalar, b: Scalar) -> Scalar:

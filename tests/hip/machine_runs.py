@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from compile.models.spec import LlamaConfig
 from tests.hip.dispatches import Difference, Dispatch, compare_record, read_dispatches, wrong_ones
 from tests.hip.driver import Driver, Outcome
 from tests.hip.model_calls import Arrays, Plan
+from tests.support.reference import Weights, forward
 
 # A device that failed may wait for ever when it is closed: such a process ends at once.
 CALLS = """
@@ -51,6 +53,19 @@ class Run:
         assert self.outcome.exit_code == 0, self.outcome.stderr
         assert self.names
         assert wrong_ones(self.differences.values()) == []
+
+    def check_logits(self, plan: Plan, config: LlamaConfig, weights: Weights) -> None:
+        """They are those of float64 numpy on these weights, up to 1% of the largest."""
+        main = forward(config, weights, plan.tokens)
+        forks = [forward(config, weights, plan.fork(i)) for i in range(plan.forks)]
+        expected = {
+            "prefill": main[: plan.prompt],
+            "one": main[None, plan.prompt :],
+            "forks": np.stack([rows[-plan.steps :] for rows in forks]),
+        }
+        for name, values in expected.items():
+            apart = np.abs(self.results[name] - values).max()
+            assert apart <= 0.01 * np.abs(values).max(), name
 
 
 def run_beside_twins(

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from compile import BuildOptions, build
@@ -21,7 +20,7 @@ from tests.hip.driver import Driver
 from tests.hip.machine_runs import run_beside_twins
 from tests.hip.model_calls import Plan
 from tests.support.quantized import Kind, write_random_gguf
-from tests.support.reference import Weights, forward
+from tests.support.reference import Weights
 from tests.support.tiny import GPU_SIZES, MACHINE_CODE_CHIPS
 from tests.support.toy_sources import VOCAB
 
@@ -128,16 +127,7 @@ def test_dispatches_and_logits(
     )
     done.check()
     assert done.names == set(done.dispatches)
-    main = forward(model.config, model.weights, PLAN.tokens)
-    forks = [forward(model.config, model.weights, PLAN.fork(i)) for i in range(PLAN.forks)]
-    expected = {
-        "prefill": main[: PLAN.prompt],
-        "one": main[None, PLAN.prompt :],
-        "forks": np.stack([rows[-PLAN.steps :] for rows in forks]),
-    }
-    for name, values in expected.items():
-        apart = np.abs(done.results[name] - values).max()
-        assert apart <= 0.01 * np.abs(values).max(), name
+    done.check_logits(PLAN, model.config, model.weights)
 
 
 @pytest.mark.slow

@@ -7,13 +7,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.hip.driver import Driver
 from tests.hip.machine_runs import run_beside_twins
 from tests.hip.model_calls import Plan
-from tests.support.reference import forward, stored_as
+from tests.support.reference import stored_as
 from tests.support.tiny import GPU_SIZES, MACHINE_CODE_CHIPS, QUANTIZABLE, TINY, TinyModel
 
 PLAN = Plan(TINY.vocab_size, 8)
@@ -45,13 +44,4 @@ def test_dispatches_and_logits(
         name: stored_as(name, weight, dtype) if weight.ndim == 2 else weight
         for name, weight in model.weights.items()
     }
-    main = forward(model.config, weights, PLAN.tokens)
-    forks = [forward(model.config, weights, PLAN.fork(i)) for i in range(PLAN.forks)]
-    expected = {
-        "prefill": main[: PLAN.prompt],
-        "one": main[None, PLAN.prompt :],
-        "forks": np.stack([rows[-PLAN.steps :] for rows in forks]),
-    }
-    for name, values in expected.items():
-        apart = np.abs(done.results[name] - values).max()
-        assert apart <= 0.01 * np.abs(values).max(), name
+    done.check_logits(PLAN, model.config, weights)
