@@ -93,7 +93,8 @@ def run_batch(
             _answer(engine, Path(source), left, max_in_flight,
                     _Writer(file, Path(output), done, bar))  # fmt: skip
         failed = sum(done.values())
-        return Summary(len(done) - failed, failed, len(left), _first_error(file, Path(output)))
+        first_error = _first_error(file, Path(output)) if failed else ""
+        return Summary(len(done) - failed, failed, len(left), first_error)
 
 
 class _Writer:
