@@ -1,7 +1,7 @@
-"""The demo model as OpenVINO GenAI, ONNX Runtime GenAI and CTranslate2 read it.
+"""Models as OpenVINO GenAI, ONNX Runtime GenAI and CTranslate2 read them.
 
-Each is made by the peer's own converter, in its environment (`python`), from the same weights in
-f32; once, and kept in the cache folder. RuntimeError tells why one could not be made.
+Each is made by the peer's own converter, in its environment (`python`), from the same weights, of
+the demo in f32; once, and kept in the cache folder. RuntimeError tells why one could not be made.
 """
 
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from peers.models import demo_as_folder, kept
 
+DEMO = "SmolLM2-135M-Instruct"
 OPENVINO = {"int8": [], "int4": ["--group-size", "32", "--ratio", "1.0"], "fp16": []}
 # Activations in 8 bits. Logits of a prompt's last token only: the default computes all of them. The
 # embedding stays f32: one that shares 4 asymmetric bits with the head does not load in 0.18.
@@ -21,15 +22,18 @@ ONNX = [
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
-def openvino(python: Path, kind: str) -> Path:
+def openvino(python: Path, kind: str, model: Path | None = None) -> Path:
     """By optimum-intel: weights in f16, in 8 bits, or in 4 bits in groups of 32, asymmetric.
 
-    With 4 bits the embedding, which is the head, has 8, nncf's default.
+    With 4 bits the embedding and the head have 8, nncf's default. model: a Hugging Face folder,
+    instead of the demo model.
     """
+    folder = model or demo_as_folder("f32")
     return _converted(
         f"openvino-{kind}",
-        [python.with_name("optimum-cli"), "export", "openvino", "--model", demo_as_folder("f32"),
-         "--task", "text-generation-with-past", "--weight-format", kind, *OPENVINO[kind]],
+        [python.with_name("optimum-cli"), "export", "openvino", "--model", folder, "--task",
+         "text-generation-with-past", "--weight-format", kind, *OPENVINO[kind]],
+        model.name if model else DEMO,
     )  # fmt: skip
 
 
@@ -51,9 +55,9 @@ def ctranslate2(python: Path, kind: str) -> Path:
     )  # fmt: skip
 
 
-def _converted(name: str, command: list[str | Path]) -> Path:
-    """What `command` makes of the demo model in the folder that is its last argument."""
-    return kept(f"SmolLM2-135M-Instruct-{name}", lambda folder: _run([*command, folder]))
+def _converted(name: str, command: list[str | Path], model: str = DEMO) -> Path:
+    """What `command` makes of a model in the folder that is its last argument."""
+    return kept(f"{model}-{name}", lambda folder: _run([*command, folder]))
 
 
 def _run(command: list[str | Path]) -> None:

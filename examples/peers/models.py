@@ -33,7 +33,12 @@ def demo_as_gguf(kind: str) -> Path:
 def demo_as_folder(dtype: str = "bf16") -> Path:
     """A Hugging Face folder, in bf16, or in f32 as the demo's 4-bit blocks say exactly."""
     name = {"bf16": "SmolLM2-135M-Instruct-hf", "f32": "SmolLM2-135M-Instruct-hf-f32"}[dtype]
-    return kept(name, lambda folder: _write_folder(folder, dtype))
+    return kept(name, lambda folder: _write_folder(folder, "demo", dtype))
+
+
+def as_folder(model: Path) -> Path:
+    """A .gguf file of a Llama as a Hugging Face folder in bf16."""
+    return kept(f"{model.stem}-hf", lambda folder: _write_folder(folder, str(model), "bf16"))
 
 
 def kept(name: str, write: Callable[[Path], None]) -> Path:
@@ -70,10 +75,10 @@ def _requantize(path: Path, kind: str) -> None:
     writer.close()
 
 
-def _write_folder(folder: Path, dtype: str) -> None:
-    source, (torch_name, numpy_type) = open_source("demo"), FLOATS[dtype]
+def _write_folder(folder: Path, model: str, dtype: str) -> None:
+    source, (torch_name, numpy_type) = open_source(model), FLOATS[dtype]
     config = source.config
-    assert config.tied_embeddings and config.rope_scaling is None
+    assert config.rope_scaling is None
     folder.mkdir()
     tensors = {
         hf_name(name): np.asarray(tensor.read(slice(None)), numpy_type)
@@ -87,7 +92,7 @@ def _write_folder(folder: Path, dtype: str) -> None:
         "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim, "rms_norm_eps": config.rms_eps,
         "rope_theta": config.rope_theta, "max_position_embeddings": config.max_seq_len,
-        "tie_word_embeddings": True, "bos_token_id": source.bos_token_id,
+        "tie_word_embeddings": config.tied_embeddings, "bos_token_id": source.bos_token_id,
         "eos_token_id": source.eos_token_ids[0],
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(fields, indent=2))

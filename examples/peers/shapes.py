@@ -12,8 +12,9 @@ from peers.models import kept
 
 from compile.sources.demo import demo_gguf
 
-BLOCK = 32  # numbers that share a scale in Q8_0
-KINDS = {"bf16": "F16", "int8": "Q8_0"}  # of the same width
+BLOCK = 32  # numbers that share a scale in Q8_0 and Q4_1
+KINDS = {"bf16": "F16", "int8": "Q8_0", "int4": "Q4_1"}  # of the same width
+SPREAD = 0.02  # of weights, about
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,17 @@ class LlamaShape:
 
 
 SHAPES = {
+    "tinyllama-1.1b": LlamaShape(22, 2048, 5632, 32, 4, 32_000, is_tied=False),
     "llama-3.2-1b": LlamaShape(16, 2048, 8192, 32, 8, 128_256, is_tied=True),
     "llama-3.1-8b": LlamaShape(32, 4096, 14336, 32, 8, 128_256, is_tied=False),
 }
 
 
 def random_gguf(name: str, weights: str) -> Path:
-    """The shape called `name` in F16 or Q8_0, made once and kept in the cache folder."""
+    """The shape called `name` in F16, Q8_0 or Q4_1, made once and kept in the cache folder.
+
+    Beside Q4_1 the embedding and the head are Q8_0, as others keep them beside 4 bits.
+    """
     kind = KINDS[weights]
     return kept(f"{name}.{kind}.gguf", lambda path: _write(path, SHAPES[name], kind))
 
@@ -71,12 +76,16 @@ def _write(path: Path, shape: LlamaShape, kind: str) -> None:
     writer.add_rope_dimension_count(shape.hidden // shape.heads)
     writer.add_vocab_size(shape.vocabulary)
     _add_tokenizer(writer, shape.vocabulary)
-    sizes = shape.matrices()
-    numbers = _random(max(rows * cols for rows, cols in sizes.values()), kind)
-    for name, (rows, cols) in sizes.items():
-        width = numbers.shape[-1] * cols // (BLOCK if kind == "Q8_0" else 1)
-        data = numbers.reshape(-1)[: rows * width].reshape(rows, width)  # all of the same memory
-        writer.add_tensor(f"{name}.weight", data, raw_dtype=gguf.GGMLQuantizationType[kind])
+    of_kind = {kind: [], "Q8_0": []} if kind == "Q4_1" else {kind: []}
+    for name, (rows, cols) in shape.matrices().items():
+        is_outer = name in ("token_embd", "output")
+        of_kind["Q8_0" if is_outer and "Q8_0" in of_kind else kind].append((name, rows, cols))
+    for each, sizes in of_kind.items():
+        numbers = _random(max(rows * cols for _, rows, cols in sizes), each)
+        for name, rows, cols in sizes:
+            width = numbers.shape[-1] * cols // (1 if each == "F16" else BLOCK)
+            data = numbers.reshape(-1)[: rows * width].reshape(rows, width)  # all of one memory
+            writer.add_tensor(f"{name}.weight", data, raw_dtype=gguf.GGMLQuantizationType[each])
     norms = [f"blk.{i}.{part}_norm" for i in range(shape.layers) for part in ("attn", "ffn")]
     for name in [*norms, "output_norm"]:
         writer.add_tensor(f"{name}.weight", np.ones(shape.hidden, np.float32))
@@ -87,24 +96,34 @@ def _write(path: Path, shape: LlamaShape, kind: str) -> None:
 
 
 def _random(count: int, kind: str) -> NDArray[np.generic]:
-    """So many weights of a spread of about 0.02: f16 [count, 1], or blocks of bytes [n, 34]."""
+    """So many weights: f16 [count, 1], or blocks of bytes, [n, 34] of Q8_0, [n, 20] of Q4_1."""
     rng = np.random.default_rng(0)
     if kind == "F16":
-        return (rng.standard_normal((count, 1), np.float32) * 0.02).astype(np.float16)
-    blocks = rng.integers(0, 256, (count // BLOCK, 2 + BLOCK), np.uint8)
-    blocks[:, :2] = np.frombuffer(np.float16(0.02 / 74).tobytes(), np.uint8)
+        return (rng.standard_normal((count, 1), np.float32) * SPREAD).astype(np.float16)
+    # The scale, and in Q4_1 the minimum; codes of 8 and 4 bits have a spread of 74 and 4.6
+    step = SPREAD / 4.6
+    head, size = ([step, -7.5 * step], 16) if kind == "Q4_1" else ([SPREAD / 74], BLOCK)
+    numbers = np.frombuffer(np.float16(head).tobytes(), np.uint8)
+    blocks = rng.integers(0, 256, (count // BLOCK, numbers.size + size), np.uint8)
+    blocks[:, : numbers.size] = numbers
     return blocks
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, vocabulary: int) -> None:
-    """The demo's, with unused tokens to fill the vocabulary."""
+    """The demo's first tokens, with unused ones to fill the vocabulary."""
+    known: set[str] = set()
     for field in gguf.GGUFReader(demo_gguf()).fields.values():
         if not field.name.startswith("tokenizer.") or field.name == "tokenizer.chat_template":
             continue
         value, types = field.contents(), field.types
         if field.name == "tokenizer.ggml.tokens":
+            known = set(value[:vocabulary])
             value = [*value, *(f"<unused{i}>" for i in range(vocabulary - len(value)))]
+            value = value[:vocabulary]
         elif field.name == "tokenizer.ggml.token_type":
             value = [*value, *[int(gguf.TokenType.UNUSED)] * (vocabulary - len(value))]
+            value = value[:vocabulary]
+        elif field.name == "tokenizer.ggml.merges":  # which come after the tokens
+            value = [merge for merge in value if merge.replace(" ", "") in known]
         inner = types[-1] if types[0] == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, value, types[0], inner)
