@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 from compile.formats.blocks import BLOCK_TYPES, GROUP
 from compile.formats.layout import Parameter
-from compile.gpu import matmul, matvec, row
+from compile.gpu import matmul, matvec, mfma, row
 from compile.gpu.embedding import Embedding
 from compile.gpu.kernel import Kernels
 from compile.gpu.matmul import Product
-from compile.gpu.matvec import MAX_ROWS, FewRows
+from compile.gpu.matvec import FewRows
+from compile.gpu.mfma import MfmaRows
 from compile.gpu.parts import Part, Parts
 from compile.gpu.quantized import ROWS, column_bytes
 from compile.gpu.tiles import Tile
@@ -138,7 +139,7 @@ class Weights:
             return self._one_row([x, self.load(norm)], name, None, epsilon, is_gated)
         if not self.is_quantized(name):
             return self.linear(rms_norm(self, x, norm, epsilon), name)
-        if x.shape[0] == 1:
+        if self._few_rows_of(x.shape[0]) is MfmaRows or x.shape[0] == 1:
             return self._few_rows([x, self.load(norm)], name, None, epsilon, is_gated)
         return self._few_rows([rms_norm(self, x, norm, epsilon)], name, None, None, is_gated)
 
@@ -167,13 +168,23 @@ class Weights:
         """A product with a quantized matrix. activations: and the norm's weight, with epsilon."""
         assert self._kernels
         count, depth = activations[0].shape
-        if isinstance(count, str) or count > MAX_ROWS:
+        kind = self._few_rows_of(count)
+        if isinstance(count, str) or kind is None:
             return self._many_rows(activations[0], name, residual, is_gated)
         epilogue = "silu" if is_gated else "add" if residual else ""
         matrix = self._quantized[name]
-        kernel = FewRows(matrix.parts, int(depth), count, epsilon, epilogue)
+        kernel = kind(matrix.parts, int(depth), count, epsilon, epilogue)
         parts = [self.load(part) for part in matrix.names]
         return matvec.multiply(self._kernels, kernel, activations, parts, residual)
+
+    def _few_rows_of(self, count: Dim) -> type[FewRows] | None:
+        """What multiplies so many rows with a quantized matrix; None for `Product`."""
+        assert self._kernels
+        if isinstance(count, str):
+            return None
+        if self._kernels.target.subgroup == mfma.LANES and 1 < count <= mfma.MAX_ROWS:
+            return MfmaRows
+        return FewRows if count <= matvec.MAX_ROWS else None
 
     def _many_rows(self, lhs: Tensor, name: str, residual: Tensor | None, is_gated: bool) -> Tensor:
         """A product with a quantized matrix by matrix instructions."""

@@ -10,7 +10,7 @@ the end 16 sums an output are added up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
@@ -18,6 +18,7 @@ from operator import add
 
 from compile.formats.blocks import BLOCK_TYPES, GROUP
 from compile.gpu.kernel import THREADS, Kernel, Kernels, ThreadBuilder
+from compile.gpu.norm import scale_of, scale_of_row
 from compile.gpu.parts import Parts, PartTile, first_rows, name_of, num_tiles, total_rows
 from compile.gpu.quantized import ROWS
 from compile.gpu.unpack import CHUNK, QuantizedMatrix
@@ -40,9 +41,9 @@ class FewRows(Kernel):
 
     parts: of the matrix, of types of BLOCK_TYPES, each of them in a binding. rows: of activations
     that a workgroup multiplies. epsilon: of an RMS norm of the activations, which are f32 then and
-    f16 else; only with one row. epilogue: "" for f32 results, "add" for the residual added, "silu"
-    for silu(gate) * up of a matrix of one part with eight gates and eight ups in turn: [T, N / 2]
-    f16.
+    f16 else; only with one row, but for `MfmaRows`. epilogue: "" for f32 results, "add" for the
+    residual added, "silu" for silu(gate) * up of a matrix of one part with eight gates and eight
+    ups in turn: [T, N / 2] f16.
     """
 
     parts: Parts
@@ -70,38 +71,50 @@ class FewRows(Kernel):
     @property
     def features(self) -> int:
         """Of a row of the result."""
-        return self.columns // 2 if self.epilogue == "silu" else self.columns
+        return self.columns // self.share
+
+    @property
+    def share(self) -> int:
+        """Rows of the matrix that make a feature."""
+        return 2 if self.epilogue == "silu" else 1
+
+    @property
+    def tile(self) -> int:
+        """Rows of the matrix of a workgroup."""
+        return ROWS
 
     # What a thread does
 
     def write(self, k: ThreadBuilder) -> None:
         """What each thread does."""
-        work = _Work(self, k)
+        work = Work(self, k)
         steps = -(-work.num_groups // SLOTS)
         chunk = min(steps, max(1, STEPS // self.rows))
-        stage = _Stage(work, k, chunk)
+        scale = None
+        if self.epsilon is not None:
+            scale = scale_of_row(k, work.x, self.depth, self.epsilon)
+        stage = _Stage(work, k, chunk, scale)
         tile = PartTile(k, self.parts, work.matrices, ROWS, k.workgroup())
-        zero = k.scalar(0.0, "f32")
-        totals = [zero] * (self.rows + 1)  # the last is a thread's share of the squares
 
-        def multiply(first: Scalar, *totals: Scalar) -> list[Scalar]:
+        def multiply(first: Scalar, *totals: Scalar) -> Sequence[Scalar]:
             k.barrier()
-            squares = stage.fill(first, totals[-1])
+            stage.fill(first)
             k.barrier()
             unroll = next(n for n in (4, 3, 2, 1) if chunk % n == 0)
 
             def steps_of(matrix: QuantizedMatrix) -> list[Scalar]:
                 row = tile.row + k.thread() % ROWS
                 return k.fold(
-                    0, chunk, totals[:-1],
+                    0, chunk, totals,
                     lambda step, *sums: self._steps(
                         k, stage, (matrix, row), first, step, unroll, sums
                     ),
                     step=unroll,
                 )  # fmt: skip
 
-            return [*tile.choose(steps_of, ["f32"] * self.rows), squares]
+            return tile.choose(steps_of, ["f32"] * self.rows)
 
+        totals = [k.scalar(0.0, "f32")] * self.rows
         totals = k.fold(0, -(-steps // chunk) * chunk * SLOTS, totals, multiply, chunk * SLOTS)
         self._finish(k, work, tile, totals)
 
@@ -125,45 +138,44 @@ class FewRows(Kernel):
         return sums
 
     def _finish(
-        self, k: ThreadBuilder, work: _Work, tile: PartTile[QuantizedMatrix],
+        self, k: ThreadBuilder, work: Work, tile: PartTile[QuantizedMatrix],
         totals: Sequence[Scalar],
     ) -> None:  # fmt: skip
         """Add up what the threads have, and store it."""
         thread, parts = k.thread(), k.shared(self.rows * THREADS, "f32")
-        for i, total in enumerate(totals[:-1]):
+        for i, total in enumerate(totals):
             parts.store(total, thread + i * THREADS)
-        scale = None
-        if self.epsilon is not None:
-            waves, total = THREADS // k.subgroup, k.reduce("add", totals[-1])
-            squares = k.shared(waves, "f32")
-            with k.when((thread % k.subgroup).equals(0)):
-                squares.store(total, thread // k.subgroup)
         k.barrier()
-        if self.epsilon is not None:
-            scale = work.norm_scale(reduce(add, [squares.load(i) for i in range(waves)]))
-        outputs, share = (ROWS // 2, 2) if self.epilogue == "silu" else (ROWS, 1)
-        row, feature = thread // outputs, thread % outputs
+        outputs = ROWS // self.share
+        row = thread // outputs
 
         def output(n: Scalar) -> Scalar:
             start = row * THREADS + n
-            total = reduce(add, [parts.load(start + i * ROWS) for i in range(SLOTS)])
-            return total if scale is None else total * scale
+            return reduce(add, [parts.load(start + i * ROWS) for i in range(SLOTS)])
 
-        end = k.scalar(self.rows, "index")
-        with k.when(row.less(end)):
-            token = k.workgroup(1) * self.rows + row
-            place = tile.place // share + feature
-            with k.when(token.less(work.num_rows)), k.when(place.less(tile.end // share)):
-                if self.epilogue == "silu":
-                    work.store(gated(output(feature), output(feature + outputs)), token, place)
-                else:
-                    work.store(output(feature), token, place)
+        with k.when(row.less(k.scalar(self.rows, "index"))):
+            place = tile.place // self.share
+            self.store(k, work, tile, row, place, thread % outputs, output)
+
+    def store(
+        self, k: ThreadBuilder, work: Work, tile: PartTile[QuantizedMatrix], row: Scalar,
+        place: Scalar, feature: Scalar, output: Callable[[Scalar], Scalar],
+    ) -> None:  # fmt: skip
+        """Store a feature of what a block of the matrix, whose first is `place`, gives for one of
+        the workgroup's rows; output: the sum of a row of the block."""
+        token = k.workgroup(1) * self.rows + row
+        place = place + feature
+        with k.when(token.less(work.num_rows)), k.when(place.less(tile.end // self.share)):
+            value = output(feature)
+            if self.epilogue == "silu":
+                value = gated(value, output(feature + ROWS // 2))
+            work.store(value, token, place)
 
     # The same in loops
 
     def write_plain(self, k: ExecutableBuilder) -> None:
         """Each output, one after the other."""
-        work = _Work(self, k)
+        work = Work(self, k)
         zero = k.scalar(0.0, "f32")
         with k.loop(0, work.num_rows) as token:
             scale = None
@@ -172,7 +184,7 @@ class FewRows(Kernel):
                     0, self.depth, [zero],
                     lambda c, total: [k.fma(x := work.x.load(token * self.depth + c), x, total)],
                 )  # fmt: skip
-                scale = work.norm_scale(squares)
+                scale = scale_of(squares, self.depth, self.epsilon)
 
             def output(
                 matrix: QuantizedMatrix, token: Scalar, n: Scalar, scale: Scalar | None = scale
@@ -180,19 +192,17 @@ class FewRows(Kernel):
                 def add(group: Scalar, total: Scalar) -> list[Scalar]:
                     weights = matrix.unpack(matrix.load(n, group), "f32")
                     for i, weight in enumerate(weights):
-                        x, _ = work.activations(token, group * GROUP + i * CHUNK)
+                        x = work.activations(token, group * GROUP + i * CHUNK, scale)
                         total = k.fma(k.convert(x, "f32"), weight, total)
                     return [total]
 
                 zeros = k.scalar(0.0, f"vector<{CHUNK}xf32>")
-                total = k.sum(k.fold(0, -(-self.depth // GROUP), [zeros], add)[0])
-                return total if scale is None else total * scale
+                return k.sum(k.fold(0, -(-self.depth // GROUP), [zeros], add)[0])
 
-            share = 2 if self.epilogue == "silu" else 1
             for matrix, part, at in zip(
                 work.matrices, self.parts, first_rows(self.parts), strict=True
             ):
-                with k.loop(0, part.rows // share) as n:
+                with k.loop(0, part.rows // self.share) as n:
                     if self.epilogue == "silu":
                         gate = n // CHUNK * ROWS + n % CHUNK
                         pair = [output(matrix, token, gate + i) for i in (0, CHUNK)]
@@ -210,11 +220,11 @@ def multiply(
     num_rows = activations[0].shape[0]
     result = Tensor("", (num_rows, product.features), product.result[0])
     inputs = [*activations, *matrices, *([residual] if residual else [])]
-    workgroups = num_tiles(product.parts, ROWS), kernels.tiles(num_rows, product.rows), 1
+    workgroups = num_tiles(product.parts, product.tile), kernels.tiles(num_rows, product.rows), 1
     return kernels.call(product, workgroups, [num_rows], inputs, outputs=[result])[0]
 
 
-class _Work:
+class Work:
     """What both forms of a product read and write."""
 
     def __init__(self, product: FewRows, k: ExecutableBuilder) -> None:
@@ -231,22 +241,23 @@ class _Work:
         self._out = k.view(k.binding(), product.result[0])
         self.num_rows = k.constant()
 
-    def activations(self, token: Scalar, column: Scalar) -> tuple[Scalar, Scalar | None]:
-        """A vector of CHUNK activations in f16, without the norm's factor; columns beyond the last
-        are 0. With a norm also as they were before it, in f32."""
+    def token(self, row: Scalar) -> Scalar:
+        """The row of all that a workgroup's row is, or the last."""
+        k = self._k
+        return (k.workgroup(1) * self.product.rows + row).minimum(self.num_rows - 1)
+
+    def activations(self, token: Scalar, column: Scalar, scale: Scalar | None) -> Scalar:
+        """A vector of CHUNK activations in f16, after the norm, which multiplies the row with
+        `scale` and its weight; columns beyond the last are 0."""
         k, depth = self._k, self.product.depth
         inside = column.less(k.scalar(depth, "index"))
         column = column.minimum(k.scalar(depth - CHUNK, "index"))
         x = self.x.load_vector(token * depth + column, CHUNK)
         x = inside.select(x, k.scalar(0.0, x.dtype))
-        if self.norm is None:
-            return x, None
-        return k.convert(x * self.norm.load_vector(column, CHUNK), "f16"), x
-
-    def norm_scale(self, squares: Scalar) -> Scalar:
-        """What the norm multiplies a row with, whose sum of squares this is."""
-        assert self.product.epsilon is not None
-        return (squares * (1 / self.product.depth) + self.product.epsilon).math("rsqrt")
+        if self.norm is None or scale is None:
+            return x
+        x = x * k.broadcast(scale, CHUNK) * self.norm.load_vector(column, CHUNK)
+        return k.convert(x, "f16")
 
     def store(self, value: Scalar, token: Scalar, feature: Scalar) -> None:
         """Store an output, with the residual."""
@@ -259,50 +270,46 @@ class _Work:
 class _Stage:
     """Activations of a chunk of columns in local memory, f16, with the sum of each group."""
 
-    def __init__(self, work: _Work, k: ThreadBuilder, chunk: int) -> None:
-        self._work, self._k = work, k
+    def __init__(
+        self, work: Work, k: ThreadBuilder, chunk: int, scale: Scalar | None
+    ) -> None:  # fmt: skip
+        self._work, self._k, self._scale = work, k, scale
         self._groups, self._rows = chunk * SLOTS, work.product.rows
         self._x = k.shared(self._rows * self._groups * GROUP, "f16")
         self._sums: Memory | None = (
             k.shared(self._rows * self._groups, "f32") if work.has_minima else None
         )
 
-    def fill(self, first: Scalar, squares: Scalar) -> Scalar:
-        """Load groups of all rows from `first` on, one a thread at a time.
-
-        Returns the squares of what this thread loaded, added to `squares`. Columns beyond the last
-        are 0.
-        """
+    def fill(self, first: Scalar) -> None:
+        """Load groups of all rows from `first` on, one a thread at a time. Columns beyond the last
+        are 0."""
         k, end = self._k, self._rows * self._groups
         for start in range(0, end, THREADS):
             unit, inside = k.thread() + start, None
             if start + THREADS > end:
                 inside = unit.less(k.scalar(end, "index"))
                 unit = unit.minimum(k.scalar(end - 1, "index"))
-            pieces, more = self._load_group(first, unit)
-            squares = squares + (inside.select(more, k.scalar(0.0, "f32")) if inside else more)
+            pieces = self._load_group(first, unit)
             with k.when(inside) if inside else nullcontext():
                 self._store_group(pieces, unit)
-        return squares
 
-    def _load_group(self, first: Scalar, unit: Scalar) -> tuple[list[Scalar], Scalar]:
-        """A group of a row, as vectors of f16 numbers, and of a norm the sum of squares."""
-        k = self._k
+    def _load_group(self, first: Scalar, unit: Scalar) -> list[Scalar]:
+        """A group of a row, as vectors of f16 numbers."""
         row, group = unit // self._groups, unit % self._groups
-        token = (k.workgroup(1) * self._rows + row).minimum(self._work.num_rows - 1)
-        pieces, squares = [], k.scalar(0.0, "f32")
-        for start in range(0, GROUP, CHUNK):
-            x, before = self._work.activations(token, (first + group) * GROUP + start)
-            if before is not None:
-                squares = k.sum(before * before, squares)
-            pieces.append(x)
-        return pieces, squares
+        token, column = self._work.token(row), (first + group) * GROUP
+        return [
+            self._work.activations(token, column + start, self._scale)
+            for start in range(0, GROUP, CHUNK)
+        ]
 
     def _store_group(self, pieces: Sequence[Scalar], unit: Scalar) -> None:
         k, total = self._k, self._k.scalar(0.0, "f32")
+        ones, no_clamp = k.scalar(1.0, "vector<2xf16>"), k.scalar(0, "i1")
         for i, x in enumerate(pieces):
             self._x.store_vector(x, unit * GROUP + i * CHUNK)
-            total = k.sum(k.convert(x, "f32"), total) if self._sums else total
+            for j in range(0, CHUNK, 2):
+                two = k.shuffle(x, x, [j, j + 1])
+                total = k.intrinsic("amdgcn.fdot2", [two, ones, total, no_clamp], "f32")
         if self._sums:
             self._sums.store(total, unit)
 

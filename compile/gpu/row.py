@@ -3,18 +3,16 @@
 Shapes: a row of activations [1, K]; a matrix [N, K], row by row, whose rows are output features.
 
 A workgroup of 256 threads multiplies 16 rows of the matrix: 32 threads two rows each, 16 bytes of
-both at a time. The activations lie in local memory; what a norm multiplies them all with is
-multiplied with the sums instead.
+both at a time. The activations lie in local memory, after their norm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 
 from compile.gpu.kernel import THREADS, Kernel, Kernels, ThreadBuilder
+from compile.gpu.norm import scale_of, scale_of_row
 from compile.mlir.activations import gated
 from compile.mlir.builder import Tensor
 from compile.mlir.executable import ExecutableBuilder
@@ -69,20 +67,14 @@ class OneRow(Kernel):
     def write(self, k: ThreadBuilder) -> None:
         """What each thread does."""
         work, steps = _Work(self, k), -(-self.depth // STEP)
-        lane, waves = k.thread() % LANES, THREADS // k.subgroup
+        lane, scale = k.thread() % LANES, None
+        if self.epsilon is not None:
+            scale = scale_of_row(k, work.x, self.depth, self.epsilon)
         x = k.shared(steps * STEP, self.dtype)
-        squares = k.scalar(0.0, "f32")
         for first in range(0, steps * LANES, THREADS):
             unit = k.thread() + first
             with k.when(unit.less(k.scalar(steps * LANES, "index"))):
-                x.store_vector(work.activations(unit * PIECE)[0], unit * PIECE)
-            if self.epsilon is not None:
-                squares = squares + work.activations(unit * PIECE)[1]
-        parts = k.shared(waves, "f32")
-        if self.epsilon is not None:
-            squares = k.reduce("add", squares)
-            with k.when((k.thread() % k.subgroup).equals(0)):
-                parts.store(squares, k.thread() // k.subgroup)
+                x.store_vector(work.activations(unit * PIECE, scale), unit * PIECE)
         k.barrier()
         pair = k.workgroup() * (THREADS // LANES) + k.thread() // LANES
         last = k.scalar(self.columns - 1, "index")
@@ -102,9 +94,6 @@ class OneRow(Kernel):
         zero = k.scalar(0.0, "f32")
         sums = k.fold(0, steps * STEP, [zero, zero], multiply, step=unroll * STEP)
         sums = [k.reduce("add", total, LANES) for total in sums]
-        if self.epsilon is not None:
-            scale = work.norm_scale(reduce(add, [parts.load(i) for i in range(waves)]))
-            sums = [total * scale for total in sums]
         with k.when(lane.equals(0)):
             work.finish(pair, sums)
 
@@ -128,22 +117,21 @@ class OneRow(Kernel):
         if self.epsilon is not None:
             [squares] = k.fold(
                 0, self.depth, [zero],
-                lambda column, total: [total + work.activations(column)[1]], step=PIECE,
+                lambda column, total: [k.fma(x := work.x.load(column), x, total)],
             )  # fmt: skip
-            scale = work.norm_scale(squares)
+            scale = scale_of(squares, self.depth, self.epsilon)
         last = k.scalar(self.columns - 1, "index")
         with k.loop(0, self.pairs) as pair:
             rows = [row.minimum(last) for row in work.rows(pair)]
 
             def multiply(column: Scalar, *sums: Scalar) -> list[Scalar]:
-                x = k.convert(work.activations(column)[0], "f32")
+                x = k.convert(work.activations(column, scale), "f32")
                 return [
                     k.sum(x * k.convert(work.weights(row, column), "f32"), total)
                     for row, total in zip(rows, sums, strict=True)
                 ]
 
-            sums = k.fold(0, self.depth, [zero, zero], multiply, step=PIECE)
-            work.finish(pair, [total * scale for total in sums] if scale else sums)
+            work.finish(pair, k.fold(0, self.depth, [zero, zero], multiply, step=PIECE))
 
 
 class _Work:
@@ -152,31 +140,25 @@ class _Work:
     def __init__(self, product: OneRow, k: ExecutableBuilder) -> None:
         self._product, self._k = product, k
         has_norm = product.epsilon is not None
-        self._x = k.view(k.binding(read_only=True), "f32" if has_norm else product.dtype)
+        self.x = k.view(k.binding(read_only=True), "f32" if has_norm else product.dtype)
         self._norm = k.view(k.binding(read_only=True), "f32") if has_norm else None
         self._matrix = k.view(k.binding(read_only=True), product.dtype)
         has_residual = product.epilogue == "add"
         self._residual = k.view(k.binding(read_only=True), "f32") if has_residual else None
         self._out = k.view(k.binding(), product.result[0])
 
-    def activations(self, column: Scalar) -> tuple[Scalar, Scalar]:
-        """PIECE activations from a column on, zeros beyond the last, without the norm's factor; and
-        the sum of their squares before the norm."""
+    def activations(self, column: Scalar, scale: Scalar | None) -> Scalar:
+        """PIECE activations from a column on, after the norm, which multiplies the row with `scale`
+        and its weight; beyond the last column zeros."""
         k, product = self._k, self._product
         inside = column.less(k.scalar(product.depth, "index"))
         column = column.minimum(product.depth - PIECE)
-        x, squares = self._x.load_vector(column, PIECE), k.scalar(0.0, "f32")
+        x = self.x.load_vector(column, PIECE)
         x = inside.select(x, k.scalar(0.0, x.dtype))
-        if self._norm:
-            for i in range(PIECE):
-                squares = k.fma(k.element(x, i), k.element(x, i), squares)
-            x = k.convert(x * self._norm.load_vector(column, PIECE), product.dtype)
-        return x, squares
-
-    def norm_scale(self, squares: Scalar) -> Scalar:
-        """What the norm multiplies the row with, whose sum of squares this is."""
-        assert self._product.epsilon is not None
-        return (squares * (1 / self._product.depth) + self._product.epsilon).math("rsqrt")
+        if self._norm is None or scale is None:
+            return x
+        x = x * k.broadcast(scale, PIECE) * self._norm.load_vector(column, PIECE)
+        return k.convert(x, product.dtype)
 
     def rows(self, pair: Scalar) -> tuple[Scalar, Scalar]:
         """The rows of the matrix of a pair."""

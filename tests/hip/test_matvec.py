@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from compile.formats.blocks import BLOCK_TYPES, BlockType, Groups
 from compile.gpu.kernel import Kernels
 from compile.gpu.matvec import FewRows, multiply
+from compile.gpu.mfma import MfmaRows
 from compile.gpu.parts import Part
 from compile.gpu.quantized import ROWS, packed
 from compile.mlir.builder import Builder, Tensor
@@ -35,6 +36,16 @@ OTHERS = [(GATED, 4), (CHUNKS, 9), (replace(MIXED, rows=8, epsilon=None, epilogu
 TYPES = [
     (FewRows((Part(name, 32),), 2 * kind.columns, 1, 1e-5), 1) for name, kind in BLOCK_TYPES.items()
 ]
+# By matrix instructions
+MFMA = MfmaRows((Part("int4", 44),), 1544, 8, 1e-5)  # no whole block, nor whole steps of all waves
+MFMA_OTHERS = [
+    (MfmaRows((Part("int4", 44),), 72, 2, epilogue="add"), 3),
+    (MfmaRows((Part("int8", 144),), 72, 4, epilogue="silu"), 4),
+    # Several blocks a workgroup, and more than it has in the last one
+    (MfmaRows((Part("int8", 16 * 305), Part("int4", 8)), 64, 16, 1e-5, "add"), 16),
+    (MfmaRows(MIXED.parts, 512, 5, 1e-5), 5),
+    *((MfmaRows(case.parts, case.depth, 3, 1e-5), 3) for case, _ in TYPES),
+]
 
 
 def random_rows(kind: BlockType, rows: int, columns: int, rng: np.random.Generator) -> Groups:
@@ -52,8 +63,11 @@ def random_rows(kind: BlockType, rows: int, columns: int, rng: np.random.Generat
     return groups
 
 
-def given_and_expected(product: FewRows, num_rows: int) -> tuple[Arrays, NDArray[np.float64]]:
-    """Arguments by name, whose alphabetical order is that of the kernel's bindings."""
+def given_and_expected(
+    product: FewRows, num_rows: int, size: float = 1
+) -> tuple[Arrays, NDArray[np.float64]]:
+    """Arguments by name, whose alphabetical order is that of the kernel's bindings; activations of
+    a size."""
     rng, matrices = np.random.default_rng(1), []
     given: Arrays = {}
     for i, part in enumerate(product.parts):
@@ -65,11 +79,10 @@ def given_and_expected(product: FewRows, num_rows: int) -> tuple[Arrays, NDArray
         given[f"y_matrix_{i}"] = packed(stored).view(np.int8)
         matrices.append(groups.dequantized()[:, : product.depth].astype(np.float64))
     weights = np.concatenate(matrices)
-    x = rng.normal(size=(num_rows, product.depth))
-    given["x"] = x.astype(np.float16)
+    x = size * rng.normal(size=(num_rows, product.depth))
+    given["x"] = x.astype(np.float16 if product.epsilon is None else np.float32)
     activations = given["x"].astype(np.float64)
     if product.epsilon is not None:
-        given["x"] = x.astype(np.float32)
         given["x_norm"] = rng.normal(size=product.depth).astype(np.float32)
         mean = (x**2).mean(axis=1, keepdims=True)
         activations = x / np.sqrt(mean + product.epsilon) * given["x_norm"]
@@ -102,9 +115,11 @@ def module_text(product: FewRows, given: Arrays, target: Target) -> str:
     return kernels.write() + b.text("module")
 
 
-def check(driver: Driver, cache: Path, folder: Path, chip: str, case: tuple[FewRows, int]) -> None:
+def check(
+    driver: Driver, cache: Path, folder: Path, chip: str, case: tuple[FewRows, int], size: float = 1
+) -> None:
     product, num_rows = case
-    given, expected = given_and_expected(product, num_rows)
+    given, expected = given_and_expected(product, num_rows, size)
     runner = KernelRunner(driver, cache, folder, chip)
     found = runner.run(
         product.name, lambda target: module_text(product, given, target),
@@ -119,6 +134,22 @@ def test_products_in_4_bits(
     hip_driver: Driver, hip_cache: Path, tmp_path: Path, chip: str, case: tuple[FewRows, int]
 ) -> None:
     check(hip_driver, hip_cache, tmp_path, chip, case)
+
+
+@pytest.mark.parametrize("size", [1, 1e6, 1e-4])
+@pytest.mark.parametrize("case", [(NORM, 1), (MFMA, 8)], ids=["one", "eight"])
+def test_a_norm_takes_rows_of_any_size(
+    hip_driver: Driver, hip_cache: Path, tmp_path: Path, case: tuple[FewRows, int], size: float
+) -> None:
+    check(hip_driver, hip_cache, tmp_path, "gfx942", case, size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MFMA_OTHERS, ids=lambda case: case[0].name)
+def test_products_by_matrix_instructions(
+    hip_driver: Driver, hip_cache: Path, tmp_path: Path, case: tuple[FewRows, int]
+) -> None:
+    check(hip_driver, hip_cache, tmp_path, "gfx942", case)
 
 
 @pytest.mark.slow

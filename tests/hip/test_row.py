@@ -24,14 +24,15 @@ CASES = [
 ]  # fmt: skip
 
 
-def given_and_expected(product: OneRow) -> tuple[dict[str, Array], Array]:
-    """Arguments by name, whose alphabetical order is that of the bindings."""
+def given_and_expected(product: OneRow, size: float = 1) -> tuple[dict[str, Array], Array]:
+    """Arguments by name, whose alphabetical order is that of the bindings. size: of activations."""
     rng = np.random.default_rng(1)
     x, weights = rng.normal(size=product.depth), rng.normal(size=(product.columns, product.depth))
-    given: dict[str, Array] = {"x": x[None].astype(np.float16), "y": weights.astype(np.float16)}
+    x *= size
+    dtype = np.float16 if product.epsilon is None else np.float32
+    given: dict[str, Array] = {"x": x[None].astype(dtype), "y": weights.astype(np.float16)}
     activations = given["x"][0].astype(np.float64)
     if product.epsilon is not None:
-        given["x"] = x[None].astype(np.float32)
         given["x_norm"] = rng.normal(size=product.depth).astype(np.float32)
         activations = x / np.sqrt((x**2).mean() + product.epsilon) * given["x_norm"]
     expected = given["y"].astype(np.float64) @ activations
@@ -68,8 +69,21 @@ def module_text(product: OneRow, given: dict[str, Array], target: Target) -> str
 def test_products_of_a_row(
     hip_driver: Driver, hip_cache: Path, tmp_path: Path, chip: str, product: OneRow
 ) -> None:
-    given, expected = given_and_expected(product)
-    found = KernelRunner(hip_driver, hip_cache, tmp_path, chip).run(
+    check(hip_driver, hip_cache, tmp_path, chip, product)
+
+
+@pytest.mark.parametrize("size", [1e6, 1e-4])
+def test_a_norm_takes_rows_of_any_size(
+    hip_driver: Driver, hip_cache: Path, tmp_path: Path, size: float
+) -> None:
+    check(hip_driver, hip_cache, tmp_path, "gfx942", NORM, size)
+
+
+def check(
+    driver: Driver, cache: Path, folder: Path, chip: str, product: OneRow, size: float = 1
+) -> None:
+    given, expected = given_and_expected(product, size)
+    found = KernelRunner(driver, cache, folder, chip).run(
         product.name, lambda target: module_text(product, given, target),
         [given[name] for name in sorted(given)],
     )[0].astype(np.float64)  # fmt: skip
