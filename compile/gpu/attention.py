@@ -59,14 +59,14 @@ class DecodeAttention(Kernel):
 
     heads: Heads
     dtype: str
-    is_split: bool
+    is_split: bool = False
+    is_prefill: bool = False
 
     @property
     def name(self) -> str:
         """By the sizes that differ within a module."""
-        heads = self.heads
-        sizes = f"{heads.num_heads}x{heads.num_kv_heads}x{heads.head_dim}"
-        return f"attend_{heads.kv_dtype}_{sizes}{'_split' if self.is_split else ''}"
+        suffix = "_split" if self.is_split else "_prefill" if self.is_prefill else ""
+        return f"attend_{self.heads.name}{suffix}"
 
     @property
     def result(self) -> tuple[str, str]:
@@ -92,9 +92,12 @@ class DecodeAttention(Kernel):
         heads, lanes, pages = self.heads, self.lanes, self._pages(k)
         parts = heads.num_heads // heads.num_kv_heads // heads.queries
         split, part, row = (k.workgroup(axis) for axis in range(3))
-        token, head = Token(pages, row), part // parts
-        is_stored = k.bits("andi", split.equals(0), (part % parts).equals(0))
-        is_stored = k.bits("andi", is_stored, token.is_valid)
+        token, head = Token(pages, row, split if self.is_prefill else None), part // parts
+        if self.is_prefill:
+            split, is_stored = k.scalar(0, "index"), k.scalar(0, "i1")
+        else:
+            is_stored = k.bits("andi", split.equals(0), (part % parts).equals(0))
+            is_stored = k.bits("andi", is_stored, token.is_valid)
         new = self._prepare(k, pages, token, part, head, is_stored)
         k.barrier()
         start, has_numbers = lanes.place(k, heads.head_dim)
@@ -106,12 +109,14 @@ class DecodeAttention(Kernel):
             zero = k.scalar(0.0, key.dtype)
             queries = [has_numbers.select(query, zero) for query in queries]
         is_first = k.bits("andi", split.equals(0), (k.thread() // lanes.count).equals(0))
+        if self.is_prefill:
+            is_first = k.bits("andi", is_first, token.is_valid)
         states = of_token(k, [self._score(k, query, key) for query in queries], value, is_first)
         place = head * heads.head_dim + start
         states = self._attend(k, pages, token, place, queries, states, split.to("i32"))
 
         def finish(i: int, place: Scalar, *sums: Scalar) -> None:
-            pages.finish(row, part * heads.queries + i, split, place, *sums)
+            self._finish(token, part * heads.queries + i, split, place, *sums)
 
         merge(k, lanes, heads.head_dim, states, has_numbers, finish)
 
@@ -142,7 +147,7 @@ class DecodeAttention(Kernel):
                 is_kept = is_query.select(k.scalar(0, "i1"), is_stored)
                 with k.when(is_kept):
                     at = token.place(head, start) + (which - queries) * (heads.token // 2)
-                    pages.cache.store_vector(x, at)
+                    pages.store(x, at)
         return new
 
     def _attend(
@@ -153,7 +158,7 @@ class DecodeAttention(Kernel):
         their keys."""
         first = (k.thread() // self.lanes.count * TOKENS).to("i32")
         step = pages.splits * self.chunk
-        last = token.position.largest(k.scalar(1, "i32")) - 1
+        last = token.num_before.largest(k.scalar(1, "i32")) - 1
         no_head = k.scalar(0, "index")
 
         def attend(chunk: Scalar, page: Scalar, *flat: Scalar) -> list[Scalar]:
@@ -161,12 +166,10 @@ class DecodeAttention(Kernel):
             following = pages.page_of(token.row, (position + step).minimum(last))
             at = pages.at(page, position, no_head, start)
             places = [at + u * self.heads.token for u in range(TOKENS)]
-            keys, values = (
-                [pages.cache.load_vector(place + half, self.lanes.piece) for place in places]
-                for half in (0, self.heads.token // 2)
-            )
+            keys = [pages.load(place, self.lanes.piece) for place in places]
+            values = [pages.load(pages.value_at(place), self.lanes.piece) for place in places]
             # What lies behind the last token may be NaN
-            seen = [(position + u).less(token.position) for u in range(TOKENS)]
+            seen = [(position + u).less(token.num_before) for u in range(TOKENS)]
             none, zero = k.scalar(HIDDEN, "f32"), k.scalar(0.0, values[0].dtype)
             values = [is_seen.select(v, zero) for is_seen, v in zip(seen, values, strict=True)]
             states = unflattened(flat)
@@ -199,11 +202,25 @@ class DecodeAttention(Kernel):
         return total * self.scale
 
     def _pages(self, k: ExecutableBuilder) -> Pages:
-        return Pages(k, self.heads, None if self.is_split else self.dtype)
+        dtype = "f32" if self.is_split else self.dtype
+        return Pages(k, self.heads, dtype, is_prefill=self.is_prefill)
 
     def _chunks(self, token: Token) -> Scalar:
         """How many chunks the tokens before `token` are."""
-        return (token.position + (self.chunk - 1)) // self.chunk
+        return (token.num_before + (self.chunk - 1)) // self.chunk
+
+    def _finish(
+        self, token: Token, head: Scalar, split: Scalar, place: Scalar, total: Scalar, top: Scalar,
+        weight: Scalar,
+    ) -> None:  # fmt: skip
+        """Store number `place` of what a head attends to, or of what a split leaves of it."""
+        if self.is_split:
+            token.pages.leave(token.row, head, split, place, total, top, weight)
+            return
+        value = total / weight
+        if self.is_prefill:
+            value = token.is_valid.select(value, token.pages.k.scalar(0.0, "f32"))
+        token.pages.finish(token.out_row, head, place, value)
 
     @property
     def scale(self) -> float:
@@ -217,19 +234,20 @@ class DecodeAttention(Kernel):
         heads, pages = self.heads, self._pages(k)
         group, half = heads.num_heads // heads.num_kv_heads, heads.head_dim // 2
         starts = [k.scalar(start, "index") for start in (0, half)]
-        with k.loop(0, pages.num_rows) as row, k.loop(0, heads.num_kv_heads) as head:
-            token, number = Token(pages, row), head + heads.num_heads
-            keys = [
-                k.convert(token.rotated(number, start, half), heads.kv_dtype) for start in starts
-            ]
-            number = number + heads.num_kv_heads
-            values = [
-                k.convert(token.numbers(number, start, half), heads.kv_dtype) for start in starts
-            ]
-            with k.when(token.is_valid):
-                for start, key, value in zip(starts, keys, values, strict=True):
-                    pages.cache.store_vector(key, token.place(head, start))
-                    pages.cache.store_vector(value, token.place(head, start) + heads.token // 2)
+        with (
+            k.loop(0, pages.num_rows) as row,
+            k.loop(0, pages.num_tokens or 1) as number,
+            k.loop(0, heads.num_kv_heads) as head,
+        ):
+            token = Token(pages, row, number if self.is_prefill else None)
+            key, value = (head + (heads.num_heads + more) for more in (0, heads.num_kv_heads))
+            keys = [k.convert(token.rotated(key, at, half), heads.kv_dtype) for at in starts]
+            values = [k.convert(token.numbers(value, at, half), heads.kv_dtype) for at in starts]
+            if not self.is_prefill:
+                with k.when(token.is_valid):
+                    for at, key, value in zip(starts, keys, values, strict=True):
+                        pages.store(key, token.place(head, at))
+                        pages.store(value, pages.value_at(token.place(head, at)))
             splits = pages.splits.to("index")
             with k.loop(0, group) as i, k.loop(0, splits) as split:
                 self._attend_plainly(k, token, head, head * group + i, split, keys, values)
@@ -254,24 +272,26 @@ class DecodeAttention(Kernel):
         def attend_token(position: Scalar, *flat: Scalar) -> list[Scalar]:
             page, states = pages.page_of(token.row, position), unflattened(flat)
             places = [pages.at(page, position, kv_head, start) for start in starts]
-            found = score([pages.cache.load_vector(place, half) for place in places])
+            found = score([pages.load(place, half) for place in places])
             for i, place in enumerate(places):
-                value = pages.cache.load_vector(place + self.heads.token // 2, half)
+                value = pages.load(pages.value_at(place), half)
                 states[i] = add_tokens(k, exp2_exact, states[i], [found], [value])
             return flattened(states)
 
         def attend(chunk: Scalar, *flat: Scalar) -> list[Scalar]:
             first = chunk * self.chunk
-            end = (first + self.chunk).minimum(token.position)
+            end = (first + self.chunk).minimum(token.num_before)
             return k.fold(first, end, flat, attend_token)
 
-        own, number = score(keys), split.to("i32")
-        states = [of_token(k, [own], value, split.equals(0))[0] for value in values]
+        own, number, has_own = score(keys), split.to("i32"), split.equals(0)
+        if self.is_prefill:
+            has_own = token.is_valid
+        states = [of_token(k, [own], value, has_own)[0] for value in values]
         flat = k.fold(number, self._chunks(token), flattened(states), attend, step=pages.splits)
         for start, (top, weight, total) in zip(starts, unflattened(flat), strict=True):
             for i in range(half):
                 number = k.element(total, i)
-                pages.finish(token.row, head, split, start + i, number, top, weight)
+                self._finish(token, head, split, start + i, number, top, weight)
 
 
 def attend(

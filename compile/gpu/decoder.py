@@ -17,7 +17,7 @@ from compile.gpu.batch import Batch, tokens_of_row, whole_tiles
 from compile.gpu.kernel import Kernels
 from compile.gpu.linear import Weights
 from compile.gpu.pages import Heads
-from compile.gpu.prefill_attention import PrefillAttention
+from compile.gpu.prefill_attention import attend_prefill
 from compile.mlir.activations import gated
 from compile.mlir.builder import Dim, Tensor
 from compile.mlir.values import Scalar
@@ -37,7 +37,6 @@ class Decoder:
     ) -> None:  # fmt: skip
         self.config, self.options = config, options
         self.weights, self.b, self._kernels, self.tile = weights, weights.b, kernels, tile
-        self.attention = PrefillAttention(config, options, weights, tile)
 
     def batch(self, args: Mapping[str, Tensor]) -> Batch:
         """The rows of a call whose arguments are those of `abi.function`; tokens are padded to
@@ -66,14 +65,15 @@ class Decoder:
         return x, cache
 
     def _attention_of(self, batch: Batch) -> Attend:
-        """How layers attend in a call: of single tokens, over the pages where they lie."""
-        if batch.seq_len != 1:
-            tables = self.attention.tables(batch)
-            return lambda qkv, cache, layer: self.attention.attend(qkv, cache, batch, tables, layer)
-        heads = Heads.of(self.config, self.options)
+        """How layers attend in a call: over the pages where they lie."""
+        heads, dtype = Heads.of(self.config, self.options), self.weights.dtype
         rows = [self.weights.load("rope"), batch.start, batch.seq_lens, batch.page_ids]
-        return lambda qkv, cache, layer: attend(
-            self._kernels, heads, self.weights.dtype, [qkv, *rows], cache, layer
+        if batch.seq_len == 1:
+            return lambda qkv, cache, layer: attend(
+                self._kernels, heads, dtype, [qkv, *rows], cache, layer
+            )
+        return lambda qkv, cache, layer: attend_prefill(
+            self._kernels, heads, dtype, batch.seq_len, [qkv, *rows], cache, layer
         )
 
     def _embed(self, batch: Batch) -> Tensor:

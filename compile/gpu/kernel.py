@@ -51,6 +51,15 @@ class ThreadBuilder(ExecutableBuilder):
         cast = self.op(f"memref.cast {memory.name} : {fixed} to {kind}", "")
         return Memory(self, cast.name, dtype, WORKGROUP_MEMORY)
 
+    def shuffle_xor(self, value: Scalar, distance: int) -> Scalar:
+        """The value (32 bits) of the lane whose number differs by a power of two."""
+        offset, width = (self.scalar(number, "i32") for number in (distance, self.subgroup))
+        found = f"{self.fresh()}"
+        self.emit(
+            f"{found}:2 = gpu.shuffle xor {value.name}, {offset.name}, {width.name} : {value.dtype}"
+        )
+        return Scalar(self, f"{found}#0", value.dtype)
+
     def reduce(self, kind: str, value: Scalar, threads: int | None = None) -> Scalar:
         """The sum ("add") or maximum ("maxnumf") of the values of `threads` neighbours, which all
         of them get; of all of a subgroup by default."""

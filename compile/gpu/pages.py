@@ -1,7 +1,7 @@
-"""What attention of decode reads and writes on GPUs: heads of new tokens, and the pages of a cache.
+"""What attention reads and writes on GPUs: heads of new tokens, and the pages of a KV cache.
 
-Shapes: N rows of one token each, B pages a row, P tokens a page, L layers, H query heads, KH KV
-heads, D head_dim, S splits of the context.
+Shapes: N rows of S tokens each (decode: one), B pages a row, P tokens a page, L layers, H query
+heads, KH KV heads, D head_dim.
 """
 
 from __future__ import annotations
@@ -37,6 +37,16 @@ class Heads:
         )  # fmt: skip
 
     @property
+    def name(self) -> str:
+        """Of what differs between models."""
+        return f"{self.kv_dtype}_{self.num_heads}x{self.num_kv_heads}x{self.head_dim}"
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
     def token(self) -> int:
         """Numbers of a token in the cache, of one layer."""
         return 2 * self.num_kv_heads * self.head_dim
@@ -49,8 +59,7 @@ class Heads:
     @property
     def queries(self) -> int:
         """Query heads of a workgroup: all of a KV head, or a part of them."""
-        group = self.num_heads // self.num_kv_heads
-        return next(n for n in range(min(group, MAX_QUERIES), 0, -1) if group % n == 0)
+        return next(n for n in range(min(self.group, MAX_QUERIES), 0, -1) if self.group % n == 0)
 
     @property
     def summed(self) -> int:
@@ -61,19 +70,26 @@ class Heads:
 class Pages:
     """Bindings and constants of a kernel that attends to pages, as `DecodeAttention` has them.
 
-    dtype: of its result; None for what splits leave.
+    dtype: of its last binding, the result; None if it has none. is_prefill: the last constant is S,
+    and not how many splits a row has.
     """
 
-    def __init__(self, k: ExecutableBuilder, heads: Heads, dtype: str | None) -> None:
-        self.k, self.heads, self._is_split = k, heads, dtype is None
+    def __init__(
+        self, k: ExecutableBuilder, heads: Heads, dtype: str | None, *, is_prefill: bool = False
+    ) -> None:
+        self.k, self.heads = k, heads
         self.qkv, self.rope = (k.view(k.binding(read_only=True), "f32") for _ in range(2))
         self.starts, self.ends, self._ids = (
             k.view(k.binding(read_only=True), "i64") for _ in range(3)
         )
-        self.cache = k.view(k.binding(), heads.kv_dtype)
-        self._out = k.view(k.binding(), dtype or "f32")
-        self.num_rows, self.num_pages, layer, splits = (k.constant() for _ in range(4))
-        self._layer, self.splits = layer.to("i32"), splits.to("i32")
+        self._cache = k.view(k.binding(), heads.kv_dtype)
+        self._out = k.view(k.binding(), dtype) if dtype else None
+        self.num_rows, self.num_pages, layer, count = (k.constant() for _ in range(4))
+        self._layer = layer.to("i32")
+        self.num_tokens = count if is_prefill else None
+        self.splits = k.scalar(1, "i32") if is_prefill else count.to("i32")
+
+    # The cache
 
     def page_of(self, row: Scalar, position: Scalar) -> Scalar:
         """The page of a position, both i32."""
@@ -86,19 +102,40 @@ class Pages:
         token = (page * heads.num_layers + self._layer) * size + position % size
         return token.to_unsigned("index") * heads.token + head * heads.head_dim + start
 
-    def finish(
+    def value_at(self, key: Scalar) -> Scalar:
+        """Where numbers of a value are, of those of its key."""
+        return key + self.heads.token // 2
+
+    def load(self, at: Scalar, piece: int) -> Scalar:
+        """Numbers of a key or value."""
+        return self._cache.load_vector(at, piece)
+
+    def store(self, numbers: Scalar, at: Scalar) -> None:
+        """Store numbers of a key or value, which have been rounded to `kv_dtype`."""
+        self._cache.store_vector(numbers, at)
+
+    # Results
+
+    def finish(self, row: Scalar, head: Scalar, place: Scalar, total: Scalar) -> None:
+        """Store numbers from `place` on of what a head attends to, which are f32."""
+        out, heads = self._out, self.heads
+        assert out
+        at = (row * heads.num_heads + head) * heads.head_dim + place
+        if total.dtype.startswith("vector"):
+            out.store_as(total, at)
+        else:
+            out.store(total.to(out.dtype), at)
+
+    def leave(
         self, row: Scalar, head: Scalar, split: Scalar, place: Scalar, total: Scalar, top: Scalar,
         weight: Scalar,
     ) -> None:  # fmt: skip
-        """Store number `place` of what a head attends to."""
-        heads, out = self.heads, self._out
-        if not self._is_split:
-            at = (row * heads.num_heads + head) * heads.head_dim + place
-            out.store((total / weight).to(out.dtype), at)
-            return
+        """Store number `place` of what a split leaves of a head's sum, largest score and sum of
+        exponentials."""
+        heads, out, zero = self.heads, self._out, self.k.scalar(0.0, "f32")
+        assert out
         start = (split * self.num_rows + row) * heads.summed
         out.store(total, start + head * heads.head_dim + place)
-        zero = self.k.scalar(0.0, "f32")
         with self.k.when(place.equals(0)):
             at = start + heads.num_heads * heads.head_dim + head * 2
             out.store(zero.is_below(weight).select(top, zero), at)
@@ -106,24 +143,33 @@ class Pages:
 
 
 class Token:
-    """The new token of a row, at `position` (i32).
+    """A new token of a row, at `position` (i32).
 
-    is_valid: whether it is stored; the tokens of rows that only pad a batch are not.
+    number: which of the row's S tokens; None in decode. row: of the batch; out_row: of queries,
+    keys and values, and of the result. is_valid: whether it is stored; what pads a batch or a row
+    is not. num_before: tokens before it that it attends to; in prefill none if it is not valid.
     """
 
-    def __init__(self, pages: Pages, row: Scalar) -> None:
+    def __init__(self, pages: Pages, row: Scalar, number: Scalar | None = None) -> None:
         k, heads = pages.k, pages.heads
-        self.pages, self.row = pages, row
+        self.pages, self.row, self.out_row = pages, row, row
         start = pages.starts.load(row)
+        if number:
+            assert pages.num_tokens
+            self.out_row = row * pages.num_tokens + number
+            start = start + number.to("i64")
         self.is_valid = start.less(pages.ends.load(row))
         end = (pages.num_pages * heads.page_size).to("i32")
         position = start.to("i32").minimum(end - 1)
         self.position = position.clamp(0, k.scalar(heads.max_seq_len - 1, "i32"))
+        self.num_before = self.position
+        if number:
+            self.num_before = self.is_valid.select(self.position, k.scalar(0, "i32"))
 
     def numbers(self, head: Scalar, start: Scalar, piece: int) -> Scalar:
         """`piece` numbers from `start` on of a head: of a query, a key or a value."""
         heads = self.pages.heads
-        at = self.row * heads.features + head * heads.head_dim + start
+        at = self.out_row * heads.features + head * heads.head_dim + start
         return self.pages.qkv.load_vector(at, piece)
 
     def rotated(self, head: Scalar, start: Scalar, piece: int) -> Scalar:

@@ -1,214 +1,177 @@
-"""Attention of prefill on GPUs, as tensor operations of which IREE makes kernels.
+"""Attention of prefill on GPUs, by matrix instructions, over pages that are read where they lie.
 
-Shapes: N rows of a batch, S tokens a row, B pages a row, P tokens a page, L layers, KH KV heads, G
-query heads per KV head, D head_dim, C = B*P context positions. S and C are multiples of a tile's
-size, the rest being padding that nothing reads. IREE chooses the tiles of its kernels by what
-divides a size, and by them the chip's matrix instructions.
+Shapes: N rows of S tokens each, B pages a row, P tokens a page, H query heads, KH KV heads,
+G = H / KH query heads of a KV head, D head_dim.
+
+A launch stores keys and values in the cache. A second one attends (Dao et al. 2022): a workgroup
+has 128 queries of a KV head, those of G heads of a token side by side. Chunk after chunk of the
+context goes through LDS, values transposed; loads of the next chunk are under way meanwhile. Each
+wave multiplies the chunk with queries of its own, which it holds in registers.
+
+The matrix instructions get keys first and queries second, then values and shares. So a lane has
+scores and sums of one query only, and its scores lie as the second product wants them. Rows of keys
+are given to lanes in an order by which a lane has scores of 8 tokens side by side.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compile.gpu.batch import Batch, tokens_of_row, whole_tiles
-from compile.gpu.linear import Weights
+from compile.gpu.attention import DecodeAttention
+from compile.gpu.attention_context import Context
+from compile.gpu.attention_tiles import QUERIES, Queries, Sizes, Softmax
+from compile.gpu.kernel import THREADS, Kernel, Kernels, ThreadBuilder
+from compile.gpu.pages import Heads, Pages, Token
+from compile.gpu.unpack import CHUNK
 from compile.mlir.builder import Dim, Tensor
+from compile.mlir.executable import ExecutableBuilder
 from compile.mlir.values import Scalar
-from compile.models.spec import LlamaConfig
-from compile.options import ModelOptions
+from compile.target import Target
+
+MAX_HEAD_DIM = {64: 256, 32: 128}  # by threads of a wave, for which registers have room
+TYPES = ("f16", "bf16")  # that are multiplied
 
 
 @dataclass(frozen=True)
-class Tables:
-    """Index tables of prefill, computed once a call and shared by all layers."""
+class StoreTokens(Kernel):
+    """Rotates keys, and stores keys and values in the cache; tokens of padding are not stored.
 
-    write_rows: Tensor  # [L, N*S] i32: row of the cache that each token's K and V go to
-    read_pages: Tensor  # [L, N, B] i32: page of the cache, per layer
-    rope: Tensor  # [N, S, 2, D/2] f32: cosines, then sines
-    mask: Tensor  # [N, S, C], in the KV dtype: what is added to scores
+    Bindings: as `DecodeAttention`, up to the cache. Constants: N, B, the layer, S. Workgroups:
+    those of a row's tokens, N.
+    """
+
+    heads: Heads
+
+    @property
+    def name(self) -> str:
+        """By the sizes that differ within a module."""
+        return f"store_tokens_{self.heads.name}"
+
+    @property
+    def result(self) -> tuple[str, str]:
+        """The cache."""
+        return self.heads.kv_dtype, self.heads.kv_dtype
+
+    @property
+    def piece(self) -> int:
+        """Numbers that a thread stores."""
+        return math.gcd(self.heads.head_dim // 2, CHUNK)
+
+    @property
+    def pieces(self) -> int:
+        """Of a token"""
+        return self.heads.token // self.piece
+
+    def write(self, k: ThreadBuilder) -> None:
+        """What each thread does: a piece."""
+        pages = Pages(k, self.heads, None, is_prefill=True)
+        self._store(k, pages, k.workgroup(1), k.workgroup() * THREADS + k.thread())
+
+    def write_plain(self, k: ExecutableBuilder) -> None:
+        """Piece by piece."""
+        pages = Pages(k, self.heads, None, is_prefill=True)
+        assert pages.num_tokens
+        with (
+            k.loop(0, pages.num_rows) as row,
+            k.loop(0, pages.num_tokens * self.pieces) as number,
+        ):
+            self._store(k, pages, row, number)
+
+    def _store(self, k: ExecutableBuilder, pages: Pages, row: Scalar, number: Scalar) -> None:
+        """Store piece `number` of a row, if its token is there."""
+        heads, piece = self.heads, self.piece
+        token = Token(pages, row, number // self.pieces)
+        of_head = heads.head_dim // piece
+        which, start = number % self.pieces // of_head, number % of_head * piece
+        with k.when(token.is_valid):
+            x = token.rotated(which + heads.num_heads, start, piece)
+            is_key = which.less(k.scalar(heads.num_kv_heads, "index"))
+            x = is_key.select(x, token.numbers(which + heads.num_heads, start, piece))
+            # Values lie behind keys, as heads
+            pages.store(k.convert(x, heads.kv_dtype), token.place(which, start))
 
 
-class PrefillAttention:
-    """Writes the attention of prefill, which stores keys and values in the cache and reads them."""
+@dataclass(frozen=True)
+class PrefillAttention(DecodeAttention):
+    """Attends to tokens that are stored.
 
-    def __init__(
-        self, config: LlamaConfig, options: ModelOptions, weights: Weights, tile: int
-    ) -> None:
-        self.config, self.options = config, options
-        self.weights, self.b, self.tile = weights, weights.b, tile
-        self.context_tile = tile // 2  # of more, a gfx1100 runs out of registers
+    Bindings and constants: as `DecodeAttention` in prefill. Workgroups: those of a row's queries,
+    from the last on, as they take longest; KH; N.
+    """
 
-    def tables(self, batch: Batch) -> Tables:
-        """What all layers of a call need to know of its rows."""
-        b = self.b
-        last = b.scalar(self.options.max_seq_len - 1, "i64")
-        positions = b.generic(
-            "n->ns", [batch.start], batch.tokens.shape, "i64",
-            lambda start: (start + b.position("s").to("i64")).minimum(last),
-        )  # fmt: skip
-        pages_of_tile = max(1, self.context_tile // self.options.page_size)
-        width = whole_tiles(b, batch.page_ids.shape[1], pages_of_tile)
-        write_rows = self._write_rows(batch)
-        read_pages = self._read_pages(batch, width)
-        rope, mask = self._rope(positions), self._mask(positions, width)
-        return Tables(b.collapse(write_rows, 1, 2), read_pages, rope, mask)
+    is_prefill: bool = True
 
-    def attend(
-        self, qkv: Tensor, cache: Tensor, batch: Batch, tables: Tables, layer: Dim
-    ) -> tuple[Tensor, Tensor]:
-        """What a layer attends to, [T, heads * D] in the weights' dtype, and the cache.
+    @property
+    def name(self) -> str:
+        """By the sizes that differ within a module."""
+        return f"{super().name}_tiled"
 
-        qkv: queries, keys and values of all heads, [T, heads * D] f32.
-        """
-        c, b = self.config, self.b
-        heads = b.expand(qkv, 0, batch.num_rows, batch.seq_len)
-        num_heads = c.num_heads + 2 * c.num_kv_heads
-        heads = b.expand(heads, 2, num_heads, 2, c.head_dim // 2)  # [N, S, h, 2, D/2]
-        cache = self._store(self._cache_rows(heads, tables), cache, tables, layer)
-        q = self._queries(heads, tables)
-        out = self._attend(q, self._context(cache, tables, layer), tables)  # [N, S, KH, G, D]
-        return b.collapse(b.collapse(out, 2, 3), 0, 2), cache
+    def write(self, k: ThreadBuilder) -> None:
+        """What each thread does."""
+        sizes, pages = Sizes.of(self.heads, k), Pages(k, self.heads, self.dtype, is_prefill=True)
+        assert pages.num_tokens
+        count = pages.num_tokens * self.heads.group
+        first = (count + (QUERIES - 1)) // QUERIES * QUERIES - (k.workgroup() + 1) * QUERIES
+        queries = Queries(k, sizes, pages, first)
+        context = Context(k, sizes, pages, first)
+        softmax = Softmax(k, sizes, self.scale)
 
-    # Tables
+        def attend(position: Scalar, start: Scalar, *flat: Scalar) -> list[Scalar]:
+            state = flat[context.num_pages :]
+            loaded = context.load(position + sizes.chunk, flat[: context.num_pages])
+            pages_of = context.pages_of(position + 2 * sizes.chunk)
+            scores = context.scores(start, queries)
+            shares, tops, sums = softmax.add(scores, queries.seen(position), state)
+            sums = context.add_values(start, shares, sums)
+            if sizes.buffers == 1:
+                k.barrier()
+            else:
+                start = k.scalar(sizes.buffer, "index") - start
+            k.schedule_barrier()
+            context.store(loaded, start)
+            k.barrier()
+            return [start, *pages_of, *tops, *(x for of_block in sums for x in of_block)]
 
-    def _write_rows(self, batch: Batch) -> Tensor:
-        """[L, N, S] i32; tokens of padding go to page 0."""
-        b, layers, page = self.b, self.config.num_layers, self.options.page_size
-        num_pages = b.index(batch.page_ids.shape[1])
+        zero = k.scalar(0, "i32")
+        start = k.scalar(0, "index")
+        context.store(context.load(zero, context.pages_of(zero)), start)
+        k.barrier()
+        state = [start, *context.pages_of(zero + sizes.chunk), *softmax.first()]
+        state = k.fold(zero, context.end, state, attend, step=sizes.chunk)
+        queries.finish(softmax.finish(state[1 + context.num_pages :]))
 
-        def write_row(start: Scalar, end: Scalar) -> Scalar:
-            position = start + b.position("s").to("i64")
-            slot = position.to("index")
-            page_id = b.extract(
-                batch.page_ids, b.position("n"), (slot // page).minimum(num_pages - 1)
-            ).to("index")
-            page_id = position.less(end).select(page_id, b.scalar(0, "index"))
-            row = (page_id * layers + b.position("l")) * page + slot % page
-            return row.to("i32")
 
-        shape = (layers, *batch.tokens.shape)
-        return b.generic("n,n->lns", [batch.start, batch.seq_lens], shape, "i32", write_row)
+def attend_prefill(
+    kernels: Kernels, heads: Heads, dtype: str, num_tokens: Dim, inputs: Sequence[Tensor],
+    cache: Tensor, layer: Dim,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What tokens attend to [N * S, H * D] in `dtype`, and the cache.
 
-    def _read_pages(self, batch: Batch, width: Dim) -> Tensor:
-        """[L, N, width] i32: page 0 beyond the page table, all of which is masked."""
-        b, layers = self.b, self.config.num_layers
-        num_pages = b.index(batch.page_ids.shape[1])
+    num_tokens: S. inputs: queries, keys and values of N * S tokens, cosines and sines, first
+    positions, lengths, page ids: as of `DecodeAttention`. layer: its number.
+    """
+    b, (num_rows, num_pages) = kernels.b, inputs[-1].shape
+    constants = [num_rows, num_pages, layer, num_tokens]
+    store = StoreTokens(heads)
+    groups = kernels.tiles(b.product(num_tokens, store.pieces), THREADS)
+    [cache] = kernels.call(store, (groups, num_rows, 1), constants, inputs, [cache])
+    out = Tensor("", (b.product(num_rows, num_tokens), heads.num_heads * heads.head_dim), dtype)
+    if is_tiled(kernels.target, heads):
+        tiles = kernels.tiles(b.product(num_tokens, heads.group), QUERIES)
+        kernel: DecodeAttention = PrefillAttention(heads, dtype)
+        grid: tuple[Dim, ...] = (tiles, heads.num_kv_heads, num_rows)
+    else:
+        kernel = DecodeAttention(heads, dtype, is_prefill=True)
+        grid = num_tokens, heads.num_heads // heads.queries, num_rows
+    cache, out = kernels.call(kernel, grid, constants, inputs, [cache], [out])
+    return out, cache
 
-        def read_page() -> Scalar:
-            i = b.position("b")
-            page_id = b.extract(batch.page_ids, b.position("n"), i.minimum(num_pages - 1))
-            page_id = i.less(num_pages).select(page_id.to("index"), b.scalar(0, "index"))
-            return (page_id * layers + b.position("l")).to("i32")
 
-        return b.generic("->lnb", [], (layers, batch.num_rows, width), "i32", read_page)
-
-    def _rope(self, positions: Tensor) -> Tensor:
-        """Cosines and sines at positions [N, S] i64: [N, S, 2, D/2] f32."""
-        b, table = self.b, self.weights.load("rope")
-        return b.generic(
-            "ns->nstd", [positions], (*positions.shape, *table.shape[1:]), "f32",
-            lambda p: b.extract(table, p.to("index"), b.position("t"), b.position("d")),
-        )  # fmt: skip
-
-    def _mask(self, positions: Tensor, width: Dim) -> Tensor:
-        """[N, S, C]: hides what follows each of the positions [N, S]."""
-        b, dtype = self.b, self.options.kv_dtype
-        shape = (*positions.shape, b.product(width, self.options.page_size))
-        return b.generic(
-            "ns->nsc", [positions], shape, dtype,
-            lambda position: position.less(b.position("c").to("i64")).select(
-                b.scalar(-1e4, dtype), b.scalar(0.0, dtype)),
-        )  # fmt: skip
-
-    # Queries, keys and values
-
-    def _queries(self, heads: Tensor, tables: Tables) -> Tensor:
-        """Rotated queries [N, S, KH, G, D]."""
-        c, b, dtype = self.config, self.b, self.options.kv_dtype
-        n, s, _, _, half = heads.shape
-        q = b.generic(
-            "->nshtd", [], (n, s, c.num_heads, 2, half), dtype,
-            lambda: self._rotated(heads, b.position("h"), tables).to(dtype),
-        )  # fmt: skip
-        return b.expand(b.collapse(q, 3, 2), 2, c.num_kv_heads, c.num_heads // c.num_kv_heads)
-
-    def _cache_rows(self, heads: Tensor, tables: Tables) -> Tensor:
-        """Rotated keys, then values, as rows [N*S, 2*KH*D] of the cache.
-
-        Zeros for padding, which goes to page 0: all sequences read that page, under a mask, and a
-        NaN of one would be NaN in all.
-        """
-        c, b, dtype = self.config, self.b, self.options.kv_dtype
-        n, s, _, _, half = heads.shape
-
-        def key_or_value() -> Scalar:
-            is_value = b.position("v")
-            head = is_value * c.num_kv_heads + b.position("h") + c.num_heads
-            key = self._rotated(heads, head, tables)
-            value = self._at_token(heads, head, b.position("t"))
-            x = is_value.less(b.scalar(1, "index")).select(key, value)
-            token = b.position("n") * b.index(s) + b.position("s")
-            is_padding = b.extract(tables.write_rows, b.scalar(0, "index"), token).less(
-                end_of_page_0
-            )
-            return is_padding.select(b.scalar(0.0, x.dtype), x).to(dtype)
-
-        shape = (n, s, 2, c.num_kv_heads, 2, half)
-        end_of_page_0 = b.scalar(c.num_layers * self.options.page_size, "i32")
-        rows = b.generic("->nsvhtd", [], shape, dtype, key_or_value)
-        return b.collapse(b.collapse(rows, 2, 4), 0, 2)
-
-    def _rotated(self, heads: Tensor, head: Scalar, tables: Tables) -> Scalar:
-        """An element of a head of [N, S, h, 2, D/2], rotated (Su et al. 2021, rotate-half form)."""
-        halves = [self.b.scalar(t, "index") for t in (0, 1)]
-        x0, x1 = (self._at_token(heads, head, half) for half in halves)
-        cos, sin = (self._at_token(tables.rope, half) for half in halves)
-        is_first = self.b.position("t").less(halves[1])
-        return is_first.select(x0 * cos - x1 * sin, x1 * cos + x0 * sin)
-
-    def _at_token(self, x: Tensor, *indices: Scalar) -> Scalar:
-        """An element of x [N, S, .., D/2], inside a `generic` body over n, s and d."""
-        n, s, d = (self.b.position(letter) for letter in "nsd")
-        return self.b.extract(x, n, s, *indices, d)
-
-    # The cache
-
-    def _store(self, rows: Tensor, cache: Tensor, tables: Tables, layer: Dim) -> Tensor:
-        """The cache with the rows [N*S, 2*KH*D] of a layer."""
-        indices = self.b.slice(tables.write_rows, 0, layer, 1, drop=True)
-        return self.b.scatter(rows, self.b.expand(indices, 0, indices.shape[0], 1), cache)
-
-    def _context(self, cache: Tensor, tables: Tables, layer: Dim) -> Tensor:
-        """[N, C, 2, KH, D]: keys and values of a layer, of all pages of each row."""
-        c, b, page = self.config, self.b, self.options.page_size
-        pages = b.index(cache.shape[0]) // page
-        by_page = b.collapse(b.expand(cache, 0, pages.name, page), 1, 2)
-        ids = b.slice(tables.read_pages, 0, layer, 1, drop=True)
-        context = b.expand(b.gather(by_page, ids), 2, page, 2, c.num_kv_heads, c.head_dim)
-        return b.collapse(context, 1, 2)
-
-    # Attention
-
-    def _attend(self, q: Tensor, context: Tensor, tables: Tables) -> Tensor:
-        """Causal attention of queries [N, S, KH, G, D] to a context: of the queries' shape.
-
-        Matrix instructions need inner sizes that are known: S and C are split in tiles.
-        """
-        b, mask = self.b, tables.mask
-        scale, dtype = 1 / math.sqrt(int(q.shape[-1])), self.weights.dtype
-        rows = tokens_of_row(self.tile, int(q.shape[0]))
-        mask = self._tiled(self._tiled(mask, 2, self.context_tile), 1, rows)
-        q, context = self._tiled(q, 1, rows), self._tiled(context, 1, self.context_tile)
-        keys, values = self._halves(context, 3)
-        spec = "noshgd,nbchd,nbchv,nosbc->noshgv"
-        out = b.attention("nhgosdbcv", spec, q, keys, values, scale, mask, "f32")
-        out = b.generic("noshgd->noshgd", [out], out.shape, dtype, lambda v: v.to(dtype))
-        return b.collapse(out, 1, 2)
-
-    def _halves(self, x: Tensor, axis: int) -> list[Tensor]:
-        return [self.b.slice(x, axis, i, 1, drop=True) for i in (0, 1)]
-
-    def _tiled(self, x: Tensor, axis: int, tile: int) -> Tensor:
-        """Dimension `axis`, a multiple of a tile, as two."""
-        return self.b.expand(x, axis, (self.b.index(x.shape[axis]) // tile).name, tile)
+def is_tiled(target: Target, heads: Heads) -> bool:
+    """Whether matrix instructions multiply these numbers, and registers hold them."""
+    if heads.kv_dtype not in TYPES or (heads.kv_dtype, target.name) == ("bf16", "gfx908"):
+        return False
+    largest = MAX_HEAD_DIM[target.subgroup or 32]
+    return heads.head_dim % CHUNK == 0 and heads.head_dim <= largest

@@ -73,7 +73,8 @@ def exp2_exact(k: ExecutableBuilder, x: Scalar) -> Scalar:
     return x.math("exp2")
 
 
-def _larger(k: ExecutableBuilder, a: Scalar, b: Scalar) -> Scalar:
+def larger_of(k: ExecutableBuilder, a: Scalar, b: Scalar) -> Scalar:
+    """The larger of two numbers of f32; the other where one is NaN."""
     return k.op(f"arith.maxnumf {a.name}, {b.name} : f32", "f32")
 
 
@@ -94,7 +95,7 @@ def add_tokens(
 ) -> State:  # fmt: skip
     """A state with more tokens, whose values are vectors of a float type."""
     top, weight, total = state
-    larger = reduce(lambda a, b: _larger(k, a, b), scores, top)
+    larger = reduce(lambda a, b: larger_of(k, a, b), scores, top)
     factor, lanes = exp2(k, top - larger), lanes_of(total)
     weight, total = weight * factor, total * k.broadcast(factor, lanes)
     for score, value in zip(scores, values, strict=True):
@@ -134,7 +135,7 @@ def merge(
     k.barrier()
     for i, (top, weight, total) in enumerate(states):
         largest = reduce(
-            lambda a, b: _larger(k, a, b), [tops.load(i * waves + w) for w in range(waves)]
+            lambda a, b: larger_of(k, a, b), [tops.load(i * waves + w) for w in range(waves)]
         )
         factor = exp2_fast(k, top - largest)
         weight = k.reduce("add", weight * factor) * (1 / lanes.count)  # which each lane has
@@ -247,7 +248,7 @@ class Combination(Kernel):
             views.parts.load(at), k.scalar(NOTHING, "f32")
         )  # fmt: skip
         values = views.parts.load_vector(begin + head * self.head_dim + start, lanes_of(total))
-        larger = _larger(k, top, found)
+        larger = larger_of(k, top, found)
         old, new = exp2(k, top - larger), exp2(k, found - larger)
         total = total * k.broadcast(old, lanes_of(total))
         total = k.fma(k.broadcast(new, lanes_of(total)), values, total)

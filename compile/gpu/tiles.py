@@ -80,6 +80,12 @@ class Instruction:
         part = lane // SIDE
         return part + 2 * i if self.operand == SIDE else part * self.sums + i
 
+    def side_by_side(self, row: Scalar, size: int) -> Scalar:
+        """What to multiply as row `row` of a, so that a lane has sums of `size` side by side."""
+        if self.operand == SIDE:
+            return row % 2 * size + row // 2
+        return row // self.sums * size + row % self.sums
+
     def multiply(self, k: ThreadBuilder, a: Scalar, b: Scalar, sums: Scalar) -> Scalar:
         """sums + a times b, transposed."""
         blgp = "blgp = none " if self.name == "mfma" else ""

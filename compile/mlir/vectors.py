@@ -51,6 +51,12 @@ class VectorBuilder(TextBuilder):
         names = value.name if start is None else f"{value.name}, {start.name}"
         return self.op(f"vector.reduction <{kind}>, {names} : {value.dtype} into f32", "f32")
 
+    def vector(self, elements: Sequence[Scalar]) -> Scalar:
+        """A vector of scalars of one type."""
+        names, kind = ", ".join(x.name for x in elements), elements[0].dtype
+        kind = vector_type(len(elements), kind)
+        return self.op(f"vector.from_elements {names} : {kind}", kind)
+
     def element(self, value: Scalar, lane: int) -> Scalar:
         """One element of a vector."""
         kind = element_type(value.dtype)

@@ -24,16 +24,13 @@ from compile.target import Target, resolve_target
 from compile.toolchain import iree_compile
 from compile.tools.gpu_cards import MATRIX
 from compile.tools.gpu_code import Code, parse
-from compile.tools.gpu_registers import ARGUMENTS
+from compile.tools.gpu_dispatch import Dispatch, PagedCall, is_paged
 from compile.tools.q4_k_m import q4_k_m_dtypes
 
 SIZES = ITEM_BYTES | {"i64": 8, "i32": 4, "i8": 1}
 # A kernel that picks elements, by what is in its text: it reads at most so many times what it
 # writes
 PICKING = {"iree_linalg_ext.gather ": 1, "tensor.extract ": 4, "func.func @embedding_": 1}
-ATTENDING = "attend_"  # how names of kernels begin that attend to pages
-START_BINDING = 2  # of these: the positions of the tokens
-STARTS = 1 << 20  # where these lie for `compile.tools.gpu_walk`, behind the arguments' address
 
 _TENSOR = re.compile(r"tensor<((?:[?\d]+x)*)(\w+)>(?:\{(.*)\})?")
 _ITEM = re.compile(r"tensor<[^>]*>(?:\{[^}]*\})?|%[\w#]+(?:\{[^}]*\})?|\w+")  # of a list of types
@@ -108,18 +105,6 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class Dispatch:
-    """One call of a kernel."""
-
-    name: str
-    workgroups: int
-    num_bytes: int
-    operations: int
-    weights: int = 0  # numbers in the matrix that a product reads
-    arguments: dict[int, int] = field(default_factory=dict, compare=False)  # offset -> 32 bits
-
-
-@dataclass(frozen=True)
 class Report:
     """A compiled shape."""
 
@@ -140,14 +125,8 @@ class Report:
         c = self.config
         attention = 4 * rows * length * c.num_heads * c.head_dim * context
         found = self._dispatches(function, [*sizes, pages, rows * pages + 1], attention)
-        token = 2 * c.num_kv_heads * c.head_dim * ITEM_BYTES[self.options.kv_dtype]
-        return [
-            replace(
-                d, num_bytes=d.num_bytes + rows * context * token, operations=attention,
-                arguments=_with_start(d.arguments, context - 1),
-            ) if d.name.startswith(ATTENDING) else d
-            for d in found
-        ]  # fmt: skip
+        call = PagedCall(c, self.options.kv_dtype, rows, length, context)
+        return [call.told(d) if is_paged(d.name) else d for d in found]
 
     def tile_dispatches(self, num_tiles: int) -> list[Dispatch]:
         """What the function dispatches that encodes `num_tiles` tiles of images."""
@@ -175,8 +154,8 @@ class Report:
         updated = {output.split("{")[0] for output in outputs}  # in place, if an operand
         read = [_num_bytes(t, values) for a, t in operands.items() if a not in updated]
         written = sum(_num_bytes(output, values) for output in outputs)
-        if name.startswith(ATTENDING):  # picks from the others, and `dispatches` adds the cache
-            read = read[:1]
+        if is_paged(name):  # of which `dispatches` tells
+            read = []
         elif updated & set(operands):
             written += sum(read)
         if kernel.picking:
@@ -192,13 +171,6 @@ class Report:
             name, math.prod(counts), sum(read) + written, operations, weights,
             given[name].pop(0).with_grid(counts, kernel.size),
         )  # fmt: skip
-
-
-def _with_start(arguments: dict[int, int], start: int) -> dict[int, int]:
-    """The arguments of attention over pages, and behind their address the position of a token."""
-    place = ARGUMENTS + STARTS
-    given = {8 * START_BINDING: place & 0xFFFFFFFF, 8 * START_BINDING + 4: place >> 32}
-    return arguments | given | {STARTS: start, STARTS + 4: 0}
 
 
 def compile_shape(

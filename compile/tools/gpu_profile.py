@@ -116,9 +116,14 @@ def profile(
     )  # fmt: skip
 
 
-def bound(profile: Profile, workgroups: int, num_bytes: int, card: Card) -> Bound:
-    """The least time of a dispatch that moves `num_bytes`, if nothing waits for anything."""
-    rounds = -(-workgroups // card.units)  # workgroups of the unit that has most
+def bound(
+    profile: Profile, workgroups: int, num_bytes: int, card: Card, share: float = 1.0
+) -> Bound:
+    """The least time of a dispatch that moves `num_bytes`, if nothing waits for anything.
+
+    share: of what the profile's workgroup does, what all do on average.
+    """
+    rounds = -(-workgroups // card.units) * share  # workgroups of the unit that has most
     issue = max(rounds * profile.work.cycles / card.simds, profile.longest)
     lds = rounds * profile.work.lds_bytes / card.architecture.lds_bandwidth
     return Bound(num_bytes / card.bandwidth, lds / card.clock, issue / card.clock)

@@ -18,7 +18,8 @@ from compile.formats.layout import ITEM_BYTES, QUANTIZED
 from compile.models.spec import LlamaConfig, VisionConfig
 from compile.options import BuildOptions
 from compile.tools.gpu_cards import CARDS, LAUNCH_SECONDS, Card
-from compile.tools.gpu_kernels import Dispatch, Kernel, compile_shape
+from compile.tools.gpu_dispatch import Dispatch
+from compile.tools.gpu_kernels import Kernel, compile_shape
 from compile.tools.gpu_profile import Bound, Profile, Work, bound, profile
 
 SHAPES = {
@@ -51,7 +52,7 @@ def table(dispatches: Sequence[Dispatch], kernels: dict[str, Kernel], card: Card
     for dispatch, count in Counter(dispatches).items():
         kernel = kernels[dispatch.name]
         found = profile(kernel.code, dispatch.arguments, kernel.size, card.architecture)
-        least = bound(found, dispatch.workgroups, dispatch.num_bytes, card)
+        least = bound(found, dispatch.workgroups, dispatch.num_bytes, card, dispatch.share)
         for name in ("memory", "lds", "issue", "seconds"):
             sums[name] += count * 1e6 * getattr(least, name)
         if count == 1 and least.seconds * 1e6 < NEGLIGIBLE and not kernel.spilled:
@@ -77,7 +78,8 @@ def least_seconds(
     for dispatch, count in Counter(dispatches).items():
         kernel = kernels[dispatch.name]
         found = profile(kernel.code, dispatch.arguments, kernel.size, card.architecture)
-        total += count * bound(found, dispatch.workgroups, dispatch.num_bytes, card).seconds
+        least = bound(found, dispatch.workgroups, dispatch.num_bytes, card, dispatch.share)
+        total += count * least.seconds
     return total
 
 
@@ -108,14 +110,18 @@ def _code(
         f"{lds} bytes of LDS, {waves} waves a SIMD{spilled}; all lanes load {loaded / 1e6:.2f} MB; "
         f"a workgroup: {_text(found.work)}"
     )
+    share = dispatch.operations / card.flops / least.seconds
+    used = ", ".join(f"{number} {name}" for name, number in kernel.instructions.items())
+    peak = f"{share:.0%} of the matrix peak; {used or 'no matrix'}"
     if dispatch.weights:
         lanes = code.lanes * dispatch.workgroups / dispatch.weights
-        share = dispatch.operations / card.flops / least.seconds
-        used = ", ".join(f"{number} {name}" for name, number in kernel.instructions.items())
         yield (
             f"a weight: {found.work.vector * lanes:.2f} vector and {found.work.matrix * lanes:.2f} "
-            f"matrix instructions of a lane; {share:.0%} of the matrix peak; {used or 'no matrix'}"
+            f"matrix instructions of a lane; {peak}"
         )
+    elif found.work.matrix:
+        less = f"; on average, a workgroup does {dispatch.share:.0%} of that"
+        yield f"{peak}{less if dispatch.share < 1 else ''}"
     for loop in found.loops:
         if loop.times == 1:  # over workgroups that the grid has no room for
             continue

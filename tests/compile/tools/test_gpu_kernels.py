@@ -13,7 +13,8 @@ from compile.models.spec import VisionConfig
 from compile.options import BuildOptions
 from compile.tools import gpu_kernels, gpu_report
 from compile.tools.gpu_cards import CARDS, LAUNCH_SECONDS
-from compile.tools.gpu_kernels import Dispatch, Report, compile_shape
+from compile.tools.gpu_dispatch import Dispatch
+from compile.tools.gpu_kernels import Report, compile_shape
 from compile.tools.gpu_report import SHAPES, TOWERS, table
 from tests.support.assembly import assembly, loop
 

@@ -11,7 +11,8 @@ import pytest
 from compile.models.spec import LlamaConfig, VisionConfig
 from compile.options import BuildOptions
 from compile.tools.gpu_cards import CARDS, LAUNCH_SECONDS, Card
-from compile.tools.gpu_kernels import Dispatch, Report, compile_shape
+from compile.tools.gpu_dispatch import Dispatch
+from compile.tools.gpu_kernels import Report, compile_shape
 from compile.tools.gpu_profile import Profile, profile
 from compile.tools.gpu_report import SHAPES, TOWERS, table
 
