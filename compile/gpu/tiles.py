@@ -86,6 +86,11 @@ class Instruction:
             return row % 2 * size + row // 2
         return row // self.sums * size + row % self.sums
 
+    def multiplied_as(self, row: Scalar, size: int) -> Scalar:
+        """As which row of a that is multiplied: the inverse, also of what is further down."""
+        part, i = row // size % (SIDE // self.sums), row % self.sums
+        return i * 2 + part if self.operand == SIDE else part * self.sums + i
+
     def multiply(self, k: ThreadBuilder, a: Scalar, b: Scalar, sums: Scalar) -> Scalar:
         """sums + a times b, transposed."""
         blgp = "blgp = none " if self.name == "mfma" else ""
