@@ -55,6 +55,10 @@ class DecodeAttention(Kernel):
     f32, of each split the sums of values of all heads, then of each head the largest score, in
     powers of two, and the sum of exponentials. Rows that only pad the batch store nothing. A row
     reads what it stores itself from its registers, and nothing that another stores in this call.
+
+    is_prefill: rows have several tokens, and these are stored already. Then queries, keys, values
+    and result are of all tokens of all rows, zeros for those of padding, and how many tokens a row
+    has stands in for S: as the last constant, and in the number of workgroups.
     """
 
     heads: Heads
