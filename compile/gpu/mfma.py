@@ -34,6 +34,8 @@ WAVES = 8  # of a workgroup
 LANES = 64  # of a wave
 GROUPS = LANES // SIDE  # of columns that a wave takes at once
 UNITS = 304  # compute units of the largest chip, MI300X, each of which shall have a workgroup
+ROTATE_BY_8, ALL = 0x128, 0xF  # DPP's control and masks: 16 lanes by 8, in all rows and banks
+MAX_LOADS = 7  # of groups of the matrix, that are under way
 MAX_BLOCKS = 6  # of rows of the matrix that a workgroup multiplies with the same activations
 
 
@@ -62,7 +64,7 @@ class MfmaRows(FewRows):
         tile = PartTile(k, self.parts, work.matrices, self.tile, k.workgroup())
         activations = _Activations(k, work)
         rounds = -(-work.num_groups // (GROUPS * WAVES))
-        unroll = next(n for n in (4, 3, 2, 1) if rounds % n == 0 and n * blocks <= MAX_BLOCKS)
+        unroll = next(n for n in (7, 4, 3, 2, 1) if rounds % n == 0 and n * blocks <= MAX_LOADS)
         zero = k.scalar(0.0, f"vector<{Instruction.of(k.chip).sums}xf32>")
 
         def sums_of(matrix: QuantizedMatrix) -> list[Scalar]:
@@ -135,22 +137,43 @@ class MfmaRows(FewRows):
 
 
 class _Activations:
-    """A lane's operands of instructions: of row l % 16, or the last, of a workgroup's."""
+    """A lane's operands of instructions: of row l % 16, or the last, of a workgroup's.
+
+    Up to 8 rows, lane l + 8 loads and normalizes half of what lane l needs, whose own operands
+    nobody does.
+    """
 
     def __init__(self, k: ThreadBuilder, work: Work) -> None:
         self._k, self._work, self._scale = k, work, None
         last = k.scalar(work.product.rows - 1, "index")
-        row = (k.thread() % SIDE).minimum(last)
+        self._is_shared = work.product.rows <= SIDE // 2
+        row = (k.thread() % (SIDE // 2 if self._is_shared else SIDE)).minimum(last)
         self._token = work.token(row)
         if work.product.epsilon is not None:
             self._scale = self._scales(work.product.epsilon).load(row)
 
     def group(self, group: Scalar) -> list[Scalar]:
         """32 columns: four vectors of 8 f16 numbers."""
-        return [
-            self._work.activations(self._token, group * GROUP + start, self._scale)
-            for start in range(0, GROUP, CHUNK)
+        column, end = group * GROUP, GROUP
+        if self._is_shared:
+            end = GROUP // 2
+            column += self._k.thread() % SIDE // (SIDE // 2) * end
+        own = [
+            self._work.activations(self._token, column + start, self._scale)
+            for start in range(0, end, CHUNK)
         ]
+        return [*own, *map(self._of_other, own)] if self._is_shared else own
+
+    def _of_other(self, numbers: Scalar) -> Scalar:
+        """What lane l + 8 of 16 has, or l - 8."""
+        k, words = self._k, self._k.bitcast(numbers, f"vector<{CHUNK // 2}xi32>")
+        given = [k.scalar(x, "i32") for x in (ROTATE_BY_8, ALL, ALL)] + [k.scalar(1, "i1")]
+        none = k.op("llvm.mlir.poison : i32", "i32")  # what it would keep where nothing comes
+        turned = [
+            k.intrinsic("amdgcn.update.dpp", [none, k.element(words, i), *given], "i32")
+            for i in range(CHUNK // 2)
+        ]
+        return k.bitcast(k.vector(turned), numbers.dtype)
 
     def _scales(self, epsilon: float) -> Memory:
         """What the norm multiplies each row with; a wave has a row."""
