@@ -62,7 +62,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Instruction:
-    """The matrix instruction of a chip, of f16 numbers."""
+    """The matrix instruction of a chip, of f16 or bf16 numbers."""
 
     name: str
     operand: int  # numbers of a and of b that a lane holds
