@@ -11,9 +11,8 @@ query heads. Each group of lanes keeps a softmax of its own, corrected as larger
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from compile.gpu.kernel import THREADS, Kernel, Kernels, ThreadBuilder
 from compile.gpu.pages import Heads, Pages, Token
@@ -22,8 +21,8 @@ from compile.gpu.softmax import (
     Lanes,
     State,
     add_tokens,
+    add_tokens_fast,
     exp2_exact,
-    exp2_fast,
     flattened,
     merge,
     of_token,
@@ -37,6 +36,9 @@ TOKENS = 4  # side by side, which a group of lanes loads at once; a page has a m
 # Rows times KV heads that keep a chip busy without splits, which cost a launch: MI300X has three
 # times as many compute units as the largest Radeon
 ENOUGH, ENOUGH_FOR_GFX9 = 64, 256
+# Below so many on gfx9, two workgroups share a KV head's queries: the splits of a context of 1,024
+# tokens are too few
+FEW_FOR_GFX9 = 16
 WORKGROUPS = 256  # that splits make of fewer
 HIDDEN = -3e38  # the score of a token that is not there, which has no weight beside any other
 PRECISION = ("bf16", "f16", "f32")  # from the least
@@ -115,11 +117,12 @@ class DecodeAttention(Kernel):
         is_first = k.bits("andi", split.equals(0), (k.thread() // lanes.count).equals(0))
         if self.is_prefill:
             is_first = k.bits("andi", is_first, token.is_valid)
-        states = of_token(k, [self._score(k, query, key) for query in queries], value, is_first)
+        scores = [self._score(k, query, key) for query in queries]
+        states = of_token(k, scores, value, is_first, is_fast=heads.kv_dtype == "f16")
         place = head * heads.head_dim + start
         states = self._attend(k, pages, token, place, queries, states, split.to("i32"))
 
-        def finish(i: int, place: Scalar, *sums: Scalar) -> None:
+        def finish(i: Scalar, place: Scalar, *sums: Scalar) -> None:
             self._finish(token, part * heads.queries + i, split, place, *sums)
 
         merge(k, lanes, heads.head_dim, states, has_numbers, finish)
@@ -128,11 +131,14 @@ class DecodeAttention(Kernel):
         self, k: ThreadBuilder, pages: Pages, token: Token, part: Scalar, head: Scalar,
         is_stored: Scalar,
     ) -> Memory:  # fmt: skip
-        """The queries of a workgroup, the key and the value of their token, in local memory.
+        """The queries of a workgroup times the scale of scores, the key and the value of their
+        token, in local memory.
 
         Key and value are stored in the cache, too.
         """
         heads, piece = self.heads, self.lanes.piece
+        while piece % 4 == 0 and (heads.queries + 2) * heads.head_dim <= piece // 2 * THREADS:
+            piece //= 2
         pieces, queries = heads.head_dim // piece, k.scalar(heads.queries, "index")
         end = (heads.queries + 2) * pieces
         new = k.shared(end * piece, heads.kv_dtype)
@@ -144,7 +150,8 @@ class DecodeAttention(Kernel):
                 other = head + heads.num_heads
                 other = is_value.select(other + heads.num_kv_heads, other)
                 source = is_query.select(part * heads.queries + which, other)
-                x = token.rotated(source, start, piece)
+                scale = is_query.select(k.scalar(heads.scale, "f32"), k.scalar(1.0, "f32"))
+                x = token.rotated(source, start, piece) * k.broadcast(scale, piece)
                 x = is_value.select(token.numbers(source, start, piece), x)
                 x = k.convert(x, heads.kv_dtype)
                 new.store_vector(x, unit * piece)
@@ -182,7 +189,7 @@ class DecodeAttention(Kernel):
                     is_seen.select(self._score(k, query, key), none)
                     for is_seen, key in zip(seen, keys, strict=True)
                 ]
-                states[q] = add_tokens(k, exp2_fast, states[q], scores, values)
+                states[q] = add_tokens_fast(k, states[q], scores, values)
             return [following, *flattened(states)]
 
         page = pages.page_of(token.row, (first + split * self.chunk).minimum(last))
@@ -203,7 +210,7 @@ class DecodeAttention(Kernel):
                 total = k.fma(k.element(a, i), k.element(b, i), total)
         if self.lanes.count > 1:
             total = k.reduce("add", total, self.lanes.count)
-        return total * self.scale
+        return total
 
     def _pages(self, k: ExecutableBuilder) -> Pages:
         dtype = "f32" if self.is_split else self.dtype
@@ -225,11 +232,6 @@ class DecodeAttention(Kernel):
         if self.is_prefill:
             value = token.is_valid.select(value, token.pages.k.scalar(0.0, "f32"))
         token.pages.finish(token.out_row * self.heads.num_heads + head, place, value)
-
-    @property
-    def scale(self) -> float:
-        """Of scores: the usual one, and that of powers of two."""
-        return math.log2(math.e) / math.sqrt(self.heads.head_dim)
 
     # The same in loops
 
@@ -264,14 +266,15 @@ class DecodeAttention(Kernel):
         pages, half = token.pages, self.heads.head_dim // 2
         starts = [k.scalar(start, "index") for start in (0, half)]
         queries = [
-            k.convert(token.rotated(head, start, half), self.heads.kv_dtype) for start in starts
+            k.convert(token.rotated(head, start, half) * self.heads.scale, self.heads.kv_dtype)
+            for start in starts
         ]
 
         def score(keys: Sequence[Scalar]) -> Scalar:
             total = k.scalar(0.0, "f32")
             for a, b in zip(queries, keys, strict=True):
                 total = k.sum(k.convert(a, "f32") * k.convert(b, "f32"), total)
-            return total * self.scale
+            return total
 
         def attend_token(position: Scalar, *flat: Scalar) -> list[Scalar]:
             page, states = pages.page_of(token.row, position), unflattened(flat)
@@ -309,7 +312,10 @@ def attend(
     """
     num_rows, num_pages = inputs[-1].shape
     busy = int(num_rows) * heads.num_kv_heads
-    enough = ENOUGH_FOR_GFX9 if kernels.target.name.startswith("gfx9") else ENOUGH
+    is_gfx9 = kernels.target.subgroup == 64
+    enough = ENOUGH_FOR_GFX9 if is_gfx9 else ENOUGH
+    if is_gfx9 and busy < FEW_FOR_GFX9 and heads.queries % 2 == 0:
+        heads = replace(heads, shares=2)
     kernel = DecodeAttention(heads, dtype, busy < enough)
     parts = heads.num_heads // heads.queries
     out = Tensor("", (num_rows, heads.num_heads * heads.head_dim), dtype)
@@ -317,7 +323,7 @@ def attend(
         constants = [num_rows, num_pages, layer, 1]
         cache, out = kernels.call(kernel, (1, parts, num_rows), constants, inputs, [cache], [out])
         return out, cache
-    most = 1 << (WORKGROUPS // busy).bit_length() - 1
+    most = 1 << (WORKGROUPS // (busy * heads.shares)).bit_length() - 1
     tokens = kernels.b.product(num_pages, heads.page_size)
     splits = _power_of_two(kernels.b, kernels.tiles(tokens, kernel.chunk), most)
     sums = Tensor("", (splits, num_rows, heads.summed), "f32")

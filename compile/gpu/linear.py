@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from compile.formats.blocks import BLOCK_TYPES, GROUP
 from compile.formats.layout import Parameter
-from compile.gpu import matmul, matvec, mfma, row
+from compile.gpu import matmul, matrix_rows, matvec, row
 from compile.gpu.embedding import Embedding
 from compile.gpu.kernel import Kernels
 from compile.gpu.matmul import Product
+from compile.gpu.matrix_rows import MatrixRows
 from compile.gpu.matvec import FewRows
-from compile.gpu.mfma import MfmaRows
 from compile.gpu.parts import Part, Parts
 from compile.gpu.quantized import ROWS, column_bytes
 from compile.gpu.tiles import Tile
@@ -139,7 +139,7 @@ class Weights:
             return self._one_row([x, self.load(norm)], name, None, epsilon, is_gated)
         if not self.is_quantized(name):
             return self.linear(rms_norm(self, x, norm, epsilon), name)
-        if self._few_rows_of(x.shape[0]) is MfmaRows or x.shape[0] == 1:
+        if self._few_rows_of(x.shape[0]) is MatrixRows or x.shape[0] == 1:
             return self._few_rows([x, self.load(norm)], name, None, epsilon, is_gated)
         return self._few_rows([rms_norm(self, x, norm, epsilon)], name, None, None, is_gated)
 
@@ -182,9 +182,10 @@ class Weights:
         assert self._kernels
         if isinstance(count, str):
             return None
-        if self._kernels.target.subgroup == mfma.LANES and 1 < count <= mfma.MAX_ROWS:
-            return MfmaRows
-        return FewRows if count <= matvec.MAX_ROWS else None
+        # On gfx11 a matrix instruction takes as long as dot products of 8 rows
+        if count <= (4 if self._kernels.target.name.startswith("gfx11") else 1):
+            return FewRows
+        return MatrixRows if count <= matrix_rows.MAX_ROWS else None
 
     def _many_rows(self, lhs: Tensor, name: str, residual: Tensor | None, is_gated: bool) -> Tensor:
         """A product with a quantized matrix by matrix instructions."""

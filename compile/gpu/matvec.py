@@ -28,7 +28,6 @@ from compile.mlir.executable import ExecutableBuilder, Memory
 from compile.mlir.values import Scalar
 
 SLOTS = THREADS // ROWS  # groups of columns that a workgroup multiplies at once
-MAX_ROWS = 8  # of activations that are multiplied together
 STEPS = 28  # times SLOTS groups: columns in local memory, of all rows together
 
 
@@ -41,7 +40,7 @@ class FewRows(Kernel):
 
     parts: of the matrix, of types of BLOCK_TYPES, each of them in a binding. rows: of activations
     that a workgroup multiplies. epsilon: of an RMS norm of the activations, which are f32 then and
-    f16 else; only with one row, but for `MfmaRows`. epilogue: "" for f32 results, "add" for the
+    f16 else; only with one row, but for `MatrixRows`. epilogue: "" for f32 results, "add" for the
     residual added, "silu" for silu(gate) * up of a matrix of one part with eight gates and eight
     ups in turn: [T, N / 2] f16.
     """

@@ -6,6 +6,7 @@ heads, KH KV heads, D head_dim.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from compile.mlir.executable import ExecutableBuilder
@@ -27,6 +28,7 @@ class Heads:
     page_size: int
     max_seq_len: int
     kv_dtype: str
+    shares: int = 1  # workgroups among which a KV head's queries are shared, if they can be
 
     @classmethod
     def of(cls, config: LlamaConfig, options: ModelOptions) -> Heads:
@@ -39,7 +41,8 @@ class Heads:
     @property
     def name(self) -> str:
         """Of what differs between models."""
-        return f"{self.kv_dtype}_{self.num_heads}x{self.num_kv_heads}x{self.head_dim}"
+        shares = f"_{self.shares}_shares" if self.shares > 1 else ""
+        return f"{self.kv_dtype}_{self.num_heads}x{self.num_kv_heads}x{self.head_dim}{shares}"
 
     @property
     def group(self) -> int:
@@ -59,7 +62,13 @@ class Heads:
     @property
     def queries(self) -> int:
         """Query heads of a workgroup: all of a KV head, or a part of them."""
-        return next(n for n in range(min(self.group, MAX_QUERIES), 0, -1) if self.group % n == 0)
+        most = min(-(-self.group // self.shares), MAX_QUERIES)
+        return next(n for n in range(most, 0, -1) if self.group % n == 0)
+
+    @property
+    def scale(self) -> float:
+        """Of scores: the usual one, and that of powers of two."""
+        return math.log2(math.e) / math.sqrt(self.head_dim)
 
     @property
     def summed(self) -> int:
@@ -180,8 +189,8 @@ class Token:
         angles = self.position.to_unsigned("index") * (2 * half) + within
         cosine, sine = (self.pages.rope.load_vector(angles + i, piece) for i in (0, half))
         other = self.numbers(head, is_low.select(start + half, within), piece)
-        sine = is_low.select(sine * -1.0, sine)
-        return self.numbers(head, start, piece) * cosine + other * sine
+        sign = is_low.select(k.scalar(-1.0, "f32"), k.scalar(1.0, "f32"))
+        return self.numbers(head, start, piece) * cosine + other * (sine * k.broadcast(sign, piece))
 
     def place(self, head: Scalar, start: Scalar) -> Scalar:
         """Where numbers of its key belong in the cache."""

@@ -116,7 +116,7 @@ class PrefillAttention(DecodeAttention):
         first = (count + (QUERIES - 1)) // QUERIES * QUERIES - (k.workgroup(1) + 1) * QUERIES
         queries = Queries(k, sizes, pages, first)
         context = Context(k, sizes, pages, first)
-        softmax = Softmax(k, sizes, self.scale)
+        softmax = Softmax(k, sizes, self.heads.scale)
 
         def attend(position: Scalar, start: Scalar, *flat: Scalar) -> list[Scalar]:
             state = flat[context.num_pages :]

@@ -74,19 +74,36 @@ def exp2_exact(k: ExecutableBuilder, x: Scalar) -> Scalar:
 
 
 def larger_of(k: ExecutableBuilder, a: Scalar, b: Scalar) -> Scalar:
-    """The larger of two numbers of f32; the other where one is NaN."""
-    return k.op(f"arith.maxnumf {a.name}, {b.name} : f32", "f32")
+    """The larger of two numbers of f32; anything where one is NaN."""
+    return k.op(f"arith.maxnumf {a.name}, {b.name} fastmath<nnan> : f32", "f32")
 
 
 def of_token(
-    k: ExecutableBuilder, scores: Sequence[Scalar], value: Scalar, has_token: Scalar
-) -> list[State]:
-    """The state of each head's score of one token, if it is there, else of none."""
+    k: ExecutableBuilder, scores: Sequence[Scalar], value: Scalar, has_token: Scalar,
+    *, is_fast: bool = False,
+) -> list[State]:  # fmt: skip
+    """The state of each head's score of one token, if it is there, else of none. is_fast: f16
+    values become f32 in dot products of two, as conversions take four times as long on gfx9."""
     none, zero, one = (k.scalar(number, "f32") for number in (NOTHING, 0.0, 1.0))
-    total = k.convert(value, "f32")
-    total = has_token.select(total, k.scalar(0.0, total.dtype))
-    weight = has_token.select(one, zero)
+    weight, lanes = has_token.select(one, zero), lanes_of(value)
+    if is_fast:
+        kind = "vector<2xf16>"
+        shares = [
+            has_token.select(k.op(f"arith.constant dense<{one_of}> : {kind}", kind),
+                             k.scalar(0.0, kind))
+            for one_of in ([1.0, 0.0], [0.0, 1.0])
+        ]  # fmt: skip
+        pairs = [k.shuffle(value, value, [i, i + 1]) for i in range(0, lanes, 2)]
+        total = k.vector([_dot(k, pair, share, zero) for pair in pairs for share in shares])
+    else:
+        total = k.convert(value, "f32")
+        total = has_token.select(total, k.scalar(0.0, total.dtype))
     return [(has_token.select(score, none), weight, total) for score in scores]
+
+
+def _dot(k: ExecutableBuilder, a: Scalar, b: Scalar, total: Scalar) -> Scalar:
+    """total + a * b, of two numbers f16 each."""
+    return k.intrinsic("amdgcn.fdot2", [a, b, total, k.scalar(0, "i1")], "f32")
 
 
 def add_tokens(
@@ -105,6 +122,30 @@ def add_tokens(
     return larger, weight, total
 
 
+def add_tokens_fast(
+    k: ExecutableBuilder, state: State, scores: Sequence[Scalar], values: Sequence[Scalar]
+) -> State:  # fmt: skip
+    """`add_tokens` on a GPU. With an even number of f16 values, exponentials are rounded to f16 as
+    well, and two tokens are added at once."""
+    if not values[0].dtype.endswith("xf16>"):
+        return add_tokens(k, exp2_fast, state, scores, values)
+    top, weight, total = state
+    larger = reduce(lambda a, b: larger_of(k, a, b), scores, top)
+    factor, ones = exp2_fast(k, top - larger), k.scalar(1.0, "vector<2xf16>")
+    weight, lanes = weight * factor, lanes_of(total)
+    total = total * k.broadcast(factor, lanes)
+    sums = [k.element(total, i) for i in range(lanes)]
+    for first in range(0, len(values), 2):
+        a, b = values[first : first + 2]
+        both = [exp2_fast(k, score - larger) for score in scores[first : first + 2]]
+        shares = k.intrinsic("amdgcn.cvt.pkrtz", both, "vector<2xf16>")
+        weight = _dot(k, ones, shares, weight)
+        sums = [
+            _dot(k, k.shuffle(a, b, [i, i + lanes]), shares, sum_) for i, sum_ in enumerate(sums)
+        ]
+    return larger, weight, k.vector(sums)
+
+
 def flattened(states: Sequence[State]) -> list[Scalar]:
     """States as a loop carries them."""
     return [x for state in states for x in state]
@@ -117,41 +158,50 @@ def unflattened(flat: Sequence[Scalar]) -> list[State]:
 
 def merge(
     k: ThreadBuilder, lanes: Lanes, head_dim: int, states: Sequence[State],
-    has_numbers: Scalar | None, finish: Callable[[int, Scalar, Scalar, Scalar, Scalar], None],
+    has_numbers: Scalar | None, finish: Callable[[Scalar, Scalar, Scalar, Scalar, Scalar], None],
 ) -> None:  # fmt: skip
     """One state of all threads' states of each of some heads.
 
     finish: called with the head, a place in D, its sum, the largest score, the sum of exponentials.
     """
-    thread, waves = k.thread(), THREADS // k.subgroup
-    wave, is_leader = thread // k.subgroup, (thread % k.subgroup).equals(0)
-    slot, start = thread // lanes.count, thread % lanes.count * lanes.piece
-    tops, weights = (k.shared(len(states) * waves, "f32") for _ in range(2))
-    sums = k.shared(2 * lanes.slots * head_dim, "f32")  # of two heads in turn
-    for i, (top, _, _) in enumerate(states):
-        largest = k.reduce("maxnumf", top)
-        with k.when(is_leader):
-            tops.store(largest, wave + i * waves)
+    thread, slots, pitch = k.thread(), lanes.slots, lanes.slots * head_dim
+    slot, lane = thread // lanes.count, thread % lanes.count
+    tops, weights = (k.shared(len(states) * slots, "f32") for _ in range(2))
+    sums = k.shared(min(2, len(states)) * pitch, "f32")  # of two heads at once
+
+    def of_slots(memory: Memory, head: Scalar) -> list[Scalar]:
+        """A head's number of each slot."""
+        size = min(4, slots)
+        loaded = [memory.load_vector(head * slots + i, size) for i in range(0, slots, size)]
+        return [k.element(vector, i) for vector in loaded for i in range(size)]
+
+    with k.when(lane.equals(0)):
+        for i, (top, _, _) in enumerate(states):
+            tops.store(top, slot + i * slots)
     k.barrier()
-    for i, (top, weight, total) in enumerate(states):
-        largest = reduce(
-            lambda a, b: larger_of(k, a, b), [tops.load(i * waves + w) for w in range(waves)]
-        )
-        factor = exp2_fast(k, top - largest)
-        weight = k.reduce("add", weight * factor) * (1 / lanes.count)  # which each lane has
-        with k.when(is_leader):
-            weights.store(weight, wave + i * waves)
-        begin = i % 2 * lanes.slots * head_dim
-        total = total * k.broadcast(factor, lanes.piece)
-        with k.when(has_numbers) if has_numbers else nullcontext():
-            sums.store_vector(total, slot * head_dim + start + begin)
+    for first in range(0, len(states), 2):
+        largest = []
+        for i, (top, weight, total) in enumerate(states[first : first + 2]):
+            all_tops = of_slots(tops, k.as_index(first + i))
+            largest.append(reduce(lambda a, b: larger_of(k, a, b), all_tops))
+            factor = exp2_fast(k, top - largest[i])
+            with k.when(lane.equals(0)):
+                weights.store(weight * factor, slot + (first + i) * slots)
+            total = total * k.broadcast(factor, lanes.piece)
+            with k.when(has_numbers) if has_numbers else nullcontext():
+                sums.store_vector(total, slot * head_dim + lane * lanes.piece + i * pitch)
         k.barrier()
-        whole = reduce(add, [weights.load(i * waves + w) for w in range(waves)])
-        for first in range(0, head_dim, THREADS):
-            place = thread + first
-            with k.when(place.less(k.scalar(head_dim, "index"))):
-                finish(i, place, _column(k, sums, place + begin, lanes.slots, head_dim),
-                       largest, whole)  # fmt: skip
+        end = len(largest) * head_dim
+        for start in range(0, end, THREADS):
+            unit = thread + start
+            with k.when(unit.less(k.scalar(end, "index"))):
+                which, place = unit // head_dim, unit % head_dim
+                top = which.equals(0).select(largest[0], largest[-1])
+                total = _column(k, sums, which * pitch + place, slots, head_dim)
+                whole = reduce(add, of_slots(weights, which + first))
+                finish(which + first, place, total, top, whole)
+        if first + 2 < len(states):
+            k.barrier()
 
 
 def _column(k: ThreadBuilder, sums: Memory, at: Scalar, count: int, pitch: int) -> Scalar:
@@ -201,15 +251,24 @@ class Combination(Kernel):
         head, row, thread = k.workgroup(), k.workgroup(1), k.thread()
         start, has_numbers = lanes.place(k, self.head_dim)
         state = self._first(k, lanes.piece)
-        state = k.fold(
-            thread // lanes.count, views.splits, state,
-            lambda split, *state: self._add(k, exp2_fast, views, state, split, row, head, start),
-            step=lanes.slots,
-        )  # fmt: skip
+        last = views.splits - 1
 
-        def finish(_: int, place: Scalar, total: Scalar, __: Scalar, weight: Scalar) -> None:
+        def add_two(split: Scalar, *state: Scalar) -> list[Scalar]:
+            second = split + lanes.slots
+            found = [views.of(split, row, head, start, lanes.piece)]
+            top, weight, values = views.of(second.minimum(last), row, head, start, lanes.piece)
+            is_there = second.less(views.splits)
+            top = is_there.select(top, k.scalar(NOTHING, "f32"))
+            weight = is_there.select(weight, k.scalar(0.0, "f32"))
+            return self._add(k, exp2_fast, state, [*found, (top, weight, values)])
+
+        first = (thread // lanes.count).to("i32")
+        state = k.fold(first, views.splits, state, add_two, step=2 * lanes.slots)
+
+        def finish(_: Scalar, place: Scalar, total: Scalar, __: Scalar, weight: Scalar) -> None:
             at = (row * self.num_heads + head) * self.head_dim + place
-            views.out.store((total / weight).to(self.dtype), at)
+            inverse = k.intrinsic("amdgcn.rcp", [weight], "f32")
+            views.out.store((total * inverse).to(self.dtype), at)
 
         merge(k, lanes, self.head_dim, unflattened(state), has_numbers, finish)
 
@@ -218,9 +277,9 @@ class Combination(Kernel):
         views, zero = self._views(k), k.scalar(0, "index")
         with k.loop(0, views.num_rows) as row, k.loop(0, self.num_heads) as head:
             _, weight, total = k.fold(
-                0, views.splits, self._first(k, self.head_dim),
+                k.scalar(0, "i32"), views.splits, self._first(k, self.head_dim),
                 lambda split, *state: self._add(
-                    k, exp2_exact, views, state, split, row, head, zero
+                    k, exp2_exact, state, [views.of(split, row, head, zero, self.head_dim)]
                 ),
             )  # fmt: skip
             value = total / k.broadcast(weight, self.head_dim)
@@ -229,37 +288,45 @@ class Combination(Kernel):
     def _views(self, k: ExecutableBuilder) -> _Splits:
         parts = k.view(k.binding(read_only=True), "f32")
         out = k.view(k.binding(), self.dtype)
-        return _Splits(parts, out, k.constant(), k.constant())
+        return _Splits(k, self, parts, out, k.constant(), k.constant().to("i32"))
 
     def _first(self, k: ExecutableBuilder, piece: int) -> list[Scalar]:
         none, zero = k.scalar(NOTHING, "f32"), k.scalar(0.0, "f32")
         return [none, zero, k.broadcast(zero, piece)]
 
     def _add(
-        self, k: ExecutableBuilder, exp2: Exp2, views: _Splits, state: Sequence[Scalar],
-        split: Scalar, row: Scalar, head: Scalar, start: Scalar,
+        self, k: ExecutableBuilder, exp2: Exp2, state: Sequence[Scalar], splits: Sequence[State]
     ) -> list[Scalar]:  # fmt: skip
-        """A state with a split more."""
+        """A state with those of some splits more."""
         top, weight, total = state
-        begin = (split * views.num_rows + row) * (self.num_heads * (self.head_dim + 2))
-        at = begin + self.num_heads * self.head_dim + head * 2
-        more = views.parts.load(at + 1)
-        found = k.scalar(0.0, "f32").is_below(more).select(
-            views.parts.load(at), k.scalar(NOTHING, "f32")
-        )  # fmt: skip
-        values = views.parts.load_vector(begin + head * self.head_dim + start, lanes_of(total))
-        larger = larger_of(k, top, found)
-        old, new = exp2(k, top - larger), exp2(k, found - larger)
-        total = total * k.broadcast(old, lanes_of(total))
-        total = k.fma(k.broadcast(new, lanes_of(total)), values, total)
-        return [larger, k.fma(more, new, weight * old), total]
+        larger = reduce(lambda a, b: larger_of(k, a, b), [split[0] for split in splits], top)
+        old, lanes = exp2(k, top - larger), lanes_of(total)
+        weight, total = weight * old, total * k.broadcast(old, lanes)
+        for found, more, values in splits:
+            new = exp2(k, found - larger)
+            weight = k.fma(more, new, weight)
+            total = k.fma(k.broadcast(new, lanes), values, total)
+        return [larger, weight, total]
 
 
 @dataclass(frozen=True)
 class _Splits:
-    """What both forms of `Combination` read and write."""
+    """What both forms of `Combination` read and write. splits: i32, as all places of parts."""
 
+    k: ExecutableBuilder
+    kernel: Combination
     parts: Memory
     out: Memory
     num_rows: Scalar
     splits: Scalar
+
+    def of(self, split: Scalar, row: Scalar, head: Scalar, start: Scalar, piece: int) -> State:
+        """What a split leaves of a head: its numbers from `start` on, `piece` of them."""
+        k, parts, count, size = self.k, self.parts, self.kernel.num_heads, self.kernel.head_dim
+        begin = (split * self.num_rows.to("i32") + row.to("i32")) * (count * (size + 2))
+        begin = begin.to_unsigned("index")
+        at = begin + count * size + head * 2
+        weight = parts.load(at + 1)
+        is_there = k.scalar(0.0, "f32").is_below(weight)
+        top = is_there.select(parts.load(at), k.scalar(NOTHING, "f32"))
+        return top, weight, parts.load_vector(begin + head * size + start, piece)

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from compile.formats.blocks import BLOCK_TYPES, BlockType, Groups
 from compile.gpu.kernel import Kernels
+from compile.gpu.matrix_rows import MatrixRows
 from compile.gpu.matvec import FewRows, multiply
-from compile.gpu.mfma import MfmaRows
 from compile.gpu.parts import Part
 from compile.gpu.quantized import ROWS, packed
 from compile.mlir.builder import Builder, Tensor
@@ -37,15 +37,16 @@ TYPES = [
     (FewRows((Part(name, 32),), 2 * kind.columns, 1, 1e-5), 1) for name, kind in BLOCK_TYPES.items()
 ]
 # By matrix instructions
-MFMA = MfmaRows((Part("int4", 44),), 1544, 8, 1e-5)  # no whole block, nor whole steps of all waves
-MFMA_OTHERS = [
-    (MfmaRows((Part("int4", 44),), 72, 2, epilogue="add"), 3),
-    (MfmaRows((Part("int8", 144),), 72, 4, epilogue="silu"), 4),
+MATRIX = MatrixRows((Part("int4", 44),), 1544, 8, 1e-5)  # no whole block, nor whole rounds
+MATRIX_OTHERS = [
+    (MatrixRows((Part("int4", 44),), 72, 2, epilogue="add"), 3),
+    (MatrixRows((Part("int8", 144),), 72, 4, epilogue="silu"), 4),
     # Several blocks a workgroup, and more than it has in the last one
-    (MfmaRows((Part("int8", 16 * 305), Part("int4", 8)), 64, 16, 1e-5, "add"), 16),
-    (MfmaRows(MIXED.parts, 512, 5, 1e-5), 5),
-    *((MfmaRows(case.parts, case.depth, 3, 1e-5), 3) for case, _ in TYPES),
+    (MatrixRows((Part("int8", 16 * 305), Part("int4", 8)), 64, 16, 1e-5, "add"), 16),
+    (MatrixRows(MIXED.parts, 512, 5, 1e-5), 5),
 ]
+MATRIX_TYPES = [(MatrixRows(case.parts, case.depth, 3, 1e-5), 3) for case, _ in TYPES]
+CHIPS = ["gfx942", "gfx1100", "gfx1201"]
 
 
 def random_rows(kind: BlockType, rows: int, columns: int, rng: np.random.Generator) -> Groups:
@@ -137,7 +138,7 @@ def test_products_in_4_bits(
 
 
 @pytest.mark.parametrize("size", [1, 1e6, 1e-4])
-@pytest.mark.parametrize("case", [(NORM, 1), (MFMA, 8)], ids=["one", "eight"])
+@pytest.mark.parametrize("case", [(NORM, 1), (MATRIX, 8)], ids=["one", "eight"])
 def test_a_norm_takes_rows_of_any_size(
     hip_driver: Driver, hip_cache: Path, tmp_path: Path, case: tuple[FewRows, int], size: float
 ) -> None:
@@ -145,15 +146,20 @@ def test_a_norm_takes_rows_of_any_size(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", MFMA_OTHERS, ids=lambda case: case[0].name)
+@pytest.mark.parametrize(
+    ("case", "chip"),
+    [(case, chip) for case in MATRIX_OTHERS for chip in CHIPS]
+    + [(case, CHIPS[i % 3]) for i, case in enumerate(MATRIX_TYPES)],
+    ids=lambda value: value if isinstance(value, str) else value[0].name,
+)
 def test_products_by_matrix_instructions(
-    hip_driver: Driver, hip_cache: Path, tmp_path: Path, case: tuple[FewRows, int]
+    hip_driver: Driver, hip_cache: Path, tmp_path: Path, chip: str, case: tuple[FewRows, int]
 ) -> None:
-    check(hip_driver, hip_cache, tmp_path, "gfx942", case)
+    check(hip_driver, hip_cache, tmp_path, chip, case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", ["gfx942", "gfx1100", "gfx1201"])
+@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("case", OTHERS + TYPES, ids=lambda case: case[0].name)
 def test_products_of_all_types(
     hip_driver: Driver, hip_cache: Path, tmp_path: Path, chip: str, case: tuple[FewRows, int]
