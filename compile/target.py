@@ -18,6 +18,7 @@ class Tuning:
     ahead: int = 1024  # bytes that a product of a single row prefetches, for it waits for memory
     blocks: int = 1  # of outputs that such a product computes at once, in independent sums
     task_bytes: int = 1 << 17  # weights that one task of a thread multiplies
+    min_tasks: int = 16  # of a matrix, so that no thread waits long for the others
     row_chunk: int = 128  # rows that one task multiplies
 
 

@@ -23,10 +23,9 @@ from compile.formats.blocks import GROUP
 from compile.mlir.builder import Builder, Dim, Tensor
 from compile.mlir.executable import Memory, Views, dispatch
 from compile.mlir.values import Scalar
-from compile.target import VECTORS_PER_BLOCK
+from compile.target import VECTORS_PER_BLOCK, Tuning
 
 WORKGROUPS = 64  # at least one for each thread; those that find no task left return at once
-MIN_TASKS = 16  # of a matrix, so that no thread waits long for the others
 
 Size = int | str  # a number, or the name of one that is known when the kernel is called
 Use = Callable[[list[Scalar], Scalar, Scalar], None]  # of a product: use(sums, row, block)
@@ -165,10 +164,9 @@ class MatrixKernel:
                     self._multiply(task)
 
     def _blocks_of_task(self, matrix: Matrix) -> int:
-        """One long stream of weights is read faster than several short ones."""
         num_blocks = -(-matrix.size[0] // self.vectors.block)
         block_bytes = max(format_.block_bytes(matrix.size[1]) for format_ in matrix.formats)
-        most = max(1, min(self.vectors.tuning.task_bytes // block_bytes, num_blocks // MIN_TASKS))
+        most = blocks_of_task(num_blocks, block_bytes, self.vectors.tuning)
         return max(n for n in range(1, most + 1) if all(b % n == 0 for b in matrix.bounds))
 
     def _multiply(self, task: Task) -> None:
@@ -271,6 +269,12 @@ class MatrixKernel:
             (value, row + i // 2, block * self.vectors.block + i % 2 * lanes)
             for i, value in enumerate(sums)
         ]
+
+
+def blocks_of_task(num_blocks: int, block_bytes: int, tuning: Tuning) -> int:
+    """Blocks of a matrix that one task multiplies: one long stream is read faster than several
+    short ones."""
+    return max(1, min(tuning.task_bytes // block_bytes, num_blocks // tuning.min_tasks))
 
 
 def _whole_tiles(task: Task) -> Scalar:

@@ -227,7 +227,7 @@ class DecodeAttention(Kernel):
         value = total / weight
         if self.is_prefill:
             value = token.is_valid.select(value, token.pages.k.scalar(0.0, "f32"))
-        token.pages.finish(token.out_row, head, place, value)
+        token.pages.finish(token.out_row * self.heads.num_heads + head, place, value)
 
     # The same in loops
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 from compile.gpu.attention_tiles import GROUPS, QUERIES, Queries, Sizes, joined, of_all_parts
 from compile.gpu.kernel import THREADS, ThreadBuilder
 from compile.gpu.pages import Pages
-from compile.gpu.tiles import SIDE, Panel
+from compile.gpu.tiles import SIDE
 from compile.gpu.unpack import CHUNK
 from compile.mlir.values import Scalar
 
@@ -31,20 +30,23 @@ class Context:
         self._has_any = (start + (first // heads.group).to("i32")).less(end)
         self.end = self._has_any.select(last + 1, k.scalar(0, "i32"))
         self._last = self.end.largest(k.scalar(1, "i32")) - 1
-        self._keys = [_Unit.of_keys(k, sizes, i) for i in range(0, sizes.key_units, THREADS)]
-        self._values = [_Unit.of_values(k, sizes, i) for i in range(0, sizes.value_units, THREADS)]
+        self._keys, self._values = _Unit.of_keys(k, sizes), _Unit.of_values(k, sizes)
         self.num_pages = len(self._keys) + len(self._values)
 
     # From the cache to LDS
 
     def pages_of(self, position: Scalar) -> list[Scalar]:
-        """The page of each of the thread's tokens of the chunk at a position; page 0, which is
-        always there, if the queries attend to nothing: such a row may have no page."""
+        """The page of each of the thread's tokens of the chunk at a position."""
         positions = [
             (position + unit.token).minimum(self._last) for unit in (*self._keys, *self._values)
         ]
+        return [self._pages.page_of(self._row, at) for at in positions]
+
+    def first_pages(self) -> list[Scalar]:
+        """Those of the first chunk; page 0, which is always there, if the queries attend to
+        nothing: such a row may have no page."""
         none = self._k.scalar(0, "i32")
-        return [self._has_any.select(self._pages.page_of(self._row, at), none) for at in positions]
+        return [self._has_any.select(page, none) for page in self.pages_of(none)]
 
     def load(self, position: Scalar, pages: Sequence[Scalar]) -> Loaded:
         """The thread's part of the chunk at a position; instead of tokens behind the last one, that
@@ -61,8 +63,9 @@ class Context:
             ]
             for unit, page in zip(self._values, pages[count:], strict=True)
         ]
-        if self._sizes.width > self._sizes.heads.head_dim:
-            zero, last = k.scalar(0.0, keys[0].dtype), k.scalar(self._sizes.chunks, "index")
+        head_dim = self._sizes.heads.head_dim
+        if self._sizes.width > head_dim:
+            zero, last = k.scalar(0.0, keys[0].dtype), k.scalar(head_dim // CHUNK, "index")
             keys = [
                 unit.chunk.less(last).select(key, zero)
                 for unit, key in zip(self._keys, keys, strict=True)
@@ -70,8 +73,10 @@ class Context:
         return keys, values
 
     def _load(self, position: Scalar, page: Scalar, unit: _Unit, *, is_value: bool) -> Scalar:
-        start = unit.chunk.minimum(self._sizes.chunks - 1) * CHUNK
-        at = self._pages.at(page, position.minimum(self._last), self._head, start)
+        head_dim, chunk = self._sizes.heads.head_dim, unit.chunk
+        if self._sizes.pitch > head_dim:
+            chunk = chunk.minimum(head_dim // CHUNK - 1)
+        at = self._pages.at(page, position.minimum(self._last), self._head, chunk * CHUNK)
         return self._pages.load(self._pages.value_at(at) if is_value else at, CHUNK)
 
     def store(self, loaded: Loaded, start: Scalar) -> None:
@@ -79,8 +84,9 @@ class Context:
         k, (keys, values) = self._k, loaded
         for unit, key in zip(self._keys, keys, strict=True):
             with k.when(unit.is_there) if unit.is_there else nullcontext():
-                self._key_panel(start).store(key, unit.token.to("index"), unit.chunk)
-        panel = self._value_panel(start)
+                at = self._keys_at(start).at(unit.token.to("index"), unit.chunk)
+                self._memory.store_vector(key, at)
+        panel = self._values_at(start)
         for unit, of_tokens in zip(self._values, values, strict=True):
             with k.when(unit.is_there) if unit.is_there else nullcontext():
                 for i, numbers in enumerate(_transposed(k, of_tokens)):
@@ -88,31 +94,29 @@ class Context:
                     at = panel.at(unit.chunk * CHUNK + i, token // CHUNK)
                     self._memory.store_vector(numbers, at + token % CHUNK)
 
-    def _key_panel(self, start: Scalar) -> Panel:
-        return Panel(self._k, self._memory, start, self._sizes.pitch)
+    def _keys_at(self, start: Scalar) -> Panel:
+        return Panel(self._k, self._sizes, start, self._sizes.pitch, CHUNK, are_mixed=False)
 
-    def _value_panel(self, start: Scalar) -> Panel:
+    def _values_at(self, start: Scalar) -> Panel:
         """Features are rows."""
-        return ValuePanel(self._k, self._memory, start + self._sizes.keys, self._sizes.chunk)
+        sizes = self._sizes
+        start = start + sizes.keys
+        return Panel(self._k, sizes, start, sizes.chunk, sizes.instruction.sums, are_mixed=True)
 
     # Products
 
-    def _operands(self, panel: Panel, row: Scalar, first: int) -> list[Scalar]:
-        """A lane's operands of a step, from chunk `first` of a row on."""
-        k, instruction = self._k, self._sizes.instruction
-        lane = k.thread() % k.subgroup
-        chunks = [k.as_index(chunk) + first for chunk in instruction.chunks(lane)]
-        return instruction.operands(
-            k, [self._memory.load_vector(panel.at(row, chunk), CHUNK) for chunk in chunks]
-        )
+    def _operands(self, panel: Panel, row: int, chunk: int) -> list[Scalar]:
+        """A lane's operands of a step, of rows from `row` on and chunks from `chunk` on."""
+        k = self._k
+        loaded = [self._memory.load_vector(at, CHUNK) for at in panel.places(row, chunk)]
+        return self._sizes.instruction.operands(k, loaded)
 
     def scores(self, start: Scalar, queries: Queries) -> list[list[Scalar]]:
         """Of each block of queries and each step, the scores of a lane's 8 tokens, unscaled."""
-        k, sizes, panel = self._k, self._sizes, self._key_panel(start)
+        k, sizes, panel = self._k, self._sizes, self._keys_at(start)
         instruction, count = sizes.instruction, sizes.blocks_of_step
-        row = instruction.side_by_side(k.thread() % SIDE, CHUNK)
         rows = [
-            row + (step * instruction.step + i * instruction.sums)
+            step * instruction.step + i * instruction.sums
             for step in range(sizes.steps)
             for i in range(count)
         ]
@@ -135,17 +139,17 @@ class Context:
     ) -> list[list[Scalar]]:
         """The sums of each block of queries and features, with values times shares: a lane's chunk
         of each block and step."""
-        k, sizes, panel = self._k, self._sizes, self._value_panel(start)
+        k, sizes, panel = self._k, self._sizes, self._values_at(start)
         instruction = sizes.instruction
-        row = instruction.side_by_side(k.thread() % SIDE, instruction.sums)
         result = [[*of_block] for of_block in sums]
         for step in range(sizes.steps):
-            k.schedule_barrier()
             operands = [
                 instruction.operands(k, of_all_parts(k, of_block[step])) for of_block in shares
             ]
             for i in range(sizes.features):
-                values = self._operands(panel, row + i * SIDE, step * instruction.step // CHUNK)
+                if i % 2 == 0:
+                    k.schedule_barrier()
+                values = self._operands(panel, i * SIDE, step * instruction.step // CHUNK)
                 for of_block, of_queries in zip(result, operands, strict=True):
                     for value, share in zip(values, of_queries, strict=True):
                         of_block[i] = instruction.multiply(k, value, share, of_block[i])
@@ -154,7 +158,8 @@ class Context:
 
 @dataclass(frozen=True)
 class _Unit:
-    """What a thread loads of each chunk: 8 numbers of a token, or of some side by side.
+    """What a thread loads of each chunk: 8 numbers of a token, or of some side by side; behind the
+    last number of a head, which nobody asks for, others.
 
     token: of the chunk, i32. chunk: of a head. is_there: None if each thread has such a unit.
     """
@@ -164,38 +169,83 @@ class _Unit:
     is_there: Scalar | None
 
     @classmethod
-    def of_keys(cls, k: ThreadBuilder, sizes: Sizes, first: int) -> _Unit:
+    def of_keys(cls, k: ThreadBuilder, sizes: Sizes) -> list[_Unit]:
         """Neighbouring threads have neighbouring chunks of a token."""
-        unit, is_there = _unit(k, first, sizes.key_units)
-        pieces = sizes.width // CHUNK
-        return cls((unit // pieces).to("i32"), unit % pieces, is_there)
+        pieces, found = sizes.pitch // CHUNK, []
+        for unit, is_there in _units(k, sizes.chunk * pieces):
+            found.append(cls((unit // pieces).to("i32"), unit % pieces, is_there))
+        return found
 
     @classmethod
-    def of_values(cls, k: ThreadBuilder, sizes: Sizes, first: int) -> _Unit:
+    def of_values(cls, k: ThreadBuilder, sizes: Sizes) -> list[_Unit]:
         """Four neighbours have neighbouring chunks, so that they read 64 bytes, and others other
         tokens, so that they write into different banks."""
-        unit, is_there = _unit(k, first, sizes.value_units)
-        near = math.gcd(sizes.chunks, 4)
-        chunk = unit // (near * GROUPS) * near + unit % near
-        return cls((unit // near % GROUPS * sizes.tokens).to("i32"), chunk, is_there)
+        pieces, found = sizes.pitch // CHUNK, []
+        near = min(pieces, 4)
+        for unit, is_there in _units(k, GROUPS * pieces):
+            token = (unit // near % GROUPS * sizes.tokens).to("i32")
+            found.append(cls(token, unit // (near * GROUPS) * near + unit % near, is_there))
+        return found
 
 
-def _unit(k: ThreadBuilder, first: int, count: int) -> tuple[Scalar, Scalar | None]:
-    """The thread's unit from `first` on of so many, and whether there is one."""
-    unit = k.thread() + first
-    if first + THREADS <= count:
-        return unit, None
-    return unit.minimum(count - 1), unit.less(k.scalar(count, "index"))
+def _units(k: ThreadBuilder, count: int) -> Iterator[tuple[Scalar, Scalar | None]]:
+    """A thread's of so many units, a power of two, and whether it has it."""
+    if count < THREADS:
+        yield k.thread() % count, k.thread().less(k.scalar(count, "index"))
+    else:
+        yield from ((k.thread() + i, None) for i in range(0, count, THREADS))
 
 
-class ValuePanel(Panel):
-    """Rows are features: lanes that store have every eighth."""
+@dataclass(frozen=True)
+class Panel:
+    """Rows of `depth` numbers in LDS from `start` on, of which a lane gets `size` side by side.
 
-    def at(self, row: Scalar, chunk: Scalar | int) -> Scalar:
+    The chunks of a row change places, by a number that differs between rows that neighbouring lanes
+    load, or store: so these are in different banks. Places differ in three bits at most, so that a
+    lane loads most of its chunks at constant distances. are_mixed: whether rows that are 8 apart
+    are stored together.
+    """
+
+    k: ThreadBuilder
+    sizes: Sizes
+    start: Scalar
+    depth: int
+    size: int
+    are_mixed: bool
+
+    @property
+    def _count(self) -> int:
+        """Chunks that change places with each other"""
+        return min(self.depth // CHUNK, CHUNK)
+
+    def _turn(self, row: Scalar, lane: Scalar) -> Scalar:
+        """Of a row, and the lane that loads it."""
+        turn = lane // (CHUNK // self._count)
+        if self.are_mixed:
+            turn = self.k.bits("xori", turn, row // CHUNK)
+        return turn % self._count
+
+    def at(self, row: Scalar, chunk: Scalar) -> Scalar:
         """Where a chunk of a row is."""
-        k, count = self.k, self.depth // CHUNK
-        turn = k.bits("xori", row // (CHUNK // count), row // CHUNK) % count
-        return self.start + row * self.depth + k.bits("xori", turn, chunk) * CHUNK
+        lane = self.sizes.instruction.multiplied_as(row, self.size)
+        place = self.k.bits("xori", self._turn(row, lane), chunk % self._count)
+        place = place + chunk // self._count * self._count
+        return self.start + row * self.depth + place * CHUNK
+
+    def places(self, row: int, chunk: int) -> list[Scalar]:
+        """Where the chunks are that the lane needs, from `chunk` on of its row, from `row` on."""
+        k, instruction, count = self.k, self.sizes.instruction, self._count
+        lane = k.thread() % k.subgroup
+        own = instruction.side_by_side(lane % SIDE, self.size)
+        turn, found = self._turn(own, lane % SIDE), []
+        for of_lane in instruction.chunks(lane):
+            number = chunk + of_lane if isinstance(of_lane, int) else chunk
+            place = turn if isinstance(of_lane, int) else k.bits("xori", turn, of_lane)
+            change = number ^ row // CHUNK if self.are_mixed else number
+            place = k.bits("xori", place, change % count)
+            far = row * self.depth + number // count * count * CHUNK
+            found.append(self.start + own * self.depth + place * CHUNK + far)
+        return found
 
 
 def _transposed(k: ThreadBuilder, rows: Sequence[Scalar]) -> list[Scalar]:

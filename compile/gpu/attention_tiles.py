@@ -22,6 +22,7 @@ from compile.gpu.unpack import CHUNK
 from compile.mlir.values import Scalar
 
 QUERIES = 128  # of a workgroup
+GROWTH = 8.0  # of shares beyond one, in powers of two, before sums are corrected
 GROUPS = 16  # of tokens side by side, in a chunk, of which threads load values
 
 
@@ -31,7 +32,7 @@ class Sizes:
 
     chunk: tokens between two barriers. buffers: chunks in LDS, so that one is written while another
     is read. blocks: of 16 queries, of a wave. width: of a key in LDS, with zeros. pitch: from a key
-    to the next.
+    to the next, and how many rows are of values: a power of two, for numbers that are easy to tell.
     """
 
     heads: Heads
@@ -48,7 +49,8 @@ class Sizes:
         """As much as leaves room for two workgroups in LDS, and the registers."""
         instruction, waves = Instruction.of(k.chip), THREADS // k.subgroup
         width = -(-heads.head_dim // instruction.step) * instruction.step
-        chunk, buffers = (64, 1) if k.subgroup == 64 and width <= 128 else (32, 2)
+        chunk = 64 if k.subgroup == 64 and width <= 128 else 32
+        buffers = 1 if k.subgroup == 64 else 2
         pitch = 1 << (width - 1).bit_length()
         blocks = QUERIES // waves // SIDE
         return cls(heads, instruction, k.subgroup, chunk, buffers, blocks, width, pitch)
@@ -76,27 +78,12 @@ class Sizes:
     @property
     def buffer(self) -> int:
         """Numbers of a chunk in LDS"""
-        return self.keys + self.features * SIDE * self.chunk
-
-    @property
-    def chunks(self) -> int:
-        """Of 8 numbers, of a head"""
-        return self.heads.head_dim // CHUNK
+        return 2 * self.keys
 
     @property
     def tokens(self) -> int:
         """Side by side, of which a thread loads values"""
         return self.chunk // GROUPS
-
-    @property
-    def key_units(self) -> int:
-        """What threads load of a chunk's keys"""
-        return self.chunk * self.width // CHUNK
-
-    @property
-    def value_units(self) -> int:
-        """What threads load of a chunk's values"""
-        return GROUPS * self.chunks
 
 
 class Queries:
@@ -107,6 +94,8 @@ class Queries:
         self._k, self._sizes, self._pages, heads = k, sizes, pages, sizes.heads
         lane, wave = k.thread() % k.subgroup, k.thread() // k.subgroup
         self._lane, self._part, kv_head = lane, lane // SIDE, k.workgroup(1)
+        start = pages.starts.load(k.workgroup(2)).to("i32")
+        self._first_position = start + (first // heads.group).to("i32")
         own = first + wave * (sizes.blocks * SIDE) + lane % SIDE
         queries = [own + i * SIDE for i in range(sizes.blocks)]
         numbers = [query // heads.group for query in queries]
@@ -114,6 +103,11 @@ class Queries:
         last = pages.num_tokens - 1
         self._tokens = [Token(pages, k.workgroup(2), number.minimum(last)) for number in numbers]
         self._heads = [kv_head * heads.group + query % heads.group for query in queries]
+        # Of the result, in 32 bits, as registers have no room for more
+        self._rows = [
+            token.out_row.to("i32") * heads.num_heads + head.to("i32")
+            for token, head in zip(self._tokens, self._heads, strict=True)
+        ]
         pieces = range(0, sizes.width // CHUNK, sizes.instruction.step // CHUNK)
         self.operands = [
             [self._operands(token, head, piece) for piece in pieces]
@@ -133,23 +127,38 @@ class Queries:
         start = chunk.minimum(count - 1) * CHUNK
         found = [token.rotated(head, start + i, piece) for i in range(0, CHUNK, piece)]
         x = found[0] if len(found) == 1 else k.shuffle(found[0], found[1], range(CHUNK))
-        x = k.convert(x, heads.kv_dtype)
+        x = rounded(k, x, heads.kv_dtype)
         if self._sizes.width == heads.head_dim:
             return x
         return chunk.less(k.scalar(count, "index")).select(x, k.scalar(0.0, x.dtype))
 
-    def seen(self, position: Scalar) -> list[Scalar]:
-        """Of each block, how many tokens from `position` on a query sees, before the lane's first
-        one; fewer than one for none: i32."""
-        before = position + self._part.to("i32") * CHUNK
-        return [token.position - before for token in self._tokens]
+    def masked(self, scores: Sequence[Sequence[Scalar]], position: Scalar) -> list[list[Scalar]]:
+        """A lane's scores of each block and step of the chunk at a position, HIDDEN where a token
+        follows the query; most chunks have no such token."""
+        k, sizes = self._k, self._sizes
+        flat = [vector for of_block in scores for vector in of_block]
+
+        def hide() -> list[Scalar]:
+            hidden, found = k.scalar(HIDDEN, flat[0].dtype), []
+            before = position + self._part.to("i32") * CHUNK
+            for token, of_block in zip(self._tokens, scores, strict=True):
+                last = token.position - before
+                for i, vector in enumerate(of_block):
+                    number = k.lanes_from(k.scalar(i * sizes.instruction.step, "i32"), CHUNK)
+                    follows = k.broadcast(last, CHUNK).less(number)
+                    found.append(follows.select(hidden, vector))
+            return found
+
+        has_hidden = self._first_position.less(position + (sizes.chunk - 1))
+        flat = k.choose(has_hidden, hide, lambda: flat, [vector.dtype for vector in flat])
+        return [flat[i : i + sizes.steps] for i in range(0, len(flat), sizes.steps)]
 
     def finish(self, sums: Sequence[Sequence[Scalar]]) -> None:
         """Store what queries attend to: sums of each block of queries and each of features."""
         k, sizes, heads = self._k, self._sizes, self._sizes.heads
         start = self._part * sizes.instruction.sums
-        for token, head, inside, of_block in zip(
-            self._tokens, self._heads, self._is_inside, sums, strict=True
+        for token, row, inside, of_block in zip(
+            self._tokens, self._rows, self._is_inside, sums, strict=True
         ):
             with k.when(inside):
                 for i, total in enumerate(of_block):
@@ -158,7 +167,7 @@ class Queries:
                     has_place = place.less(k.scalar(heads.head_dim, "index"))
                     is_whole = (i + 1) * SIDE <= heads.head_dim
                     with nullcontext() if is_whole else k.when(has_place):
-                        self._pages.finish(token.out_row, head, place, value)
+                        self._pages.finish(row.to_unsigned("index"), place, value)
 
 
 class Softmax:
@@ -176,46 +185,68 @@ class Softmax:
         return [none, zero] * sizes.blocks + [sums] * (sizes.blocks * sizes.features)
 
     def add(
-        self, scores: Sequence[Sequence[Scalar]], seen: Sequence[Scalar], state: Sequence[Scalar]
+        self, scores: Sequence[Sequence[Scalar]], state: Sequence[Scalar]
     ) -> tuple[list[list[Scalar]], list[Scalar], list[list[Scalar]]]:
         """Shares of tokens in the cache's type, and the state without their values.
 
-        scores: a lane's, of each block and step. seen: as of `Queries`.
+        scores: a lane's, of each block and step. The largest score changes only where it grows by
+        more than a factor of 2^GROWTH, up to which shares may grow instead.
         """
-        k, sizes = self._k, self._sizes
+        sizes = self._sizes
         shares, states, sums = [], [], []
-        for i, (of_block, count) in enumerate(zip(scores, seen, strict=True)):
-            top, weight = state[2 * i], state[2 * i + 1]
-            hidden = k.scalar(HIDDEN, "f32")
-            found = [
-                [
-                    k.scalar(step * sizes.instruction.step + n, "i32").less(count + 1)
-                    .select(k.element(vector, n), hidden)
-                    for n in range(CHUNK)
-                ]
-                for step, vector in enumerate(of_block)
-            ]  # fmt: skip
-            largest = reduce(lambda a, b: larger_of(k, a, b), [x for step in found for x in step])
-            largest = larger_of(k, top, _across_parts(k, largest, lambda a, b: larger_of(k, a, b)))
-            base = largest * -self._scale
-            factor = exp2_fast(k, k.fma(top, k.scalar(self._scale, "f32"), base))
-            weight = weight * factor
-            exponentials = [
-                [
-                    exp2_fast(k, k.fma(score, k.scalar(self._scale, "f32"), base))
-                    for score in of_step
-                ]
-                for of_step in found
-            ]
-            weight = reduce(add, [x for step in exponentials for x in step], weight)
-            shares.append(
-                [k.convert(k.vector(of_step), sizes.heads.kv_dtype) for of_step in exponentials]
-            )
-            states += [largest, weight]
+        for i, of_block in enumerate(scores):
             start = 2 * sizes.blocks + i * sizes.features
-            wide = k.broadcast(factor, sizes.instruction.sums)
-            sums.append([total * wide for total in state[start : start + sizes.features]])
+            chunks, top, (weight, *totals) = self._add(
+                of_block, state[2 * i], [state[2 * i + 1], *state[start : start + sizes.features]]
+            )
+            shares.append(chunks)
+            states += [top, weight]
+            sums.append(totals)
         return shares, states, sums
+
+    def _add(
+        self, scores: Sequence[Scalar], top: Scalar, old: Sequence[Scalar]
+    ) -> tuple[list[Scalar], Scalar, list[Scalar]]:
+        """Of a block its shares, the largest score, and what was `old`, the sum of exponentials
+        and sums of values."""
+        k, scale = self._k, self._k.scalar(self._scale, "f32")
+        found = [k.element(vector, n) for vector in scores for n in range(CHUNK)]
+        largest = reduce(lambda a, b: larger_of(k, a, b), found)
+        largest = _across_parts(k, largest, lambda a, b: larger_of(k, a, b))
+        is_larger = (top + GROWTH / self._scale).is_below(largest)
+        new = is_larger.select(largest, top)
+        base = new * -self._scale
+        of_tokens = [exp2_fast(k, k.fma(score, scale, base)) for score in found]
+        weight, *totals = k.choose(
+            is_larger, lambda: self._times(old, exp2_fast(k, k.fma(top, scale, base))),
+            lambda: old, [x.dtype for x in old],
+        )  # fmt: skip
+        chunks, weight = self._shares(of_tokens, weight)
+        return chunks, new, [weight, *totals]
+
+    def _times(self, numbers: Sequence[Scalar], factor: Scalar) -> list[Scalar]:
+        """A number and vectors times a factor."""
+        k, (first, *vectors) = self._k, numbers
+        wide = k.broadcast(factor, self._sizes.instruction.sums)
+        return [first * factor, *(vector * wide for vector in vectors)]
+
+    def _shares(self, numbers: Sequence[Scalar], weight: Scalar) -> tuple[list[Scalar], Scalar]:
+        """Chunks in the cache's type, and the weight with them."""
+        k, kind = self._k, self._sizes.heads.kv_dtype
+        if kind == "f16":
+            pairs = [numbers[i : i + 2] for i in range(0, len(numbers), 2)]
+            # Cut, not rounded, for one instruction; the sum is of what they have become
+            pair, no_clamp = "vector<2xf16>", k.scalar(0, "i1")
+            cut = [k.intrinsic("amdgcn.cvt.pkrtz", of_two, pair) for of_two in pairs]
+            for of_two in cut:
+                operands = [of_two, k.scalar(1.0, pair), weight, no_clamp]
+                weight = k.intrinsic("amdgcn.fdot2", operands, "f32")
+            words = [k.element(k.bitcast(of_two, "vector<1xi32>"), 0) for of_two in cut]
+            count = CHUNK // 2
+            chunks = [k.vector(words[i : i + count]) for i in range(0, len(words), count)]
+            return [k.bitcast(words, "vector<8xf16>") for words in chunks], weight
+        chunks = [k.vector(numbers[i : i + CHUNK]) for i in range(0, len(numbers), CHUNK)]
+        return [rounded(k, chunk, kind) for chunk in chunks], reduce(add, numbers, weight)
 
     def finish(self, state: Sequence[Scalar]) -> list[list[Scalar]]:
         """What queries attend to, of each block and each of features."""
@@ -260,6 +291,17 @@ def of_all_parts(k: ThreadBuilder, chunk: Scalar) -> list[Scalar]:
     other = k.bitcast(other, chunk.dtype)
     is_low = (k.thread() % k.subgroup).less(k.scalar(SIDE, "index"))
     return [is_low.select(chunk, other), is_low.select(other, chunk)]
+
+
+def rounded(k: ThreadBuilder, chunk: Scalar, dtype: str) -> Scalar:
+    """8 finite numbers of f32 in another type. For bf16 LLVM takes many instructions on most chips;
+    these are three for two numbers, by which halves become larger."""
+    if dtype != "bf16":
+        return k.convert(chunk, dtype)
+    bits = k.bitcast(chunk, "vector<8xi32>") + 0x8000
+    low, high = (k.shuffle(bits, bits, range(first, CHUNK, 2)) for first in (0, 1))
+    words = k.bits("ori", k.bits("shrui", low, 16), k.bits("andi", high, -0x10000))
+    return k.bitcast(words, "vector<8xbf16>")
 
 
 def joined(k: ThreadBuilder, sums: Sequence[Scalar]) -> Scalar:

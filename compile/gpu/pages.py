@@ -125,11 +125,11 @@ class Pages:
 
     # Results
 
-    def finish(self, row: Scalar, head: Scalar, place: Scalar, total: Scalar) -> None:
-        """Store numbers from `place` on of what a head attends to, which are f32."""
-        out, heads = self._out, self.heads
+    def finish(self, head: Scalar, place: Scalar, total: Scalar) -> None:
+        """Store f32 numbers from `place` on of what a head attends to, one of all tokens' heads."""
+        out = self._out
         assert out
-        at = (row * heads.num_heads + head) * heads.head_dim + place
+        at = head * self.heads.head_dim + place
         if total.dtype.startswith("vector"):
             out.store_as(total, at)
         else:

@@ -122,8 +122,8 @@ class PrefillAttention(DecodeAttention):
             state = flat[context.num_pages :]
             loaded = context.load(position + sizes.chunk, flat[: context.num_pages])
             pages_of = context.pages_of(position + 2 * sizes.chunk)
-            scores = context.scores(start, queries)
-            shares, tops, sums = softmax.add(scores, queries.seen(position), state)
+            scores = queries.masked(context.scores(start, queries), position)
+            shares, tops, sums = softmax.add(scores, state)
             sums = context.add_values(start, shares, sums)
             if sizes.buffers == 1:
                 k.barrier()
@@ -136,7 +136,7 @@ class PrefillAttention(DecodeAttention):
 
         zero = k.scalar(0, "i32")
         start = k.scalar(0, "index")
-        context.store(context.load(zero, context.pages_of(zero)), start)
+        context.store(context.load(zero, context.first_pages()), start)
         k.barrier()
         state = [start, *context.pages_of(zero + sizes.chunk), *softmax.first()]
         state = k.fold(zero, context.end, state, attend, step=sizes.chunk)

@@ -62,7 +62,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Instruction:
-    """The matrix instruction of a chip, of f16 numbers."""
+    """The matrix instruction of a chip, of f16 or bf16 numbers."""
 
     name: str
     operand: int  # numbers of a and of b that a lane holds
@@ -85,6 +85,11 @@ class Instruction:
         if self.operand == SIDE:
             return row % 2 * size + row // 2
         return row // self.sums * size + row % self.sums
+
+    def multiplied_as(self, row: Scalar, size: int) -> Scalar:
+        """As which row of a that is multiplied: the inverse, also of what is further down."""
+        part, i = row // size % (SIDE // self.sums), row % self.sums
+        return i * 2 + part if self.operand == SIDE else part * self.sums + i
 
     def multiply(self, k: ThreadBuilder, a: Scalar, b: Scalar, sums: Scalar) -> Scalar:
         """sums + a times b, transposed."""

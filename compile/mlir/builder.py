@@ -214,31 +214,6 @@ class Builder(TextBuilder):
             init,
         )
 
-    def gather(self, source: Tensor, indices: Tensor) -> Tensor:
-        """Rows of source [R, C] at indices [..]: [.., C]."""
-        out = self.empty((*indices.shape, *source.shape[1:]), source.dtype)
-        return self.tensor(
-            f"iree_linalg_ext.gather dimension_map = [0] "
-            f"ins({source.name}, {indices.name} : {source.type}, {indices.type}) "
-            f"outs({out.name} : {out.type}) -> {out.type}",
-            out.shape,
-            out.dtype,
-        )
-
-    def scatter(self, updates: Tensor, indices: Tensor, dest: Tensor) -> Tensor:
-        """dest [R, C] with the rows at indices [U, 1] replaced by updates [U, C]."""
-        name = self.fresh()
-        header = (
-            f"{name} = iree_linalg_ext.scatter dimension_map = [0] unique_indices(true) "
-            f"ins({updates.name}, {indices.name} : {updates.type}, {indices.type}) "
-            f"outs({dest.name} : {dest.type}) {{"
-        )
-        with self.block(header, f"}} -> {dest.type}"):
-            new, old = self.fresh(), self.fresh()
-            self.emit(f"^bb0({new}: {dest.dtype}, {old}: {dest.dtype}):")
-            self.emit(f"iree_linalg_ext.yield {new} : {dest.dtype}")
-        return Tensor(name, dest.shape, dest.dtype)
-
     def attention(
         self,
         letters: str,

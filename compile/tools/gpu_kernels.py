@@ -30,7 +30,7 @@ from compile.tools.q4_k_m import q4_k_m_dtypes
 SIZES = ITEM_BYTES | {"i64": 8, "i32": 4, "i8": 1}
 # A kernel that picks elements, by what is in its text: it reads at most so many times what it
 # writes
-PICKING = {"iree_linalg_ext.gather ": 1, "tensor.extract ": 4, "func.func @embedding_": 1}
+PICKING = {"tensor.extract ": 4, "func.func @embedding_": 1}
 
 _TENSOR = re.compile(r"tensor<((?:[?\d]+x)*)(\w+)>(?:\{(.*)\})?")
 _ITEM = re.compile(r"tensor<[^>]*>(?:\{[^}]*\})?|%[\w#]+(?:\{[^}]*\})?|\w+")  # of a list of types

@@ -119,7 +119,7 @@ def _code(
             f"a weight: {found.work.vector * lanes:.2f} vector and {found.work.matrix * lanes:.2f} "
             f"matrix instructions of a lane; {peak}"
         )
-    elif found.work.matrix:
+    elif dispatch.operations:
         less = f"; on average, a workgroup does {dispatch.share:.0%} of that"
         yield f"{peak}{less if dispatch.share < 1 else ''}"
     for loop in found.loops:

@@ -6,6 +6,9 @@ name no page behind a row's last token.
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from compile.gpu.pages import Heads
 from compile.gpu.prefill_attention import attend_prefill
 from compile.mlir.builder import Builder, Tensor
 from compile.target import Target
+from compile.toolchain import iree_compile
 from tests.hip.driver import Driver
 from tests.hip.kernel_runs import Array, KernelRunner
 
@@ -88,26 +92,29 @@ class Case:
         return results, cache
 
     def text(self, target: Target, chip: str) -> str:
-        """A function `main` of all arguments: what tokens attend to, and the cache."""
-        heads, b = self.heads, Builder()
+        """A function `main` of all arguments, of any S and B: what tokens attend to [N * S, H * D],
+        and the cache."""
+        heads, b, n = self.heads, Builder(), len(self.rows)
         kernels = Kernels(b, Target(chip), plain=target.device == "cpu")
-        n = len(self.rows)
-        slots = (1 + n * self.num_pages) * LAYERS * heads.page_size
         given = [
-            Tensor("%qkv", (n * self.num_tokens, heads.features), "f32"),
+            Tensor("%qkv", ("%all", heads.features), "f32"),
             Tensor("%rope", (heads.max_seq_len, 2, heads.head_dim // 2), "f32"),
             *(Tensor(f"%{name}", (n,), "i64") for name in ("starts", "ends")),
-            Tensor("%ids", (n, self.num_pages), "i64"),
-            Tensor("%cache", (slots, heads.token), _given(heads.kv_dtype)),
+            Tensor("%ids", (n, "%num_pages"), "i64"),
+            Tensor("%cache", ("%slots", heads.token), _given(heads.kv_dtype)),
         ]
-        out = Tensor("", (n * self.num_tokens, heads.num_heads * heads.head_dim), "f32")
+        out = Tensor("", ("%all", heads.num_heads * heads.head_dim), "f32")
         arguments = ", ".join(f"{x.name}: {x.type}" for x in given)
         with b.block(f"func.func @main({arguments}) -> ({out.type}, {given[-1].type}) {{"):
+            for axis, x in ((0, given[0]), (1, given[4]), (0, given[5])):
+                number = b.scalar(axis, "index")
+                b.emit(f"{x.shape[axis]} = tensor.dim {x.name}, {number.name} : {x.type}")
             *inputs, cache = given
             cache = _bitcast(b, cache, heads.kv_dtype)
             found, cache = attend_prefill(
-                kernels, heads, out.dtype, self.num_tokens, inputs, cache, b.hidden(LAYER)
-            )
+                kernels, heads, out.dtype, (b.index("%all") // n).name, inputs, cache,
+                b.hidden(LAYER),
+            )  # fmt: skip
             cache = _bitcast(b, cache, given[-1].dtype)
             b.emit(f"return {found.name}, {cache.name} : {found.type}, {cache.type}")
         return kernels.write() + b.text("module")
@@ -122,23 +129,33 @@ def _bitcast(b: Builder, x: Tensor, dtype: str) -> Tensor:
     """The same bits as another type."""
     if x.dtype == dtype:
         return x
-    result = replace(x, dtype=dtype)
-    return b.tensor(f"flow.tensor.bitcast {x.name} : {x.type} -> {result.type}", x.shape, dtype)
+    result, size = replace(x, dtype=dtype), f"{{{x.shape[0]}}}"
+    return b.tensor(
+        f"flow.tensor.bitcast {x.name} : {x.type}{size} -> {result.type}{size}", x.shape, dtype
+    )
 
 
-def check(runner: KernelRunner, case: Case, order: str = "random") -> None:
+def check(runner: KernelRunner, case: Case, order: str) -> None:
     """The machine code, as the plain form and as numpy."""
-    given = case.arguments()
-    *inputs, cache = given
-    expected, stored = case.expected(given)
-    cache_type = np.int16 if cache.dtype == bfloat16 else cache.dtype
-    text = case.text(Target("cpu"), runner.chip)
+    given, text = case.arguments(), case.text(Target("cpu"), runner.chip)
     names = {line.split("@")[1].split(" ")[0] for line in text.splitlines()
              if "hal.executable.source" in line}  # fmt: skip
-    found, changed = runner.run_all(
-        names, lambda target: case.text(target, runner.chip),
-        [*inputs, cache.reshape(-1, case.heads.token).view(cache_type)], order,
-    )  # fmt: skip
+    found = runner.run_all(
+        names, lambda target: case.text(target, runner.chip), as_given(given), order
+    )
+    check_results(case, given, *found)
+
+
+def as_given(arguments: list[Array]) -> list[Array]:
+    """With the cache as the function takes it."""
+    *inputs, cache = arguments
+    kind = np.int16 if cache.dtype == bfloat16 else cache.dtype
+    return [*inputs, cache.reshape(-1, np.prod(cache.shape[3:])).view(kind)]
+
+
+def check_results(case: Case, given: list[Array], found: Array, changed: Array) -> None:
+    """As numpy computes them."""
+    expected, stored = case.expected(given)
     bound = BOUNDS[case.heads.kv_dtype]
     apart = np.abs(found.reshape(expected.shape) - expected).max()
     assert apart <= bound * np.abs(expected).max()
@@ -169,3 +186,43 @@ def test_prefill(
     hip_driver: Driver, hip_cache: Path, tmp_path: Path, name: str, chip: str, order: str
 ) -> None:
     check(KernelRunner(hip_driver, hip_cache, tmp_path, chip), CASES[name], order)
+
+
+PLAIN_CALLS = """
+    import sys
+
+    import iree.runtime
+    import numpy as np
+
+    vmfb, given, found = sys.argv[1:]
+    with open(vmfb, "rb") as file:
+        module = iree.runtime.load_vm_flatbuffer(file.read(), driver="local-sync")
+    results = {}
+    with np.load(given) as arrays:
+        for i in range(len(arrays.files) // 6):
+            call = module["main"](*(arrays[f"{i} {k}"] for k in range(6)))
+            results |= {f"{i} {k}": result.to_host() for k, result in enumerate(call)}
+    np.savez(found, **results)
+"""
+
+
+def test_plain_form_of_any_rows(tmp_path: Path) -> None:
+    """Starts, lengths and padding at random."""
+    rng, heads, cases = np.random.default_rng(2), Heads(3, 1, 12, LAYERS, 8, 96, "f32"), []
+    for _ in range(60):
+        num_tokens = 8 * rng.integers(1, 5)
+        starts = rng.integers(0, 97 - num_tokens, 3)
+        rows = [(start, start + rng.integers(1, num_tokens + 1)) for start in starts]
+        rows[rng.integers(3)] = (0, 0)
+        cases.append(Case(heads, rows, num_tokens))
+    given = [case.arguments() for case in cases]
+    mlir, vmfb, arrays, found = (tmp_path / name for name in ("a", "b", "c.npz", "d.npz"))
+    mlir.write_text(cases[0].text(Target("cpu"), "gfx1100"))
+    iree_compile(mlir, vmfb, Target("cpu"))
+    named = {f"{i} {k}": x for i, call in enumerate(given) for k, x in enumerate(as_given(call))}
+    np.savez(arrays, **named)  # type: ignore[arg-type]
+    command = [sys.executable, "-c", textwrap.dedent(PLAIN_CALLS), vmfb, arrays, found]
+    subprocess.run(command, check=True, timeout=120)
+    with np.load(found) as results:
+        for i, (case, call) in enumerate(zip(cases, given, strict=True)):
+            check_results(case, call, results[f"{i} 0"], results[f"{i} 1"])

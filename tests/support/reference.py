@@ -1,7 +1,7 @@
 """An independent numpy Llama, slow and plain, that judges compiled code."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +141,12 @@ def forward(
     tokens: Sequence[int],
     dtype: npt.DTypeLike = np.float64,
     embeddings: Mapping[int, Array] | None = None,
+    kept: Callable[[Array], Array] = lambda x: x,
 ) -> Array:
     """Logits `[S, V]` float64 of `tokens` `[S]` at positions 0.., computed in `dtype`.
 
     `embeddings` `[H]` are those of the positions that they are given for, whatever token is there.
+    `kept` is what a cache makes of keys and values.
     """
     length, kv_heads, dim = len(tokens), config.num_kv_heads, config.head_dim
     angles = np.arange(length)[:, None] * rope_frequencies(config)  # [S, D/2]
@@ -167,8 +169,8 @@ def forward(
 
     def attention(x: Array, blk: str) -> Array:
         q = rotate(heads(linear(x, f"{blk}.attn_q")))
-        k = rotate(heads(linear(x, f"{blk}.attn_k")))
-        v = heads(linear(x, f"{blk}.attn_v"))
+        k = kept(rotate(heads(linear(x, f"{blk}.attn_k"))))
+        v = kept(heads(linear(x, f"{blk}.attn_v")))
         scores = np.where(future, -np.inf, q @ k.swapaxes(-1, -2) / dim**0.5)
         probs = np.exp(scores - scores.max(-1, keepdims=True))
         mixed = (probs / probs.sum(-1, keepdims=True)) @ v

@@ -24,15 +24,15 @@ FMA = "\tv_fma_f32 v9, v9, v9, v9\n"
 LOAD = "\tbuffer_load_b128 v[0:3], v4, s[4:7], 0 offen\n"
 # Kernel: what it picks with, how the compiler counts its workgroups, and its instructions
 KERNELS = {
-    "f_dispatch_0_scatter_Dx64xf16": (
-        "iree_linalg_ext.scatter ",
+    "f_dispatch_0_insert_Dx64xf16": (
+        "tensor.insert_slice ",
         "%0 = affine.apply #map()[%arg1]", "%0",
         # As often as a number in memory says
         "\ts_load_b64 s[4:5], s[0:1], 0x0\n\ts_load_b32 s9, s[4:5], 0x0\n"
         + loop(LOAD + 20 * FMA, 9).replace("s_cmp_lt_u32 s2, 9", "s_cmp_lt_u32 s2, s9"),
     ),
-    "f_dispatch_1_gather_Dx64xf16": (
-        "iree_linalg_ext.gather ",
+    "f_dispatch_1_embed_Dx64xf16": (
+        "func.func @embedding_",
         "%0 = affine.min #map1()[%arg1, %arg2]", "%0",
         # As often as its second number says
         "\ts_load_b32 s9, s[0:1], 0x1c\n"
@@ -80,10 +80,10 @@ NUMBERS = """
     %29 = arith.index_castui %context : index to i32
 """
 DISPATCHES = """
-    %1 = flow.dispatch @e::@f_dispatch_0_scatter_Dx64xf16[%context](%ids, %new, %cache, %context) \
+    %1 = flow.dispatch @e::@f_dispatch_0_insert_Dx64xf16[%context](%ids, %new, %cache, %context) \
 : (tensor<?xi32>{%pages}, tensor<?x64xf16>{%pages}, tensor<?x64xf16>{%pool}, index) -> \
 %cache{%pool}
-    %2 = flow.dispatch @e::@f_dispatch_1_gather_Dx64xf16[%pool, %context](%cache, %ids, %pool, \
+    %2 = flow.dispatch @e::@f_dispatch_1_embed_Dx64xf16[%pool, %context](%cache, %ids, %pool, \
 %context) : (tensor<?x64xf16>{%pool}, tensor<?xi32>{%pages}, index, index) -> \
 tensor<?x64xf16>{%pages}
     %3 = flow.dispatch @e::@f_dispatch_2_attention_Dx64xf16[%context](%2, %q) : \
@@ -198,7 +198,7 @@ def test_a_table(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     ]  # fmt: skip
     text = "\n".join(lines)
     assert re.findall(r"^ *(\d+) x +(\d+ x \d+) .* (\w+): \w+$", text, re.MULTILINE) == [
-        ("1", "2 x 64", "0_scatter_Dx64xf16"), ("1", "13 x 64", "1_gather_Dx64xf16"),
+        ("1", "2 x 64", "0_insert_Dx64xf16"), ("1", "13 x 64", "1_embed_Dx64xf16"),
         ("1", "6 x 64", "2_attention_Dx64xf16"),
         ("2", "8 x 64", "3_matvec_like_512x64_f16xf16xf32"),
     ]  # fmt: skip

@@ -18,6 +18,7 @@ from compile.tools.gpu_report import SHAPES, TOWERS, table
 
 CONFIG = LlamaConfig(4096, 1024, 2048, 2, 8, 2, 64, 1e-5, 1e4, 1024, True)
 MATRICES = 2 * 2 * (1024 * (512 + 2 * 128) + 512 * 1024 + 3 * 1024 * 2048) + 2 * 4096 * 1024
+ATTENTION = re.compile("_attention_|^attend_")  # of towers by IREE, and ours
 PRODUCTS = ("_matmul_like_", "_matvec_like_", "row_f16")
 SO400M = VisionConfig("idefics3", 384, 14, 1152, 4304, 27, 16, 1e-6, "gelu_tanh", 3)
 SEEING = {name: (SHAPES[name], TOWERS[name]) for name in TOWERS} | {
@@ -52,7 +53,8 @@ def products(dispatches: list[Dispatch]) -> list[Dispatch]:
 
 def multiplying(report: Report, dispatches: list[Dispatch]) -> list[Dispatch]:
     """Products and attention, which have matrix instructions."""
-    found = [*products(dispatches), *(d for d in dispatches if "_attention_" in d.name)]
+    attention = (d for d in dispatches if ATTENTION.search(d.name))
+    found = [*products(dispatches), *attention]
     return [d for d in found if report.kernels[d.name].instructions]
 
 
