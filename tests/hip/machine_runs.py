@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,19 @@ CALLS = """
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
+"""
+
+
+TEXT = """
+    import json, sys
+    from sf_local.engine.engine import Engine
+    from sf_local.request.params import SamplingParams
+
+    artifact, device, prompts = sys.argv[1:]
+    params = SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True)
+    with Engine(artifact, device, kv_pages=40) as engine:
+        handles = [engine.submit(prompt, params) for prompt in json.loads(prompts)]
+        print(json.dumps([handle.result().token_ids for handle in handles]))
 """
 
 
@@ -99,6 +112,19 @@ def run_beside_twins(
         with np.load(results) as loaded:
             arrays = dict(loaded)
     return Run(outcome, dispatches, differences, arrays)
+
+
+def check_text(
+    driver: Driver, artifact: Path, on_cpu: Path, prompts: Sequence[Sequence[int]]
+) -> None:
+    """The engine's greedy answers to several at once, by machine code, are those of the CPU."""
+    arguments = json.dumps(prompts)
+    outcome = driver.run(
+        TEXT, artifact, "hip", arguments, devices=f"{chip_of(artifact)}:512MiB", runs="machine",
+        machine="random",
+    )  # fmt: skip
+    assert outcome.value == driver.run(TEXT, on_cpu, "cpu", arguments).value
+    assert len(outcome.of("interpret")) == len(outcome.of("hipModuleLaunchKernel")) > 100
 
 
 def chip_of(artifact: Path) -> str:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.hip.driver import Driver, Outcome
 from tests.hip.failures import LOST, between, check_failure
-from tests.support.tiny import GPU_SIZES, TinyModel
+from tests.support.tiny import GPU_SIZES, SUPER_BLOCKS, TinyModel
 
 PROMPT = list(range(5, 16))
 
@@ -223,14 +223,11 @@ NOT_ON_GPUS = (
     "a_failed_step", "lost_device", "unknown_device", "native_failure", "exit_is_clean", "ctrl_c",
     "use_after_fork", "kv_memory", "kv_sizes",
 )  # fmt: skip
-# Those that want equal tokens in every batch and after every cached prefix, where activations of 16
-# bits round differently, and some token of a random model is as likely as another.
-NOT_IN_F16 = (
-    "stop_strings", "own_end_token", "many_threads", "stay_finite", "samples_of_one_prompt",
-    "preempted_requests", "survive_preemption", "several_answers", "defaults_carry",
-)  # fmt: skip
+ENGINE = ("engine/test_engine", "sampling/test_logprobs")
+ALL_OF_THEM = (*ENGINE, "engine/test_scoring", "frontend/test_backend")
+HALF = {"kv_dtype": "f16"}
 SUITE = """
-    import json
+    import ast
     import sys
     from dataclasses import replace
 
@@ -239,34 +236,27 @@ SUITE = """
     from sf_local.engine.engine import Engine
     from tests.support.reference import stored_as
 
-    chip, dtype, cache, *arguments = sys.argv[1:]
+    changes, near, cache, *arguments = sys.argv[1:]
     start, approx = Engine.__init__, pytest.approx
 
     class ForChip:
         def pytest_sessionstart(self):
             import tests.support.tiny as tiny
-            options = json.loads(dtype)
-            tiny.TINY_OPTIONS = replace(
-                tiny.TINY_OPTIONS, target=chip, **options, **tiny.GPU_SIZES
-            )
-            if options:
-                self.expect_what_is_stored(tiny, options["weight_dtype"])
+            options, make = ast.literal_eval(changes), tiny.TinyModels._make
 
-        def expect_what_is_stored(self, tiny, weight_dtype):
-            # Of models, the weights that the artifact holds; and numbers as near as f16 is
-            make = tiny.TinyModels._make
-
-            def made(*args):
-                model = make(*args)
+            def made(models, keep_mlir, others):
+                model = make(models, keep_mlir, options | others)
+                if (dtype := options.get("weight_dtype")) is None:
+                    return model
                 weights = {
-                    name: stored_as(name, weight, weight_dtype) if weight.ndim == 2 else weight
+                    name: stored_as(name, weight, dtype) if weight.ndim == 2 else weight
                     for name, weight in model.weights.items()
                 }
                 return replace(model, weights=weights)
 
             tiny.TinyModels._make = made
             pytest.approx = lambda expected, rel=None, abs=0.0: approx(
-                expected, rel=rel, abs=max(abs, 0.02)
+                expected, rel=rel, abs=max(abs, float(near))
             )
 
     def start_on_gpu(self, vmfb, device="cpu", **rest):
@@ -279,8 +269,14 @@ SUITE = """
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("chip", "dtype"),
-    [("gfx942", "f32"), ("gfx1100", "f32"), ("gfx1100", "int8"), ("gfx1100", "int4")],
+    ("chip", "options", "near", "names"),
+    [
+        ("gfx942", {}, 0.0, ALL_OF_THEM),
+        ("gfx942", {"weight_dtype": "int8", **HALF}, 0.02, ENGINE),
+        ("gfx1100", {"weight_dtype": "int4", **HALF}, 0.02, ALL_OF_THEM),
+        ("gfx1100", {"kind": "Q4_K", "weight_dtype": None, **HALF, **SUPER_BLOCKS}, 0.03, ENGINE),
+    ],
+    ids=["f32", "int8", "int4", "q4_k_m"],
 )
 def test_the_engines_own_tests_pass(
     hip_driver: Driver,
@@ -288,32 +284,29 @@ def test_the_engines_own_tests_pass(
     twins_of: Callable[[Path], Path],
     request: pytest.FixtureRequest,
     chip: str,
-    dtype: str,
+    options: dict[str, Any],
+    near: float,
+    names: tuple[str, ...],
 ) -> None:
-    """All that compare with the reference, on a GPU's artifact instead of the CPU's."""
-    is_f32 = dtype == "f32"
-    options = {} if is_f32 else {"weight_dtype": dtype, "kv_dtype": "f16"}
-    left_out = NOT_ON_GPUS if is_f32 else (*NOT_ON_GPUS, *NOT_IN_F16)
+    """All that compare with the reference, on a GPU's artifact instead of the CPU's.
+
+    near: how near numbers are to the reference's; what is larger in a test holds.
+    """
+    options = {"target": chip, **options, **GPU_SIZES}
     folder = Path(__file__).parents[1] / "sf_local"
-    names = (
-        "engine/test_engine",
-        "engine/test_scoring",
-        "sampling/test_logprobs",
-        "frontend/test_backend",
-    )
     outcome = hip_driver.run(
         SUITE,
-        chip,
-        json.dumps(options),
+        options,
+        near,
         request.config.cache.mkdir("hip").parents[1],
-        *("-m", "not model and not slow", "-k", " and ".join(f"not {n}" for n in left_out)),
+        *("-m", "not model and not slow", "-k", " and ".join(f"not {n}" for n in NOT_ON_GPUS)),
         *(folder / f"{name}.py" for name in names),
         devices=f"{chip}:512MiB",
-        twins=twins_of(make_tiny(target=chip, keep_mlir=True, **options, **GPU_SIZES).artifact),
+        twins=twins_of(make_tiny(keep_mlir=True, **options).artifact),
         timeout=900,
     )
     assert outcome.exit_code == 0, outcome.stdout
-    assert int(re.findall(r"(\d+) passed", outcome.stdout)[-1]) > 140
+    assert int(re.findall(r"(\d+) passed", outcome.stdout)[-1]) > 40 * len(names)
     assert len(outcome.of("hipModuleLaunchKernel")) > 10_000
 
 

@@ -4,11 +4,9 @@ float64, the engine's text beside the CPU's; and whether a fault would be seen.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +18,8 @@ from compile.formats.layout import MASKED
 from compile.options import BuildOptions
 from sf_local.artifact.manifest import LOGITS_BLOCK
 from tests.hip.dispatches import BOUNDS, wrong_ones
-from tests.hip.driver import Driver, Outcome, compile_code_object
-from tests.hip.machine_runs import Run, chip_of, run_beside_twins
+from tests.hip.driver import Driver, compile_code_object
+from tests.hip.machine_runs import Run, check_text, chip_of, run_beside_twins
 from tests.hip.model_calls import Arrays, Plan
 from tests.hip.modules import summing_module
 from tests.support.reference import Array, forward, uneven_weights, write_hf_folder
@@ -30,17 +28,6 @@ from tests.support.tiny import GPU_SIZES, MACHINE_CODE_CHIPS, TINY, TINY_OPTIONS
 PLAN = Plan(TINY.vocab_size, TINY_OPTIONS.page_size)
 SEED = 11
 
-TEXT = """
-    import json, sys
-    from sf_local.engine.engine import Engine
-    from sf_local.request.params import SamplingParams
-
-    artifact, device, prompts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-    greedy = SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True)
-    with Engine(artifact, device, kv_pages=40) as engine:
-        handles = [engine.submit(prompt, greedy) for prompt in prompts]
-        print(json.dumps([handle.result().token_ids for handle in handles]))
-"""
 SUMS = """
     import sys
     import iree.runtime
@@ -154,13 +141,8 @@ def test_the_engines_text(
     """Of several at once, some with a cached prefix: as on the CPU."""
     prompts = [[*range(5, 22), i] for i in range(3)] + [[7, 8, 9]]
 
-    def text(model: TinyModel, device: str, **rest: Any) -> Outcome:
-        return hip_driver.run(TEXT, model.artifact, device, json.dumps(prompts), **rest)
-
     model = make_tiny(target=chip, keep_mlir=True, **GPU_SIZES)
-    outcome = text(model, "hip", devices=f"{chip}:512MiB", runs="machine", machine="random")
-    assert outcome.value == text(make_tiny(row_major=True), "cpu").value
-    assert len(outcome.of("interpret")) == len(outcome.of("hipModuleLaunchKernel")) > 100
+    check_text(hip_driver, model.artifact, make_tiny(row_major=True).artifact, prompts)
 
 
 # The best token

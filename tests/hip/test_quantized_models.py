@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.hip.driver import Driver
-from tests.hip.machine_runs import run_beside_twins
+from tests.hip.machine_runs import check_text, run_beside_twins
 from tests.hip.model_calls import Plan
 from tests.support.reference import stored_as
 from tests.support.tiny import GPU_SIZES, MACHINE_CODE_CHIPS, QUANTIZABLE, TINY, TinyModel
@@ -23,6 +23,23 @@ CASES = [
 ]
 
 
+TEXTS = [
+    pytest.param(dtype, chip, marks=() if dtype == "int4" else pytest.mark.slow)
+    for dtype in ("int4", "int8", "f16", "bf16")
+    for chip in MACHINE_CODE_CHIPS
+]
+
+
+def make_model(make_tiny: Callable[..., TinyModel], dtype: str, target: str) -> TinyModel:
+    """A tiny model of a type; for a CPU with activations that are as exact as a GPU's."""
+    is_for_cpu, is_float = target == "cpu", dtype.endswith("f16")
+    return make_tiny(
+        target=target, weight_dtype=dtype, kv_dtype=dtype if is_float else "f16",
+        activation_dtype="int16" if is_for_cpu and not is_float else None,
+        keep_mlir=not is_for_cpu, **GPU_SIZES, **QUANTIZABLE,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(("dtype", "chip"), CASES)
 def test_dispatches_and_logits(
     hip_driver: Driver,
@@ -32,9 +49,7 @@ def test_dispatches_and_logits(
     dtype: str,
     chip: str,
 ) -> None:
-    model = make_tiny(
-        target=chip, weight_dtype=dtype, kv_dtype="f16", keep_mlir=True, **GPU_SIZES, **QUANTIZABLE
-    )
+    model = make_model(make_tiny, dtype, chip)
     done = run_beside_twins(
         hip_driver, model.artifact, twins_of(model.artifact), PLAN, tmp_path, "random seed=5"
     )
@@ -45,3 +60,12 @@ def test_dispatches_and_logits(
         for name, weight in model.weights.items()
     }
     done.check_logits(PLAN, model.config, weights)
+
+
+@pytest.mark.parametrize(("dtype", "chip"), TEXTS)
+def test_the_engines_text(
+    hip_driver: Driver, make_tiny: Callable[..., TinyModel], dtype: str, chip: str
+) -> None:
+    """As on the CPU. In f32: test_machine_code; in other quantized types: test_gguf_models."""
+    artifact, on_cpu = (make_model(make_tiny, dtype, target).artifact for target in (chip, "cpu"))
+    check_text(hip_driver, artifact, on_cpu, [[*range(5, 22), i] for i in range(3)] + [[7, 8, 9]])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 
 from compile.formats.blocks import GROUP
+from compile.formats.gguf_blocks import from_gguf
 from compile.models.spec import LlamaConfig
+from compile.sources.source import Source, SourceTensor
 from tests.support.reference import Weights, random_weights
 from tests.support.toy_sources import permuted, write_gguf
 
@@ -49,6 +52,31 @@ def random_blocks(rows: int, cols: int, kind: Kind, std: float, seed: int) -> np
     put(scales)
     put(scales * std / gguf.dequantize(blocks, kind).std())
     return blocks.reshape(rows, -1)
+
+
+def k_m(kind: Kind) -> Callable[[str], Kind]:
+    """The type of a matrix, by canonical name, in a Q4_K_M or Q5_K_M file of two layers."""
+    hot = ("blk.1.attn_v.weight", "blk.1.ffn_down.weight", "token_embd.weight")
+    return lambda name: Kind.Q6_K if name in hot else kind
+
+
+def of_random_blocks(source: Source, kind_of: Callable[[str], Kind]) -> Source:
+    """The same with random blocks of these types instead of its matrices, and as large weights."""
+
+    def changed(name: str, tensor: SourceTensor) -> SourceTensor:
+        if len(tensor.shape) == 1:
+            return tensor
+        kind, (rows, cols) = kind_of(name), tensor.shape
+        std = float(tensor.read(slice(None)).std())
+        raw = random_blocks(rows, cols, kind, std, sum(name.encode()))
+        weights = gguf.dequantize(raw, kind)
+        return replace(
+            tensor, dtype=kind.name, read=lambda rows: weights[rows],
+            groups=lambda rows: from_gguf(raw[rows], kind.name),
+        )  # fmt: skip
+
+    tensors = {name: changed(name, tensor) for name, tensor in source.tensors.items()}
+    return replace(source, tensors=tensors)
 
 
 def write_random_gguf(path: Path, kind_of: Callable[[str], Kind], config: LlamaConfig) -> Weights:

@@ -15,6 +15,8 @@ import pytest
 
 from compile import BuildOptions, build
 from compile.models.spec import LlamaConfig, VisionConfig
+from compile.sources.open import open_source
+from tests.support.quantized import Kind, k_m, of_random_blocks
 from tests.support.reference import random_weights, write_hf_folder
 from tests.support.vision_reference import (
     IDEFICS3,
@@ -54,6 +56,7 @@ ONE_SIZE = {"prefill_batch_sizes": (1,), "decode_batch_sizes": (1,)}
 ONE_PADDED = {"prefill_batch_sizes": (3,), "decode_batch_sizes": (4,)}  # of rows, mostly padding
 GPU_SIZES = {"prefill_batch_sizes": (1,), "decode_batch_sizes": (1, 8)}  # of models for chips
 QUANTIZABLE = {"head_dim": 32, "num_heads": 3, "num_kv_heads": 1, "hidden_size": 80}
+SUPER_BLOCKS = {"hidden_size": 256, "intermediate_size": 256, "num_heads": 4, "head_dim": 64}
 MACHINE_CODE_CHIPS = ("gfx942", "gfx1100")  # of the default tests
 CODE_CHIPS = (*MACHINE_CODE_CHIPS, *(pytest.param(chip, marks=pytest.mark.slow)
                                      for chip in ("gfx90a", "gfx1201")))  # fmt: skip
@@ -74,8 +77,9 @@ class TinyModel:
 class TinyModels:
     """Builds tiny models, each set of arguments once a run: make_tiny(row_major=True, num_heads=4).
 
-    Fields of LlamaConfig and of BuildOptions, over TINY and TINY_OPTIONS; keep_mlir; and
-    has_code=False, which compiles nothing, for tests that want its weights.
+    Fields of LlamaConfig and of BuildOptions, over TINY and TINY_OPTIONS; keep_mlir;
+    has_code=False, which compiles nothing, for tests that want its weights; and kind="Q4_K", by
+    which its matrices are random blocks as in a Q4_K_M file, with weight_dtype=None, SUPER_BLOCKS.
     """
 
     def __init__(self, new_folder: Callable[[], Path]) -> None:
@@ -93,12 +97,16 @@ class TinyModels:
 
     def _make(self, keep_mlir: bool, changes: dict[str, Any]) -> TinyModel:
         shape = {k: v for k, v in changes.items() if k in LlamaConfig.__dataclass_fields__}
-        rest = {k: v for k, v in changes.items() if k not in shape}
+        rest = {k: v for k, v in changes.items() if k not in {*shape, "kind"}}
         config, folder = replace(TINY, **shape), self._new_folder()
         weights = random_weights(config, seed=7)
         write_hf_folder(folder / "source", config, weights)
+        source = open_source(folder / "source")
+        if "kind" in changes:
+            source = of_random_blocks(source, k_m(Kind[changes["kind"]]))
+            weights = {name: tensor.read(slice(None)) for name, tensor in source.tensors.items()}
         options = replace(TINY_OPTIONS, **rest)
-        artifact = build(folder / "source", folder / "artifact", options, keep_mlir=keep_mlir)
+        artifact = build(source, folder / "artifact", options, keep_mlir=keep_mlir)
         return TinyModel(config, weights, folder / "source", artifact)
 
 

@@ -72,7 +72,7 @@ def main() -> int:
     parser.add_argument("--source", default="demo", help="with SmolLM2's tokens (%(default)s)")
     parser.add_argument("--chip", default="gfx1100", help="(%(default)s)")
     parser.add_argument("--weights", help="a type (that of the source)")
-    parser.add_argument("--cases", type=int, default=4, help="golden texts (%(default)s)")
+    parser.add_argument("--cases", type=int, help="of the golden texts (all)")
     driver = build_driver(CACHE)
     if driver is None:
         sys.exit("no g++ to build the stand-in for AMD's driver with")

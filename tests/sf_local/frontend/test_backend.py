@@ -20,6 +20,7 @@ import sf_local
 from sf_local.errors import ChatTemplateError, RequestError
 from sf_local.frontend.backend import to_params
 from sf_local.request.params import ResolvedParams
+from tests.support.answers import assert_drawn
 from tests.support.tiny import TinyModel
 
 
@@ -237,12 +238,12 @@ def test_select_by_each_method(
     assert [text for _, _, text in meta["input_token_logprobs"][0]] == ["r", "e", "d"]
 
 
-def test_several_answers(backend: sf_local.ShortfinLocal) -> None:
+def test_several_answers(backend: sf_local.ShortfinLocal, tiny: TinyModel) -> None:
     """The variable is a list, and the program goes on with the first."""
 
     @sgl.function
     def program(s: Any) -> None:
-        s += "abc" + sgl.gen("out", max_tokens=6, n=2, ignore_eos=True)
+        s += "abc" + sgl.gen("out", max_tokens=6, n=2, ignore_eos=True, return_logprob=True)
         s += sgl.gen("next", max_tokens=2, ignore_eos=True)
 
     state = program.run(backend=backend.using(seed=1))
@@ -251,8 +252,9 @@ def test_several_answers(backend: sf_local.ShortfinLocal) -> None:
     assert state.text() == "abc" + first + state["next"]
     infos = state.get_meta_info("out")
     assert [info["completion_tokens"] for info in infos] == [6, 6]
-    alone = plain.run(max_tokens=6, ignore_eos=True, backend=backend.using(seed=2))
-    assert alone["out"] == second
+    for i, info in enumerate(infos):
+        ids = [token for _, token, _ in info["output_token_logprobs"]]
+        assert_drawn(tiny, backend.engine.encode("abc"), ids, seed=1 + i)
 
 
 def test_several_answers_cannot_stream(backend: sf_local.ShortfinLocal) -> None:
@@ -436,6 +438,7 @@ def test_defaults_carry_what_sglang_cannot(tiny: TinyModel) -> None:
 
     defaults = sf_local.SamplingParams(seed=1, temperature=0.0)
     with sgl.ShortfinLocal(vmfb=tiny.artifact, defaults=defaults) as seeded:
+        text(seeded)  # from here on, all begin with the same cached pages
         first = text(seeded)
         assert text(seeded) == first
         assert text(seeded.using(seed=2)) != first
