@@ -57,10 +57,8 @@ class DecodeAttention(Kernel):
     f32, of each split the sums of values of all heads, then of each head the largest score, in
     powers of two, and the sum of exponentials. Rows that only pad the batch store nothing. A row
     reads what it stores itself from its registers, and nothing that another stores in this call.
-
-    is_prefill: rows have several tokens, and these are stored already. Then queries, keys, values
-    and result are of all tokens of all rows, zeros for those of padding, and how many tokens a row
-    has stands in for S: as the last constant, and in the number of workgroups.
+    is_prefill: rows have several tokens, which are stored already. Their number stands in for S;
+    queries, keys, values and result are of all tokens, the result zeros for those of padding.
     """
 
     heads: Heads
@@ -100,9 +98,10 @@ class DecodeAttention(Kernel):
         split, part, row = (k.workgroup(axis) for axis in range(3))
         token, head = Token(pages, row, split if self.is_prefill else None), part // parts
         if self.is_prefill:
-            split, is_stored = k.scalar(0, "index"), k.scalar(0, "i1")
+            split, is_stored, has_own = k.scalar(0, "index"), k.scalar(0, "i1"), token.is_valid
         else:
-            is_stored = k.bits("andi", split.equals(0), (part % parts).equals(0))
+            has_own = split.equals(0)
+            is_stored = k.bits("andi", has_own, (part % parts).equals(0))
             is_stored = k.bits("andi", is_stored, token.is_valid)
         new = self._prepare(k, pages, token, part, head, is_stored)
         k.barrier()
@@ -114,9 +113,7 @@ class DecodeAttention(Kernel):
         if has_numbers:
             zero = k.scalar(0.0, key.dtype)
             queries = [has_numbers.select(query, zero) for query in queries]
-        is_first = k.bits("andi", split.equals(0), (k.thread() // lanes.count).equals(0))
-        if self.is_prefill:
-            is_first = k.bits("andi", is_first, token.is_valid)
+        is_first = k.bits("andi", has_own, (k.thread() // lanes.count).equals(0))
         scores = [self._score(k, query, key) for query in queries]
         states = of_token(k, scores, value, is_first, is_fast=heads.kv_dtype == "f16")
         place = head * heads.head_dim + start
@@ -284,9 +281,8 @@ class DecodeAttention(Kernel):
             end = (first + self.chunk).minimum(token.num_before)
             return k.fold(first, end, flat, attend_token)
 
-        own, number, has_own = score(keys), split.to("i32"), split.equals(0)
-        if self.is_prefill:
-            has_own = token.is_valid
+        own, number = score(keys), split.to("i32")
+        has_own = token.is_valid if self.is_prefill else split.equals(0)
         states = [of_token(k, [own], value, has_own)[0] for value in values]
         chunks = token.chunks_before(self.chunk)
         flat = k.fold(number, chunks, flattened(states), attend, step=pages.splits)
