@@ -31,6 +31,7 @@ class Vectors:
     has_dot: bool = False  # dot products of bf16
     has_int8_dot: bool = False  # of four bytes; else there are those of two i16
     has_tiles: bool = False  # AMX in bf16
+    has_slow_dot: bool = False  # that takes longer than two multiply-adds of f32
     tuning: Tuning = Tuning()
 
     @property
@@ -129,7 +130,9 @@ class Target:
             lanes = 8 if "avx2" in features else 4
             return Vectors(lanes, 4, has_int8_dot=has_int8_dot, tuning=tuning)
         has_dots = "avx512_bf16" in features, "avx512_vnni" in features
-        return Vectors(16, 8, *has_dots, has_tiles, tuning)
+        # Intel's, which compute in f16, too; Zen 4 and 5, whose dots are fast, do not
+        has_slow_dot = not has_tiles and {"avx512_bf16", "avx512_fp16"} <= set(features)
+        return Vectors(16, 8, *has_dots, has_tiles, has_slow_dot, tuning)
 
     @property
     def flags(self) -> tuple[str, ...]:

@@ -73,7 +73,7 @@ class Activations:
             return
         views = views.open(kind.other, "i32")
         self.elements = views[kind.other]
-        self.units = views["i32" if kind.unit == 2 else kind.other]
+        self.units = views["i32" if kind.other == "bf16" else kind.other]
         self.unit_bytes = 4
 
     @staticmethod

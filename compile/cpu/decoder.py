@@ -273,7 +273,7 @@ class DecoderKernel(TransformerKernel):
     @property
     def _stores_bf16(self) -> bool:
         """Whether activations become bf16, by AVX-512."""
-        return not self.layers.takes_integers and self.layers.operand.unit == 2
+        return not self.layers.takes_integers and self.layers.operand.other == "bf16"
 
     def _quantize_mlp(self, row: Scalar) -> None:
         inner, lanes = self.model.inner, self.vectors.lanes

@@ -54,6 +54,8 @@ class DecoderLayout:
     def layers_of(self, kind: KernelKind) -> Format:
         """How a kernel multiplies the matrices of layers. In decode there are too few rows for
         weights that become floats to pay off."""
+        if self.layers.dtype == "bf16" and self.vectors.has_slow_dot and not kind.is_decode:
+            return replace(self.layers, activation_dtype="f32")
         given = self.options.activation_dtype or "int16"
         is_float = given == "bf16"
         return replace(

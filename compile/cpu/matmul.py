@@ -8,7 +8,7 @@ the number of rows computed at once, so a row's result does not depend on the ro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from compile.cpu.activations import Activations, Integers
@@ -32,6 +32,7 @@ class Format:
     dtype: "f32", "f16", "bf16", or a type of `compile.formats.blocks`. activation_dtype: what
     integer weights are multiplied with: integers of one byte ("int8") or two ("int16"); or, after a
     block has become floats, "bf16" in AMX tiles, which is several times as fast for many rows.
+    "f32": pairs of bf16 weights become f32.
     has_half_sums: integers have a sum for every 16, as q6_k needs it. What reads the same
     activations has the same of both.
     """
@@ -60,7 +61,9 @@ class Format:
     def operand(self) -> Operand:
         """How float weights are multiplied."""
         assert not self.takes_integers
-        return operand("bf16" if self.expands else self.dtype, self.vectors, self.vectors.lanes)
+        dtype = "bf16" if self.expands else self.dtype
+        found = operand(dtype, self.vectors, self.vectors.lanes)
+        return replace(found, splits=found.unit == 2 and self.activation_dtype == "f32")
 
     @cached_property
     def quantized(self) -> QuantizedBlocks:

@@ -17,10 +17,14 @@ REGISTER_BITS = {4: "128", 8: "256", 16: "512"}  # by f32 lanes
 
 @dataclass(frozen=True)
 class Operand:
-    """Floats that products read `unit` at a time: 2 for dot products of bf16 pairs, else 1."""
+    """Floats that products read `unit` at a time: 2 for dot products of bf16 pairs, else 1.
+
+    splits: pairs become two f32 instead, each for a multiply-add of its own.
+    """
 
     dtype: str
     unit: int
+    splits: bool = False
 
     @property
     def unit_dtype(self) -> str:
@@ -35,7 +39,7 @@ class Operand:
     @property
     def other(self) -> str:
         """The dtype of the other factor, of which one unit is broadcast to all lanes."""
-        return "bf16" if self.unit == 2 else "f32"
+        return "bf16" if self.unit == 2 and not self.splits else "f32"
 
 
 def operand(dtype: str, vectors: Vectors, *lanes: int) -> Operand:
@@ -77,30 +81,36 @@ def product(
             for start in weights.starts:
                 weights.memory.prefetch(start + (at + weights.ahead))
         loaded = [weights.memory.load_vector(start + at, lanes) for start in weights.starts]
-        loaded = [_multiplicand(k, vector, op, lanes) for vector in loaded]
-        result = []
+        multiplicands = [_multiplicands(k, vector, op, lanes) for vector in loaded]
+        totals = list(sums)
         for r, row in enumerate(rows):
-            value = k.broadcast(x.load(row + i), lanes)
-            if op.unit == 2:
-                value = k.bitcast(value, vector_type(2 * lanes, "bf16"))
-            for t, weight in enumerate(loaded):
-                total = sums[r * len(loaded) + t]
-                result.append(_multiply_add(k, value, weight, total, op, lanes))
-        return result
+            for j in range(len(multiplicands[0])):
+                value = k.broadcast(x.load(row + (i * 2 + j if op.splits else i)), lanes)
+                if op.other == "bf16":
+                    value = k.bitcast(value, vector_type(2 * lanes, "bf16"))
+                for t, weights_of in enumerate(multiplicands):
+                    n = r * len(loaded) + t
+                    totals[n] = _multiply_add(k, value, weights_of[j], totals[n], op, lanes)
+        return totals
 
     return k.fold(0, num_units, sums, step)
 
 
-def _multiplicand(k: KernelBuilder, loaded: Scalar, op: Operand, lanes: int) -> Scalar:
+def _multiplicands(k: KernelBuilder, loaded: Scalar, op: Operand, lanes: int) -> list[Scalar]:
+    """What a vector of units is multiplied as: the first of a pair is in its lower half."""
+    floats = vector_type(lanes, "f32")
+    if op.splits:
+        halves = k.bits("shli", loaded, 16), k.bits("andi", loaded, -65536)
+        return [k.bitcast(half, floats) for half in halves]
     if op.unit == 2:
-        return k.bitcast(loaded, vector_type(2 * lanes, "bf16"))
-    return loaded.to(vector_type(lanes, "f32"))
+        return [k.bitcast(loaded, vector_type(2 * lanes, "bf16"))]
+    return [loaded.to(floats)]
 
 
 def _multiply_add(
     k: KernelBuilder, a: Scalar, b: Scalar, total: Scalar, op: Operand, lanes: int
 ) -> Scalar:
-    if op.unit == 2:
+    if op.other == "bf16":
         name = f"x86.avx512bf16.dpbf16ps.{REGISTER_BITS[lanes]}"
         return k.intrinsic(name, [total, a, b], total.dtype)
     return k.fma(a, b, total)

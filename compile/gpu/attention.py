@@ -57,10 +57,8 @@ class DecodeAttention(Kernel):
     f32, of each split the sums of values of all heads, then of each head the largest score, in
     powers of two, and the sum of exponentials. Rows that only pad the batch store nothing. A row
     reads what it stores itself from its registers, and nothing that another stores in this call.
-
-    is_prefill: rows have several tokens, and these are stored already. Then queries, keys, values
-    and result are of all tokens of all rows, zeros for those of padding, and how many tokens a row
-    has stands in for S: as the last constant, and in the number of workgroups.
+    is_prefill: rows have several tokens, which are stored already. Their number stands in for S;
+    queries, keys, values and result are of all tokens, the result zeros for those of padding.
     """
 
     heads: Heads
@@ -96,13 +94,14 @@ class DecodeAttention(Kernel):
     def write(self, k: ThreadBuilder) -> None:
         """What each thread does."""
         heads, lanes, pages = self.heads, self.lanes, self._pages(k)
-        parts = heads.num_heads // heads.num_kv_heads // heads.queries
+        parts = heads.group // heads.queries
         split, part, row = (k.workgroup(axis) for axis in range(3))
         token, head = Token(pages, row, split if self.is_prefill else None), part // parts
         if self.is_prefill:
-            split, is_stored = k.scalar(0, "index"), k.scalar(0, "i1")
+            split, is_stored, has_own = k.scalar(0, "index"), k.scalar(0, "i1"), token.is_valid
         else:
-            is_stored = k.bits("andi", split.equals(0), (part % parts).equals(0))
+            has_own = split.equals(0)
+            is_stored = k.bits("andi", has_own, (part % parts).equals(0))
             is_stored = k.bits("andi", is_stored, token.is_valid)
         new = self._prepare(k, pages, token, part, head, is_stored)
         k.barrier()
@@ -114,9 +113,7 @@ class DecodeAttention(Kernel):
         if has_numbers:
             zero = k.scalar(0.0, key.dtype)
             queries = [has_numbers.select(query, zero) for query in queries]
-        is_first = k.bits("andi", split.equals(0), (k.thread() // lanes.count).equals(0))
-        if self.is_prefill:
-            is_first = k.bits("andi", is_first, token.is_valid)
+        is_first = k.bits("andi", has_own, (k.thread() // lanes.count).equals(0))
         scores = [self._score(k, query, key) for query in queries]
         states = of_token(k, scores, value, is_first, is_fast=heads.kv_dtype == "f16")
         place = head * heads.head_dim + start
@@ -131,11 +128,8 @@ class DecodeAttention(Kernel):
         self, k: ThreadBuilder, pages: Pages, token: Token, part: Scalar, head: Scalar,
         is_stored: Scalar,
     ) -> Memory:  # fmt: skip
-        """The queries of a workgroup times the scale of scores, the key and the value of their
-        token, in local memory.
-
-        Key and value are stored in the cache, too.
-        """
+        """In local memory, queries of a workgroup times the scale of scores, and the key and value
+        of their token, which are stored in the cache, too."""
         heads, piece = self.heads, self.lanes.piece
         while piece % 4 == 0 and (heads.queries + 2) * heads.head_dim <= piece // 2 * THREADS:
             piece //= 2
@@ -155,8 +149,7 @@ class DecodeAttention(Kernel):
                 x = is_value.select(token.numbers(source, start, piece), x)
                 x = k.convert(x, heads.kv_dtype)
                 new.store_vector(x, unit * piece)
-                is_kept = is_query.select(k.scalar(0, "i1"), is_stored)
-                with k.when(is_kept):
+                with k.when(is_query.select(k.scalar(0, "i1"), is_stored)):
                     at = token.place(head, start) + (which - queries) * (heads.token // 2)
                     pages.store(x, at)
         return new
@@ -194,7 +187,8 @@ class DecodeAttention(Kernel):
 
         page = pages.page_of(token.row, (first + split * self.chunk).minimum(last))
         state = [page, *flattened(states)]
-        return unflattened(k.fold(split, self._chunks(token), state, attend, step=pages.splits)[1:])
+        chunks = token.chunks_before(self.chunk)
+        return unflattened(k.fold(split, chunks, state, attend, step=pages.splits)[1:])
 
     def _score(self, k: ThreadBuilder, query: Scalar, key: Scalar) -> Scalar:
         """The score of a key in powers of two; each lane of a token has it."""
@@ -216,10 +210,6 @@ class DecodeAttention(Kernel):
         dtype = "f32" if self.is_split else self.dtype
         return Pages(k, self.heads, dtype, is_prefill=self.is_prefill)
 
-    def _chunks(self, token: Token) -> Scalar:
-        """How many chunks the tokens before `token` are."""
-        return (token.num_before + (self.chunk - 1)) // self.chunk
-
     def _finish(
         self, token: Token, head: Scalar, split: Scalar, place: Scalar, total: Scalar, top: Scalar,
         weight: Scalar,
@@ -238,7 +228,7 @@ class DecodeAttention(Kernel):
     def write_plain(self, k: ExecutableBuilder) -> None:
         """Head by head, a split after the other; of a head, one half after the other."""
         heads, pages = self.heads, self._pages(k)
-        group, half = heads.num_heads // heads.num_kv_heads, heads.head_dim // 2
+        half = heads.head_dim // 2
         starts = [k.scalar(start, "index") for start in (0, half)]
         with (
             k.loop(0, pages.num_rows) as row,
@@ -255,8 +245,9 @@ class DecodeAttention(Kernel):
                         pages.store(key, token.place(head, at))
                         pages.store(value, pages.value_at(token.place(head, at)))
             splits = pages.splits.to("index")
-            with k.loop(0, group) as i, k.loop(0, splits) as split:
-                self._attend_plainly(k, token, head, head * group + i, split, keys, values)
+            with k.loop(0, heads.group) as i, k.loop(0, splits) as split:
+                query = head * heads.group + i
+                self._attend_plainly(k, token, head, query, split, keys, values)
 
     def _attend_plainly(
         self, k: ExecutableBuilder, token: Token, kv_head: Scalar, head: Scalar, split: Scalar,
@@ -290,11 +281,11 @@ class DecodeAttention(Kernel):
             end = (first + self.chunk).minimum(token.num_before)
             return k.fold(first, end, flat, attend_token)
 
-        own, number, has_own = score(keys), split.to("i32"), split.equals(0)
-        if self.is_prefill:
-            has_own = token.is_valid
+        own, number = score(keys), split.to("i32")
+        has_own = token.is_valid if self.is_prefill else split.equals(0)
         states = [of_token(k, [own], value, has_own)[0] for value in values]
-        flat = k.fold(number, self._chunks(token), flattened(states), attend, step=pages.splits)
+        chunks = token.chunks_before(self.chunk)
+        flat = k.fold(number, chunks, flattened(states), attend, step=pages.splits)
         for start, (top, weight, total) in zip(starts, unflattened(flat), strict=True):
             for i in range(half):
                 number = k.element(total, i)

@@ -22,7 +22,7 @@ class Context:
     def __init__(self, k: ThreadBuilder, sizes: Sizes, pages: Pages, first: Scalar) -> None:
         assert pages.num_tokens
         self._k, self._sizes, self._pages, heads = k, sizes, pages, sizes.heads
-        self._head, self._row = k.workgroup(1), k.workgroup(2)
+        self._head, self._row = k.workgroup(), k.workgroup(2)
         self._memory = k.shared(sizes.buffer * sizes.buffers, heads.kv_dtype)
         start, end = (x.load(self._row).to("i32") for x in (pages.starts, pages.ends))
         last = ((first + (QUERIES - 1)) // heads.group).minimum(pages.num_tokens - 1)

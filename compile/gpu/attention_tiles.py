@@ -93,7 +93,7 @@ class Queries:
         assert pages.num_tokens
         self._k, self._sizes, self._pages, heads = k, sizes, pages, sizes.heads
         lane, wave = k.thread() % k.subgroup, k.thread() // k.subgroup
-        self._lane, self._part, kv_head = lane, lane // SIDE, k.workgroup(1)
+        self._lane, self._part, kv_head = lane, lane // SIDE, k.workgroup()
         start = pages.starts.load(k.workgroup(2)).to("i32")
         self._first_position = start + (first // heads.group).to("i32")
         own = first + wave * (sizes.blocks * SIDE) + lane % SIDE

@@ -175,6 +175,10 @@ class Token:
         if number:
             self.num_before = self.is_valid.select(self.position, k.scalar(0, "i32"))
 
+    def chunks_before(self, size: int) -> Scalar:
+        """How many chunks of `size` tokens these are."""
+        return (self.num_before + (size - 1)) // size
+
     def numbers(self, head: Scalar, start: Scalar, piece: int) -> Scalar:
         """`piece` numbers from `start` on of a head: of a query, a key or a value."""
         heads = self.pages.heads

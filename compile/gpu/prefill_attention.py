@@ -97,8 +97,8 @@ class StoreTokens(Kernel):
 class PrefillAttention(DecodeAttention):
     """Attends to tokens that are stored.
 
-    Bindings and constants: as `DecodeAttention` in prefill. Workgroups: those of a row's queries,
-    from the last on, as they take longest; KH; N.
+    Bindings and constants: as `DecodeAttention` in prefill. Workgroups: KH; those of a row's
+    queries, from the last on, as they take longest; N.
     """
 
     is_prefill: bool = True
@@ -113,7 +113,7 @@ class PrefillAttention(DecodeAttention):
         sizes, pages = Sizes.of(self.heads, k), Pages(k, self.heads, self.dtype, is_prefill=True)
         assert pages.num_tokens
         count = pages.num_tokens * self.heads.group
-        first = (count + (QUERIES - 1)) // QUERIES * QUERIES - (k.workgroup() + 1) * QUERIES
+        first = (count + (QUERIES - 1)) // QUERIES * QUERIES - (k.workgroup(1) + 1) * QUERIES
         queries = Queries(k, sizes, pages, first)
         context = Context(k, sizes, pages, first)
         softmax = Softmax(k, sizes, self.heads.scale)
@@ -161,7 +161,7 @@ def attend_prefill(
     if is_tiled(kernels.target, heads):
         tiles = kernels.tiles(b.product(num_tokens, heads.group), QUERIES)
         kernel: DecodeAttention = PrefillAttention(heads, dtype)
-        grid: tuple[Dim, ...] = (tiles, heads.num_kv_heads, num_rows)
+        grid: tuple[Dim, ...] = (heads.num_kv_heads, tiles, num_rows)
     else:
         kernel = DecodeAttention(heads, dtype, is_prefill=True)
         grid = num_tokens, heads.num_heads // heads.queries, num_rows

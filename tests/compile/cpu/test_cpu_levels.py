@@ -8,24 +8,31 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from compile import BuildOptions
+from compile import BuildOptions, build
 from compile.emitters import find_emitter
 from compile.formats.blocks import BLOCK_TYPES
 from compile.sources.open import open_source
 from compile.target import resolve_target
 from compile.toolchain import iree_compile
 from sf_local.artifact.open import host_cpu_features
+from sf_local.model.runner import ModelRunner
+from sf_local.request.batch import Row
 from tests.support.cpu_product import Products
-from tests.support.tiny import CI, ONE_SIZE, QUANTIZABLE, TinyModel
+from tests.support.reference import forward
+from tests.support.running import open_runner
+from tests.support.tiny import CI, ONE_SIZE, QUANTIZABLE, TINY_OPTIONS, TinyModel
 
 EMULATED = {"generic": "Nehalem", "x86-64-v3": "Haswell"}  # CPUs of these levels, with no more
 LEVELS = (*EMULATED, "x86-64-v3+avx_vnni", "x86-64-v4", "x86-64-v4+avx512_vnni")
 VNNI, BF16 = "x86-64-v4+avx512_vnni", "x86-64-v4+avx512_vnni+avx512_bf16"
+SLOW_DOT = f"{BF16}+avx512_fp16"
 AMX = f"{BF16}+amx_tile+amx_bf16"
 # By level: what multiplies floats and what integers, and what no such CPU has
 INSTRUCTIONS = {
@@ -60,6 +67,30 @@ def test_products_on_a_cpu_with_avx2(tmp_path: Path) -> None:
     products = Products(["int8", "int4"], "int16")
     found = products.run(resolve_target("cpu", "x86-64-v3"), tmp_path, *emulator("x86-64-v3"))
     assert_close(products, found)
+
+
+def test_prefill_in_f32_where_dot_products_are_slow(
+    make_tiny: Callable[..., TinyModel], tmp_path: Path
+) -> None:
+    """All but the head, where activations become bf16, which costs less than in all products."""
+    if missing := set(resolve_target("cpu", SLOW_DOT).cpu_features) - host_cpu_features():
+        pytest.skip(f"this CPU lacks {missing}")
+    tiny = make_tiny(has_code=False)
+    options = replace(TINY_OPTIONS, weight_dtype="bf16", cpu=SLOW_DOT, **ONE_SIZE)
+    artifact = build(tiny.source, tmp_path / "artifact", options)
+    rounded = {name: w if w.ndim == 1 else w.astype(ml_dtypes.bfloat16).astype(np.float32)
+               for name, w in tiny.weights.items()}  # fmt: skip
+    tokens = np.random.default_rng(0).integers(0, 300, 21).tolist()
+
+    async def use(runner: ModelRunner) -> tuple[np.ndarray, np.ndarray]:
+        every = (await runner.prefill_all([Row(tokens, 0, [1, 2, 3])]))[0]
+        return every, (await runner.decode([Row(tokens[-1:], 20, [1, 2, 3])])).logits[0]
+
+    with open_runner(artifact) as run:
+        every, last = run(use)
+    expected = forward(tiny.config, rounded, tokens)
+    np.testing.assert_allclose(every, expected, rtol=0, atol=0.005 * np.abs(expected).max())
+    np.testing.assert_allclose(last, expected[-1], rtol=0, atol=0.05 * np.abs(expected).max())
 
 
 @pytest.mark.slow
