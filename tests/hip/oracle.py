@@ -593,6 +593,23 @@ def _sum(registers: Registers, fields: Fields, flushes: bool, form: str) -> Cont
     return outcome(D0=unsigned(bounded.astype(np.uint64)))
 
 
+def _pack_toward_zero(registers: Registers, fields: Fields, flushes: bool) -> Context:
+    packed, places = np.uint64(0), {"S0": 0, "S1": 16}
+    for name, low in places.items():
+        source = _f32(registers, name, flushes)
+        nearest = pcode.to_float(real(source), 16)  # infinities and NaNs
+        with np.errstate(all="ignore"):
+            size = np.abs(source.astype(np.float64))
+            unit = np.exp2(np.maximum(np.floor(np.log2(np.maximum(size, 1e-300))), -14) - 10)
+            cut = np.copysign(np.minimum(np.floor(size / unit) * unit, 65504), source)
+        is_finite = np.isfinite(source)
+        cut = real(np.where(is_finite, cut, 0).astype(np.float16)).bits
+        packed = packed | np.where(is_finite, cut, nearest.bits) << np.uint64(low)
+    context = outcome(D0=unsigned(packed))
+    context.written["D0"].floats = {(low, 16) for low in places.values()}
+    return context
+
+
 # Dot products, with the kind of their operands, and what they are added to
 DOTS = {
     "v_dot2c_f32_bf16": ("bf", "D0"), "v_dot2c_f32_f16": ("f", "D0"),
@@ -622,6 +639,10 @@ BY_HAND: dict[str, tuple[Hand, str]] = {
         name: (partial(_sum, form=form), "The text does not tell of clamp.")
         for name, form in SUMS.items()
     },
+    **dict.fromkeys(
+        ("v_cvt_pkrtz_f16_f32", "v_cvt_pk_rtz_f16_f32"),
+        (_pack_toward_zero, "The text sets a rounding mode."),
+    ),
     "v_fma_mix_f32": (partial(_mix, form="f32"), "Modifiers differ from those of other VOP3P."),
     "v_fma_mixlo_f16": (partial(_mix, form="lo"), "As v_fma_mix_f32."),
     "v_fma_mixhi_f16": (partial(_mix, form="hi"), "As v_fma_mix_f32."),

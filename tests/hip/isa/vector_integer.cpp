@@ -40,8 +40,8 @@ void mad_64_32(Wave& wave, const Instruction& i) {
                                       : static_cast<__int128>(c[lane]);
     const __int128 sum = product + addend;
     c[lane] = static_cast<uint64_t>(sum);
-    const bool is_carry = IS_SIGNED ? sum != static_cast<int64_t>(sum) : (sum >> 64) != 0;
-    if (is_carry && wave.is_active(lane)) carries |= uint64_t{1} << lane;
+    // Bit 64 of 65: the carry, of signed numbers the sign
+    if ((sum >> 64 & 1) && wave.is_active(lane)) carries |= uint64_t{1} << lane;
   }
   write_64(wave, i, c);
   write_mask(wave, i.dst1, carries);
