@@ -15,13 +15,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Any, Protocol
 
 from compile.formats.blocks import BLOCK_TYPES, GROUP
-from compile.gpu.floats import DTYPES, FloatMatrix
 from compile.gpu.kernel import THREADS, Kernel, Kernels, ThreadBuilder
 from compile.gpu.norm import scale_of, scale_of_row
-from compile.gpu.parts import Part, Parts, PartTile, first_rows, name_of, num_tiles, total_rows
+from compile.gpu.parts import Parts, PartTile, first_rows, name_of, num_tiles, total_rows
 from compile.gpu.quantized import ROWS
 from compile.gpu.unpack import CHUNK, QuantizedMatrix
 from compile.mlir.activations import gated
@@ -31,18 +29,6 @@ from compile.mlir.values import Scalar
 
 SLOTS = THREADS // ROWS  # groups of columns that a workgroup multiplies at once
 STEPS = 28  # times SLOTS groups: columns in local memory, of all rows together
-
-
-class Matrix(Protocol):
-    """A matrix of which 32 columns of a row are loaded at once."""
-
-    num_groups: int
-
-    def load(self, row: Scalar, group: Scalar) -> Any:
-        """32 columns of a row, as they lie in memory."""
-
-    def unpack(self, packed: Any, dtype: str = ...) -> list[Scalar]:
-        """Four vectors of 8 numbers."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +63,9 @@ class FewRows(Kernel):
         return total_rows(self.parts)
 
     @property
-    def dtype(self) -> str:
-        """Of activations, and of what the next product reads."""
-        return "f16"
-
-    @property
     def result(self) -> tuple[str, str]:
-        """Activations are rounded, and so is what the next product reads."""
-        return self.dtype if self.epilogue == "silu" else "f32", self.dtype
+        """Activations are rounded to f16, and so is what the next product reads."""
+        return "f16" if self.epilogue == "silu" else "f32", "f16"
 
     @property
     def features(self) -> int:
@@ -112,7 +93,7 @@ class FewRows(Kernel):
         if self.epsilon is not None:
             scale = scale_of_row(k, work.x, self.depth, self.epsilon)
         stage = _Stage(work, k, chunk, scale)
-        tile = PartTile(k, self.parts, work.quantized, ROWS, k.workgroup())
+        tile = PartTile(k, self.parts, work.matrices, ROWS, k.workgroup())
 
         def multiply(first: Scalar, *totals: Scalar) -> Sequence[Scalar]:
             k.barrier()
@@ -176,7 +157,7 @@ class FewRows(Kernel):
             self.store(k, work, tile, row, place, thread % outputs, output)
 
     def store(
-        self, k: ThreadBuilder, work: Work, tile: PartTile[Any], row: Scalar,
+        self, k: ThreadBuilder, work: Work, tile: PartTile[QuantizedMatrix], row: Scalar,
         place: Scalar, feature: Scalar, output: Callable[[Scalar], Scalar],
     ) -> None:  # fmt: skip
         """Store a feature of what a block of the matrix, whose first is `place`, gives for one of
@@ -205,7 +186,7 @@ class FewRows(Kernel):
                 scale = scale_of(squares, self.depth, self.epsilon)
 
             def output(
-                matrix: Matrix, token: Scalar, n: Scalar, scale: Scalar | None = scale
+                matrix: QuantizedMatrix, token: Scalar, n: Scalar, scale: Scalar | None = scale
             ) -> Scalar:
                 def add(group: Scalar, total: Scalar) -> list[Scalar]:
                     weights = matrix.unpack(matrix.load(n, group), "f32")
@@ -248,22 +229,16 @@ class Work:
     def __init__(self, product: FewRows, k: ExecutableBuilder) -> None:
         self.product, self._k = product, k
         has_norm = product.epsilon is not None
-        self.x = k.view(k.binding(read_only=True), "f32" if has_norm else product.dtype)
+        self.x = k.view(k.binding(read_only=True), "f32" if has_norm else "f16")
         self.norm = k.view(k.binding(read_only=True), "f32") if has_norm else None
-        self.matrices: list[Matrix] = [self._matrix(k, part) for part in product.parts]
-        self.quantized = [m for m in self.matrices if isinstance(m, QuantizedMatrix)]
+        kinds = [BLOCK_TYPES[part.kind] for part in product.parts]
+        self.matrices = [QuantizedMatrix(k, kind, product.depth) for kind in kinds]
         self.num_groups = max(matrix.num_groups for matrix in self.matrices)
-        self.has_minima = any(matrix.kind.has_minima for matrix in self.quantized)
+        self.has_minima = any(kind.has_minima for kind in kinds)
         has_residual = product.epilogue == "add"
         self._residual = k.view(k.binding(read_only=True), "f32") if has_residual else None
         self._out = k.view(k.binding(), product.result[0])
         self.num_rows = k.constant()
-
-    def _matrix(self, k: ExecutableBuilder, part: Part) -> Matrix:
-        depth, is_gated = self.product.depth, self.product.epilogue == "silu"
-        if part.kind in DTYPES:
-            return FloatMatrix(k, part.kind, part.rows, depth, is_gated=is_gated)
-        return QuantizedMatrix(k, BLOCK_TYPES[part.kind], depth)
 
     def token(self, row: Scalar) -> Scalar:
         """The row of all that a workgroup's row is, or the last."""
@@ -271,8 +246,8 @@ class Work:
         return (k.workgroup(1) * self.product.rows + row).minimum(self.num_rows - 1)
 
     def activations(self, token: Scalar, column: Scalar, scale: Scalar | None) -> Scalar:
-        """A vector of CHUNK activations, after the norm, which multiplies the row with `scale` and
-        its weight; columns beyond the last are 0."""
+        """A vector of CHUNK activations in f16, after the norm, which multiplies the row with
+        `scale` and its weight; columns beyond the last are 0."""
         k, depth = self._k, self.product.depth
         inside = column.less(k.scalar(depth, "index"))
         column = column.minimum(k.scalar(depth - CHUNK, "index"))
@@ -281,7 +256,7 @@ class Work:
         if self.norm is None or scale is None:
             return x
         x = x * k.broadcast(scale, CHUNK) * self.norm.load_vector(column, CHUNK)
-        return k.convert(x, self.product.dtype)
+        return k.convert(x, "f16")
 
     def store(self, value: Scalar, token: Scalar, feature: Scalar) -> None:
         """Store an output, with the residual."""

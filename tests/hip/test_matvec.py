@@ -1,5 +1,5 @@
-"""Products of few rows with matrices on GPUs, quantized or of 16-bit floats: machine code beside
-plain loops and beside numpy, at sizes that no known model has as well.
+"""Products of few rows with quantized matrices on GPUs: machine code beside plain loops and beside
+numpy, at sizes that no known model has as well.
 """
 
 from __future__ import annotations
@@ -44,10 +44,7 @@ MATRIX_OTHERS = [
     # Several blocks a workgroup, and more than it has in the last one
     (MatrixRows((Part("int8", 16 * 305), Part("int4", 8)), 64, 16, 1e-5, "add"), 16),
     (MatrixRows(MIXED.parts, 512, 5, 1e-5), 5),
-    (MatrixRows((Part("f16", 35),), 72, 2, epilogue="add"), 3),
-    (MatrixRows((Part("f16", 16 * 305 + 8),), 64, 16), 16),
 ]
-FLOATS = MatrixRows((Part("f16", 48),), 1544, 8, 1e-5, "silu")
 MATRIX_TYPES = [(MatrixRows(case.parts, case.depth, 3, 1e-5), 3) for case, _ in TYPES]
 CHIPS = ["gfx942", "gfx1100", "gfx1201"]
 
@@ -75,11 +72,6 @@ def given_and_expected(
     rng, matrices = np.random.default_rng(1), []
     given: Arrays = {}
     for i, part in enumerate(product.parts):
-        if part.kind == "f16":
-            numbers = rng.normal(size=(part.rows, product.depth)).astype(np.float16)
-            given[f"y_matrix_{i}"] = numbers
-            matrices.append(numbers.astype(np.float64))
-            continue
         kind = BLOCK_TYPES[part.kind]
         whole = -(-product.depth // kind.columns) * kind.columns
         groups = random_rows(kind, part.rows, whole, rng)
@@ -100,10 +92,7 @@ def given_and_expected(
         given["z"] = rng.normal(size=expected.shape).astype(np.float32)
         expected = expected + given["z"]
     if product.epilogue == "silu":
-        if product.parts[0].kind == "f16":
-            gate, up = np.split(expected, 2, axis=1)
-        else:
-            gate, up = np.moveaxis(expected.reshape(num_rows, -1, 2, 8), 2, 0)
+        gate, up = np.moveaxis(expected.reshape(num_rows, -1, 2, 8), 2, 0)
         expected = (gate / (1 + np.exp(-gate)) * up).reshape(num_rows, -1)
     return given, expected
 
@@ -146,11 +135,6 @@ def test_products_in_4_bits(
     hip_driver: Driver, hip_cache: Path, tmp_path: Path, chip: str, case: tuple[FewRows, int]
 ) -> None:
     check(hip_driver, hip_cache, tmp_path, chip, case)
-
-
-@pytest.mark.parametrize("chip", ["gfx942", "gfx1100"])
-def test_products_of_floats(hip_driver: Driver, hip_cache: Path, tmp_path: Path, chip: str) -> None:
-    check(hip_driver, hip_cache, tmp_path, chip, (FLOATS, 8))
 
 
 @pytest.mark.parametrize("size", [1, 1e6, 1e-4])
