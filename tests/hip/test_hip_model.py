@@ -267,27 +267,14 @@ SUITE = """
 """
 
 
-# Of quantized weights one failed once products of several rows were matrix instructions' own; not
-# yet looked into
-QUANTIZED = pytest.mark.xfail(reason="int4 failed on 30 November, for a reason yet to be found")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("chip", "options", "near", "names"),
     [
         ("gfx942", {}, 0.0, ALL_OF_THEM),
-        pytest.param("gfx942", {"weight_dtype": "int8", **HALF}, 0.02, ENGINE, marks=QUANTIZED),
-        pytest.param(
-            "gfx1100", {"weight_dtype": "int4", **HALF}, 0.02, ALL_OF_THEM, marks=QUANTIZED
-        ),
-        pytest.param(
-            "gfx1100",
-            {"kind": "Q4_K", "weight_dtype": None, **HALF, **SUPER_BLOCKS},
-            0.03,
-            ENGINE,
-            marks=QUANTIZED,
-        ),
+        ("gfx942", {"weight_dtype": "int8", **HALF}, 0.02, ENGINE),
+        ("gfx1100", {"weight_dtype": "int4", **HALF}, 0.02, ALL_OF_THEM),
+        ("gfx1100", {"kind": "Q4_K", "weight_dtype": None, **HALF, **SUPER_BLOCKS}, 0.03, ENGINE),
     ],
     ids=["f32", "int8", "int4", "q4_k_m"],
 )
