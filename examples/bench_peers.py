@@ -309,14 +309,14 @@ def our_worker(folder: Path, context: int = CONTEXT) -> Worker:
 def peer_of_kind(peers: Path, name: str, kind: str) -> Worker | str:
     """One of PEERS on weights of a kind that it has; or why there is none."""
     peer = PEERS[name]
-    return peer_worker(peers, name, peer.script, lambda: peer.model(_python(peers, name), kind))
+    return peer_worker(peers, name, peer.script, lambda: peer.model(python_of(peers, name), kind))
 
 
 def peer_worker(
     peers: Path, name: str, script: str, model: Callable[[], Path], context: int = CONTEXT
 ) -> Worker | str:
     """A peer on the file or folder that `model()` makes; or why there is none."""
-    python = _python(peers, name)
+    python = python_of(peers, name)
     if not python.exists():
         return f"not installed in {peers}"
     try:
@@ -325,7 +325,7 @@ def peer_worker(
         return str(error)
 
 
-def _python(peers: Path, name: str) -> Path:
+def python_of(peers: Path, name: str) -> Path:
     return peers / ENVIRONMENTS[name] / "bin" / "python"
 
 

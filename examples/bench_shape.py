@@ -22,6 +22,7 @@ from bench_peers import (
     measure,
     our_worker,
     peer_worker,
+    python_of,
     results,
     settings_of,
     text,
@@ -72,7 +73,7 @@ def main() -> None:
 def _workers(artifact: Path, source: Path, args: argparse.Namespace) -> dict[str, Worker | str]:
     """Ours and the peers, by name; or why one is missing."""
     kinds = {name: PEERS[name].kinds[args.weights] for name in COMPARED}
-    python = args.peers / "openvino" / "bin" / "python"
+    python = python_of(args.peers, "OpenVINO GenAI")
     files = {
         "llama.cpp": lambda: source,
         "OpenVINO GenAI": lambda: conversions.openvino(

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from compile.gpu.kernel import THREADS, Kernel, Kernels, ThreadBuilder
+from compile.gpu.kernel import THREADS, Kernel, Kernels, ThreadBuilder, dot2
 from compile.gpu.pages import Heads, Pages, Token
 from compile.gpu.softmax import (
     Combination,
@@ -194,10 +194,9 @@ class DecodeAttention(Kernel):
         """The score of a key in powers of two; each lane of a token has it."""
         total, pairs = k.scalar(0.0, "f32"), self.lanes.piece // 2
         if self.heads.kv_dtype == "f16":
-            no_clamp = k.scalar(0, "i1")
             for i in range(pairs):
                 a, b = (k.shuffle(x, x, [2 * i, 2 * i + 1]) for x in (query, key))
-                total = k.intrinsic("amdgcn.fdot2", [a, b, total, no_clamp], "f32")
+                total = dot2(k, a, b, total)
         else:
             a, b = (k.convert(x, "f32") for x in (query, key))
             for i in range(self.lanes.piece):

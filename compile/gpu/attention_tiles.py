@@ -14,7 +14,7 @@ from functools import reduce
 from operator import add
 
 from compile.gpu.attention import HIDDEN
-from compile.gpu.kernel import THREADS, ThreadBuilder
+from compile.gpu.kernel import THREADS, ThreadBuilder, dot2
 from compile.gpu.pages import Heads, Pages, Token
 from compile.gpu.softmax import NOTHING, exp2_fast, larger_of
 from compile.gpu.tiles import SIDE, Instruction
@@ -236,11 +236,10 @@ class Softmax:
         if kind == "f16":
             pairs = [numbers[i : i + 2] for i in range(0, len(numbers), 2)]
             # Cut, not rounded, for one instruction; the sum is of what they have become
-            pair, no_clamp = "vector<2xf16>", k.scalar(0, "i1")
+            pair = "vector<2xf16>"
             cut = [k.intrinsic("amdgcn.cvt.pkrtz", of_two, pair) for of_two in pairs]
             for of_two in cut:
-                operands = [of_two, k.scalar(1.0, pair), weight, no_clamp]
-                weight = k.intrinsic("amdgcn.fdot2", operands, "f32")
+                weight = dot2(k, of_two, k.scalar(1.0, pair), weight)
             words = [k.element(k.bitcast(of_two, "vector<1xi32>"), 0) for of_two in cut]
             count = CHUNK // 2
             chunks = [k.vector(words[i : i + count]) for i in range(0, len(words), count)]

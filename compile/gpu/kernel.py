@@ -70,6 +70,11 @@ class ThreadBuilder(ExecutableBuilder):
         )
 
 
+def dot2(k: ExecutableBuilder, a: Scalar, b: Scalar, total: Scalar) -> Scalar:
+    """total + a * b in f32, of vectors of two f16 numbers: one instruction."""
+    return k.intrinsic("amdgcn.fdot2", [a, b, total, k.scalar(0, "i1")], "f32")
+
+
 @dataclass(frozen=True)
 class Kernel(ABC):
     """A kernel: equal ones, which have equal fields, are written once a module."""

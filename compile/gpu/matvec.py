@@ -17,7 +17,7 @@ from functools import reduce
 from operator import add
 
 from compile.formats.blocks import BLOCK_TYPES, GROUP
-from compile.gpu.kernel import THREADS, Kernel, Kernels, ThreadBuilder
+from compile.gpu.kernel import THREADS, Kernel, Kernels, ThreadBuilder, dot2
 from compile.gpu.norm import scale_of, scale_of_row
 from compile.gpu.parts import Parts, PartTile, first_rows, name_of, num_tiles, total_rows
 from compile.gpu.quantized import ROWS
@@ -302,15 +302,16 @@ class _Stage:
         ]
 
     def _store_group(self, pieces: Sequence[Scalar], unit: Scalar) -> None:
-        k, total = self._k, self._k.scalar(0.0, "f32")
-        ones, no_clamp = k.scalar(1.0, "vector<2xf16>"), k.scalar(0, "i1")
+        k = self._k
         for i, x in enumerate(pieces):
             self._x.store_vector(x, unit * GROUP + i * CHUNK)
+        if not self._sums:
+            return
+        total, ones = k.scalar(0.0, "f32"), k.scalar(1.0, "vector<2xf16>")
+        for x in pieces:
             for j in range(0, CHUNK, 2):
-                two = k.shuffle(x, x, [j, j + 1])
-                total = k.intrinsic("amdgcn.fdot2", [two, ones, total, no_clamp], "f32")
-        if self._sums:
-            self._sums.store(total, unit)
+                total = dot2(k, k.shuffle(x, x, [j, j + 1]), ones, total)
+        self._sums.store(total, unit)
 
     def add_products(
         self, total: Scalar, pairs: Sequence[Scalar],
@@ -322,14 +323,13 @@ class _Stage:
         """
         k, unit, (scales, minimum) = self._k, place + row * self._groups, numbers
         halves, half = [], len(pairs) // 2
-        no_clamp = k.scalar(0, "i1")
         for start in (0, half):
             dot = k.scalar(0.0, "f32")
             for i in range(start, start + half, CHUNK // 2):
                 x = self._x.load_vector(unit * GROUP + 2 * i, CHUNK)
                 for j in range(CHUNK // 2):
                     two = k.shuffle(x, x, [2 * j, 2 * j + 1])
-                    dot = k.intrinsic("amdgcn.fdot2", [pairs[i + j], two, dot, no_clamp], "f32")
+                    dot = dot2(k, pairs[i + j], two, dot)
             halves.append(dot)
         if len(scales) > 1:
             return k.fma(scales[1], halves[1], k.fma(scales[0], halves[0], total))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compile.gpu.kernel import THREADS, Kernel, Kernels, ThreadBuilder
+from compile.gpu.kernel import THREADS, Kernel, Kernels, ThreadBuilder, dot2
 from compile.gpu.norm import scale_of, scale_of_row
 from compile.mlir.activations import gated
 from compile.mlir.builder import Tensor
@@ -100,10 +100,9 @@ class OneRow(Kernel):
     def _add(self, k: ThreadBuilder, total: Scalar, x: Scalar, weights: Scalar) -> Scalar:
         """The total and the products of two vectors."""
         if self.dtype == "f16":
-            no_clamp = k.scalar(0, "i1")
             for i in range(0, PIECE, 2):
                 a, b = (k.shuffle(v, v, [i, i + 1]) for v in (x, weights))
-                total = k.intrinsic("amdgcn.fdot2", [a, b, total, no_clamp], "f32")
+                total = dot2(k, a, b, total)
             return total
         x, weights = (k.convert(v, "f32") for v in (x, weights))
         for i in range(PIECE):

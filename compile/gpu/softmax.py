@@ -15,7 +15,7 @@ from functools import reduce
 from operator import add
 
 from compile.formats.layout import ITEM_BYTES
-from compile.gpu.kernel import THREADS, Kernel, ThreadBuilder
+from compile.gpu.kernel import THREADS, Kernel, ThreadBuilder, dot2
 from compile.mlir.executable import ExecutableBuilder, Memory
 from compile.mlir.values import Scalar
 from compile.mlir.vectors import lanes_of
@@ -94,16 +94,11 @@ def of_token(
             for one_of in ([1.0, 0.0], [0.0, 1.0])
         ]  # fmt: skip
         pairs = [k.shuffle(value, value, [i, i + 1]) for i in range(0, lanes, 2)]
-        total = k.vector([_dot(k, pair, share, zero) for pair in pairs for share in shares])
+        total = k.vector([dot2(k, pair, share, zero) for pair in pairs for share in shares])
     else:
         total = k.convert(value, "f32")
         total = has_token.select(total, k.scalar(0.0, total.dtype))
     return [(has_token.select(score, none), weight, total) for score in scores]
-
-
-def _dot(k: ExecutableBuilder, a: Scalar, b: Scalar, total: Scalar) -> Scalar:
-    """total + a * b, of two numbers f16 each."""
-    return k.intrinsic("amdgcn.fdot2", [a, b, total, k.scalar(0, "i1")], "f32")
 
 
 def add_tokens(
@@ -139,9 +134,9 @@ def add_tokens_fast(
         a, b = values[first : first + 2]
         both = [exp2_fast(k, score - larger) for score in scores[first : first + 2]]
         shares = k.intrinsic("amdgcn.cvt.pkrtz", both, "vector<2xf16>")
-        weight = _dot(k, ones, shares, weight)
+        weight = dot2(k, ones, shares, weight)
         sums = [
-            _dot(k, k.shuffle(a, b, [i, i + lanes]), shares, sum_) for i, sum_ in enumerate(sums)
+            dot2(k, k.shuffle(a, b, [i, i + lanes]), shares, sum_) for i, sum_ in enumerate(sums)
         ]
     return larger, weight, k.vector(sums)
 

@@ -76,16 +76,14 @@ def _write(path: Path, shape: LlamaShape, kind: str) -> None:
     writer.add_rope_dimension_count(shape.hidden // shape.heads)
     writer.add_vocab_size(shape.vocabulary)
     _add_tokenizer(writer, shape.vocabulary)
-    of_kind = {kind: [], "Q8_0": []} if kind == "Q4_1" else {kind: []}
-    for name, (rows, cols) in shape.matrices().items():
-        is_outer = name in ("token_embd", "output")
-        of_kind["Q8_0" if is_outer and "Q8_0" in of_kind else kind].append((name, rows, cols))
-    for each, sizes in of_kind.items():
-        numbers = _random(max(rows * cols for _, rows, cols in sizes), each)
-        for name, rows, cols in sizes:
-            width = numbers.shape[-1] * cols // (1 if each == "F16" else BLOCK)
-            data = numbers.reshape(-1)[: rows * width].reshape(rows, width)  # all of one memory
-            writer.add_tensor(f"{name}.weight", data, raw_dtype=gguf.GGMLQuantizationType[each])
+    sizes, outer = shape.matrices(), "Q8_0" if kind == "Q4_1" else kind
+    largest = max(rows * cols for rows, cols in sizes.values())
+    numbers = {each: _random(largest, each) for each in {kind, outer}}
+    for name, (rows, cols) in sizes.items():
+        each = outer if name in ("token_embd", "output") else kind
+        width = numbers[each].shape[-1] * cols // (1 if each == "F16" else BLOCK)
+        data = numbers[each].reshape(-1)[: rows * width].reshape(rows, width)  # all of one memory
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=gguf.GGMLQuantizationType[each])
     norms = [f"blk.{i}.{part}_norm" for i in range(shape.layers) for part in ("attn", "ffn")]
     for name in [*norms, "output_norm"]:
         writer.add_tensor(f"{name}.weight", np.ones(shape.hidden, np.float32))
