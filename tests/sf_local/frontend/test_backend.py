@@ -49,7 +49,9 @@ def plain(s: Any, **rest: Any) -> None:
 def failure(program: Any, backend: sf_local.ShortfinLocal, **arguments: Any) -> Exception:
     """What SGLang keeps when a program fails; nothing may be left of it in the engine."""
     with pytest.warns(UserWarning, match="stream_executor"):
-        error = program.run(backend=backend, **arguments).error()
+        state = program.run(backend=backend, **arguments)
+        state.stream_executor.worker.join()  # which sets the error after what `error` waits for
+    error = state.error()
     assert isinstance(error, Exception)
     backend.flush_cache()
     stats = backend.engine.stats()

@@ -37,6 +37,7 @@ def gen(backend: Backend, **arguments: Any) -> tuple[Any, dict[str, Any]]:
         s += sgl.gen("out", **arguments)
 
     state = program.run(backend=backend, ignore_eos=True)
+    state.stream_executor.worker.join()  # which sets the error after what `error` waits for
     error = state.error()
     if error is not None:
         raise error
