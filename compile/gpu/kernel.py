@@ -51,6 +51,15 @@ class ThreadBuilder(ExecutableBuilder):
         cast = self.op(f"memref.cast {memory.name} : {fixed} to {kind}", "")
         return Memory(self, cast.name, dtype, WORKGROUP_MEMORY)
 
+    def in_register(self, value: int) -> Scalar:
+        """An i32 constant, on gfx9 in a vector register: of the three operands of an instruction,
+        one at most may come from elsewhere there, so that two constants would take two of them."""
+        constant = super().in_register(value)
+        if not self.chip.startswith("gfx9"):
+            return constant
+        code = '"v_mov_b32 $0, $1", "=v,s"'
+        return self.op(f"llvm.inline_asm {code} {constant.name} : (i32) -> i32", "i32")
+
     def shuffle_xor(self, value: Scalar, distance: int) -> Scalar:
         """The value (32 bits) of the lane whose number differs by a power of two."""
         offset, width = (self.scalar(number, "i32") for number in (distance, self.subgroup))

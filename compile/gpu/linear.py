@@ -10,14 +10,16 @@ from dataclasses import dataclass
 
 from compile.formats.blocks import BLOCK_TYPES, GROUP
 from compile.formats.layout import Parameter
-from compile.gpu import matmul, matrix_rows, matvec, row
+from compile.gpu import matmul, matrix_rows, row, rows_product
 from compile.gpu.embedding import Embedding
+from compile.gpu.floats import DTYPES
 from compile.gpu.kernel import Kernels
 from compile.gpu.matmul import Product
 from compile.gpu.matrix_rows import MatrixRows
 from compile.gpu.matvec import FewRows
 from compile.gpu.parts import Part, Parts
 from compile.gpu.quantized import ROWS, column_bytes
+from compile.gpu.rows_product import RowsProduct
 from compile.gpu.tiles import Tile
 from compile.mlir.builder import Builder, Dim, Tensor, tensor_type
 from compile.mlir.values import Scalar
@@ -132,34 +134,44 @@ class Weights:
         """The RMS norm of x [T, H] f32 times the matrix `name` [N, H]: [T, N] f32.
 
         is_gated: of a matrix of gates and ups, silu(gate) * up instead: [T, N / 2], if it is
-        quantized or `is_row`.
+        quantized or `takes_floats`.
         """
         _check_depth(name, int(x.shape[1]))
-        if self.is_row(x, name):
-            return self._one_row([x, self.load(norm)], name, None, epsilon, is_gated)
+        if self.takes_floats(x, name):
+            return self._few_floats([x, self.load(norm)], name, None, epsilon, is_gated)
         if not self.is_quantized(name):
             return self.linear(rms_norm(self, x, norm, epsilon), name)
         if self._few_rows_of(x.shape[0]) is MatrixRows or x.shape[0] == 1:
             return self._few_rows([x, self.load(norm)], name, None, epsilon, is_gated)
         return self._few_rows([rms_norm(self, x, norm, epsilon)], name, None, None, is_gated)
 
-    def is_row(self, x: Tensor, name: str) -> bool:
-        """Whether x [T, K] is one row, for which there is a kernel of our own, times floats."""
+    def takes_floats(self, x: Tensor, name: str) -> bool:
+        """Whether a kernel of our own multiplies x [T, K], of few rows, with a matrix of floats."""
         if self.is_quantized(name) or not self._kernels:
             return False
-        is_small = x.shape[0] == 1 and int(x.shape[1]) <= row.MAX_DEPTH
-        return is_small and self.parameters[name].dtype in row.DTYPES
+        (count, depth), dtype = x.shape, self.parameters[name].dtype
+        if isinstance(count, str) or dtype not in DTYPES:
+            return False
+        if count == 1:
+            return int(depth) <= row.MAX_DEPTH
+        has_instruction = (dtype, self._kernels.target.name) != ("bf16", "gfx908")
+        return count <= matrix_rows.MAX_ROWS and has_instruction
 
-    def _one_row(
+    def _few_floats(
         self, activations: list[Tensor], name: str, residual: Tensor | None,
         epsilon: float | None, is_gated: bool,
     ) -> Tensor:  # fmt: skip
-        """A product of one row with floats. activations: and the norm's weight, with epsilon."""
+        """A product of few rows with floats. activations: and the norm's weight, with epsilon."""
         assert self._kernels
         (columns, depth), dtype = self.parameters[name].shape, self.parameters[name].dtype
-        epilogue = "silu" if is_gated else "add" if residual else ""
-        kernel = row.OneRow(dtype, columns, depth, epsilon, epilogue)
-        return row.multiply(self._kernels, kernel, activations, self.load(name), residual)
+        epilogue, count = "silu" if is_gated else "add" if residual else "", activations[0].shape[0]
+        if count == 1:
+            one = row.OneRow(dtype, columns, depth, epsilon, epilogue)
+            return row.multiply(self._kernels, one, activations, self.load(name), residual)
+        kernel = MatrixRows((Part(dtype, columns),), depth, int(count), epsilon, epilogue)
+        return rows_product.multiply(
+            self._kernels, kernel, activations, [self.load(name)], residual
+        )
 
     def _few_rows(
         self, activations: list[Tensor], name: str, residual: Tensor | None,
@@ -175,9 +187,9 @@ class Weights:
         matrix = self._quantized[name]
         kernel = kind(matrix.parts, int(depth), count, epsilon, epilogue)
         parts = [self.load(part) for part in matrix.names]
-        return matvec.multiply(self._kernels, kernel, activations, parts, residual)
+        return rows_product.multiply(self._kernels, kernel, activations, parts, residual)
 
-    def _few_rows_of(self, count: Dim) -> type[FewRows] | None:
+    def _few_rows_of(self, count: Dim) -> type[RowsProduct] | None:
         """What multiplies so many rows with a quantized matrix; None for `Product`."""
         assert self._kernels
         if isinstance(count, str):
@@ -210,8 +222,8 @@ class Weights:
         _check_depth(name, depth)
         if self.is_quantized(name):
             return self._few_rows([lhs], name, residual, None, is_gated=False)
-        if self.is_row(lhs, name) and self.parameters[name].shape[1] == depth:
-            return self._one_row([lhs], name, residual, None, is_gated=False)
+        if self.takes_floats(lhs, name) and self.parameters[name].shape[1] == depth:
+            return self._few_floats([lhs], name, residual, None, is_gated=False)
         # iree-compile 3.9.0 makes wrong code of other depths, such as NaN from bf16 on gfx90a.
         depth = whole_subgroups(depth)
         lhs, weight = (b.pad(x, 1, depth, 0) for x in (lhs, self.load(name)))

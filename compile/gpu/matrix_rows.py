@@ -1,14 +1,14 @@
-"""Products of up to 16 rows with quantized matrices on GPUs, by matrix instructions.
+"""Products of up to 16 rows with matrices on GPUs, by matrix instructions.
 
 Shapes: T rows of activations [T, K]; N rows of a matrix [N, K], which are output features.
 
 An instruction multiplies 16 rows of the matrix with 16 rows of activations, so that up to 16 of
 these cost hardly more than one. Of a block of 16 rows of the matrix, a wave takes some groups of
 32 columns at a time, 4 on gfx9 and 2 on gfx12: lane l has row l % 16 of group l / 16, as it lies in
-memory, unpacks it, and multiplies it, a few columns at a time, with the same columns of row l % 16
-of the activations. (On gfx11 instructions want the same numbers in both halves of a wave, which
-has one group.) Neither goes through local memory: the waves of a workgroup share K, so that none
-needs what another has. At the end their sums are added up there.
+memory, unpacks it if it is quantized, and multiplies it, a few columns at a time, with the same
+columns of row l % 16 of the activations. (On gfx11 instructions want the same numbers in both
+halves of a wave, which has one group.) Neither goes through local memory: the waves of a workgroup
+share K, so that none needs what another has. At the end their sums are added up there.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from operator import add
 
 from compile.formats.blocks import GROUP
 from compile.gpu.kernel import ThreadBuilder
-from compile.gpu.matvec import FewRows, Work
 from compile.gpu.norm import scale_of, squares_of
 from compile.gpu.parts import PartTile, num_tiles
 from compile.gpu.quantized import ROWS
+from compile.gpu.rows_product import Matrix, RowsProduct, Work
 from compile.gpu.tiles import SIDE, Instruction
-from compile.gpu.unpack import CHUNK, QuantizedMatrix
+from compile.gpu.unpack import CHUNK
 from compile.mlir.executable import Memory
 from compile.mlir.values import Scalar
 
@@ -40,8 +40,8 @@ MAX_BLOCKS = 6  # of rows of the matrix that a workgroup multiplies with the sam
 
 
 @dataclass(frozen=True)
-class MatrixRows(FewRows):
-    """The same as FewRows; with a norm, rows of activations may be several."""
+class MatrixRows(RowsProduct):
+    """With a norm as well, rows of activations may be several."""
 
     @property
     def name(self) -> str:
@@ -67,7 +67,7 @@ class MatrixRows(FewRows):
         unroll = next(n for n in (7, 4, 3, 2, 1) if rounds % n == 0 and n * blocks <= MAX_LOADS)
         zero = k.scalar(0.0, f"vector<{activations.instruction.sums}xf32>")
 
-        def sums_of(matrix: QuantizedMatrix) -> list[Scalar]:
+        def sums_of(matrix: Matrix) -> list[Scalar]:
             first_of_last = tile.last // ROWS * ROWS
             rows = [
                 (tile.row + i * ROWS).minimum(first_of_last) + k.thread() % ROWS
@@ -86,7 +86,7 @@ class MatrixRows(FewRows):
 
     def _groups(
         self, k: ThreadBuilder, activations: _Activations,
-        of: tuple[QuantizedMatrix, Sequence[Scalar]], rounds: Sequence[Scalar],
+        of: tuple[Matrix, Sequence[Scalar]], rounds: Sequence[Scalar],
         sums: Sequence[Scalar],
     ) -> list[Scalar]:  # fmt: skip
         """The sums of blocks, with the thread's groups of these rounds more of a row of each."""
@@ -102,8 +102,7 @@ class MatrixRows(FewRows):
         return sums
 
     def _add_up(
-        self, k: ThreadBuilder, work: Work, tile: PartTile[QuantizedMatrix],
-        totals: Sequence[Scalar],
+        self, k: ThreadBuilder, work: Work, tile: PartTile[Matrix], totals: Sequence[Scalar]
     ) -> None:  # fmt: skip
         """Add up what the waves have of blocks, as many at once as LDS has room for, and store."""
         thread, outputs, waves = k.thread(), ROWS // self.share, THREADS // k.subgroup

@@ -22,7 +22,6 @@ LANES = 32  # threads of two rows of the matrix
 PIECE = 8  # numbers that are loaded at once: K is a multiple
 STEP = LANES * PIECE
 MAX_DEPTH = 28672  # activations that local memory has room for
-DTYPES = ("f16", "bf16")
 
 
 @dataclass(frozen=True)

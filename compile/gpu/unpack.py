@@ -129,7 +129,8 @@ class QuantizedMatrix:
         if kind.high_bits:
             upper = self._pairs(packed.upper, kind.high_bits, i)
             low = self.k.bits("ori", low, self.k.bits("shli", upper, LOW_BITS))
-        return self.k.bits("ori", low, BIAS | BIAS << 16)
+        bias = self.k.in_register(BIAS | BIAS << 16)
+        return self.k.bits("ori", low, self.k.broadcast(bias, CHUNK // 2))
 
     def _pairs(self, vectors: Sequence[Scalar], bits: int, i: int) -> Scalar:
         """Codes of some bits, of the columns 8 * i to 8 * i + 7."""

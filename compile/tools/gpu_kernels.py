@@ -32,6 +32,7 @@ SIZES = ITEM_BYTES | {"i64": 8, "i32": 4, "i8": 1}
 # writes
 PICKING = {"tensor.extract ": 4, "func.func @embedding_": 1}
 
+_PRODUCT = re.compile("_(matmul|matvec)_like_|(row|matrix)_b?f16_")  # by IREE, and ours, of floats
 _TENSOR = re.compile(r"tensor<((?:[?\d]+x)*)(\w+)>(?:\{(.*)\})?")
 _ITEM = re.compile(r"tensor<[^>]*>(?:\{[^}]*\})?|%[\w#]+(?:\{[^}]*\})?|\w+")  # of a list of types
 _DISPATCH = re.compile(
@@ -161,7 +162,7 @@ class Report:
         if kernel.picking:
             read = [min(size, kernel.picking * written) for size in read]
         operations = weights = 0
-        if any(kind in name for kind in ("_matmul_like_", "_matvec_like_", "row_f16", "row_bf16")):
+        if _PRODUCT.search(name):
             left, *rest = (_shape(t, values) for t in operands.values() if t.startswith("tensor"))
             right = next(shape for shape in rest if len(shape) > 1)  # and no norm's weight
             operations, weights = 2 * math.prod(left) * right[0], math.prod(right)

@@ -1,5 +1,5 @@
-"""Products of few rows with quantized matrices on GPUs: machine code beside plain loops and beside
-numpy, at sizes that no known model has as well.
+"""Products of few rows with matrices on GPUs, quantized or of 16-bit floats: machine code beside
+plain loops and beside numpy, at sizes that no known model has as well.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from compile.formats.blocks import BLOCK_TYPES, BlockType, Groups
 from compile.gpu.kernel import Kernels
 from compile.gpu.matrix_rows import MatrixRows
-from compile.gpu.matvec import FewRows, multiply
+from compile.gpu.matvec import FewRows
 from compile.gpu.parts import Part
 from compile.gpu.quantized import ROWS, packed
+from compile.gpu.rows_product import RowsProduct, multiply
 from compile.mlir.builder import Builder, Tensor
 from compile.target import Target
 from tests.hip.driver import Driver
@@ -44,7 +45,10 @@ MATRIX_OTHERS = [
     # Several blocks a workgroup, and more than it has in the last one
     (MatrixRows((Part("int8", 16 * 305), Part("int4", 8)), 64, 16, 1e-5, "add"), 16),
     (MatrixRows(MIXED.parts, 512, 5, 1e-5), 5),
+    (MatrixRows((Part("f16", 35),), 72, 2, epilogue="add"), 3),
+    (MatrixRows((Part("f16", 16 * 305 + 8),), 64, 16), 16),
 ]
+FLOATS = MatrixRows((Part("f16", 48),), 1544, 8, 1e-5, "silu")
 MATRIX_TYPES = [(MatrixRows(case.parts, case.depth, 3, 1e-5), 3) for case, _ in TYPES]
 CHIPS = ["gfx942", "gfx1100", "gfx1201"]
 
@@ -65,13 +69,18 @@ def random_rows(kind: BlockType, rows: int, columns: int, rng: np.random.Generat
 
 
 def given_and_expected(
-    product: FewRows, num_rows: int, size: float = 1
+    product: RowsProduct, num_rows: int, size: float = 1
 ) -> tuple[Arrays, NDArray[np.float64]]:
     """Arguments by name, whose alphabetical order is that of the kernel's bindings; activations of
     a size."""
     rng, matrices = np.random.default_rng(1), []
     given: Arrays = {}
     for i, part in enumerate(product.parts):
+        if part.kind == "f16":
+            numbers = rng.normal(size=(part.rows, product.depth)).astype(np.float16)
+            given[f"y_matrix_{i}"] = numbers
+            matrices.append(numbers.astype(np.float64))
+            continue
         kind = BLOCK_TYPES[part.kind]
         whole = -(-product.depth // kind.columns) * kind.columns
         groups = random_rows(kind, part.rows, whole, rng)
@@ -92,12 +101,15 @@ def given_and_expected(
         given["z"] = rng.normal(size=expected.shape).astype(np.float32)
         expected = expected + given["z"]
     if product.epilogue == "silu":
-        gate, up = np.moveaxis(expected.reshape(num_rows, -1, 2, 8), 2, 0)
+        if product.parts[0].kind == "f16":
+            gate, up = np.split(expected, 2, axis=1)
+        else:
+            gate, up = np.moveaxis(expected.reshape(num_rows, -1, 2, 8), 2, 0)
         expected = (gate / (1 + np.exp(-gate)) * up).reshape(num_rows, -1)
     return given, expected
 
 
-def module_text(product: FewRows, given: Arrays, target: Target) -> str:
+def module_text(product: RowsProduct, given: Arrays, target: Target) -> str:
     """A function `main` of all bindings."""
     b, types = Builder(), {"float16": "f16", "float32": "f32", "int8": "i8"}
     kernels = Kernels(b, target)
@@ -117,8 +129,9 @@ def module_text(product: FewRows, given: Arrays, target: Target) -> str:
 
 
 def check(
-    driver: Driver, cache: Path, folder: Path, chip: str, case: tuple[FewRows, int], size: float = 1
-) -> None:
+    driver: Driver, cache: Path, folder: Path, chip: str, case: tuple[RowsProduct, int],
+    size: float = 1,
+) -> None:  # fmt: skip
     product, num_rows = case
     given, expected = given_and_expected(product, num_rows, size)
     runner = KernelRunner(driver, cache, folder, chip)
@@ -132,15 +145,20 @@ def check(
 @pytest.mark.parametrize("chip", ["gfx942", "gfx1100"])
 @pytest.mark.parametrize("case", DEFAULT, ids=["odd", "norm", "mixed"])
 def test_products_in_4_bits(
-    hip_driver: Driver, hip_cache: Path, tmp_path: Path, chip: str, case: tuple[FewRows, int]
+    hip_driver: Driver, hip_cache: Path, tmp_path: Path, chip: str, case: tuple[RowsProduct, int]
 ) -> None:
     check(hip_driver, hip_cache, tmp_path, chip, case)
+
+
+@pytest.mark.parametrize("chip", ["gfx942", "gfx1100"])
+def test_products_of_floats(hip_driver: Driver, hip_cache: Path, tmp_path: Path, chip: str) -> None:
+    check(hip_driver, hip_cache, tmp_path, chip, (FLOATS, 8))
 
 
 @pytest.mark.parametrize("size", [1, 1e6, 1e-4])
 @pytest.mark.parametrize("case", [(NORM, 1), (MATRIX, 8)], ids=["one", "eight"])
 def test_a_norm_takes_rows_of_any_size(
-    hip_driver: Driver, hip_cache: Path, tmp_path: Path, case: tuple[FewRows, int], size: float
+    hip_driver: Driver, hip_cache: Path, tmp_path: Path, case: tuple[RowsProduct, int], size: float
 ) -> None:
     check(hip_driver, hip_cache, tmp_path, "gfx942", case, size)
 
@@ -153,7 +171,7 @@ def test_a_norm_takes_rows_of_any_size(
     ids=lambda value: value if isinstance(value, str) else value[0].name,
 )
 def test_products_by_matrix_instructions(
-    hip_driver: Driver, hip_cache: Path, tmp_path: Path, chip: str, case: tuple[FewRows, int]
+    hip_driver: Driver, hip_cache: Path, tmp_path: Path, chip: str, case: tuple[RowsProduct, int]
 ) -> None:
     check(hip_driver, hip_cache, tmp_path, chip, case)
 
@@ -162,6 +180,6 @@ def test_products_by_matrix_instructions(
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("case", OTHERS + TYPES, ids=lambda case: case[0].name)
 def test_products_of_all_types(
-    hip_driver: Driver, hip_cache: Path, tmp_path: Path, chip: str, case: tuple[FewRows, int]
+    hip_driver: Driver, hip_cache: Path, tmp_path: Path, chip: str, case: tuple[RowsProduct, int]
 ) -> None:
     check(hip_driver, hip_cache, tmp_path, chip, case)

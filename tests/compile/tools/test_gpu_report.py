@@ -19,7 +19,7 @@ from compile.tools.gpu_report import SHAPES, TOWERS, table
 CONFIG = LlamaConfig(4096, 1024, 2048, 2, 8, 2, 64, 1e-5, 1e4, 1024, True)
 MATRICES = 2 * 2 * (1024 * (512 + 2 * 128) + 512 * 1024 + 3 * 1024 * 2048) + 2 * 4096 * 1024
 ATTENTION = re.compile("_attention_|^attend_")  # of towers by IREE, and ours
-PRODUCTS = ("_matmul_like_", "_matvec_like_", "row_f16")
+PRODUCTS = ("_matmul_like_", "_matvec_like_", "row_f16", "matrix_f16")
 SO400M = VisionConfig("idefics3", 384, 14, 1152, 4304, 27, 16, 1e-6, "gelu_tanh", 3)
 SEEING = {name: (SHAPES[name], TOWERS[name]) for name in TOWERS} | {
     "smolvlm-2.2b": (replace(CONFIG, hidden_size=2048, num_heads=32, num_kv_heads=32), SO400M)
@@ -84,7 +84,7 @@ def test_a_decode_step_reads_each_weight_once(report: Report, rows: int) -> None
     found = products(report.dispatches(f"decode_next_bs{rows}", rows, 1, 128))
     assert len(found) == 2 * 4 + 1
     assert MATRICES < sum(d.num_bytes for d in found) < MATRICES * (1 + rows / 50)
-    assert all(bool(report.kernels[d.name].instructions) == (rows > 4) for d in found)
+    assert all(bool(report.kernels[d.name].instructions) == (rows > 1) for d in found)
     assert sum(d.operations for d in found) == rows * MATRICES
 
 
