@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compile.build import VMFB
+from compile.mlir.builder import Builder, Tensor
 from compile.target import Target
 from tests.hip.dispatches import compare_record, read_dispatches, wrong_ones
 from tests.hip.driver import Driver, compile_code_object, compile_twins
@@ -74,3 +75,15 @@ class KernelRunner:
         assert set(differences) == names and wrong_ones(differences.values()) == []
         with np.load(found) as results:
             return list(results.values())
+
+
+def bitcast(b: Builder, x: Tensor, dtype: str) -> Tensor:
+    """The same bits as another type: the runtime takes bf16 as i16."""
+    if x.dtype == dtype:
+        return x
+    result = replace(x, dtype=dtype)
+    sizes = ", ".join(size for size in x.shape if isinstance(size, str))
+    sizes = f"{{{sizes}}}" if sizes else ""
+    return b.tensor(
+        f"flow.tensor.bitcast {x.name} : {x.type}{sizes} -> {result.type}{sizes}", x.shape, dtype
+    )

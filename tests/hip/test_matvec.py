@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ml_dtypes import bfloat16
 from numpy.typing import NDArray
 
 from compile.formats.blocks import BLOCK_TYPES, BlockType, Groups
@@ -22,7 +23,7 @@ from compile.gpu.rows_product import RowsProduct, multiply
 from compile.mlir.builder import Builder, Tensor
 from compile.target import Target
 from tests.hip.driver import Driver
-from tests.hip.kernel_runs import KernelRunner
+from tests.hip.kernel_runs import KernelRunner, bitcast
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -48,8 +49,13 @@ MATRIX_OTHERS = [
     (MatrixRows((Part("f16", 35),), 72, 2, epilogue="add"), 3),
     (MatrixRows((Part("f16", 16 * 305 + 8),), 64, 16), 16),
 ]
-FLOATS = MatrixRows((Part("f16", 48),), 1544, 8, 1e-5, "silu")
+FLOATS = [
+    (MatrixRows((Part("f16", 48),), 1544, 8, 1e-5, "silu"), 8),
+    (MatrixRows((Part("bf16", 35),), 72, 2, 1e-5, "add"), 3),
+]
 MATRIX_TYPES = [(MatrixRows(case.parts, case.depth, 3, 1e-5), 3) for case, _ in TYPES]
+DTYPES = {"f16": np.float16, "bf16": bfloat16}
+BOUNDS = {"f16": 1e-3, "bf16": 1e-2}  # of the largest
 CHIPS = ["gfx942", "gfx1100", "gfx1201"]
 
 
@@ -76,10 +82,11 @@ def given_and_expected(
     rng, matrices = np.random.default_rng(1), []
     given: Arrays = {}
     for i, part in enumerate(product.parts):
-        if part.kind == "f16":
-            numbers = rng.normal(size=(part.rows, product.depth)).astype(np.float16)
-            given[f"y_matrix_{i}"] = numbers
+        if part.kind in DTYPES:
+            numbers = rng.normal(size=(part.rows, product.depth)).astype(DTYPES[part.kind])
             matrices.append(numbers.astype(np.float64))
+            # The runtime has no bf16
+            given[f"y_matrix_{i}"] = numbers.view(np.int16) if part.kind == "bf16" else numbers
             continue
         kind = BLOCK_TYPES[part.kind]
         whole = -(-product.depth // kind.columns) * kind.columns
@@ -101,7 +108,7 @@ def given_and_expected(
         given["z"] = rng.normal(size=expected.shape).astype(np.float32)
         expected = expected + given["z"]
     if product.epilogue == "silu":
-        if product.parts[0].kind == "f16":
+        if product.parts[0].kind in DTYPES:
             gate, up = np.split(expected, 2, axis=1)
         else:
             gate, up = np.moveaxis(expected.reshape(num_rows, -1, 2, 8), 2, 0)
@@ -111,7 +118,7 @@ def given_and_expected(
 
 def module_text(product: RowsProduct, given: Arrays, target: Target) -> str:
     """A function `main` of all bindings."""
-    b, types = Builder(), {"float16": "f16", "float32": "f32", "int8": "i8"}
+    b, types = Builder(), {"float16": "f16", "float32": "f32", "int8": "i8", "int16": "i16"}
     kernels = Kernels(b, target)
     inputs = {
         name: Tensor(f"%{name}", given[name].shape, types[given[name].dtype.name])
@@ -122,7 +129,10 @@ def module_text(product: RowsProduct, given: Arrays, target: Target) -> str:
     arguments = ", ".join(f"{x.name}: {x.type}" for x in inputs.values())
     with b.block(f"func.func @main({arguments}) -> {result} {{"):
         activations = [x for name, x in inputs.items() if name.startswith("x")]
-        matrices = [x for name, x in inputs.items() if name.startswith("y")]
+        matrices = [
+            bitcast(b, x, "bf16") if x.dtype == "i16" else x
+            for name, x in inputs.items() if name.startswith("y")
+        ]  # fmt: skip
         found = multiply(kernels, product, activations, matrices, inputs.get("z"))
         b.emit(f"return {found.name} : {found.type}")
     return kernels.write() + b.text("module")
@@ -139,7 +149,7 @@ def check(
         product.name, lambda target: module_text(product, given, target),
         [given[name] for name in sorted(given)],
     ).astype(np.float64)  # fmt: skip
-    assert np.abs(found - expected).max() <= 1e-3 * np.abs(expected).max()
+    assert np.abs(found - expected).max() <= BOUNDS[product.dtype] * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("chip", ["gfx942", "gfx1100"])
@@ -151,8 +161,11 @@ def test_products_in_4_bits(
 
 
 @pytest.mark.parametrize("chip", ["gfx942", "gfx1100"])
-def test_products_of_floats(hip_driver: Driver, hip_cache: Path, tmp_path: Path, chip: str) -> None:
-    check(hip_driver, hip_cache, tmp_path, chip, (FLOATS, 8))
+@pytest.mark.parametrize("case", FLOATS, ids=["f16", "bf16"])
+def test_products_of_floats(
+    hip_driver: Driver, hip_cache: Path, tmp_path: Path, chip: str, case: tuple[RowsProduct, int]
+) -> None:
+    check(hip_driver, hip_cache, tmp_path, chip, case)
 
 
 @pytest.mark.parametrize("size", [1, 1e6, 1e-4])

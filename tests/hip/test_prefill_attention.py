@@ -9,7 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from compile.mlir.builder import Builder, Tensor
 from compile.target import Target
 from compile.toolchain import iree_compile
 from tests.hip.driver import Driver
-from tests.hip.kernel_runs import Array, KernelRunner
+from tests.hip.kernel_runs import Array, KernelRunner, bitcast
 
 LAYER, LAYERS = 1, 2
 NO_PAGE = 12_345_679
@@ -110,12 +110,12 @@ class Case:
                 number = b.scalar(axis, "index")
                 b.emit(f"{x.shape[axis]} = tensor.dim {x.name}, {number.name} : {x.type}")
             *inputs, cache = given
-            cache = _bitcast(b, cache, heads.kv_dtype)
+            cache = bitcast(b, cache, heads.kv_dtype)
             found, cache = attend_prefill(
                 kernels, heads, out.dtype, (b.index("%all") // n).name, inputs, cache,
                 b.hidden(LAYER),
             )  # fmt: skip
-            cache = _bitcast(b, cache, given[-1].dtype)
+            cache = bitcast(b, cache, given[-1].dtype)
             b.emit(f"return {found.name}, {cache.name} : {found.type}, {cache.type}")
         return kernels.write() + b.text("module")
 
@@ -123,16 +123,6 @@ class Case:
 def _given(dtype: str) -> str:
     """As what the runtime takes numbers, for which numpy has no bf16."""
     return "i16" if dtype == "bf16" else dtype
-
-
-def _bitcast(b: Builder, x: Tensor, dtype: str) -> Tensor:
-    """The same bits as another type."""
-    if x.dtype == dtype:
-        return x
-    result, size = replace(x, dtype=dtype), f"{{{x.shape[0]}}}"
-    return b.tensor(
-        f"flow.tensor.bitcast {x.name} : {x.type}{size} -> {result.type}{size}", x.shape, dtype
-    )
 
 
 def check(runner: KernelRunner, case: Case, order: str) -> None:
