@@ -16,13 +16,15 @@ from sf_local.device.host_memory import Reservation
 class SharedPages:
     """Bytes of pages, uint8 [num_pages, page_bytes].
 
-    Linux gives memory to what is written for the first time. What it has not given yet is reserved,
+    Linux gives memory to what is written for the first time, 2 MiB at once where it can: in 4 KiB,
+    a tenth of the time of a prefill went by in page faults. What it has not given yet is reserved,
     so that it does not count as free.
     """
 
     def __init__(self, pages: NDArray[np.uint8]) -> None:
         self._pages, self._is_used = pages, np.zeros(len(pages), np.bool_)
         self._reservation = Reservation(pages.nbytes)
+        self._advise(0, len(pages), mmap.MADV_HUGEPAGE)
 
     def clear(self, pages: Sequence[int]) -> None:
         """Zero some pages, while the device does nothing."""
@@ -37,14 +39,18 @@ class SharedPages:
 
     def give_back(self, pages: Sequence[int]) -> None:
         """Let Linux have the memory of some pages; they hold anything then."""
-        madvise, page_bytes = ctypes.CDLL(None).madvise, self._pages.shape[1]
         for first, last in _runs(pages):
-            start = self._pages.ctypes.data + first * page_bytes
-            end = start + (last + 1 - first) * page_bytes
-            start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end - end % mmap.PAGESIZE
-            if start < end:
-                madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+            self._advise(first, last + 1, mmap.MADV_DONTNEED)
         self.use(pages, False)
+
+    def _advise(self, first: int, end: int, advice: int) -> None:
+        """Tell Linux how the memory of pages is used, as far as it has whole pages of its own."""
+        page_bytes, address = self._pages.shape[1], self._pages.ctypes.data
+        start = -(-(address + first * page_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+        stop = (address + end * page_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if start < stop:
+            size = ctypes.c_size_t(stop - start)
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), size, advice)
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
