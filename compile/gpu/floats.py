@@ -39,6 +39,6 @@ class FloatMatrix:
             for i in range(0, GROUP, CHUNK)
         ]
 
-    def unpack(self, packed: Sequence[Scalar], dtype: str = "") -> list[Scalar]:
-        """What was loaded, in its own type or another."""
-        return [self._k.convert(x, dtype) for x in packed] if dtype else [*packed]
+    def unpack(self, packed: Sequence[Scalar], dtype: str) -> list[Scalar]:
+        """What was loaded, in another type or its own."""
+        return [self._k.convert(x, dtype) for x in packed]

@@ -1,8 +1,9 @@
 """Kernels of our own for GPUs: what a thread does, and the kernels of a module.
 
 IREE makes kernels of tensor operations, too. Our own are for what it does not find: weights that
-are unpacked in registers, attention over pages. A kernel is written twice: as each thread of a
-workgroup computes it, and in plain loops, which tests compile for a CPU to compare.
+are unpacked in registers, products of few rows, attention over pages. A kernel is written twice:
+as each thread of a workgroup computes it, and in plain loops, which tests compile for a CPU to
+compare.
 """
 
 from __future__ import annotations

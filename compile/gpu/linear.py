@@ -20,7 +20,7 @@ from compile.gpu.matvec import FewRows
 from compile.gpu.parts import Part, Parts
 from compile.gpu.quantized import ROWS, column_bytes
 from compile.gpu.rows_product import RowsProduct
-from compile.gpu.tiles import Tile
+from compile.gpu.tiles import Instruction, Tile
 from compile.mlir.builder import Builder, Dim, Tensor, tensor_type
 from compile.mlir.values import Scalar
 from compile.models.tensors import ModelTensor
@@ -30,7 +30,7 @@ SUBGROUP = 64  # threads that reduce together; sizes they do not divide, a singl
 WORKGROUPS = 256  # as many keep a large chip busy
 COLUMNS = 64  # that a workgroup computes of a product of not many rows
 MIN_DEPTH = 256  # of a part of a split product; with 512, a gfx1100 runs out of registers
-FEW = 4  # up to so many rows a product gets no matrix instructions
+FEW = 4  # up to so many rows IREE uses no matrix instructions
 MANY = 128  # with more rows a product needs no splitting
 MATRIX = 16  # rows of a matrix instruction
 ALIGNED = 8  # K must be a multiple; else gfx11 runs matrix instructions with lanes masked off
@@ -154,7 +154,7 @@ class Weights:
             return False
         if count == 1:
             return int(depth) <= row.MAX_DEPTH
-        has_instruction = (dtype, self._kernels.target.name) != ("bf16", "gfx908")
+        has_instruction = Instruction.takes(dtype, self._kernels.target.name)
         return count <= matrix_rows.MAX_ROWS and has_instruction
 
     def _few_floats(

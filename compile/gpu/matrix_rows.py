@@ -41,7 +41,7 @@ MAX_BLOCKS = 6  # of rows of the matrix that a workgroup multiplies with the sam
 
 @dataclass(frozen=True)
 class MatrixRows(RowsProduct):
-    """With a norm as well, rows of activations may be several."""
+    """Multiplies by matrix instructions, with a norm or without: `rows` is up to 16."""
 
     @property
     def name(self) -> str:
@@ -96,7 +96,7 @@ class MatrixRows(RowsProduct):
         for group, packed in zip(groups, loaded, strict=True):
             x = activations.operands(activations.of(group))
             for i, block in enumerate(packed):
-                weights = activations.operands(matrix.unpack(block))
+                weights = activations.operands(matrix.unpack(block, self.dtype))
                 for a, b in zip(weights, x, strict=True):
                     sums[i] = activations.instruction.multiply(k, a, b, sums[i])
         return sums
@@ -185,7 +185,7 @@ class _Activations:
         return found
 
     def of(self, group: Scalar) -> list[Scalar]:
-        """32 columns of the activations: four vectors of 8 f16 numbers."""
+        """32 columns of the activations: four vectors of 8 numbers of the product's dtype."""
         column, end = group * GROUP, GROUP
         if self._is_shared:
             end = GROUP // 2

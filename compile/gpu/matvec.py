@@ -33,7 +33,7 @@ STEPS = 28  # times SLOTS groups: columns in local memory, of all rows together
 
 @dataclass(frozen=True)
 class FewRows(RowsProduct):
-    """With a norm, there is one row of activations."""
+    """Multiplies a quantized matrix by dot products. With a norm, `rows` is 1."""
 
     def write(self, k: ThreadBuilder) -> None:
         """What each thread does."""
@@ -129,11 +129,10 @@ class _Stage:
             unit, inside = k.thread() + start, None
             if start + THREADS > end:
                 inside = unit.less(k.scalar(end, "index"))
-                unit = unit.minimum(k.scalar(end - 1, "index"))
             row, chunk = unit // (self._groups * CHUNKS), unit % (self._groups * CHUNKS)
             column = first * GROUP + chunk * CHUNK
             x = self._work.activations(self._work.token(row), column, self._scale)
-            total = self._sum_of_group(x) if self._sums else None
+            total = self._sum_of_group(x) if self._sums else None  # by all threads
             with k.when(inside) if inside else nullcontext():
                 self._x.store_vector(x, unit * CHUNK)
                 if self._sums and total:

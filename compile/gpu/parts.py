@@ -20,7 +20,7 @@ M = TypeVar("M")  # a part's matrix, as a kernel reads it
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a matrix that are of one type: a name of BLOCK_TYPES, or "f16"."""
+    """Rows of a matrix that are of one type: a name of BLOCK_TYPES, "f16" or "bf16"."""
 
     kind: str
     rows: int

@@ -24,6 +24,7 @@ from compile.gpu.attention_context import Context
 from compile.gpu.attention_tiles import QUERIES, Queries, Sizes, Softmax
 from compile.gpu.kernel import THREADS, Kernel, Kernels, ThreadBuilder
 from compile.gpu.pages import Heads, Pages, Token
+from compile.gpu.tiles import Instruction
 from compile.gpu.unpack import CHUNK
 from compile.mlir.builder import Dim, Tensor
 from compile.mlir.executable import ExecutableBuilder
@@ -31,7 +32,6 @@ from compile.mlir.values import Scalar
 from compile.target import Target
 
 MAX_HEAD_DIM = {64: 256, 32: 128}  # by threads of a wave, for which registers have room
-TYPES = ("f16", "bf16")  # that are multiplied
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def attend_prefill(
 
 def is_tiled(target: Target, heads: Heads) -> bool:
     """Whether matrix instructions multiply these numbers, and registers hold them."""
-    if heads.kv_dtype not in TYPES or (heads.kv_dtype, target.name) == ("bf16", "gfx908"):
+    if not Instruction.takes(heads.kv_dtype, target.name):
         return False
     largest = MAX_HEAD_DIM[target.subgroup or 32]
     return heads.head_dim % CHUNK == 0 and heads.head_dim <= largest

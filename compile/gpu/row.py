@@ -1,4 +1,4 @@
-"""Products of one row with a matrix of 16-bit floats on GPUs: those of decode.
+"""Products of one row with a matrix of 16-bit floats on GPUs.
 
 Shapes: a row of activations [1, K]; a matrix [N, K], row by row, whose rows are output features.
 

@@ -30,7 +30,7 @@ class Matrix(Protocol):
     def load(self, row: Scalar, group: Scalar) -> Any:
         """32 columns of a row, as they lie in memory."""
 
-    def unpack(self, packed: Any, dtype: str = ...) -> list[Scalar]:
+    def unpack(self, packed: Any, dtype: str) -> list[Scalar]:
         """Four vectors of 8 numbers."""
 
 
@@ -41,11 +41,11 @@ class RowsProduct(Kernel):
     Bindings: activations, the norm's weight [K] f32 if there is one, matrix, residual [T, N] f32 if
     there is one, result. Constant: T. Workgroups: N / `tile` of each part, T / rows.
 
-    parts: of the matrix, of types of BLOCK_TYPES, each of them in a binding; or one of DTYPES, row
-    by row. rows: of activations that a workgroup multiplies. epsilon: of an RMS norm of the
-    activations, which are f32 then and `dtype` else. epilogue: "" for f32 results, "add" for the
-    residual added, "silu" for silu(gate) * up of a matrix of one part: [T, N / 2] `dtype`. It has
-    eight gates and eight ups in turn, or, of floats, all gates before all ups.
+    parts: of the matrix, of types of BLOCK_TYPES, each of them in a binding; for `MatrixRows` also
+    a single one of DTYPES, row by row. rows: of activations that a workgroup multiplies. epsilon:
+    of an RMS norm of the activations, which are f32 then and `dtype` else. epilogue: "" for f32
+    results, "add" for the residual added, "silu" for silu(gate) * up of a matrix of one part: [T, N
+    / 2] `dtype`. It has eight gates and eight ups in turn, or, of floats, all gates before all ups.
     """
 
     parts: Parts

@@ -75,6 +75,12 @@ class Instruction:
             return cls("mfma", 4, 4)
         return cls("wmma", 16 if chip.startswith("gfx11") else 8, 8)
 
+    @staticmethod
+    def takes(dtype: str, chip: str) -> bool:
+        """Whether a chip's instruction multiplies such numbers. That of gfx908 takes fewer bf16 at
+        once, and gets no kernels of its own."""
+        return dtype == "f16" or (dtype == "bf16" and chip != "gfx908")
+
     def row(self, lane: Scalar, i: int) -> Scalar:
         """The row of a lane's sum number i."""
         part = lane // SIDE

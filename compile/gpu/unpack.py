@@ -45,6 +45,7 @@ class QuantizedMatrix:
         self.num_groups = whole * kind.columns // GROUP
         self._block_bytes = whole * column_bytes(kind)
         self._words = k.view(k.binding(read_only=True), "i32")
+        self._bias = k.in_register(BIAS | BIAS << 16)
 
     def load(self, row: Scalar, group: Scalar) -> Packed:
         """32 columns of a row."""
@@ -129,8 +130,7 @@ class QuantizedMatrix:
         if kind.high_bits:
             upper = self._pairs(packed.upper, kind.high_bits, i)
             low = self.k.bits("ori", low, self.k.bits("shli", upper, LOW_BITS))
-        bias = self.k.in_register(BIAS | BIAS << 16)
-        return self.k.bits("ori", low, self.k.broadcast(bias, CHUNK // 2))
+        return self.k.bits("ori", low, self.k.broadcast(self._bias, CHUNK // 2))
 
     def _pairs(self, vectors: Sequence[Scalar], bits: int, i: int) -> Scalar:
         """Codes of some bits, of the columns 8 * i to 8 * i + 7."""

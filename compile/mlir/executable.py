@@ -97,6 +97,10 @@ class ExecutableBuilder(VectorBuilder):
 
     # Interface
 
+    def in_register(self, value: int) -> Scalar:
+        """An i32 constant; some chips want it in a vector register."""
+        return self.scalar(value, "i32")
+
     def write_executable(
         self, b: TextBuilder, name: str, workload: Sequence[str], count: Sequence[str],
         function: str, export: str = "",

@@ -31,10 +31,6 @@ class VectorBuilder(TextBuilder):
         types = ", ".join(a.dtype for a in arguments)
         return self.op(f'llvm.call_intrinsic "llvm.{name}"({names}) : ({types}) -> {kind}', kind)
 
-    def in_register(self, value: int) -> Scalar:
-        """An i32 constant."""
-        return self.scalar(value, "i32")
-
     def fma(self, a: Scalar, b: Scalar, c: Scalar) -> Scalar:
         """a * b + c, rounded once."""
         return self.op(f"math.fma {a.name}, {b.name}, {c.name} : {c.dtype}", c.dtype)

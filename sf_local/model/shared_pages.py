@@ -16,9 +16,10 @@ from sf_local.device.host_memory import Reservation
 class SharedPages:
     """Bytes of pages, uint8 [num_pages, page_bytes].
 
-    Linux gives memory to what is written for the first time, 2 MiB at once where it can: in 4 KiB,
-    a tenth of the time of a prefill went by in page faults. What it has not given yet is reserved,
-    so that it does not count as free.
+    Linux gives memory to what is written for the first time, in transparent huge pages of 2 MiB
+    where it can, as page faults took a tenth of the time of a prefill. So it may have given, and
+    keep when some of it is given back, up to that much around what is used. What it has not given
+    yet is reserved, so that it does not count as free.
     """
 
     def __init__(self, pages: NDArray[np.uint8]) -> None:
