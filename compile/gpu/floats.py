@@ -17,7 +17,7 @@ class FloatMatrix:
     """A matrix [N, K] of `dtype` in a kernel's next binding; K is a multiple of 8.
 
     is_gated: it has N / 2 gates, then as many ups, but its rows are numbered as eight gates and the
-    eight ups that they are multiplied with in turn; N / 2 is a multiple of 8.
+    eight ups that they are multiplied with in turn.
     """
 
     def __init__(
@@ -28,16 +28,17 @@ class FloatMatrix:
         self._numbers = k.view(k.binding(read_only=True), dtype)
 
     def load(self, row: Scalar, group: Scalar) -> list[Scalar]:
-        """32 columns of a row: four vectors of 8. Others stand in for those behind the last row or
+        """32 columns of a row: four vectors of 8."""
+        return [self.load_chunk(row, group * GROUP + i) for i in range(0, GROUP, CHUNK)]
+
+    def load_chunk(self, row: Scalar, column: Scalar) -> Scalar:
+        """8 columns of a row from `column` on. Others stand in for those behind the last row or
         column."""
-        row, half = row.minimum(self._rows - 1), ROWS // 2
+        half = ROWS // 2
         if self._is_gated:
             row = row // ROWS * half + row % half + row // half % 2 * (self._rows // 2)
-        start, last = row * self._columns, self._columns - CHUNK
-        return [
-            self._numbers.load_vector(start + (group * GROUP + i).minimum(last), CHUNK)
-            for i in range(0, GROUP, CHUNK)
-        ]
+        start = row.minimum(self._rows - 1) * self._columns
+        return self._numbers.load_vector(start + column.minimum(self._columns - CHUNK), CHUNK)
 
     def unpack(self, packed: Sequence[Scalar], dtype: str) -> list[Scalar]:
         """What was loaded, in another type or its own."""

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 
 from compile.formats.blocks import BLOCK_TYPES, GROUP
 from compile.formats.layout import Parameter
-from compile.gpu import matmul, matrix_rows, row, rows_product
+from compile.gpu import matmul, rows_product
 from compile.gpu.embedding import Embedding
 from compile.gpu.floats import DTYPES
 from compile.gpu.kernel import Kernels
 from compile.gpu.matmul import Product
-from compile.gpu.matrix_rows import MatrixRows
+from compile.gpu.matrix_rows import MAX_ROWS, MatrixRows
 from compile.gpu.matvec import FewRows
 from compile.gpu.parts import Part, Parts
 from compile.gpu.quantized import ROWS, column_bytes
+from compile.gpu.row import MAX_DEPTH, OneRow
 from compile.gpu.rows_product import RowsProduct
 from compile.gpu.tiles import Instruction, Tile
 from compile.mlir.builder import Builder, Dim, Tensor, tensor_type
@@ -37,9 +38,9 @@ ALIGNED = 8  # K must be a multiple; else gfx11 runs matrix instructions with la
 
 
 @dataclass(frozen=True)
-class Quantized:
-    """A quantized matrix: its parts, the parameters that have them, and how many columns it has;
-    rows and columns without the padding of blocks."""
+class Matrix:
+    """A matrix: its parts, the parameters that have them, and how many columns it has; rows and
+    columns without the padding of blocks."""
 
     parts: Parts
     names: Sequence[str]
@@ -61,7 +62,7 @@ class Weights:
     def __init__(self, b: Builder, dtype: str, kernels: Kernels | None = None) -> None:
         self.b, self.dtype, self._kernels = b, dtype, kernels
         self.parameters: dict[str, Parameter] = {}
-        self._quantized: dict[str, Quantized] = {}  # by the names of whole matrices
+        self._quantized: dict[str, Matrix] = {}  # by the names of whole matrices
 
     def add(
         self, tensors: Iterable[ModelTensor], dtype_of: Callable[[str], str] | None = None
@@ -94,11 +95,10 @@ class Weights:
             )
             parts.append(Part(dtype, rows))
             names.append(run.name)
-        self._quantized[tensor.name] = Quantized(tuple(parts), names, tensor.shape[1])
+        self._quantized[tensor.name] = Matrix(tuple(parts), names, tensor.shape[1])
 
     def is_quantized(self, name: str) -> bool:
-        """Whether a matrix is; of those with gates, `linear` then has the product of silu(gate)
-        and up."""
+        """Whether a matrix is in blocks."""
         return name in self._quantized
 
     def declare(self) -> None:
@@ -133,71 +133,49 @@ class Weights:
     ) -> Tensor:
         """The RMS norm of x [T, H] f32 times the matrix `name` [N, H]: [T, N] f32.
 
-        is_gated: of a matrix of gates and ups, silu(gate) * up instead: [T, N / 2], if it is
-        quantized or `takes_floats`.
+        is_gated: of a matrix of gates and ups, silu(gate) * up instead: [T, N / 2], if a kernel of
+        our own multiplies it.
         """
         _check_depth(name, int(x.shape[1]))
-        if self.takes_floats(x, name):
-            return self._few_floats([x, self.load(norm)], name, None, epsilon, is_gated)
-        if not self.is_quantized(name):
-            return self.linear(rms_norm(self, x, norm, epsilon), name)
-        if self._few_rows_of(x.shape[0]) is MatrixRows or x.shape[0] == 1:
-            return self._few_rows([x, self.load(norm)], name, None, epsilon, is_gated)
-        return self._few_rows([rms_norm(self, x, norm, epsilon)], name, None, None, is_gated)
+        kind = self._kernel_of(x, name)
+        if kind and (kind is MatrixRows or x.shape[0] == 1):  # the norm is part of the kernel
+            return self._few_rows(kind, [x, self.load(norm)], name, None, epsilon, is_gated)
+        return self.linear(rms_norm(self, x, norm, epsilon), name, is_gated=is_gated)
 
-    def takes_floats(self, x: Tensor, name: str) -> bool:
-        """Whether a kernel of our own multiplies x [T, K], of few rows, with a matrix of floats."""
-        if self.is_quantized(name) or not self._kernels:
-            return False
-        (count, depth), dtype = x.shape, self.parameters[name].dtype
-        if isinstance(count, str) or dtype not in DTYPES:
-            return False
+    def _kernel_of(self, x: Tensor, name: str) -> type[RowsProduct] | None:
+        """What multiplies x [T, K] with the matrix `name` if there are few rows; None where
+        `Product` does, or IREE."""
+        (count, depth), matrix = x.shape, self._matrix(name)
+        if not self._kernels or isinstance(count, str) or count > MAX_ROWS:
+            return None
+        dtype, chip = matrix.parts[0].kind, self._kernels.target.name
+        if dtype in BLOCK_TYPES:
+            # On gfx11 a matrix instruction takes as long as dot products of 8 rows
+            return FewRows if count <= (4 if chip.startswith("gfx11") else 1) else MatrixRows
+        if dtype not in DTYPES or matrix.columns != depth:
+            return None
         if count == 1:
-            return int(depth) <= row.MAX_DEPTH
-        has_instruction = Instruction.takes(dtype, self._kernels.target.name)
-        return count <= matrix_rows.MAX_ROWS and has_instruction
+            return OneRow if depth <= MAX_DEPTH else None
+        return MatrixRows if Instruction.takes(dtype, chip) else None
 
-    def _few_floats(
-        self, activations: list[Tensor], name: str, residual: Tensor | None,
-        epsilon: float | None, is_gated: bool,
-    ) -> Tensor:  # fmt: skip
-        """A product of few rows with floats. activations: and the norm's weight, with epsilon."""
-        assert self._kernels
-        (columns, depth), dtype = self.parameters[name].shape, self.parameters[name].dtype
-        epilogue, count = "silu" if is_gated else "add" if residual else "", activations[0].shape[0]
-        if count == 1:
-            one = row.OneRow(dtype, columns, depth, epsilon, epilogue)
-            return row.multiply(self._kernels, one, activations, self.load(name), residual)
-        kernel = MatrixRows((Part(dtype, columns),), depth, int(count), epsilon, epilogue)
-        return rows_product.multiply(
-            self._kernels, kernel, activations, [self.load(name)], residual
-        )
+    def _matrix(self, name: str) -> Matrix:
+        """The matrix of a name; of floats it has one part."""
+        if name in self._quantized:
+            return self._quantized[name]
+        rows, columns = self.parameters[name].shape
+        return Matrix((Part(self.parameters[name].dtype, rows),), [name], columns)
 
     def _few_rows(
-        self, activations: list[Tensor], name: str, residual: Tensor | None,
-        epsilon: float | None, is_gated: bool,
+        self, kind: type[RowsProduct], activations: list[Tensor], name: str,
+        residual: Tensor | None, epsilon: float | None, is_gated: bool,
     ) -> Tensor:  # fmt: skip
-        """A product with a quantized matrix. activations: and the norm's weight, with epsilon."""
+        """A product of few rows. activations: and the norm's weight, with epsilon."""
         assert self._kernels
-        count, depth = activations[0].shape
-        kind = self._few_rows_of(count)
-        if isinstance(count, str) or kind is None:
-            return self._many_rows(activations[0], name, residual, is_gated)
+        (count, depth), matrix = activations[0].shape, self._matrix(name)
         epilogue = "silu" if is_gated else "add" if residual else ""
-        matrix = self._quantized[name]
-        kernel = kind(matrix.parts, int(depth), count, epsilon, epilogue)
+        kernel = kind(matrix.parts, int(depth), int(count), epsilon, epilogue)
         parts = [self.load(part) for part in matrix.names]
         return rows_product.multiply(self._kernels, kernel, activations, parts, residual)
-
-    def _few_rows_of(self, count: Dim) -> type[RowsProduct] | None:
-        """What multiplies so many rows with a quantized matrix; None for `Product`."""
-        assert self._kernels
-        if isinstance(count, str):
-            return None
-        # On gfx11 a matrix instruction takes as long as dot products of 8 rows
-        if count <= (4 if self._kernels.target.name.startswith("gfx11") else 1):
-            return FewRows
-        return MatrixRows if count <= matrix_rows.MAX_ROWS else None
 
     def _many_rows(self, lhs: Tensor, name: str, residual: Tensor | None, is_gated: bool) -> Tensor:
         """A product with a quantized matrix by matrix instructions."""
@@ -211,19 +189,21 @@ class Weights:
         return matmul.multiply(self._kernels, product, lhs, parts, residual)
 
     def linear(
-        self, lhs: Tensor, name: str, residual: Tensor | None = None, *, num_rows: int | None = None
-    ) -> Tensor:
+        self, lhs: Tensor, name: str, residual: Tensor | None = None, *,
+        num_rows: int | None = None, is_gated: bool = False,
+    ) -> Tensor:  # fmt: skip
         """lhs [T, K] times the matrix `name` [N, K], plus `residual` [T, N] f32: [T, N] f32.
 
         num_rows: about how many rows there are, if there are few and T is hidden from IREE. The
-        matrix may have fewer columns than lhs; those missing are zero. Raises UnsupportedError.
+        matrix may have fewer columns than lhs; those missing are zero. is_gated: as `norm_linear`.
+        Raises UnsupportedError.
         """
         b, rows, depth = self.b, lhs.shape[0], int(lhs.shape[1])
         _check_depth(name, depth)
+        if kind := self._kernel_of(lhs, name):
+            return self._few_rows(kind, [lhs], name, residual, None, is_gated)
         if self.is_quantized(name):
-            return self._few_rows([lhs], name, residual, None, is_gated=False)
-        if self.takes_floats(lhs, name) and self.parameters[name].shape[1] == depth:
-            return self._few_floats([lhs], name, residual, None, is_gated=False)
+            return self._many_rows(lhs, name, residual, is_gated)
         # iree-compile 3.9.0 makes wrong code of other depths, such as NaN from bf16 on gfx90a.
         depth = whole_subgroups(depth)
         lhs, weight = (b.pad(x, 1, depth, 0) for x in (lhs, self.load(name)))

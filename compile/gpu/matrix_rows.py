@@ -119,15 +119,16 @@ class MatrixRows(RowsProduct):
             for first in range(0, end, THREADS):
                 unit = thread + first
                 row, block = unit // (blocks * outputs), unit // outputs % blocks
-                at = (block * self._kept + row) * ROWS
+                feature = unit % outputs
+                at = (block * self._kept + row) * ROWS + feature
 
-                def output(n: Scalar, at: Scalar = at, size: int = size) -> Scalar:
-                    return reduce(add, [parts.load(at + n + i * size) for i in range(waves)])
+                def output(behind: int, at: Scalar = at, size: int = size) -> Scalar:
+                    return reduce(add, [parts.load(at + behind + i * size) for i in range(waves)])
 
                 is_whole = first + THREADS <= end
                 with nullcontext() if is_whole else k.when(unit.less(k.scalar(end, "index"))):
-                    place = tile.place // self.share + (block + start) * outputs
-                    self.store(k, work, tile, row, place, unit % outputs, output)
+                    place = tile.place // self.share + (block + start) * outputs + feature
+                    self.store(k, work, tile, row, place, output)
 
     def _keep(
         self, k: ThreadBuilder, parts: Memory, start: Scalar, totals: Sequence[Scalar]

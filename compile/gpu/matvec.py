@@ -99,13 +99,14 @@ class FewRows(RowsProduct):
         outputs = ROWS // self.share
         row = thread // outputs
 
-        def output(n: Scalar) -> Scalar:
-            start = row * THREADS + n
+        feature = thread % outputs
+
+        def output(behind: int) -> Scalar:
+            start = row * THREADS + feature + behind
             return reduce(add, [parts.load(start + i * ROWS) for i in range(SLOTS)])
 
         with k.when(row.less(k.scalar(self.rows, "index"))):
-            place = tile.place // self.share
-            self.store(k, work, tile, row, place, thread % outputs, output)
+            self.store(k, work, tile, row, tile.place // self.share + feature, output)
 
 
 class _Stage:

@@ -41,8 +41,8 @@ class RowsProduct(Kernel):
     Bindings: activations, the norm's weight [K] f32 if there is one, matrix, residual [T, N] f32 if
     there is one, result. Constant: T. Workgroups: N / `tile` of each part, T / rows.
 
-    parts: of the matrix, of types of BLOCK_TYPES, each of them in a binding; for `MatrixRows` also
-    a single one of DTYPES, row by row. rows: of activations that a workgroup multiplies. epsilon:
+    parts: of the matrix, of types of BLOCK_TYPES, each of them in a binding; or a single one of
+    DTYPES, row by row. rows: of activations that a workgroup multiplies. epsilon:
     of an RMS norm of the activations, which are f32 then and `dtype` else. epilogue: "" for f32
     results, "add" for the residual added, "silu" for silu(gate) * up of a matrix of one part: [T, N
     / 2] `dtype`. It has eight gates and eight ups in turn, or, of floats, all gates before all ups.
@@ -93,16 +93,15 @@ class RowsProduct(Kernel):
 
     def store(
         self, k: ThreadBuilder, work: Work, tile: PartTile[Any], row: Scalar,
-        place: Scalar, feature: Scalar, output: Callable[[Scalar], Scalar],
+        place: Scalar, output: Callable[[int], Scalar],
     ) -> None:  # fmt: skip
-        """Store a feature of what a block of the matrix, whose first is `place`, gives for one of
-        the workgroup's rows; output: the sum of a row of the block."""
+        """Store the feature `place` of one of the workgroup's rows; output: the sum of the row of
+        the matrix that is so many behind the feature's first."""
         token = k.workgroup(1) * self.rows + row
-        place = place + feature
         with k.when(token.less(work.num_rows)), k.when(place.less(tile.end // self.share)):
-            value = output(feature)
+            value = output(0)
             if self.epilogue == "silu":
-                value = gated(value, output(feature + ROWS // 2))
+                value = gated(value, output(ROWS // 2))
             work.store(value, token, place)
 
     def write_plain(self, k: ExecutableBuilder) -> None:
@@ -166,6 +165,7 @@ class Work:
         self.norm = k.view(k.binding(read_only=True), "f32") if has_norm else None
         self.matrices: list[Matrix] = [self._matrix(k, part) for part in product.parts]
         self.quantized = [m for m in self.matrices if isinstance(m, QuantizedMatrix)]
+        self.floats = [m for m in self.matrices if isinstance(m, FloatMatrix)]
         self.num_groups = max(matrix.num_groups for matrix in self.matrices)
         self.has_minima = any(matrix.kind.has_minima for matrix in self.quantized)
         has_residual = product.epilogue == "add"

@@ -8,19 +8,22 @@ import numpy as np
 import pytest
 
 from compile.gpu.kernel import Kernels
-from compile.gpu.row import OneRow, multiply
+from compile.gpu.parts import Part
+from compile.gpu.row import OneRow
+from compile.gpu.rows_product import multiply
 from compile.mlir.builder import Builder, Tensor
 from compile.target import Target
 from tests.hip.driver import Driver
 from tests.hip.kernel_runs import Array, KernelRunner
 
 CHIPS = ["gfx942", "gfx1100", pytest.param("gfx1201", marks=pytest.mark.slow)]
-ODD = OneRow("f16", 35, 72, epilogue="add")  # no whole workgroup, pair, or step
-NORM = OneRow("f16", 48, 1544, 1e-5)
-GATED = OneRow("f16", 42, 2056, 1e-5, "silu")
+ODD = OneRow((Part("f16", 35),), 72, epilogue="add")  # no whole workgroup, pair, or step
+NORM = OneRow((Part("f16", 48),), 1544, epsilon=1e-5)
+GATED = OneRow((Part("f16", 42),), 2056, epsilon=1e-5, epilogue="silu")
+WHOLE = OneRow((Part("f16", 16),), 4096)
 CASES = [
     ODD, NORM,
-    *(pytest.param(case, marks=pytest.mark.slow) for case in (GATED, OneRow("f16", 16, 4096))),
+    *(pytest.param(case, marks=pytest.mark.slow) for case in (GATED, WHOLE)),
 ]  # fmt: skip
 
 
@@ -57,7 +60,7 @@ def module_text(product: OneRow, given: dict[str, Array], target: Target) -> str
     arguments = ", ".join(f"{x.name}: {x.type}" for x in inputs.values())
     with b.block(f"func.func @main({arguments}) -> {result} {{"):
         activations = [x for name, x in inputs.items() if name.startswith("x")]
-        found = multiply(kernels, product, activations, inputs["y"], inputs.get("z"))
+        found = multiply(kernels, product, activations, [inputs["y"]], inputs.get("z"))
         b.emit(f"return {found.name} : {found.type}")
     return kernels.write() + b.text("module")
 

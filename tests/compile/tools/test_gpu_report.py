@@ -156,4 +156,6 @@ def test_table(report: Report, chip_card: Card) -> None:
     least, alone, launched = map(int, re.findall(sums, text)[0])
     assert alone == round(memory) <= least
     assert launched - least == pytest.approx(1e6 * LAUNCH_SECONDS * len(step), abs=1)
-    assert re.search(r"row_f16_norm_4096x1024_: memory\n.* VGPRs, 0 AGPRs.*\n.*a weight: \d", text)
+    assert re.search(
+        r"row_f16_4096x1024_norm__1_rows: memory\n.* VGPRs, 0 AGPRs.*\n.*a weight: \d", text
+    )
