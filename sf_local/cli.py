@@ -33,7 +33,7 @@ ARTIFACT = (
     "file, a Hugging Face folder, or a repo id such as org/name"
 )
 KV_MEMORY = "of the KV cache: 2GiB, 2GB, 50%%, or bytes"
-THREADS = "on the CPU (default: one on each core)"
+THREADS = "on the CPU (default: one for each core)"
 DEVICES = "cpu, hip, hip:N, hip:GPU-<uuid>, or auto: what the artifact is for (default)"
 
 

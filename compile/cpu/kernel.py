@@ -16,7 +16,7 @@ from compile.mlir.values import Scalar, TextBuilder
 
 CACHE_LINE = 16  # i32 or f32 elements
 PHASE_COUNTERS = 2 * CACHE_LINE  # i32 of a phase: tasks taken, tasks done, each in its own line
-SPINS = 2048  # before a workgroup sleeps: 30 to 110 us, as the CPU's pause takes 15 to 54 ns
+SPIN_CYCLES = 1 << 16  # of the time stamp counter, 16 to 33 us, before a workgroup sleeps
 SLEEPER = 1 << 30  # a bit of the counter of tasks done: some workgroup sleeps until it is complete
 _FUTEX, _WAIT_PRIVATE, _WAKE_PRIVATE = 202, 128, 129  # Linux on x86-64
 
@@ -94,30 +94,30 @@ class KernelBuilder(CpuVectorBuilder):
         spins meanwhile uses up its own share of time, and then loses its CPU when the first
         goes on. Those that sleep run when it runs.
         """
-        pointer, zero = self.pointer(counters, done * 4), self.scalar(0, "i32")
-        result, before, spins = (Scalar(self, self.fresh(), "i32") for _ in range(3))
+        pointer, start = self.pointer(counters, done * 4), self._cycles()
 
         def is_incomplete(value: Scalar) -> Scalar:
             return self.bits("andi", value, SLEEPER - 1).less(total)
 
-        with self.block(
-            f"{result.name} = scf.while ({before.name} = {zero.name}) : (i32) -> i32 {{", "} do {"
-        ):
+        with self.block("scf.while : () -> () {", "} do {"):
             value = self.op(
                 f"llvm.load {pointer.name} atomic acquire {{alignment = 4 : i64}} : "
                 f"!llvm.ptr -> i32",
                 "i32",
             )
-            self.emit(f"scf.condition({is_incomplete(value).name}) {before.name} : i32")
-        self.emit(f"^bb0({spins.name}: i32):")
-        with self.when(self.scalar(SPINS, "i32").less(spins)):
+            self.emit(f"scf.condition({is_incomplete(value).name})")
+        with self.when(self.scalar(SPIN_CYCLES, "i64").less(self._cycles() - start)):
             value = counters.set_bits_atomically(SLEEPER, done)
             with self.when(is_incomplete(value)):
                 expected = self.bits("ori", value, SLEEPER).to("i64")
                 self._futex(_WAIT_PRIVATE, counters, done, expected)
         self.emit('llvm.call_intrinsic "llvm.x86.sse2.pause"() : () -> ()')
-        self.emit(f"scf.yield {(spins + 1).name} : i32")
+        self.emit("scf.yield")
         self.emit("}")
+
+    def _cycles(self) -> Scalar:
+        """The CPU's time stamp counter."""
+        return self.intrinsic("x86.rdtsc", [], "i64")
 
     def _futex(self, op: int, memory: Memory, index: Scalar, value: Scalar) -> None:
         """Sleep while an i32 of memory is `value`, without a timeout; or wake up to `value`."""

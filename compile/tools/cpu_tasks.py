@@ -57,7 +57,7 @@ ROWS = {
 }
 DECODED = "smollm2-135m", "llama-3.2-1b", "llama-3.1-8b"
 CALLS = {"decode": 12, "prefill": 5}  # of each, in a round; the first two are left out
-SPIN, WAKE = 110e-6, 20e-6  # of `Costs`: SPINS pauses of such a CPU; as measured with SPINS = -1
+SPIN, WAKE = 31e-6, 20e-6  # of `Costs`: SPIN_CYCLES at 2.1 GHz; as measured with SPIN_CYCLES = -1
 Steps = list[NDArray[np.float64]]  # [tasks, 5]: phase, task, begin, end, workgroup; in seconds
 Durations = dict[int, list[float]]  # of tasks, by the number of their phase
 

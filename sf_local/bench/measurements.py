@@ -31,7 +31,7 @@ from sf_local.bench.harness import QUICK, ROWS, SHORT, Bench, Sizes
 from sf_local.bench.model_speed import constrained, context, decode, first_token, fresh, prefill
 from sf_local.bench.report import Figure, summary
 from sf_local.bench.stream_gaps import gaps
-from sf_local.device.cpu_threads import usable_cores
+from sf_local.device.cpu_threads import num_usable_cores
 from sf_local.device.info import find_device
 from sf_local.engine.engine import Engine
 from sf_local.engine.placement import Place
@@ -87,7 +87,7 @@ def run(
     settings = {"kv_pages": pages, "num_threads": num_threads}
     told = report(opened, device, rounds, figures) | settings
     if found.kind == "cpu":
-        threads = num_threads or len(usable_cores())
+        threads = num_threads or num_usable_cores()
         return told | {"machine": f"{told['cpu']}, {threads} thread{'s' * (threads > 1)}"}
     return told | {"machine": found.description}
 

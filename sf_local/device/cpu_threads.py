@@ -1,7 +1,9 @@
-"""Runs one of IREE's worker threads on each core that this process may use.
+"""How many of IREE's worker threads compute on the CPU, and on which CPUs they may run.
 
-shortfin asks IREE for the cores of one sysfs "cluster". Where cores share no L2 cache, as on
-Intel's servers, that is a single core. There is no option for more, so its call is redirected.
+shortfin asks IREE for a worker on each core of one sysfs "cluster", and IREE binds it to that core.
+Where cores share no L2 cache, as on Intel's servers, a cluster is a single core; and a worker that
+is bound waits while another process has its core, even if others are idle. There is no option for
+anything else, so the call is redirected.
 """
 
 from __future__ import annotations
@@ -11,45 +13,90 @@ import math
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from sf_local.device.symbol_patch import call_slot
 
 MAX_THREADS = 63  # that an IREE topology can have
+SLICE = 500_000  # ns that a thread runs for before others do; by default 1 to 3 ms
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # a container's share of time: "quota period", or "max"
 
+_SCHED_SETATTR, _SCHED_GETATTR = 314, 315  # system calls on x86-64
 _ASKED = "iree_task_topology_initialize_from_physical_cores"
+_BINDS = "iree_thread_request_affinity"
 _Answer = ctypes.CFUNCTYPE(
     ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_size_t,
     ctypes.c_void_p,
 )  # fmt: skip
 
 
-def usable_cores() -> list[int]:
-    """One logical CPU of each core that this process may use; not more than its quota pays for."""
+def usable_cores() -> set[int]:
+    """One logical CPU of each core that this thread may use."""
     allowed = os.sched_getaffinity(0)
-    cores = sorted({min(_siblings(cpu) & allowed) for cpu in allowed})
-    return cores[: min(_quota(), MAX_THREADS)]
+    return {min(_siblings(cpu) & allowed) for cpu in allowed}
+
+
+def num_usable_cores() -> int:
+    """How many cores this thread may use; not more than its process's quota pays for."""
+    return min(len(usable_cores()), _quota(), MAX_THREADS)
 
 
 @contextmanager
-def workers_on(library: ctypes.CDLL, path: Path, cores: list[int]) -> Iterator[None]:
-    """Give systems that are created inside one worker on each of these logical CPUs.
+def worker_threads(library: ctypes.CDLL, path: Path, count: int) -> Iterator[None]:
+    """Give systems that this thread creates inside `count` workers, which run on any of its
+    `usable_cores`, and so never two on one core while others are idle.
 
     library: libshortfin, loaded from `path`.
     """
-    cpu_ids = (ctypes.c_uint32 * len(cores))(*cores)
-    use = library.iree_task_topology_initialize_from_logical_cpu_set
-    use.restype, use.argtypes = ctypes.c_void_p, [ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p]
-    answer = _Answer(lambda node, level, spread, most, topology: use(len(cores), cpu_ids, topology))
+    use = library.iree_task_topology_initialize_from_group_count
+    use.restype, use.argtypes = None, [ctypes.c_size_t, ctypes.c_void_p]
+    answer = _Answer(lambda node, level, spread, most, topology: use(count, topology))
+    # A worker binds itself once more when it begins to run, so this stays for good.
+    call_slot(library, path, _BINDS).value = _address(ctypes.CDLL(None).getpid)
     slot = call_slot(library, path, _ASKED)
     before = slot.value
-    slot.value = ctypes.cast(answer, ctypes.c_void_p).value
+    slot.value = _address(answer)
+    allowed = os.sched_getaffinity(0)
+    with suppress(OSError):  # a sandbox may forbid it
+        os.sched_setaffinity(0, usable_cores())  # which threads have that are started meanwhile
     try:
         yield
     finally:
+        with suppress(OSError):
+            os.sched_setaffinity(0, allowed)
         slot.value = before
+
+
+def _address(function: Any) -> int | None:
+    """Where a function of C is."""
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+def ask_for_short_slices() -> None:
+    """Let this thread, and those that it starts, run sooner after they wake up, for SLICE at a
+    time. Their share of the CPU stays the same.
+
+    Threads that compute together wait for the last of them: beside other processes, the sooner
+    each runs again the better. Linux before 6.12 ignores this.
+    """
+    libc, attributes = ctypes.CDLL(None), _Attributes()
+    size = ctypes.sizeof(attributes)
+    failed = libc.syscall(_SCHED_GETATTR, 0, ctypes.byref(attributes), size, 0)
+    if not failed and attributes.policy == os.SCHED_OTHER:
+        attributes.runtime = SLICE
+        libc.syscall(_SCHED_SETATTR, 0, ctypes.byref(attributes), 0)
+
+
+class _Attributes(ctypes.Structure):
+    """Linux's struct sched_attr."""
+
+    _fields_ = (
+        ("size", ctypes.c_uint32), ("policy", ctypes.c_uint32), ("flags", ctypes.c_uint64),
+        ("nice", ctypes.c_int32), ("priority", ctypes.c_uint32), ("runtime", ctypes.c_uint64),
+        ("deadline", ctypes.c_uint64), ("period", ctypes.c_uint64),
+    )  # fmt: skip
 
 
 def _siblings(cpu: int) -> set[int]:

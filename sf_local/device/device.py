@@ -15,7 +15,6 @@ import re
 import threading
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +23,7 @@ from typing import Any, TypeVar
 import _shortfin.asyncio_bridge  # noqa: F401
 import shortfin as sf
 
-from sf_local.device.cpu_threads import usable_cores, workers_on
+from sf_local.device.cpu_threads import ask_for_short_slices, num_usable_cores, worker_threads
 from sf_local.device.info import find_device
 from sf_local.device.symbol_patch import keep_joined_statuses
 from sf_local.errors import DeviceError
@@ -42,7 +41,7 @@ _flags_parsed = False
 _open: set[Device] = set()
 _of_parent: list[Device] = []  # open devices of the process that forked this one
 # Held while the process's flags and libshortfin's slots change: systems that are created meanwhile
-# would get the other's cores, and slots be restored to code that is freed. A fork waits for it,
+# would get the other's threads, and slots be restored to code that is freed. A fork waits for it,
 # since a child that inherits it locked could open no device.
 _process_lock = threading.Lock()
 
@@ -51,24 +50,21 @@ class Device:
     """An open device. `close` ends its threads; free all arrays on it first.
 
     spec: a name as in `info.find_device`, which tells what is raised; DeviceError also if the
-    device cannot be opened. num_threads: of a CPU, on a core each; by default on all that the
-    process may use.
+    device cannot be opened. num_threads: of a CPU; by default one for each core that the process
+    may use.
 
     kind: "cpu" or "hip". index: of a GPU, among those of its kind. chip: its target, "cpu" or such
-    as "gfx942". shares_memory: whether the host's memory is the device's. cores: logical CPUs that
-    its threads run on. system, worker, fiber, scoped: shortfin's objects; `await scoped` waits for
-    all that was queued.
+    as "gfx942". shares_memory: whether the host's memory is the device's. system, worker, fiber,
+    scoped: shortfin's objects; `await scoped` waits for all that was queued.
     """
 
     def __init__(self, spec: str, num_threads: int | None = None) -> None:
         info = find_device(spec)
         self.kind, self.index, self.chip = info.kind, info.index, info.chip
-        self.shares_memory = self.kind == "cpu"
+        self.shares_memory = is_cpu = self.kind == "cpu"
         with _process_lock:
             _parse_iree_flags()
-            is_cpu = self.kind == "cpu"
-            self.cores = _free_cores(num_threads) if is_cpu else []
-            self.system = _cpu_system(self.cores) if is_cpu else _hip_system(self.index)
+            self.system = _cpu_system(num_threads) if is_cpu else _hip_system(self.index)
             _open.add(self)
         self.worker = self.system.create_worker("sf_local")
         self._is_lost = False  # a call took too long, and the worker may wait for ever
@@ -187,15 +183,10 @@ os.register_at_fork(
 )
 
 
-def _free_cores(count: int | None) -> list[int]:
-    """The cores that the fewest open devices use; all of them without a count."""
-    used = Counter(core for device in tuple(_open) for core in device.cores)
-    return sorted(sorted(usable_cores(), key=used.__getitem__)[:count])
-
-
-def _cpu_system(cores: list[int]) -> Any:
-    library = libshortfin()
-    with workers_on(ctypes.CDLL(str(library)), library, cores):
+def _cpu_system(num_threads: int | None) -> Any:
+    library, count = libshortfin(), num_threads or num_usable_cores()
+    ask_for_short_slices()
+    with worker_threads(ctypes.CDLL(str(library)), library, count):
         return sf.host.CPUSystemBuilder().create_system()
 
 

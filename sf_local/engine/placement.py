@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sf_local.artifact.open import Artifact, check_target, open_artifact
-from sf_local.device.cpu_threads import usable_cores
+from sf_local.device.cpu_threads import num_usable_cores
 from sf_local.device.device import Device
 from sf_local.device.info import DeviceInfo
 from sf_local.engine.core import EngineCore
@@ -78,7 +78,7 @@ def checked_num_threads(num_threads: int | None, devices: Sequence[DeviceInfo]) 
                 f"num_threads={shown(num_threads)} is for the CPU, and device={device.name!r} is "
                 "none; leave it out"
             )
-    return check_int("num_threads", num_threads, 1, len(usable_cores()))
+    return check_int("num_threads", num_threads, 1, num_usable_cores())
 
 
 def log_loaded(places: Sequence[Place], seconds: float) -> None:

@@ -42,7 +42,7 @@ def test_workgroups_that_sleep_are_woken(
     make_tiny: Callable[..., TinyModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here whoever waits sleeps at once, as else beside other processes: in 23 phases a step."""
-    monkeypatch.setattr(kernel, "SPINS", -1)
+    monkeypatch.setattr(kernel, "SPIN_CYCLES", -1)
     tiny = make_tiny(has_code=False)
     artifact = build(tiny.source, tmp_path / "sleeps", replace(TINY_OPTIONS, **ONE_SIZE))
     tokens = np.random.default_rng(0).integers(0, 300, 8).tolist()

@@ -63,8 +63,8 @@ for _ in range(5):
 
 
 def test_devices_that_several_threads_open_at_once() -> None:
-    """Each has its own thread's cores, and libshortfin is left as it was: a slot that points to
-    freed code ends the process later."""
+    """Each has the cores of its own thread, and libshortfin is left as it was: a slot that points
+    to freed code ends the process later."""
     run_program(IN_THREADS)
 
 
@@ -85,7 +85,7 @@ class Builder:
         made.append("system")
         return MagicMock()
 device.ctypes.CDLL = lambda _: Library()
-device.workers_on = MagicMock()
+device.worker_threads = device.ask_for_short_slices = MagicMock()
 device.sf.host.CPUSystemBuilder = Builder
 first = threading.Thread(target=device.Device, args=["cpu"])
 first.start()

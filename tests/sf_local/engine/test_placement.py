@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from sf_local import Engine, SamplingParams, cli
-from sf_local.device.cpu_threads import usable_cores
+from sf_local.device.cpu_threads import num_usable_cores
 from sf_local.device.info import DeviceInfo, find_device
 from sf_local.engine.placement import checked_num_threads
 from sf_local.errors import RequestError
 from tests.support.tiny import TinyModel
 
 GPU = DeviceInfo("hip:0", "gfx942", "Card", 8 << 30)
-MOST = len(usable_cores())
+MOST = num_usable_cores()
 GREEDY = SamplingParams(max_new_tokens=8, temperature=0, ignore_eos=True)
 
 

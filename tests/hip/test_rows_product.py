@@ -19,6 +19,7 @@ from compile.gpu.matrix_rows import MatrixRows
 from compile.gpu.matvec import FewRows
 from compile.gpu.parts import Part
 from compile.gpu.quantized import ROWS, packed
+from compile.gpu.row import OneRow
 from compile.gpu.rows_product import RowsProduct, multiply
 from compile.mlir.builder import Builder, Tensor
 from compile.target import Target
@@ -50,8 +51,15 @@ MATRIX_OTHERS = [
     (MatrixRows((Part("f16", 16 * 305 + 8),), 64, 16), 16),
 ]
 FLOATS = [
-    (MatrixRows((Part("f16", 48),), 1544, 8, 1e-5, "silu"), 8),
+    (MatrixRows((Part("f16", 42),), 1544, 8, 1e-5, "silu"), 8),
     (MatrixRows((Part("bf16", 35),), 72, 2, 1e-5, "add"), 3),
+    (OneRow((Part("f16", 35),), 72, epilogue="add"), 1),
+    (OneRow((Part("f16", 48),), 1544, epsilon=1e-5), 1),
+]
+ONE_ROW = [
+    (OneRow((Part("f16", 42),), 2056, epsilon=1e-5, epilogue="silu"), 1),
+    (OneRow((Part("bf16", 35),), 72, epsilon=1e-5), 1),
+    (OneRow((Part("f16", 16),), 4096), 1),
 ]
 MATRIX_TYPES = [(MatrixRows(case.parts, case.depth, 3, 1e-5), 3) for case, _ in TYPES]
 DTYPES = {"f16": np.float16, "bf16": bfloat16}
@@ -161,7 +169,7 @@ def test_products_in_4_bits(
 
 
 @pytest.mark.parametrize("chip", ["gfx942", "gfx1100"])
-@pytest.mark.parametrize("case", FLOATS, ids=["f16", "bf16"])
+@pytest.mark.parametrize("case", FLOATS, ids=lambda case: case[0].name)
 def test_products_of_floats(
     hip_driver: Driver, hip_cache: Path, tmp_path: Path, chip: str, case: tuple[RowsProduct, int]
 ) -> None:
@@ -169,7 +177,9 @@ def test_products_of_floats(
 
 
 @pytest.mark.parametrize("size", [1, 1e6, 1e-4])
-@pytest.mark.parametrize("case", [(NORM, 1), (MATRIX, 8)], ids=["one", "eight"])
+@pytest.mark.parametrize(
+    "case", [(NORM, 1), (MATRIX, 8), FLOATS[-1]], ids=["one", "eight", "floats"]
+)
 def test_a_norm_takes_rows_of_any_size(
     hip_driver: Driver, hip_cache: Path, tmp_path: Path, case: tuple[RowsProduct, int], size: float
 ) -> None:
@@ -191,7 +201,7 @@ def test_products_by_matrix_instructions(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("case", OTHERS + TYPES, ids=lambda case: case[0].name)
+@pytest.mark.parametrize("case", OTHERS + ONE_ROW + TYPES, ids=lambda case: case[0].name)
 def test_products_of_all_types(
     hip_driver: Driver, hip_cache: Path, tmp_path: Path, chip: str, case: tuple[RowsProduct, int]
 ) -> None:
