@@ -68,9 +68,8 @@ def settings() -> str:
         weights += f" with activations in {made.activation_dtype}"
     return (
         f"sf_local {__version__}, weights {weights}, {len(os.sched_getaffinity(0))} threads, KV in "
-        f"{kv_dtype}, steps "
-        f"of {stats['prefill_tokens']:.0f} tokens, at most {stats['max_running']:.0f} requests at "
-        "a time, prefix cache"
+        f"{kv_dtype}, steps of {stats['prefill_tokens']:.0f} tokens (512 of a single request), at "
+        f"most {stats['max_running']:.0f} requests at a time, prefix cache"
     )
 
 

@@ -30,7 +30,7 @@ from sf_local.engine.placement import (
     place_workers,
 )
 from sf_local.engine.preparation import Preparation
-from sf_local.engine.scheduler import MAX_RUNNING, PREFILL_TOKENS
+from sf_local.engine.scheduler import MAX_RUNNING
 from sf_local.engine.sources import from_source
 from sf_local.engine.worker import finish_closing
 from sf_local.errors import RequestError
@@ -51,7 +51,7 @@ class BackendOptions(TypedDict, total=False):
     image_memory: int | str
     num_threads: int | None
     allow_urls: bool
-    prefill_tokens: int
+    prefill_tokens: int | None
     max_running: int
     jump_forward: bool
     reuse_answer_tokens: bool
@@ -87,8 +87,9 @@ class Engine(Batches):
             the process may use, which is the default. They keep to none of these. Refused for a
             GPU.
         allow_urls: whether images may be fetched from http(s) URLs.
-        prefill_tokens: prompt tokens that are computed in one step, padding included. More make
-            long prompts faster, and the other requests wait longer between two of their tokens.
+        prefill_tokens: prompt tokens that are computed in one step, padding included; by default
+            256, or 512 of the only request that there is. More make long prompts faster, and the
+            other requests wait longer between two of their tokens.
             Models that can begin only at whole pages, or at the beginning of a prompt, round it up;
             `stats()` tells the number in use.
         max_running: requests that compute at a time; others wait.
@@ -134,7 +135,7 @@ class Engine(Batches):
         image_memory: int | str = "256MiB",
         num_threads: int | None = None,
         allow_urls: bool = False,
-        prefill_tokens: int = PREFILL_TOKENS,
+        prefill_tokens: int | None = None,
         max_running: int = MAX_RUNNING,
         jump_forward: bool = True,
         reuse_answer_tokens: bool = True,
@@ -148,7 +149,8 @@ class Engine(Batches):
         started_at = time.perf_counter()
         check_threads()
         image_bytes = memory_bytes("image_memory", image_memory, None)
-        prefill_tokens = check_int("prefill_tokens", prefill_tokens, 1)
+        if prefill_tokens is not None:
+            prefill_tokens = check_int("prefill_tokens", prefill_tokens, 1)
         max_running = check_int("max_running", max_running, 1)
         allow_urls = check_bool("allow_urls", allow_urls)
         jump_forward = check_bool("jump_forward", jump_forward)

@@ -99,7 +99,7 @@ def place_workers(
     places: Sequence[Place],
     *,
     num_threads: int | None = None,
-    prefill_tokens: int,
+    prefill_tokens: int | None,
     max_running: int,
     jump_forward: bool,
     on_finish: OnFinish | None = None,
@@ -140,7 +140,7 @@ def _worker(
     on_finish: FinishCallback | None, make_runner: MakeRunner, make_core: MakeCore,
 ) -> Worker[Core]:  # fmt: skip
     def open_core(device: Device, failures: Failures) -> Core:
-        runner = make_runner(place.artifact, device, place.num_pages, limits.prefill_tokens)
+        runner = make_runner(place.artifact, device, place.num_pages, limits.most_prefill_tokens)
         return make_core(
             place.artifact, device, runner, limits, failures, jump_forward=jump_forward,
             on_finish=on_finish,

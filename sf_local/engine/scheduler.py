@@ -22,7 +22,7 @@ from sf_local.kv_cache.radix_cache import Match, RadixCache, common_prefix_len
 from sf_local.request.batch import Chunk, Step
 from sf_local.request.request import Request, RequestStatus
 
-PREFILL_TOKENS, MAX_RUNNING = 256, 64  # defaults of Engine
+PREFILL_TOKENS, ALONE_TOKENS, MAX_RUNNING = 256, 512, 64  # defaults of Engine
 # Every third step has a side call of a fifth of prefill_tokens, a 15th of what the steps prefill
 SIDE_CALL_EVERY, SIDE_CALL_SHARE = 3, 5
 MAX_EXAMINED = 64  # waiting requests looked at in one step
@@ -35,6 +35,7 @@ class Limits:
     Attributes:
         prefill_batch_sizes, decode_batch_sizes: rows of a compiled call, ascending.
         prefill_tokens: tokens that are prefilled in one step, padding included.
+        alone_tokens: the same of the only request that there is, if that is more.
         max_running: requests that own KV pages at a time.
         logits_tokens: tokens of a call that returns the logits after each of them, padding
             included.
@@ -48,6 +49,12 @@ class Limits:
     max_running: int = MAX_RUNNING
     reuse: Literal["tokens", "pages", "nothing"] = "tokens"
     logits_tokens: int = 1 << 30
+    alone_tokens: int = 0
+
+    @property
+    def most_prefill_tokens(self) -> int:
+        """The most tokens that are ever prefilled in one step."""
+        return max(self.prefill_tokens, self.alone_tokens)
 
 
 class Scheduler:
@@ -254,13 +261,15 @@ class Scheduler:
         self, jumping: Sequence[Request], prompts: Sequence[Request]
     ) -> list[list[Chunk]]:
         """Calls for forced tokens until the budget is spent, then one call for prompts."""
+        is_alone = len(self.running) + len(self.waiting) == 1
+        budget = self.limits.most_prefill_tokens if is_alone else self.limits.prefill_tokens
         calls, num_slots = [], 0
-        while jumping and num_slots < self.limits.prefill_tokens:
-            chunks, slots = self._prefill_call(jumping, self.limits.prefill_tokens)
+        while jumping and num_slots < budget:
+            chunks, slots = self._prefill_call(jumping, budget)
             calls.append(chunks)
             jumping, num_slots = jumping[len(chunks) :], num_slots + slots
         if prompts:
-            chunks, _ = self._prefill_call(prompts, self.limits.prefill_tokens)
+            chunks, _ = self._prefill_call(prompts, budget)
             calls += [chunks, *self._side_calls(prompts, {chunk.request for chunk in chunks})]
         return calls
 

@@ -181,6 +181,8 @@ class FakeRunner:
     def check_prefill(self, chunks: Sequence[Chunk]) -> None:
         """The padded call keeps to the budget, unless it is one request in the smallest batch."""
         budget, sizes = self.limits.prefill_tokens, self.limits.prefill_batch_sizes
+        if len(self.scheduler.running) + len(self.scheduler.waiting) == 1:
+            budget = max(budget, self.limits.alone_tokens)
         lengths = [chunk.end - chunk.start for chunk in chunks]
         rows = min(size for size in sizes if size >= len(chunks))
         assert max(lengths, default=0) <= budget
@@ -286,6 +288,7 @@ def check_random_schedule(chance: random.Random, num_requests: int, page_size: i
         chance.choice([(1,), (1, 3), (2, 4)]),
         chance.choice([(1,), (1, 2, 4), (3,)]),
         prefill_tokens=chance.choice([1, 4, 8, 16, 64]),
+        alone_tokens=chance.choice([0, 4, 16, 64]),
         max_running=chance.randint(1, 8),
         logits_tokens=page_size * chance.choice([1, 2, 100]),
     )
@@ -456,6 +459,23 @@ def test_a_long_prompt_does_not_stop_who_decodes() -> None:
         assert [chunk.request for chunk in step.prefills[0]] == [long]
         assert len(decoding.output_ids) == num_output
     assert long.num_computed == 30 * LIMITS.prefill_tokens
+
+
+def test_a_prompt_that_is_alone_has_longer_chunks() -> None:
+    runner = FakeRunner(400, 4, Limits((1,), (1,), prefill_tokens=16, alone_tokens=32))
+    long, other = make_request([1] * 400, 2), make_request([2] * 8, 2)
+
+    def lengths() -> list[int]:
+        return [c.end - c.start for call in runner.step().prefills for c in call]
+
+    runner.scheduler.add(long)
+    assert (lengths(), lengths()) == ([32], [32])
+    runner.scheduler.add(other)
+    while other.status is not RequestStatus.FINISHED:
+        assert lengths()[0] == 16
+    assert lengths() == [32]
+    runner.serve()
+    runner.check_end([long, other])
 
 
 def test_prompts_share_a_call_within_the_budget() -> None:
