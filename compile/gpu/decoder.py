@@ -109,7 +109,7 @@ class Decoder:
         gate_up = self.weights.norm_linear(
             x, f"blk.{i}.ffn_norm.weight", matrix, c.rms_eps, is_gated=True
         )
-        if gate_up.shape[1] == c.intermediate_size:  # a kernel of our own has multiplied them
+        if self.weights.multiplies_gates(x, matrix):
             return self.weights.linear(gate_up, f"blk.{i}.ffn_down.weight", x)
         gate_up = b.expand(gate_up, 1, 2, c.intermediate_size)  # gate features, then up
 

@@ -133,14 +133,18 @@ class Weights:
     ) -> Tensor:
         """The RMS norm of x [T, H] f32 times the matrix `name` [N, H]: [T, N] f32.
 
-        is_gated: of a matrix of gates and ups, silu(gate) * up instead: [T, N / 2], if a kernel of
-        our own multiplies it.
+        is_gated: of a matrix of gates and ups, silu(gate) * up instead: [T, N / 2], if
+        `multiplies_gates`.
         """
         _check_depth(name, int(x.shape[1]))
         kind = self._kernel_of(x, name)
         if kind and (kind is MatrixRows or x.shape[0] == 1):  # the norm is part of the kernel
             return self._few_rows(kind, [x, self.load(norm)], name, None, epsilon, is_gated)
         return self.linear(rms_norm(self, x, norm, epsilon), name, is_gated=is_gated)
+
+    def multiplies_gates(self, x: Tensor, name: str) -> bool:
+        """Whether the product of x with a matrix of gates and ups can be silu(gate) * up."""
+        return self.is_quantized(name) or self._kernel_of(x, name) is not None
 
     def _kernel_of(self, x: Tensor, name: str) -> type[RowsProduct] | None:
         """What multiplies x [T, K] with the matrix `name` if there are few rows; None where
