@@ -38,7 +38,7 @@ ALIGNED = 8  # K must be a multiple; else gfx11 runs matrix instructions with la
 
 
 @dataclass(frozen=True)
-class Matrix:
+class StoredMatrix:
     """A matrix: its parts, the parameters that have them, and how many columns it has; rows and
     columns without the padding of blocks."""
 
@@ -62,7 +62,7 @@ class Weights:
     def __init__(self, b: Builder, dtype: str, kernels: Kernels | None = None) -> None:
         self.b, self.dtype, self._kernels = b, dtype, kernels
         self.parameters: dict[str, Parameter] = {}
-        self._quantized: dict[str, Matrix] = {}  # by the names of whole matrices
+        self._quantized: dict[str, StoredMatrix] = {}  # by the names of whole matrices
 
     def add(
         self, tensors: Iterable[ModelTensor], dtype_of: Callable[[str], str] | None = None
@@ -95,7 +95,7 @@ class Weights:
             )
             parts.append(Part(dtype, rows))
             names.append(run.name)
-        self._quantized[tensor.name] = Matrix(tuple(parts), names, tensor.shape[1])
+        self._quantized[tensor.name] = StoredMatrix(tuple(parts), names, tensor.shape[1])
 
     def is_quantized(self, name: str) -> bool:
         """Whether a matrix is in blocks."""
@@ -162,12 +162,12 @@ class Weights:
             return OneRow if depth <= MAX_DEPTH else None
         return MatrixRows if Instruction.takes(dtype, chip) else None
 
-    def _matrix(self, name: str) -> Matrix:
+    def _matrix(self, name: str) -> StoredMatrix:
         """The matrix of a name; of floats it has one part."""
         if name in self._quantized:
             return self._quantized[name]
         rows, columns = self.parameters[name].shape
-        return Matrix((Part(self.parameters[name].dtype, rows),), [name], columns)
+        return StoredMatrix((Part(self.parameters[name].dtype, rows),), [name], columns)
 
     def _few_rows(
         self, kind: type[RowsProduct], activations: list[Tensor], name: str,

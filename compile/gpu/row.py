@@ -59,11 +59,12 @@ class OneRow(RowsProduct):
         found = {i: k.reduce("add", total, LANES) for i, total in zip(BEHIND, sums, strict=True)}
         place, row = tile.place // self.share + n, k.scalar(0, "index")
         with k.when(lane.equals(0)):
-            if self.epilogue == "silu":
-                self.store(k, work, tile, row, place, found.__getitem__)
-            else:
-                for i, total in found.items():
-                    self.store(k, work, tile, row, place + i, {0: total}.__getitem__)
+            for i in BEHIND[:1] if self.epilogue == "silu" else BEHIND:
+
+                def output(behind: int, i: int = i) -> Scalar:
+                    return found[i + behind]
+
+                self.store(k, work, tile, row, place + i, output)
 
     def _activations(self, k: ThreadBuilder, work: Work, steps: int) -> Memory:
         """The row in local memory, zeros behind its last column."""

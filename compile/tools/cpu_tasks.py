@@ -69,9 +69,9 @@ class TimedKernelBuilder(KernelBuilder):
     def phase(self, counters: Memory, number: Scalar, num_tasks: Scalar) -> Iterator[Scalar]:
         """As KernelBuilder's."""
         with super().phase(counters, number, num_tasks) as task:
-            begin = self.intrinsic("x86.rdtsc", [], "i64")
+            begin = self._cycles()
             yield task
-            values = begin, self.intrinsic("x86.rdtsc", [], "i64"), self.workgroup().to("i64")
+            values = begin, self._cycles(), self.workgroup().to("i64")
             at = (number * MAX_TASKS + task).to("i64") * 32 + ADDRESS
             for i, value in enumerate(values):
                 pointer = f"llvm.inttoptr {(at + 8 * i).name} : i64 to !llvm.ptr"

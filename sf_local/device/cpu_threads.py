@@ -45,23 +45,24 @@ def num_usable_cores() -> int:
 
 @contextmanager
 def worker_threads(library: ctypes.CDLL, path: Path, count: int) -> Iterator[None]:
-    """Give systems that this thread creates inside `count` workers, which run on any of its
-    `usable_cores`, and so never two on one core while others are idle.
+    """Give systems that this thread creates in the `with` block `count` workers. These run on any
+    of its `usable_cores`, and so never two on one core while others are idle.
 
     library: libshortfin, loaded from `path`.
     """
     use = library.iree_task_topology_initialize_from_group_count
     use.restype, use.argtypes = None, [ctypes.c_size_t, ctypes.c_void_p]
     answer = _Answer(lambda node, level, spread, most, topology: use(count, topology))
-    # A worker binds itself once more when it begins to run, so this stays for good.
+    # IREE would let workers run on all CPUs, whatever this process may use. Each asks for that once
+    # more when it begins to run, so what does nothing in its place stays there.
     call_slot(library, path, _BINDS).value = _address(ctypes.CDLL(None).getpid)
     slot = call_slot(library, path, _ASKED)
     before = slot.value
+    allowed, cores = os.sched_getaffinity(0), usable_cores()
     slot.value = _address(answer)
-    allowed = os.sched_getaffinity(0)
-    with suppress(OSError):  # a sandbox may forbid it
-        os.sched_setaffinity(0, usable_cores())  # which threads have that are started meanwhile
     try:
+        with suppress(OSError):  # a sandbox may forbid it
+            os.sched_setaffinity(0, cores)  # which threads have that are started meanwhile
         yield
     finally:
         with suppress(OSError):
@@ -79,7 +80,8 @@ def ask_for_short_slices() -> None:
     time. Their share of the CPU stays the same.
 
     Threads that compute together wait for the last of them: beside other processes, the sooner
-    each runs again the better. Linux before 6.12 ignores this.
+    each runs again the better. Linux before 6.12 ignores this; threads of another policy than
+    SCHED_OTHER are left alone.
     """
     libc, attributes = ctypes.CDLL(None), _Attributes()
     size = ctypes.sizeof(attributes)

@@ -84,14 +84,15 @@ class Engine(Batches):
         image_memory: bytes, or a text such as "256MiB", of images that are kept so that they need
             not be encoded again.
         num_threads: threads that compute on a CPU, of each replica; 1 to the number of cores that
-            the process may use, which is the default. They keep to none of these. Refused for a
-            GPU.
+            the process may use, which is the default. Linux moves them between these.
+            Refused for a GPU.
         allow_urls: whether images may be fetched from http(s) URLs.
         prefill_tokens: prompt tokens that are computed in one step, padding included; by default
-            256, or 512 of the only request that there is. More make long prompts faster, and the
-            other requests wait longer between two of their tokens.
+            256, and on a CPU, with up to 1 GiB of weights, 512 while the device has a single
+            request. More make long prompts faster; the other requests wait longer between two of
+            their tokens, and a new one, or whoever cancels one, until the step is done.
             Models that can begin only at whole pages, or at the beginning of a prompt, round it up;
-            `stats()` tells the number in use.
+            `stats()` tells the number beside other requests.
         max_running: requests that compute at a time; others wait.
         jump_forward: take tokens that a grammar leaves no choice about without computing them one
             by one.
@@ -241,8 +242,8 @@ class Engine(Batches):
         about. preemptions: of requests, whose KV pages others needed; evictions: of KV pages from
         the prefix cache. steps; step_seconds: time spent in steps, and call_seconds of it in
         compiled functions, beside which grammars took mask_seconds of CPU time; sample_seconds.
-        encoded_tiles: of images, in encode_seconds. prefill_tokens, max_running: the limits in use
-        on each device.
+        encoded_tiles: of images, in encode_seconds. prefill_tokens (beside other requests),
+        max_running: the limits in use on each device.
         """
         return self._replicas.stats()
 

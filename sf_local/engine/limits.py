@@ -8,6 +8,9 @@ from sf_local.engine.scheduler import ALONE_TOKENS, MAX_RUNNING, PREFILL_TOKENS,
 # Logits of prompts' tokens that one call returns. Log probabilities are computed from them while
 # all requests wait: about 20 ms, with the 1,000 likeliest of each.
 MAX_LOGITS = 1 << 22
+# Bytes of weights of models with which ALONE_TOKENS take no more than a second or two on a CPU;
+# whoever comes meanwhile waits for that
+SMALL = 1 << 30
 
 
 def limits_of(
@@ -16,13 +19,15 @@ def limits_of(
     """The limits of a model. Our own compiled code can begin a prefill at any token, amdsharktank's
     at whole pages or only at the beginning of a prompt; `prefill_tokens` is rounded up to that.
     """
-    config, alone_tokens = artifact.config, 0 if prefill_tokens else ALONE_TOKENS
+    config, manifest, alone_tokens = artifact.config, artifact.manifest, 0
+    if not prefill_tokens and manifest and manifest.device == "cpu":
+        alone_tokens = ALONE_TOKENS if artifact.num_weight_bytes <= SMALL else 0
     prefill_tokens = prefill_tokens or PREFILL_TOKENS
     sizes = config.prefill_batch_sizes, config.decode_batch_sizes
     if not config.has_prefill_position:
         return Limits(*sizes, artifact.max_tokens, max_running, "nothing")
-    if artifact.manifest:
-        num_pages = -(-(MAX_LOGITS // artifact.manifest.vocab_size) // config.page_size)
+    if manifest:
+        num_pages = -(-(MAX_LOGITS // manifest.vocab_size) // config.page_size)
         logits_tokens = max(1, num_pages) * config.page_size
         return Limits(
             *sizes, prefill_tokens, max_running, logits_tokens=logits_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from sf_local.device import cpu_threads
+from sf_local.device.device import libshortfin
 
 PROGRAM = """
 import os, sys, time
@@ -29,6 +31,7 @@ device = Device("cpu", count)
 end = time.monotonic() + 30  # a thread has its name once it has run
 while len([*workers()]) < (count or len(cores)) and time.monotonic() < end:
     time.sleep(0.01)
+time.sleep(0.1)  # in which a worker would bind itself
 print([*workers()] == [cores] * (count or len(cores)), [*workers()])
 device.close()
 assert os.sched_getaffinity(0) == allowed
@@ -45,6 +48,29 @@ def test_workers_run_on_any_core(num_cores: int, count: list[str]) -> None:
     assert done.stdout.startswith("True") and not done.stderr, done.stdout + done.stderr
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_no_two_workers_share_a_core() -> None:
+    """Here two CPUs are one core."""
+    allowed = sorted(os.sched_getaffinity(0))[:2]
+    program = PROGRAM.replace(
+        "from sf_local.device.device",
+        "from sf_local.device import cpu_threads\n"
+        "cpu_threads._siblings = lambda cpu: {*allowed}\n"
+        "from sf_local.device.device",
+    )
+    command = [sys.executable, "-c", program, ",".join(map(str, allowed)), "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"True [[{allowed[0]}], [{allowed[0]}]]\n" and not done.stderr, done
+
+    class Broken(Exception):
+        pass
+
+    library = libshortfin()
+    with pytest.raises(Broken), cpu_threads.worker_threads(ctypes.CDLL(str(library)), library, 1):
+        raise Broken
+    assert {*allowed} <= os.sched_getaffinity(0)
+
+
 SLICES = """
 import ctypes, os, threading
 from sf_local.device import cpu_threads
@@ -52,10 +78,11 @@ def attributes():
     found = cpu_threads._Attributes()
     assert ctypes.CDLL(None).syscall(315, 0, ctypes.byref(found), ctypes.sizeof(found), 0) == 0
     return found
-os.nice(3)
-before = attributes().runtime  # 0 before Linux 6.12
+nice, before = os.nice(3), attributes()
+# Linux before 6.12 tells no slice; those of other policies are left alone
+has_slices = before.runtime and before.policy == os.SCHED_OTHER
 cpu_threads.ask_for_short_slices()
-expected = 3, cpu_threads.SLICE if before else 0
+expected = nice, cpu_threads.SLICE if has_slices else before.runtime
 def check():
     assert (attributes().nice, attributes().runtime) == expected, attributes().runtime
 check()

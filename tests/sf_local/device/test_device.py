@@ -63,8 +63,8 @@ for _ in range(5):
 
 
 def test_devices_that_several_threads_open_at_once() -> None:
-    """Each has the cores of its own thread, and libshortfin is left as it was: a slot that points
-    to freed code ends the process later."""
+    """Each has the cores of its own thread, and no slot of libshortfin is left that points to code
+    which is freed: it would end the process later."""
     run_program(IN_THREADS)
 
 

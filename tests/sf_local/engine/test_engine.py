@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 
 from sf_local import Engine, Output, SamplingParams
+from sf_local.artifact.open import open_artifact
+from sf_local.engine.limits import limits_of
 from sf_local.errors import DeviceError, EngineError, RequestError
 from tests.support.answers import assert_drawn, assert_likeliest
 from tests.support.reference import forward
@@ -713,11 +715,27 @@ def test_bad_kv_sizes(tiny: TinyModel, size: dict[str, Any]) -> None:
 # Limits of a step
 
 
-@pytest.mark.parametrize("name", ["prefill_tokens", "max_running"])
-@pytest.mark.parametrize("value", [0, -1, 1.5, "8", True], ids=repr)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_running", None)]
+    + [(name, value) for name in ("prefill_tokens", "max_running")
+       for value in (0, -1, 1.5, "8", True)],
+    ids=repr,
+)  # fmt: skip
 def test_limits_that_make_no_sense(tiny: TinyModel, name: str, value: Any) -> None:
     with pytest.raises(RequestError, match=f"{name}=.* must be an integer of at least 1"):
         Engine(tiny.artifact, **{name: value})
+
+
+def test_small_models_on_a_cpu_prefill_more_of_a_single_prompt(tiny: TinyModel) -> None:
+    artifact = open_artifact(tiny.artifact)
+    assert artifact.manifest
+    on_gpu = replace(artifact, manifest=replace(artifact.manifest, device="hip"))
+    count = (1 << 30) // artifact.num_weight_bytes + 1
+    large = replace(artifact, weights=artifact.weights * count)
+    assert limits_of(artifact).most_prefill_tokens == 2 * limits_of(artifact).prefill_tokens
+    for others in (limits_of(artifact, 256), limits_of(on_gpu), limits_of(large)):
+        assert others.most_prefill_tokens == others.prefill_tokens == 256
 
 
 @pytest.mark.parametrize("prefill_tokens", [1, 3, 1000])
