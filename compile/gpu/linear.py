@@ -149,9 +149,10 @@ class Weights:
     def _kernel_of(self, x: Tensor, name: str) -> type[RowsProduct] | None:
         """What multiplies x [T, K] with the matrix `name` if there are few rows; None where
         `Product` does, or IREE."""
-        (count, depth), matrix = x.shape, self._matrix(name)
+        count, depth = x.shape
         if not self._kernels or isinstance(count, str) or count > MAX_ROWS:
             return None
+        matrix = self._matrix(name)
         dtype, chip = matrix.parts[0].kind, self._kernels.target.name
         if dtype in BLOCK_TYPES:
             # On gfx11 a matrix instruction takes as long as dot products of 8 rows
