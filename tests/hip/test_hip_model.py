@@ -273,8 +273,7 @@ SUITE = """
     [
         ("gfx942", {}, 0.0, ALL_OF_THEM),
         ("gfx942", {"weight_dtype": "int8", **HALF}, 0.02, ENGINE),
-        # Gates and ups that fill no block
-        ("gfx1100", {"weight_dtype": "int4", "intermediate_size": 44, **HALF}, 0.02, ALL_OF_THEM),
+        ("gfx1100", {"weight_dtype": "int4", **HALF}, 0.02, ALL_OF_THEM),
         ("gfx1100", {"kind": "Q4_K", "weight_dtype": None, **HALF, **SUPER_BLOCKS}, 0.03, ENGINE),
     ],
     ids=["f32", "int8", "int4", "q4_k_m"],

@@ -729,7 +729,8 @@ def test_limits_that_make_no_sense(tiny: TinyModel, name: str, value: Any) -> No
 
 def test_small_models_on_a_cpu_prefill_more_of_a_single_prompt(tiny: TinyModel) -> None:
     artifact = open_artifact(tiny.artifact)
-    assert artifact.manifest
+    assert artifact.manifest  # of a GPU where these tests run with its code
+    artifact = replace(artifact, manifest=replace(artifact.manifest, device="cpu"))
     on_gpu = replace(artifact, manifest=replace(artifact.manifest, device="hip"))
     count = (1 << 30) // artifact.num_weight_bytes + 1
     large = replace(artifact, weights=artifact.weights * count)
