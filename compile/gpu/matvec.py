@@ -97,9 +97,7 @@ class FewRows(RowsProduct):
             parts.store(total, thread + i * THREADS)
         k.barrier()
         outputs = ROWS // self.share
-        row = thread // outputs
-
-        feature = thread % outputs
+        row, feature = thread // outputs, thread % outputs
 
         def output(behind: int) -> Scalar:
             start = row * THREADS + feature + behind

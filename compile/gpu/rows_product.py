@@ -42,10 +42,10 @@ class RowsProduct(Kernel):
     there is one, result. Constant: T. Workgroups: N / `tile` of each part, T / rows.
 
     parts: of the matrix, of types of BLOCK_TYPES, each of them in a binding; or a single one of
-    DTYPES, row by row. rows: of activations that a workgroup multiplies. epsilon:
-    of an RMS norm of the activations, which are f32 then and `dtype` else. epilogue: "" for f32
-    results, "add" for the residual added, "silu" for silu(gate) * up of a matrix of one part: [T, N
-    / 2] `dtype`. It has eight gates and eight ups in turn, or, of floats, all gates before all ups.
+    DTYPES, row by row. rows: of activations that a workgroup multiplies. epsilon: of an RMS norm of
+    the activations, which are f32 then and `dtype` else. epilogue: "" for f32 results, "add" for
+    the residual added, "silu" for silu(gate) * up of a matrix of one part: [T, N / 2] `dtype`. It
+    has eight gates and eight ups in turn, or, of floats, all gates before all ups.
     """
 
     parts: Parts

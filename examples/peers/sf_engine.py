@@ -12,6 +12,7 @@ from worker import seconds, serve
 
 from sf_local import Engine, SamplingParams, __version__
 from sf_local.artifact.open import open_artifact
+from sf_local.engine.limits import limits_of
 
 artifact = open_artifact(sys.argv[1])
 pages = -(-int(sys.argv[2]) // artifact.config.page_size)
@@ -66,10 +67,11 @@ def settings() -> str:
     weights = made.weight_dtype if made else "unknown"
     if made and made.activation_dtype:
         weights += f" with activations in {made.activation_dtype}"
+    limits = limits_of(artifact)
     return (
         f"sf_local {__version__}, weights {weights}, {len(os.sched_getaffinity(0))} threads, KV in "
-        f"{kv_dtype}, steps of {stats['prefill_tokens']:.0f} tokens (512 of a single request), at "
-        f"most {stats['max_running']:.0f} requests at a time, prefix cache"
+        f"{kv_dtype}, steps of {limits.prefill_tokens} tokens ({limits.most_prefill_tokens} of a "
+        f"single request), at most {stats['max_running']:.0f} requests at a time, prefix cache"
     )
 
 

@@ -84,8 +84,8 @@ class Engine(Batches):
         image_memory: bytes, or a text such as "256MiB", of images that are kept so that they need
             not be encoded again.
         num_threads: threads that compute on a CPU, of each replica; 1 to the number of cores that
-            the process may use, which is the default. Linux moves them between these.
-            Refused for a GPU.
+            the process may use, which is the default. Linux moves them between these. Refused for
+            a GPU.
         allow_urls: whether images may be fetched from http(s) URLs.
         prefill_tokens: prompt tokens that are computed in one step, padding included; by default
             256, and on a CPU, with up to 1 GiB of weights, 512 while the device has a single

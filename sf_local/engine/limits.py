@@ -19,9 +19,7 @@ def limits_of(
     """The limits of a model. Our own compiled code can begin a prefill at any token, amdsharktank's
     at whole pages or only at the beginning of a prompt; `prefill_tokens` is rounded up to that.
     """
-    config, manifest, alone_tokens = artifact.config, artifact.manifest, 0
-    if not prefill_tokens and manifest and manifest.device == "cpu":
-        alone_tokens = ALONE_TOKENS if artifact.num_weight_bytes <= SMALL else 0
+    config, manifest, is_default = artifact.config, artifact.manifest, prefill_tokens is None
     prefill_tokens = prefill_tokens or PREFILL_TOKENS
     sizes = config.prefill_batch_sizes, config.decode_batch_sizes
     if not config.has_prefill_position:
@@ -29,9 +27,10 @@ def limits_of(
     if manifest:
         num_pages = -(-(MAX_LOGITS // manifest.vocab_size) // config.page_size)
         logits_tokens = max(1, num_pages) * config.page_size
+        is_small = manifest.device == "cpu" and artifact.num_weight_bytes <= SMALL
         return Limits(
             *sizes, prefill_tokens, max_running, logits_tokens=logits_tokens,
-            alone_tokens=alone_tokens,
+            alone_tokens=ALONE_TOKENS if is_default and is_small else 0,
         )  # fmt: skip
     num_pages = -(-min(prefill_tokens, artifact.max_tokens) // config.page_size)
     return Limits(*sizes, num_pages * config.page_size, max_running, "pages")

@@ -169,7 +169,9 @@ def test_products_in_4_bits(
     check(hip_driver, hip_cache, tmp_path, chip, case)
 
 
-@pytest.mark.parametrize("chip", ["gfx942", "gfx1100"])
+@pytest.mark.parametrize(
+    "chip", ["gfx942", "gfx1100", pytest.param("gfx1201", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("case", FLOATS, ids=lambda case: case[0].name)
 def test_products_of_floats(
     hip_driver: Driver, hip_cache: Path, tmp_path: Path, chip: str, case: tuple[RowsProduct, int]
