@@ -126,8 +126,9 @@ def memory_left(device: DeviceInfo, weight_bytes: int, num_sharing: int = 1) -> 
     """Bytes that stay free once the weights are loaded; None where the driver does not say.
 
     num_sharing: replicas on this device, of which each gets an equal share. On the CPU the weights
-    are mapped files, which the kernel can drop and read again. Raises DeviceError for a GPU that
-    has no room for them, or does not work: there IREE itself would wait for ever.
+    are mapped files, which the kernel can drop and read again; HugeWeights copies them only where
+    there is room. Raises DeviceError for a GPU that has no room for them, or does not work: there
+    IREE itself would wait for ever.
     """
     free = device.free_bytes()
     free = None if free is None else free // num_sharing

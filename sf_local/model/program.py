@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import shortfin as sf
@@ -17,6 +18,7 @@ from sf_local.errors import (
     TargetError,
     VersionError,
 )
+from sf_local.model.huge_weights import HugeWeights
 
 # What HIP reports for code that was compiled for another chip.
 OTHER_CHIP = ("hipErrorNoBinaryForGpu", "hipErrorInvalidImage", "hipErrorInvalidKernelFile")
@@ -36,11 +38,13 @@ class Program:
     def __init__(self, artifact: Artifact, device: Device) -> None:
         _check_device(artifact, device)
         self._artifact = artifact
-        self._program = _load(artifact, device)
+        self.huge_weights = HugeWeights()
+        self._program = _load(artifact, device, self.huge_weights)
         self.functions = self._look_up_functions()
 
     def close(self) -> None:
         """Unload the program and the weights."""
+        self.huge_weights.close()
         self.functions.clear()
         del self._program
 
@@ -100,7 +104,7 @@ def _check_device(artifact: Artifact, device: Device) -> None:
         )
 
 
-def _load(artifact: Artifact, device: Device) -> Any:
+def _load(artifact: Artifact, device: Device, huge_weights: HugeWeights) -> Any:
     try:
         module = sf.ProgramModule.load(device.system, str(artifact.vmfb), mmap=True)
     except Exception as error:
@@ -108,7 +112,11 @@ def _load(artifact: Artifact, device: Device) -> Any:
     parameters = sf.StaticProgramParameters(device.system, parameter_scope="model")
     try:
         for path in artifact.weights:
-            parameters.load(str(path), mmap=True)
+            load = partial(parameters.load, str(path), mmap=True)
+            if device.shares_memory:
+                huge_weights.note(path, load)
+            else:
+                load()
         return sf.Program(
             [sf.ProgramModule.parameter_provider(device.system, parameters), module],
             devices=device.fiber.raw_devices,
