@@ -112,11 +112,7 @@ def _load(artifact: Artifact, device: Device, huge_weights: HugeWeights) -> Any:
     parameters = sf.StaticProgramParameters(device.system, parameter_scope="model")
     try:
         for path in artifact.weights:
-            load = partial(parameters.load, str(path), mmap=True)
-            if device.shares_memory:
-                huge_weights.note(path, load)
-            else:
-                load()
+            huge_weights.note(path, partial(parameters.load, str(path), mmap=True))
         return sf.Program(
             [sf.ProgramModule.parameter_provider(device.system, parameters), module],
             devices=device.fiber.raw_devices,

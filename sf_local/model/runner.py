@@ -171,7 +171,8 @@ class ModelRunner:
             self._invoke(name, inputs, num_rows, num_logits, spec.meanwhile)
         )
         self.call_seconds += time.perf_counter() - started_at
-        self._program.huge_weights.start()  # no sooner: it would hold up the first token
+        if self._device.shares_memory:
+            self._program.huge_weights.start()  # no sooner: it would hold up the first token
         output = convert(self._outputs.read(fetched, spec.copy))
         if host_error is not None:
             raise host_error

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 
 from sf_local import Engine
+from sf_local.device import host_memory
 from sf_local.model import huge_weights
 from sf_local.model.huge_weights import HUGE, HugeWeights
 from tests.support.running import Runners
 
 SIZE = 20 * HUGE + 12345  # bytes of a file; the first and the last may lie in no whole huge page
-THREAD = "sf_local-huge-pages"
+THREAD = "sf_local-pages"
 
 
 class Mapping(NamedTuple):
@@ -43,11 +44,11 @@ def mappings(within: range = range(1 << 47)) -> Iterator[Mapping]:
 
 
 def huge_bytes(weights: HugeWeights) -> int:
-    return sum(m.huge_bytes for whole in weights._mapped for m in mappings(whole))
+    return sum(m.huge_bytes for whole in weights._wholes for m in mappings(whole))
 
 
 def whole_bytes(weights: HugeWeights) -> int:
-    return sum(len(huge_weights._whole_pages(whole)) for whole in weights._mapped)
+    return sum(len(whole) for whole in weights._wholes)
 
 
 def writable_bytes() -> int:
@@ -62,12 +63,24 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def enough_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huge_weights, "free_bytes", lambda: 1 << 40)
+
+
 @contextmanager
-def mapped(path: Path) -> Iterator[tuple[HugeWeights, np.ndarray]]:
+def mapped(
+    path: Path, meanwhile: Callable[[], None] = lambda: None
+) -> Iterator[tuple[HugeWeights, np.ndarray]]:
     """What moves a file, and its bytes."""
     weights, maps = HugeWeights(), []
     with path.open("rb") as file:
-        weights.note(path, lambda: maps.append(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)))
+
+        def load() -> None:
+            maps.append(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+            meanwhile()
+
+        weights.note(path, load)
     with closing(weights):
         yield weights, np.frombuffer(maps[0], np.uint8)
 
@@ -79,11 +92,15 @@ def move(weights: HugeWeights) -> None:
     before = refused()
     weights.start()
     weights.start()
+    wait(weights)
+    if huge_bytes(weights) < whole_bytes(weights) and refused() > before:
+        pytest.skip("no huge page is free")
+
+
+def wait(weights: HugeWeights) -> None:
     assert weights._thread is not None
     weights._thread.join(60)
     assert not weights._thread.is_alive()
-    if refused() > before:
-        pytest.skip("no huge page is free")
 
 
 def refused() -> int:
@@ -94,12 +111,13 @@ def refused() -> int:
 
 def test_whole_huge_pages_move_and_read_the_same(file: Path) -> None:
     with mapped(file) as (weights, values):
-        [addresses] = weights._mapped
-        assert values.ctypes.data == addresses.start and len(addresses) >= SIZE
+        start, [whole] = values.ctypes.data, weights._wholes
+        assert start <= whole.start < start + HUGE
+        assert start + SIZE - HUGE < whole.stop <= start + SIZE
         assert huge_bytes(weights) == 0
         move(weights)
         assert huge_bytes(weights) == whole_bytes(weights) >= 19 * HUGE
-        assert {m.rights for m in mappings(range(values.ctypes.data, SIZE))} <= {"r--p", "r--s"}
+        assert {m.rights for m in mappings(whole)} == {"r--p"}
         assert values.tobytes() == file.read_bytes()
 
 
@@ -128,13 +146,35 @@ def test_who_reads_meanwhile_reads_the_same(file: Path) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("spare", [-1, 0])
-def test_as_much_must_stay_free(file: Path, monkeypatch: pytest.MonkeyPatch, spare: int) -> None:
+def test_it_ends_where_memory_is_short(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with mapped(file) as (weights, values):
+        needed = whole_bytes(weights)
+        free = iter([needed, needed, needed - 1])
+        monkeypatch.setattr(huge_weights, "CHECKED", 8 * HUGE)
+        monkeypatch.setattr(huge_weights, "free_bytes", lambda: next(free))
+        weights.start()
+        wait(weights)
+        assert huge_bytes(weights) in (0, 16 * HUGE)  # 0 where Linux has no huge pages
+        assert next(free, None) is None
+        assert values.tobytes() == file.read_bytes()
+
+
+def test_what_is_to_be_copied_does_not_count_as_free(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def look() -> int:
+        seen.append(sum(reservation.num_bytes for reservation in host_memory._reservations))
+        return 1 << 40
+
     with mapped(file) as (weights, _):
-        free = 2 * whole_bytes(weights) + spare
-        monkeypatch.setattr(huge_weights, "free_bytes", lambda: free)
+        gc.collect()  # of other engines' pages
+        others = sum(reservation.num_bytes for reservation in host_memory._reservations)
+        monkeypatch.setattr(huge_weights, "CHECKED", 8 * HUGE)
+        monkeypatch.setattr(huge_weights, "free_bytes", look)
         move(weights)
-        assert huge_bytes(weights) == (0 if spare < 0 else whole_bytes(weights))
+        assert [n - others - whole_bytes(weights) for n in seen] == [0, -8 * HUGE, -16 * HUGE]
 
 
 def refuse(*_: object) -> int | None:
@@ -147,56 +187,93 @@ def refuse(*_: object) -> int | None:
         (huge_weights._libc, "mmap", refuse),
         (huge_weights._libc, "mremap", refuse),
         (huge_weights.mmap, "MADV_HUGEPAGE", 15),  # MADV_NOHUGEPAGE
-        (huge_weights, "ENABLED", Path("/proc/version")),
-        (huge_weights, "ENABLED", Path("/not/there")),
+        (huge_weights, "_are_forbidden", lambda: True),
     ],
-    ids=["no addresses", "no mremap", "small pages", "never", "no kernel that has them"],
+    ids=["no addresses", "no mremap", "small pages", "forbidden"],
 )
 def test_what_cannot_move_stays(
     file: Path, monkeypatch: pytest.MonkeyPatch, where: Any, name: str, value: Any
 ) -> None:
     with mapped(file) as (weights, values):
-        if value == Path("/proc/version"):
-            value = file.with_name("enabled")
-            value.write_text("always madvise [never]\n")
         before = writable_bytes()
         monkeypatch.setattr(where, name, value)
         weights.start()
-        assert weights._thread is not None
-        weights._thread.join(60)
+        wait(weights)
         assert huge_bytes(weights) == 0
         assert values.tobytes() == file.read_bytes()
         assert abs(writable_bytes() - before) < SIZE // 2  # as stacks of threads may remain
 
 
+@pytest.mark.parametrize(
+    ("text", "are_forbidden"),
+    [("always madvise [never]\n", True), ("always [madvise] never\n", False), (None, True)],
+)
+def test_what_linux_says_of_huge_pages(
+    text: str | None, are_forbidden: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if text:
+        (tmp_path / "enabled").write_text(text)
+    monkeypatch.setattr(huge_weights, "ENABLED", tmp_path / "enabled")
+    assert huge_weights._are_forbidden() is are_forbidden
+
+
+class Pauses:
+    """Before its third and sixth huge page, a mover waits for `go_on`; Linux need not have any."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._reached, self._may_go_on = threading.Semaphore(0), threading.Semaphore(0)
+        self.count = 0
+        monkeypatch.setattr(huge_weights, "_get_huge_page", self._get)
+        monkeypatch.setattr(huge_weights, "_are_forbidden", lambda: False)
+
+    def _get(self, address: int) -> bool:
+        self.count += 1
+        if self.count in (3, 6):
+            self._reached.release()
+            assert self._may_go_on.acquire(timeout=60)
+        return True
+
+    def wait(self) -> None:
+        assert self._reached.acquire(timeout=60)
+
+    def go_on(self) -> None:
+        self._may_go_on.release()
+
+
 def test_it_ends_when_it_is_closed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the midst, with the rest of its memory given back."""
-    fill, is_at_third, may_go_on, filled = (
-        huge_weights._fill_huge_page, threading.Event(), threading.Event(), [],
-    )  # fmt: skip
-
-    def wait_at_third(address: int, source: int) -> bool:
-        filled.append(address)
-        if len(filled) == 3:
-            is_at_third.set()
-            assert may_go_on.wait(60)
-        return fill(address, source)
-
-    monkeypatch.setattr(huge_weights, "_fill_huge_page", wait_at_third)
-    monkeypatch.setattr(huge_weights, "_are_forbidden", lambda: False)
+    pauses = Pauses(monkeypatch)
     with mapped(file) as (weights, values):
         before = writable_bytes()
         weights.start()
-        assert is_at_third.wait(60)
+        pauses.wait()
         closer = threading.Thread(target=weights.close)
         closer.start()
         closer.join(0.1)
         assert closer.is_alive()
-        may_go_on.set()
+        pauses.go_on()
         closer.join(60)
-        assert not closer.is_alive() and len(filled) == 3
+        assert not closer.is_alive() and pauses.count == 3
         assert values.tobytes() == file.read_bytes()
         assert abs(writable_bytes() - before) < SIZE // 2
+
+
+def test_who_maps_a_file_while_it_moves_takes_its_own(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses = Pauses(monkeypatch)
+
+    def move_on() -> None:
+        pauses.go_on()
+        pauses.wait()
+
+    with mapped(file) as (first, _):
+        first.start()
+        pauses.wait()
+        with mapped(file, move_on) as (second, values):
+            start, [whole] = values.ctypes.data, second._wholes
+            assert start <= whole.start and whole.stop <= start + SIZE
+        pauses.go_on()
 
 
 def test_nothing_is_moved_where_no_thread_is_left(
@@ -213,7 +290,7 @@ def test_nothing_is_moved_where_no_thread_is_left(
 
 
 def test_each_moves_what_it_has_mapped(file: Path) -> None:
-    """Though many map one file at once, and one is unmapped."""
+    """Though many map one file at once."""
     found: list[tuple[HugeWeights, int]] = []
 
     def open_and_keep() -> None:
@@ -227,8 +304,10 @@ def test_each_moves_what_it_has_mapped(file: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert [[start] for _, start in found] == [[m.start for m in w._mapped] for w, _ in found]
     assert len({start for _, start in found}) == 8
+    for weights, start in found:
+        [whole] = weights._wholes
+        assert start <= whole.start < start + HUGE
 
 
 def test_a_forked_child_waits_for_no_thread_of_its_parent() -> None:
@@ -251,7 +330,6 @@ def test_a_model_answers_the_same_before_meanwhile_and_behind(smollm2: Path) -> 
         behind = engine.generate(prompt, max_tokens=12, temperature=0)
         assert behind.token_ids == meanwhile.token_ids and " Paris" in behind.text
         assert behind.token_ids[:1] == before.token_ids
-    assert not [m for whole in weights._mapped for m in mappings(whole) if m.rights != "---p"]
 
 
 @pytest.mark.model
