@@ -28,6 +28,8 @@ from sf_local.model.program import Program
 from sf_local.request.batch import Row
 from sf_local.sampling.logits import Floats, ModelOutput
 
+SECONDS_BEFORE_COPY = 1.0  # of calls: a short script gains less than copying the weights costs
+
 T = TypeVar("T")
 
 
@@ -171,8 +173,8 @@ class ModelRunner:
             self._invoke(name, inputs, num_rows, num_logits, spec.meanwhile)
         )
         self.call_seconds += time.perf_counter() - started_at
-        if self._device.shares_memory:
-            self._program.huge_weights.start()  # no sooner: it would hold up the first token
+        if self.call_seconds >= SECONDS_BEFORE_COPY and self._device.shares_memory:
+            self._program.huge_weights.start()
         output = convert(self._outputs.read(fetched, spec.copy))
         if host_error is not None:
             raise host_error

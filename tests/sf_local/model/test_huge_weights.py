@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import mmap
 import os
 import re
@@ -15,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from sf_local import Engine
+from sf_local import Engine, SamplingParams
 from sf_local.device import host_memory
-from sf_local.model import huge_weights
+from sf_local.model import huge_weights, runner
 from sf_local.model.huge_weights import HUGE, HugeWeights
 from tests.support.running import Runners
 
@@ -319,24 +320,33 @@ def test_a_forked_child_waits_for_no_thread_of_its_parent() -> None:
 
 
 @pytest.mark.model
-def test_a_model_answers_the_same_before_meanwhile_and_behind(smollm2: Path) -> None:
+def test_a_model_answers_the_same_before_meanwhile_and_behind(
+    smollm2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runners, prompt = Runners(), "The capital of France is"
+    params = SamplingParams(max_new_tokens=12, temperature=0)
     with Engine(smollm2, _make_runner=runners) as engine:
         weights = runners[0]._program.huge_weights
-        before = engine.generate(prompt, max_tokens=1, temperature=0)
-        meanwhile = engine.generate(prompt, max_tokens=12, temperature=0)
+        monkeypatch.setattr(runner, "SECONDS_BEFORE_COPY", math.inf)
+        before = engine.generate(prompt, params)
+        assert weights._thread is None
+        monkeypatch.setattr(runner, "SECONDS_BEFORE_COPY", 0)
+        meanwhile = engine.generate(prompt, params)
+        assert weights._thread is not None
         move(weights)
         assert huge_bytes(weights) == whole_bytes(weights) > 100 << 20
-        behind = engine.generate(prompt, max_tokens=12, temperature=0)
-        assert behind.token_ids == meanwhile.token_ids and " Paris" in behind.text
-        assert behind.token_ids[:1] == before.token_ids
+        behind = engine.generate(prompt, params)
+        assert before.token_ids == meanwhile.token_ids == behind.token_ids
+        assert " Paris" in behind.text
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("wait", [lambda e: None, lambda e: e.generate("And", max_tokens=3)])
-def test_an_engine_closes_meanwhile(smollm2: Path, wait: Callable[[Engine], object]) -> None:
+@pytest.mark.parametrize("count", [1, 4])
+def test_an_engine_closes_meanwhile(
+    smollm2: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "SECONDS_BEFORE_COPY", 0)
     for _ in range(3):
         with Engine(smollm2) as engine:
-            engine.generate("Once", max_tokens=1)
-            wait(engine)
+            engine.generate("Once", max_tokens=count)
         assert THREAD not in {thread.name for thread in threading.enumerate()}
