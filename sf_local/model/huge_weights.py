@@ -134,6 +134,7 @@ def _whole_pages(addresses: range) -> range:
 
 
 def _are_forbidden() -> bool:
+    """Whether this Linux has no transparent huge pages, or was told to give none."""
     try:
         return "[never]" in ENABLED.read_text()
     except OSError:

@@ -31,6 +31,8 @@ class Program:
     the device's fiber. A name with "_next" is that of a function which also sums its logits up (see
     `sampling.logits.ModelOutput`). Only artifacts of our own compiler have those.
 
+    huge_weights: what can move the weights to larger pages of memory, on a CPU.
+
     Raises ArtifactError where the artifact is not for this device, is corrupt, or its files do not
     fit each other, and DeviceError where the device fails.
     """
