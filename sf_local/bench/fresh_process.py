@@ -10,12 +10,14 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from sf_local.artifact.open import Artifact
 from sf_local.engine.engine import Engine
+from sf_local.model.huge_weights import MOVER
 from sf_local.request.params import SamplingParams
 
 
@@ -30,7 +32,8 @@ class Fresh:
         peak_bytes: resident memory at its peak, mapped weights included.
         memory_ratio: `peak_bytes` over weights and KV pages, of which there are as many as the
             run needs.
-        idle_share: of one core, used by the open engine without requests.
+        idle_share: of one core, used by the open engine without requests, once its weights have
+            moved to huge pages.
     """
 
     ready_seconds: float
@@ -85,13 +88,14 @@ def _main(
         engine.generate([1, 2, 3], _params(1))
         first_token_at = time.perf_counter()
         engine.generate([1] * int(prompt), _params(int(answer)))
+        idle_share = _idle_share(float(idle_seconds))
         status = Path("/proc/self/status").read_text()
         report = {
             "opened_at": opened_at,
             "ready_at": ready_at,
             "first_token_at": first_token_at,
             "peak_bytes": 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status)[0]),
-            "idle_share": _idle_share(float(idle_seconds)),
+            "idle_share": idle_share,
         }
     print(json.dumps(report))
 
@@ -101,6 +105,9 @@ def _params(count: int) -> SamplingParams:
 
 
 def _idle_share(seconds: float) -> float:
+    for thread in threading.enumerate():
+        if thread.name == MOVER:
+            thread.join()
     before = time.process_time()
     time.sleep(seconds)
     return (time.process_time() - before) / seconds

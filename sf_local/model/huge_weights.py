@@ -13,6 +13,7 @@ from sf_local.device.host_memory import Reservation, free_bytes
 
 HUGE = 2 << 20
 CHECKED = 32 << 20  # bytes that are copied between two looks at what is free
+MOVER = "sf_local-pages"  # the name of the thread that moves weights
 ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 FAILED = ctypes.c_void_p(-1).value  # what mmap and mremap return then
 PROT_READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
@@ -62,7 +63,7 @@ class HugeWeights:
     def start(self) -> None:
         """Begin, unless that was done before."""
         if self._wholes and self._thread is None:
-            thread = threading.Thread(target=self._move_all, name="sf_local-pages", daemon=True)
+            thread = threading.Thread(target=self._move_all, name=MOVER, daemon=True)
             try:
                 thread.start()
             except RuntimeError:  # no more threads

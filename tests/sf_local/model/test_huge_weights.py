@@ -19,11 +19,10 @@ import pytest
 from sf_local import Engine, SamplingParams
 from sf_local.device import host_memory
 from sf_local.model import huge_weights, runner
-from sf_local.model.huge_weights import HUGE, HugeWeights
+from sf_local.model.huge_weights import HUGE, MOVER, HugeWeights
 from tests.support.running import Runners
 
 SIZE = 20 * HUGE + 12345  # bytes of a file; the first and the last may lie in no whole huge page
-THREAD = "sf_local-pages"
 
 
 class Mapping(NamedTuple):
@@ -349,4 +348,4 @@ def test_an_engine_closes_meanwhile(
     for _ in range(3):
         with Engine(smollm2) as engine:
             engine.generate("Once", max_tokens=count)
-        assert THREAD not in {thread.name for thread in threading.enumerate()}
+        assert MOVER not in {thread.name for thread in threading.enumerate()}
