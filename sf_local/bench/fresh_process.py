@@ -106,7 +106,7 @@ def _params(count: int) -> SamplingParams:
 
 def _idle_share(seconds: float) -> float:
     for thread in threading.enumerate():
-        if thread.name == MOVER:
+        if thread.name == MOVER:  # its work is done once, and is not what an idle engine takes
             thread.join()
     before = time.process_time()
     time.sleep(seconds)
