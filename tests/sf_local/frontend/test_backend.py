@@ -21,6 +21,7 @@ from sf_local.errors import ChatTemplateError, RequestError
 from sf_local.frontend.backend import to_params
 from sf_local.request.params import ResolvedParams
 from tests.support.answers import assert_drawn
+from tests.support.sglang_state import error_of
 from tests.support.tiny import TinyModel
 
 
@@ -49,9 +50,7 @@ def plain(s: Any, **rest: Any) -> None:
 def failure(program: Any, backend: sf_local.ShortfinLocal, **arguments: Any) -> Exception:
     """What SGLang keeps when a program fails; nothing may be left of it in the engine."""
     with pytest.warns(UserWarning, match="stream_executor"):
-        state = program.run(backend=backend, **arguments)
-        state.stream_executor.worker.join()  # which sets the error after what `error` waits for
-    error = state.error()
+        error = error_of(program.run(backend=backend, **arguments))
     assert isinstance(error, Exception)
     backend.flush_cache()
     stats = backend.engine.stats()
@@ -494,7 +493,7 @@ def test_a_base_model_has_no_roles(tiny: TinyModel, tmp_path: Any) -> None:
     with sgl.ShortfinLocal(vmfb=folder, tokenizer=tokenizer) as base:
         assert plain.run(max_tokens=3, backend=base)["out"]
         with pytest.warns(UserWarning, match="stream_executor"):
-            error = chat.run(question="why?", backend=base).error()
+            error = error_of(chat.run(question="why?", backend=base))
         assert isinstance(error, ChatTemplateError) and "chat_template=" in str(error)
     with sgl.ShortfinLocal(vmfb=folder, tokenizer=tokenizer, chat_template="chatml") as chatml:
         assert chat.run(question="why?", backend=chatml).error() is None
@@ -577,7 +576,7 @@ def test_nonsense_is_named(
         s += "abc" + sgl.gen("out", **arguments)
 
     with pytest.warns(UserWarning, match="stream_executor"):
-        error = program.run().error()
+        error = error_of(program.run())
     assert isinstance(error, RequestError) and message in str(error)
 
 

@@ -14,6 +14,7 @@ import sglang as sgl
 
 import sf_local
 from sf_local.errors import RequestError
+from tests.support.sglang_state import error_of
 from tests.support.tiny import TinyModel
 
 Backend = sf_local.ShortfinLocal
@@ -37,9 +38,7 @@ def gen(backend: Backend, **arguments: Any) -> tuple[Any, dict[str, Any]]:
         s += sgl.gen("out", **arguments)
 
     state = program.run(backend=backend, ignore_eos=True)
-    state.stream_executor.worker.join()  # which sets the error after what `error` waits for
-    error = state.error()
-    if error is not None:
+    if (error := error_of(state)) is not None:
         raise error
     return state["out"], state.get_meta_info("out")
 

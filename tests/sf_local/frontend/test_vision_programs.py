@@ -15,6 +15,7 @@ import sglang as sgl
 from sf_local.frontend.backend import ShortfinLocal
 from sf_local.frontend.sgl_chat_template import resolve_chat_template
 from tests.support.pictures import picture, png
+from tests.support.sglang_state import error_of
 from tests.support.tiny import SeeingModel, TinyModel
 
 SMOLVLM = (
@@ -119,14 +120,14 @@ def test_mistakes_are_kept_in_the_state(
     backend: ShortfinLocal, make_tiny: Callable[..., TinyModel], tmp_path: Path
 ) -> None:
     missing = ask.run(image=str(tmp_path / "none.png"), question="?", backend=backend)
-    assert isinstance(missing.error(), FileNotFoundError)
+    assert isinstance(error_of(missing), FileNotFoundError)
     broken = ask.run(image=b"no image", question="?", backend=backend)
-    assert "image=" in str(broken.error())
+    assert "image=" in str(error_of(broken))
     marked = ask.run(image=png(picture(8, 8)), question="<image>?", backend=backend)
-    assert "there are 1, and 2 markers" in str(marked.error())
+    assert "there are 1, and 2 markers" in str(error_of(marked))
     with ShortfinLocal(make_tiny().artifact, kv_pages=40, chat_template="chatml") as blind:
         state = ask.run(image=png(picture(8, 8)), question="?", backend=blind)
-        assert "is a text model" in str(state.error())
+        assert "is a text model" in str(error_of(state))
 
 
 def test_smolvlm_writes_no_space_before_an_image(backend: ShortfinLocal) -> None:

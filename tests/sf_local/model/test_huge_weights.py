@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import mmap
-import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from sf_local import Engine, SamplingParams
 from sf_local.device import host_memory
 from sf_local.model import huge_weights, runner
 from sf_local.model.huge_weights import HUGE, MOVER, HugeWeights
+from tests.support.child import run_program
 from tests.support.running import Runners
 
 SIZE = 20 * HUGE + 12345  # bytes of a file; the first and the last may lie in no whole huge page
@@ -311,11 +311,17 @@ def test_each_moves_what_it_has_mapped(file: Path) -> None:
 
 
 def test_a_forked_child_waits_for_no_thread_of_its_parent() -> None:
-    with huge_weights._lock:
-        child = os.fork()
-        if child == 0:
-            os._exit(int(huge_weights._lock.locked()))
-    assert os.waitpid(child, 0)[1] == 0
+    program = """
+import os
+from sf_local.model import huge_weights
+
+with huge_weights._lock:
+    child = os.fork()
+    if child == 0:
+        os._exit(int(huge_weights._lock.locked()))
+assert os.waitpid(child, 0)[1] == 0
+"""
+    run_program(program)
 
 
 @pytest.mark.model
