@@ -97,10 +97,7 @@ class Activations:
     def _store_group(self, values: Sequence[Scalar], row: Scalar, group: Scalar) -> None:
         k, lanes = self._k, lanes_of(values[0])
         assert lanes * len(values) == GROUP
-        largest = values[0].math("absf")
-        for value in values[1:]:
-            largest = largest.maximum(value.math("absf"))
-        scale = k.maximum(largest) / float(self.integers.largest)
+        scale = k.largest_size(values) / float(self.integers.largest)
         # 0 / 0 is NaN, so a group of zeros is divided by 1.
         one = k.scalar(1.0, "f32")
         is_zero = k.op(f"arith.cmpf oeq, {scale.name}, {k.scalar(0.0, 'f32').name} : f32", "i1")
@@ -108,17 +105,14 @@ class Activations:
         whole = vector_type(lanes, "i32")
         totals = [k.scalar(0, whole) for _ in range(self._num_offsets)]
         for i, value in enumerate(values):
-            number = (value * inverse).math("roundeven").to_int(whole)
+            number = k.nearest(value * inverse)
             half = i * self._num_offsets // len(values)
             totals[half] = totals[half] + number
             for part, code in enumerate(self._parts(number)):
                 at = self.codes_at(row, group, part) + i * (lanes * self.integers.part_bytes)
                 self.codes["i8"].store_vector(self._bytes(code), at)
         self.codes["f32"].store(scale, self._number(row, group, 0))
-        sums = [
-            k.op(f"vector.reduction <add>, {total.name} : {whole} into i32", "i32")
-            for total in totals
-        ]
+        sums = [k.sum(total) for total in totals]
         for half, sum_ in enumerate(sums):
             self.codes["i32"].store(sum_ * -ZERO, self._offset_at(row, group, half))
         sum_ = sums[0] if len(sums) == 1 else sums[0] + sums[1]

@@ -7,8 +7,6 @@ each.
 
 from __future__ import annotations
 
-import math
-
 from compile.cpu.activations import Activations
 from compile.cpu.amx import MAX_ROWS
 from compile.cpu.attention import AttentionMemory
@@ -31,6 +29,7 @@ from compile.cpu.row_tables import (
 )
 from compile.cpu.softmax import SPLIT, Splits
 from compile.cpu.transformer import ROWS_PER_TASK, TransformerKernel
+from compile.cpu.vector_builder import LOG2_E
 from compile.formats.blocks import GROUP
 from compile.mlir.builder import Builder, Dim, Tensor
 from compile.mlir.executable import Views
@@ -260,8 +259,8 @@ class DecoderKernel(TransformerKernel):
         k, inner, feature = self.k, self.model.inner, block * self.vectors.lanes
         for r in range(len(sums) // 2):
             gate, up = sums[2 * r : 2 * r + 2]
-            if self._stores_bf16:
-                decay = k.exp2(gate * -math.log2(math.e))
+            if self._rounds_coarsely:
+                decay = k.exp2(gate * -LOG2_E)
                 value = gate * k.reciprocal(decay + 1.0) * up
             else:
                 value = gate / (k.exp(gate * -1.0) + 1.0) * up
@@ -271,9 +270,11 @@ class DecoderKernel(TransformerKernel):
                 self.mlp_act.store([value], row + r, feature)
 
     @property
-    def _stores_bf16(self) -> bool:
-        """Whether activations become bf16, by AVX-512."""
-        return not self.layers.takes_integers and self.layers.operand.other == "bf16"
+    def _rounds_coarsely(self) -> bool:
+        """Whether activations become bf16 or one byte, by AVX-512."""
+        if self.layers.takes_integers:
+            return self.layers.activation_dtype == "int8" and self.vectors.lanes == 16
+        return self.layers.operand.other == "bf16"
 
     def _quantize_mlp(self, row: Scalar) -> None:
         inner, lanes = self.model.inner, self.vectors.lanes

@@ -15,6 +15,7 @@ from functools import reduce
 from compile.cpu.activations import Activations
 from compile.cpu.kernel import CACHE_LINE, KernelBuilder
 from compile.cpu.kv_layout import KVLayout
+from compile.cpu.vector_builder import LOG2_E
 from compile.formats.layout import ITEM_BYTES, MASKED
 from compile.mlir.executable import Memory
 from compile.mlir.values import Scalar
@@ -137,10 +138,10 @@ class Softmax:
         before = memory.load(space.maxima + j)
         top = k.largest(reduce(k.larger, tops))
         now = k.element(k.larger(k.broadcast(before, p), top), 0)
-        wide = k.broadcast(now, p)
+        weight = self._weight_below(now)
 
         def weigh(group: Scalar, *totals: Scalar) -> list[Scalar]:
-            found = [k.exp(memory.load_vector(scores + at, p) - wide) for at in places(group)]
+            found = [weight(memory.load_vector(scores + at, p)) for at in places(group)]
             for x, at in zip(found, places(group), strict=True):
                 self.workspace[self.weight_dtype].store_as(x, weights + at)
             return [total + x for x, total in zip(found, totals, strict=True)]
@@ -150,6 +151,17 @@ class Softmax:
         total = memory.load(space.totals + j) * factor + k.sum(reduce(operator.add, totals))
         for value, at in ((now, space.maxima), (total, space.totals), (factor, space.factors)):
             memory.store(value, at + j)
+
+    def _weight_below(self, top: Scalar) -> Callable[[Scalar], Scalar]:
+        """What turns a vector of scores into softmax weights relative to `top`, as exactly as the
+        type needs that they are stored in."""
+        k, p = self.k, self.layout.position_lanes
+        if self.weight_dtype != "bf16" or p != 16:
+            wide = k.broadcast(top, p)
+            return lambda x: k.exp(x - wide)
+        log2_e = k.scalar(LOG2_E, vector_type(p, "f32"))
+        least = k.broadcast(top * -LOG2_E, p)
+        return lambda x: k.exp2(k.fma(x, log2_e, least))
 
     def store_result(
         self, space: Workspace, j: Scalar, row: Scalar, query: Scalar, split: Scalar | None

@@ -7,7 +7,6 @@ before are corrected only where a larger score was found.
 
 from __future__ import annotations
 
-import math
 import operator
 from dataclasses import dataclass
 from functools import reduce
@@ -15,6 +14,7 @@ from functools import reduce
 from compile.cpu.activations import Activations
 from compile.cpu.amx import COLUMNS, LINES
 from compile.cpu.kernel import KernelBuilder
+from compile.cpu.vector_builder import LOG2_E
 from compile.formats.layout import MASKED
 from compile.mlir.values import Scalar
 from compile.mlir.vectors import vector_type
@@ -23,7 +23,6 @@ SLICE = 64  # positions at a time
 ROWS = 2 * LINES  # queries of two tiles, so that keys and values are read half as often
 UNROLL = 4  # vectors at once
 TILE = LINES * LINES  # f32, or pairs of bf16
-LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)

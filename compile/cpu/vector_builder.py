@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import reduce
 
 from compile.mlir.executable import ExecutableBuilder
 from compile.mlir.values import Scalar
 from compile.mlir.vectors import lanes_of, vector_type
 
+LOG2_E = math.log2(math.e)
 ROUNDING = 1.5 * 2**23  # added to an f32, it leaves the nearest integer in the lowest bits
+TO_NEAREST = {4: "x86.sse2.cvtps2dq", 8: "x86.avx.cvt.ps2dq.256"}  # by lanes
 EXP2 = (1.0, 0.69314697773, 0.24022242025, 0.05550733572, 0.00967151564, 0.0013264778)  # 2^f
 NEAR_EXP2 = (0.999925219, 0.695833537, 0.226067159, 0.0780245233)  # for f in [0, 1)
 
@@ -32,7 +36,7 @@ class CpuVectorBuilder(ExecutableBuilder):
         """
         kind, whole = x.dtype, vector_type(lanes_of(x), "i32")
         low, high = (self.scalar(value, kind) for value in (-87.0, 88.0))
-        x = self.larger(low, self.smaller(high, x)) * math.log2(math.e)
+        x = self.larger(low, self.smaller(high, x)) * LOG2_E
         # Adding this rounds, and leaves the whole number in the lowest bits.
         shifted = x + ROUNDING
         fraction = x - (shifted - ROUNDING)
@@ -64,6 +68,27 @@ class CpuVectorBuilder(ExecutableBuilder):
         becomes bf16. A division takes 16 cycles."""
         arguments = [x, self.scalar(0.0, x.dtype), self.scalar(-1, "i16")]
         return self.intrinsic("x86.avx512.rcp14.ps.512", arguments, x.dtype)
+
+    def nearest(self, x: Scalar) -> Scalar:
+        """The nearest integers of an f32 vector's elements, as i32; the even one of two.
+
+        It is one instruction, where math.roundeven becomes 40.
+        """
+        lanes, whole = lanes_of(x), vector_type(lanes_of(x), "i32")
+        if lanes < 16:
+            return self.intrinsic(TO_NEAREST[lanes], [x], whole)
+        every, now = self.scalar(-1, "i16"), self.scalar(4, "i32")  # lanes; the rounding in force
+        arguments = [x, self.scalar(0, whole), every, now]
+        return self.intrinsic("x86.avx512.mask.cvtps2dq.512", arguments, whole)
+
+    def largest_size(self, values: Sequence[Scalar]) -> Scalar:
+        """The largest absolute value in f32 vectors; NaN if there is one.
+
+        Without signs, floats are ordered as their bits are, NaN above infinity.
+        """
+        whole = vector_type(lanes_of(values[0]), "i32")
+        sizes = [self.bits("andi", self.bitcast(x, whole), 0x7FFFFFFF) for x in values]
+        return self.bitcast(self.maximum(reduce(Scalar.largest, sizes)), "f32")
 
     def larger(self, a: Scalar, b: Scalar) -> Scalar:
         """The larger of each pair of f32 elements, in one instruction; b's where one is NaN."""

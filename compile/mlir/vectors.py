@@ -40,16 +40,18 @@ class VectorBuilder(TextBuilder):
         return x.to(vector_type(lanes_of(x), dtype))
 
     def sum(self, value: Scalar, start: Scalar | None = None) -> Scalar:
-        """The sum of an f32 vector's elements, and of `start`."""
+        """The sum of a vector's elements, and of `start`."""
         return self._reduction("add", value, start)
 
     def maximum(self, value: Scalar) -> Scalar:
-        """The largest element of an f32 vector."""
-        return self._reduction("maximumf", value)
+        """The largest element of a vector of f32 or of signed integers."""
+        is_float = element_type(value.dtype)[0] == "f"
+        return self._reduction("maximumf" if is_float else "maxsi", value)
 
     def _reduction(self, kind: str, value: Scalar, start: Scalar | None = None) -> Scalar:
         names = value.name if start is None else f"{value.name}, {start.name}"
-        return self.op(f"vector.reduction <{kind}>, {names} : {value.dtype} into f32", "f32")
+        of = element_type(value.dtype)
+        return self.op(f"vector.reduction <{kind}>, {names} : {value.dtype} into {of}", of)
 
     def vector(self, elements: Sequence[Scalar]) -> Scalar:
         """A vector of scalars of one type."""
