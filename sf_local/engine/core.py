@@ -109,6 +109,10 @@ class EngineCore:
         self._counters.call_seconds = self.runner.call_seconds
         return True
 
+    def prepare(self) -> bool:
+        """Have some of the memory that the next requests will take; False if there is enough."""
+        return self.runner.ask_ahead(self.pool.next_pages)
+
     def add(self, generation: Generation) -> None:
         """Take a new request in."""
         with self._outputs.guard(generation.request):

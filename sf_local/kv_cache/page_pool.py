@@ -4,7 +4,7 @@ Hands out page ids, and never touches device memory. Page 0 is never handed out:
 a batch write there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 
 class PagePool:
@@ -27,6 +27,11 @@ class PagePool:
     def num_free(self) -> int:
         """Pages that can be allocated."""
         return len(self._free)
+
+    @property
+    def next_pages(self) -> Iterator[int]:
+        """Pages that can be allocated, in the order in which they will be."""
+        return reversed(self._free)
 
     @property
     def free_pages(self) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,10 @@ class KVPages:
         allocated."""
         if self._shared is not None:
             self._shared.give_back(pages)
+
+    def ask_ahead(self, free: Iterable[int]) -> bool:
+        """See `SharedPages.ask_ahead`; False on a GPU, whose memory is there."""
+        return self._shared is not None and self._shared.ask_ahead(free)
 
     async def clear(self, pages: Sequence[int]) -> None:
         """Zero some pages."""

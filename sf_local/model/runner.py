@@ -6,7 +6,7 @@ Everything that is awaited here runs on the device's worker thread, one call at 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -126,6 +126,11 @@ class ModelRunner:
     def give_back(self, pages: Sequence[int]) -> None:
         """Free the host's memory of pages that nobody uses, between two calls."""
         self._pages.give_back(pages)
+
+    def ask_ahead(self, free: Iterable[int]) -> bool:
+        """Have the host's memory for some of the `free` pages, which are begun in this order,
+        between two calls; False if there is enough."""
+        return self._pages.ask_ahead(free)
 
     async def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages on the device, in order: (source, destination)."""

@@ -35,7 +35,9 @@ def check_random_operations(data: st.DataObject, num_pages: int) -> None:
         action = data.draw(st.sampled_from([name for name in choices if choices[name]]))
         choice = data.draw(st.sampled_from(choices[action]), label=action)
         if action == "allocate":
+            expected = list(pool.next_pages)[:choice]
             pages = pool.allocate(choice)
+            assert pages == expected
             assert len(pages) == choice and not set(pages) & (used | kept)
             owners.update(pages)
         elif action == "retain":

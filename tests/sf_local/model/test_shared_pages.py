@@ -58,6 +58,41 @@ def test_pages_in_use_keep_their_memory() -> None:
         assert np.count_nonzero(run) < 2 * mmap.PAGESIZE
 
 
+def test_as_much_is_asked_for_ahead_as_was_used() -> None:
+    """In pieces of three pages of 1 MiB, and at most 64."""
+    memory = mmap.mmap(-1, 256 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages = np.frombuffer(memory, np.uint8).reshape(256, 1 << 20)
+    shared, free, few = SharedPages(pages), list(range(255, 0, -1)), 4 << 20
+
+    def begin(count: int) -> None:
+        shared.clear([free.pop() for _ in range(count)])
+
+    def ask() -> int:
+        count = 0
+        while shared.ask_ahead(reversed(free)):
+            count += 1
+        return count
+
+    assert ask() == 0
+    begin(1)
+    assert ask() == 0  # too little is new
+    begin(11)
+    assert resident(pages) <= (12 << 20) + few
+    assert ask() == 4
+    before = resident(pages)
+    assert 24 << 20 <= before <= (24 << 20) + few
+    begin(12)
+    assert resident(pages) == before
+    assert ask() == 4
+    begin(150)
+    assert ask() == 21
+    pages[-1] = 7  # of a page that is free
+    shared.give_back(free)
+    assert ask() == 0 and resident(pages) <= (174 << 20) + few
+    begin(len(free))
+    assert ask() == 21 and not pages[-1].any()  # none is left to ask for
+
+
 def test_what_is_not_used_yet_is_not_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "meminfo").write_text(f"MemAvailable: {8 << 20} kB\n")
     monkeypatch.setattr(host_memory, "MEMINFO", tmp_path / "meminfo")
