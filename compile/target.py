@@ -125,7 +125,7 @@ class Target:
         features = self.cpu_features
         has_tiles = {"avx512_bf16", "amx_tile", "amx_bf16"} <= set(features)
         tuning = self.tuning or (TILED if has_tiles else Tuning())
-        if not {"avx512f", "avx512bw"} <= set(features):
+        if not {"avx512f", "avx512bw", "avx512dq"} <= set(features):
             has_int8_dot = {"avx2", "avx_vnni"} <= set(features)
             lanes = 8 if "avx2" in features else 4
             return Vectors(lanes, 4, has_int8_dot=has_int8_dot, tuning=tuning)

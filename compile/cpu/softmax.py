@@ -153,8 +153,8 @@ class Softmax:
             memory.store(value, at + j)
 
     def _weight_below(self, top: Scalar) -> Callable[[Scalar], Scalar]:
-        """What turns a vector of scores into softmax weights relative to `top`, as exactly as the
-        type needs that they are stored in."""
+        """What turns a vector of scores into softmax weights relative to `top`, no more exactly
+        than the type that they are stored in needs."""
         k, p = self.k, self.layout.position_lanes
         if self.weight_dtype != "bf16" or p != 16:
             wide = k.broadcast(top, p)

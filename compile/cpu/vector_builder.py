@@ -49,9 +49,10 @@ class CpuVectorBuilder(ExecutableBuilder):
     def exp2(self, x: Scalar) -> Scalar:
         """2 to the power of an f32 vector of 16, within 1 part in 13,000, by AVX-512.
 
-        It is for what becomes bf16, of which it is a twenty-fifth of the rounding error, and takes
-        half of the operations of `exp`: 2^x is 2^n * 2^f with n the whole number below x, so that f
-        lies in [0, 1), where 2^f is a polynomial (the one of least error).
+        It is for what becomes bf16, of which it is a twenty-fifth of the rounding error, or an
+        integer of one byte. It takes half of the operations of `exp`: 2^x is 2^n * 2^f with n the
+        whole number below x, so that f lies in [0, 1), where 2^f is a polynomial (the one of least
+        error).
         """
         every, now = self.scalar(-1, "i16"), self.scalar(4, "i32")  # lanes; the rounding in force
         zero, down = self.scalar(0.0, x.dtype), self.scalar(1, "i32")
@@ -65,7 +66,7 @@ class CpuVectorBuilder(ExecutableBuilder):
 
     def reciprocal(self, x: Scalar) -> Scalar:
         """1 / x of an f32 vector of 16, within 1 part in 16,384, by AVX-512; as `exp2`, for what
-        becomes bf16. A division takes 16 cycles."""
+        becomes bf16 or one byte. A division takes 16 cycles."""
         arguments = [x, self.scalar(0.0, x.dtype), self.scalar(-1, "i16")]
         return self.intrinsic("x86.avx512.rcp14.ps.512", arguments, x.dtype)
 

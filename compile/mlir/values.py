@@ -93,10 +93,6 @@ class Scalar:
         """A unary function of the `math` dialect: exp, sqrt, ..."""
         return self.builder.op(f"math.{name} {self.name} : {self.dtype}", self.dtype)
 
-    def to_int(self, dtype: str) -> Scalar:
-        """A float rounded toward zero, as a signed integer."""
-        return self.builder.op(f"arith.fptosi {self.name} : {self.dtype} to {dtype}", dtype)
-
     def to_unsigned(self, dtype: str) -> Scalar:
         """An unsigned integer, widened by zeros; or as `index`."""
         if dtype == "index":

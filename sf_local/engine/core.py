@@ -109,7 +109,7 @@ class EngineCore:
         self._counters.call_seconds = self.runner.call_seconds
         return True
 
-    def prepare(self) -> bool:
+    def ask_ahead(self) -> bool:
         """Have some of the memory that the next requests will take; False if there is enough."""
         return self.runner.ask_ahead(self.pool.next_pages)
 
@@ -127,7 +127,7 @@ class EngineCore:
     def flush_cache(self) -> None:
         """Free all pages that no request uses, and their memory on a CPU."""
         self.cache.evict(self.pool.num_cached)
-        self.runner.give_back(self.pool.free_pages)
+        self.runner.give_back(list(self.pool.next_pages))
 
     def fail_all(self, make_error: Callable[[], SfLocalError]) -> None:
         """End every request with an error of its own."""

@@ -40,9 +40,10 @@ class Work(Protocol):
     async def step(self, started_at: float) -> bool:
         """Do one step; False if there was nothing to do. started_at: `time.perf_counter()`."""
 
-    def prepare(self) -> bool:
-        """Do some milliseconds of what makes later steps shorter; False if nothing is left to do.
-        Called while there is nothing to compute."""
+    def ask_ahead(self) -> bool:
+        """While there is nothing to compute, have some of the memory that later steps will take, in
+        a few milliseconds, for which a request that comes meanwhile waits; False if all is there.
+        """
 
     def fail_all(self, make_error: Callable[[], SfLocalError]) -> None:
         """End every request with an error of its own."""
@@ -244,7 +245,7 @@ class Worker(Generic[Core]):
             while not self._is_closing:
                 started_at = time.perf_counter()
                 self._do_what_was_asked()
-                if not await self.core.step(started_at) and not self.core.prepare():
+                if not await self.core.step(started_at) and not self.core.ask_ahead():
                     await self._wait_for_work()
         except BaseException as error:
             is_started = self._started.is_set()

@@ -34,11 +34,6 @@ class PagePool:
         return reversed(self._free)
 
     @property
-    def free_pages(self) -> list[int]:
-        """Pages that can be allocated, by id."""
-        return list(self._free)
-
-    @property
     def num_used(self) -> int:
         """Pages that have an owner."""
         return self.num_pages - 1 - self.num_free - self.num_cached

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sf_local.device.host_memory import Reservation
+from sf_local.model.huge_weights import HUGE
 
-HUGE = 2 << 20
 AHEAD = 64 << 20  # bytes to ask for at most before they are used
 
 
@@ -25,44 +25,40 @@ class SharedPages:
     yet is reserved, so that it does not count as free.
 
     In a virtual machine whose host must find memory first, 2 MiB took 4.5 ms. So while the engine
-    waits for work it asks for as much again as was asked for during the work before.
+    waits for work it asks for the memory of the pages that are begun next.
     """
 
     def __init__(self, pages: NDArray[np.uint8]) -> None:
-        self._pages, self._is_used = pages, np.zeros(len(pages), np.bool_)
+        self._pages, self._has_memory = pages, np.zeros(len(pages), np.bool_)
         self._reservation = Reservation(pages.nbytes)
-        self._is_ahead = np.zeros_like(self._is_used)  # of those, the ones that nobody has begun
-        self._num_next = 0  # pages to ask for while there is time
+        self._num_begun = 0  # pages, since those that are begun next last all had memory
         self._advise(0, len(pages), mmap.MADV_HUGEPAGE)
 
     def clear(self, pages: Sequence[int]) -> None:
         """Zero some pages, while the device does nothing."""
-        num_new = np.count_nonzero(~self._is_used[list(pages)] | self._is_ahead[list(pages)])
-        self._num_next = min(self._num_next + int(num_new), AHEAD // self._pages.shape[1])
+        self._num_begun += len(pages)
         self._write(pages)
 
     def ask_ahead(self, free: Iterable[int]) -> bool:
-        """Have memory for some of the `free` pages, which are begun in this order: 2 MiB of it;
-        False if there is enough."""
-        count = HUGE // self._pages.shape[1] + 1
-        if self._num_next < count:
+        """Have memory for the `free` pages that are begun next, in this order, as many as were
+        begun since they last all had it: about 2 MiB now, or one page. False if all have it."""
+        page_bytes = self._pages.shape[1]
+        soon = np.fromiter(islice(free, min(self._num_begun, AHEAD // page_bytes)), np.intp)
+        missing = soon[~self._has_memory[soon]][: max(1, HUGE // page_bytes)]
+        if not len(missing):
+            self._num_begun = 0
             return False
-        self._num_next -= count
-        unused = (page for page in free if not self._is_used[page])
-        asked = list(islice(unused, count))
-        self._write(asked)
-        self._is_ahead[asked] = True
+        self._write(missing.tolist())
         return True
 
     def _write(self, pages: Sequence[int]) -> None:
         self._pages[list(pages)] = 0
         self.use(pages)
 
-    def use(self, pages: Sequence[int], is_used: bool = True) -> None:
-        """Note that some pages are written, or not used any more."""
-        self._is_used[list(pages)] = is_used
-        self._is_ahead[list(pages)] = False
-        num_unused = len(self._pages) - np.count_nonzero(self._is_used)
+    def use(self, pages: Sequence[int], has_memory: bool = True) -> None:
+        """Note that some pages are written, or have no memory any more."""
+        self._has_memory[list(pages)] = has_memory
+        num_unused = len(self._pages) - np.count_nonzero(self._has_memory)
         self._reservation.num_bytes = int(num_unused) * self._pages.shape[1]
 
     def give_back(self, pages: Sequence[int]) -> None:
@@ -70,7 +66,7 @@ class SharedPages:
         for first, last in _runs(pages):
             self._advise(first, last + 1, mmap.MADV_DONTNEED)
         self.use(pages, False)
-        self._num_next = 0
+        self._num_begun = 0
 
     def _advise(self, first: int, end: int, advice: int) -> None:
         """Tell Linux how the memory of pages is used, as far as it has whole pages of its own."""

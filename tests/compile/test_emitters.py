@@ -23,7 +23,7 @@ from compile.target import Target, resolve_target
 from sf_local.errors import UnsupportedError
 from tests.support.toy_sources import hf_weights, write_folder, write_gguf, write_wide_gguf
 
-NO_BF16, AMX = "x86-64-v4", ("avx512f", "avx512bw", "avx512_bf16", "f16c")
+NO_BF16, AMX = "x86-64-v4", ("avx512f", "avx512bw", "avx512dq", "avx512_bf16", "f16c")
 CASES = [
     ("Q8_0", "int8"), ("Q4_0", "int4"), ("Q4_1", "int4"), ("Q5_0", "q5_0"), ("Q5_1", "q5_1"),
     ("F32", "f16"), ("F16", "f16"), ("BF16", "f16"),
@@ -62,7 +62,7 @@ def test_floats_become_what_the_cpu_multiplies(tmp_path: Path, dtype: type) -> N
 
 def test_what_quantized_weights_are_multiplied_with(tmp_path: Path) -> None:
     source = open_source(write_wide_gguf(tmp_path / "toy.gguf", gguf.GGMLQuantizationType.Q4_0))
-    with_dots = "avx512f", "avx512bw", "avx512_vnni"
+    with_dots = "avx512f", "avx512bw", "avx512dq", "avx512_vnni"
     with_tiles = *with_dots, "avx512_bf16", "amx_tile", "amx_bf16"
     plain, dots, tiles = (
         replace(resolve_target("cpu"), cpu_features=features)

@@ -92,16 +92,22 @@ class Products:
 
     @property
     def x(self) -> Floats:
-        """The activations [ROWS, COLS] f32; a group of them is 0."""
+        """The activations [ROWS, COLS] f32: a group of them is 0, one lies in the middle between
+        integers, and one has NaN."""
         x = np.random.default_rng(1).standard_normal((ROWS, COLS)).astype(np.float32)
         x[2, GROUP : 2 * GROUP] = 0
+        x[3, :GROUP] = [self._largest, *(0.5 - i for i in range(1, GROUP))]
+        x[4, GROUP + 3] = np.nan
         return x
+
+    @property
+    def _largest(self) -> int:
+        return {"int8": 127, "int16": 127 * 128 + 63}[self.activation_dtype]
 
     def expected(self, dtype: str) -> Floats:
         """The product [ROWS, SIZE] in f64, of activations rounded as they should be."""
         groups = self.x.reshape(ROWS, -1, GROUP)
-        largest = {"int8": 127, "int16": 127 * 128 + 63}[self.activation_dtype]
-        scales = np.abs(groups).max(axis=2, keepdims=True) / np.float32(largest)
+        scales = np.abs(groups).max(axis=2, keepdims=True) / np.float32(self._largest)
         numbers = np.rint(groups * (1 / np.where(scales == 0, np.float32(1), scales)))
         rounded = (numbers.astype(np.float64) * scales).reshape(ROWS, COLS)
         result: Floats = rounded @ random_groups(dtype).dequantized().astype(np.float64).T

@@ -11,6 +11,8 @@ def error_of(state: Any) -> Exception | None:
     SGLang's own `state.error()` can be None too early, and can wait for ever: for expressions that
     the program wrote after the failed one's thread had emptied their queue.
     """
-    state.stream_executor.worker.join(100)
+    worker = state.stream_executor.worker
+    worker.join(100)
+    assert not worker.is_alive(), "the program's thread has not ended"
     error: Exception | None = state.stream_executor.error_
     return error
