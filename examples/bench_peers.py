@@ -343,8 +343,9 @@ def measure(
             measured[name, row.job] = worker if isinstance(worker, str) else []
     for number in range(rounds + 1):
         progress(f"round {number} of {rounds}")
-        for job in dict.fromkeys(row.job for row in table):
-            arguments = job.arguments(random.Random(number))
+        for index, job in enumerate(dict.fromkeys(row.job for row in table)):
+            # Of one seed, a prompt would begin with a shorter one, which prefix caches know
+            arguments = job.arguments(random.Random(f"{number} {index}"))
             names = [name for name, their_job in measured if their_job is job]
             for name in names if number % 2 else reversed(names):
                 worker, values = workers[name], measured[name, job]

@@ -92,6 +92,20 @@ def test_settings_are_told_by_what_knows_the_capital_of_france(peers: ModuleType
     assert peers.settings_of(workers) == {"right": "2 threads"}
 
 
+def test_no_prompt_begins_with_another(peers: ModuleType) -> None:
+    """As a peer's prefix cache would have computed it before."""
+    program = WORKER.replace("else speed", "else arguments[0][0] * 1e6 + arguments[0][1]")
+    worker = peers.Worker([sys.executable, "-c", program, "0"], is_model=False)
+    jobs = [*peers.PREFILL.values(), peers.CACHED]
+    table = [peers.Row("first tokens", job, "ours", "") for job in jobs]
+    try:
+        measured = peers.measure(table, {"ours": worker}, 2, lambda line: None)
+    finally:
+        worker.close()
+    found = [value for values in measured.values() for value in values]
+    assert len(set(found)) == len(found) == 8
+
+
 def test_rows(peers: ModuleType) -> None:
     """Every peer has every row of each width that it has, for each of our artifacts."""
     table = peers.rows(dict.fromkeys(["f16", "int8", "int4", "int4, int8 activations"]))
