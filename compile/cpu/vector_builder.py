@@ -89,7 +89,7 @@ class CpuVectorBuilder(ExecutableBuilder):
         """
         whole = vector_type(lanes_of(values[0]), "i32")
         sizes = [self.bits("andi", self.bitcast(x, whole), 0x7FFFFFFF) for x in values]
-        return self.bitcast(self.maximum(reduce(Scalar.largest, sizes)), "f32")
+        return self.bitcast(self._reduction("maxsi", reduce(Scalar.largest, sizes)), "f32")
 
     def larger(self, a: Scalar, b: Scalar) -> Scalar:
         """The larger of each pair of f32 elements, in one instruction; b's where one is NaN."""

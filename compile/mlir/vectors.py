@@ -44,9 +44,8 @@ class VectorBuilder(TextBuilder):
         return self._reduction("add", value, start)
 
     def maximum(self, value: Scalar) -> Scalar:
-        """The largest element of a vector of f32 or of signed integers."""
-        is_float = element_type(value.dtype)[0] == "f"
-        return self._reduction("maximumf" if is_float else "maxsi", value)
+        """The largest element of an f32 vector."""
+        return self._reduction("maximumf", value)
 
     def _reduction(self, kind: str, value: Scalar, start: Scalar | None = None) -> Scalar:
         names = value.name if start is None else f"{value.name}, {start.name}"

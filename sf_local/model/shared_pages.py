@@ -31,7 +31,7 @@ class SharedPages:
     def __init__(self, pages: NDArray[np.uint8]) -> None:
         self._pages, self._has_memory = pages, np.zeros(len(pages), np.bool_)
         self._reservation = Reservation(pages.nbytes)
-        self._num_begun = 0  # pages, since those that are begun next last all had memory
+        self._num_begun = 0  # pages, since `ask_ahead` last returned False
         self._advise(0, len(pages), mmap.MADV_HUGEPAGE)
 
     def clear(self, pages: Sequence[int]) -> None:
@@ -40,8 +40,9 @@ class SharedPages:
         self._write(pages)
 
     def ask_ahead(self, free: Iterable[int]) -> bool:
-        """Have memory for the `free` pages that are begun next, in this order, as many as were
-        begun since they last all had it: about 2 MiB now, or one page. False if all have it."""
+        """Have memory for some of the `free` pages, which are begun in this order: about 2 MiB of
+        it, or a page. False if there is enough for as many pages as were begun since the last
+        False, or AHEAD bytes."""
         page_bytes = self._pages.shape[1]
         soon = np.fromiter(islice(free, min(self._num_begun, AHEAD // page_bytes)), np.intp)
         missing = soon[~self._has_memory[soon]][: max(1, HUGE // page_bytes)]
