@@ -79,7 +79,7 @@ def check_threads() -> None:
 
 def is_main_thread() -> bool:
     """Whether signals interrupt the thread that calls this."""
-    return threading.current_thread() is threading.main_thread()
+    return threading.get_ident() == threading.main_thread().ident
 
 
 def start_thread(target: Callable[[], None], name: str, *, daemon: bool) -> None:

@@ -24,6 +24,8 @@ from sf_local.engine.trace_file import close_all
 from sf_local.errors import DeviceError, EngineError, SfLocalError
 from sf_local.model.runner import ModelRunner
 
+SOON = 0.02  # seconds in which a caller that sends one request after the other sends the next
+
 
 class Work(Protocol):
     """What a worker runs, on its own thread. runner: what lies on the device."""
@@ -68,7 +70,8 @@ class Worker(Generic[Core]):
         CPU."""
         self._name, self._open_core, self._num_threads = device, open_core, num_threads
         self._inbox: deque[Callable[[], None]] = deque()
-        self._idle: Any = None  # the future that the thread waits on when it has no work
+        self._comes = Latch()  # what the thread waits on for SOON seconds when it has no work,
+        self._idle: Any = None  # and the future that it waits on then
         self._is_closing = self._is_draining = False
         self._failure: BaseException | None = None
         self._started, self._ended = Latch(), Latch()
@@ -180,8 +183,10 @@ class Worker(Generic[Core]):
             self._wake()
 
     def _wake(self) -> None:
-        with contextlib.suppress(AttributeError):  # it is not open, or closed: nobody to wake
-            self._device.worker.call_threadsafe(self._end_idling)
+        self._comes.set()
+        if self._idle is not None:
+            with contextlib.suppress(AttributeError):  # it was closed meanwhile: nobody to wake
+                self._device.worker.call_threadsafe(self._end_idling)
 
     # On the thread that opens and closes the device
 
@@ -245,8 +250,11 @@ class Worker(Generic[Core]):
             while not self._is_closing:
                 started_at = time.perf_counter()
                 self._do_what_was_asked()
-                if not await self.core.step(started_at) and not self.core.ask_ahead():
-                    await self._wait_for_work()
+                if await self.core.step(started_at) or self._work_comes_soon():
+                    continue
+                while not self._has_work and self.core.ask_ahead():
+                    pass  # until there is enough memory
+                await self._wait_for_work()
         except BaseException as error:
             is_started = self._started.is_set()
             self._failure = error if is_started else self._failures.at_start(error)
@@ -288,9 +296,18 @@ class Worker(Generic[Core]):
             finally:
                 self._inbox.popleft()
 
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._inbox) or self._is_closing
+
+    def _work_comes_soon(self) -> bool:
+        """Wait for it, for SOON seconds at most."""
+        self._comes = Latch()
+        return self._has_work or self._comes.wait(SOON)
+
     async def _wait_for_work(self) -> None:
         self._idle = self._device.worker.loop.create_future()
-        if not (self._inbox or self._is_closing):
+        if not self._has_work:
             await self._idle
         self._idle = None
 
