@@ -7,7 +7,7 @@ from collections.abc import Callable
 from compile.cpu.attention import Attention, AttentionMemory, ContextSlice
 from compile.cpu.kernel import KernelBuilder
 from compile.cpu.kv_layout import KVLayout
-from compile.cpu.operands import Streams, product
+from compile.cpu.operands import LINE_BYTES, Streams, product
 from compile.cpu.softmax import SLICE, SPLIT, Softmax, Workspace
 from compile.formats.layout import ITEM_BYTES
 from compile.mlir.values import Scalar
@@ -15,7 +15,6 @@ from compile.mlir.vectors import vector_type
 from compile.target import Vectors
 
 ROWS_PER_TASK = 4
-LINE_BYTES = 64  # of a CPU's cache
 
 
 class VectorAttention(Attention):

@@ -13,11 +13,11 @@ from functools import cached_property
 
 from compile.cpu.activations import Activations, Integers
 from compile.cpu.kernel import KernelBuilder
-from compile.cpu.operands import Operand, Streams, operand, product
+from compile.cpu.operands import Ahead, Operand, Streams, operand, product
 from compile.cpu.quantized_blocks import UNIT, QuantizedBlocks
 from compile.cpu.quantized_element import element
 from compile.cpu.quantized_matmul import QuantizedProduct
-from compile.formats.blocks import BLOCK_TYPES
+from compile.formats.blocks import BLOCK_TYPES, GROUP
 from compile.formats.layout import Parameter
 from compile.mlir.executable import Views
 from compile.mlir.values import Scalar
@@ -112,6 +112,13 @@ class Format:
             return -(-cols // self.quantized.columns) * self.quantized.stored_bytes
         return -(-cols // self.unit) * self.vectors.block * self.operand.unit_bytes
 
+    @property
+    def step(self) -> tuple[int, int]:
+        """Columns of a block that one step of a product reads, and their bytes."""
+        if self.is_quantized:
+            return GROUP, self.quantized.group_bytes
+        return self.unit, self.vectors.block * self.operand.unit_bytes
+
     def activation_bytes(self, width: int) -> int:
         """Bytes of a row of `width` activations, as `activations` stores it."""
         return Activations.bytes_of_row(self._activation_kind, width, self._num_offsets)
@@ -135,7 +142,7 @@ class Format:
 
     def product(
         self, k: KernelBuilder, weights: Views, blocks: Sequence[Scalar], cols: int, x: Activations,
-        rows: Sequence[Scalar],
+        rows: Sequence[Scalar], ahead: Ahead | None = None,
     ) -> list[Scalar]:  # fmt: skip
         """Rows of x [M, K] times blocks that begin at these bytes: of a row, two f32 vectors each.
 
@@ -145,7 +152,8 @@ class Format:
         zero = k.scalar(0.0, vector_type(lanes, "f32"))
         sums = [zero] * (VECTORS_PER_BLOCK * len(rows) * len(blocks))
         if self.is_quantized:
-            return QuantizedProduct(k, self.quantized, weights, x, rows).add(blocks[0], cols, sums)
+            integers = QuantizedProduct(k, self.quantized, weights, x, rows, ahead)
+            return integers.add(blocks[0], cols, sums)
         op = self.operand
         firsts = [start // op.unit_bytes for start in blocks]
         streams = Streams(
@@ -154,7 +162,7 @@ class Format:
             self.vectors.tuning.ahead // op.unit_bytes if len(rows) == 1 else 0,
         )  # fmt: skip
         starts = [row * (x.row_bytes // x.unit_bytes) for row in rows]
-        return product(k, streams, x.units, starts, -(-cols // op.unit), sums)
+        return product(k, streams, x.units, starts, -(-cols // op.unit), sums, ahead)
 
     def element(
         self, k: KernelBuilder, weights: Views, start: Scalar, cols: int, row: Scalar, col: Scalar

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from compile.cpu.activations import Activations
 from compile.cpu.amx import (
     COLUMNS,
-    LINE_BYTES,
     LINES,
     LINES_AHEAD,
     MAX_ROWS,
@@ -19,6 +18,7 @@ from compile.cpu.amx import (
 )
 from compile.cpu.kernel import KernelBuilder
 from compile.cpu.matmul import Format
+from compile.cpu.operands import LINE_BYTES, Ahead
 from compile.formats.blocks import GROUP
 from compile.mlir.builder import Builder, Dim, Tensor
 from compile.mlir.executable import Memory, Views, dispatch
@@ -80,6 +80,20 @@ class Task:
     def block_at(self, block: Scalar) -> Scalar:
         """The first byte of a block."""
         return self.weight + block * self.format.block_bytes(self.cols)
+
+    def next_block(self, row: Scalar, block: Scalar) -> Ahead:
+        """What a product of `max_rows` rows prefetches while it reads a block.
+
+        The first two products of a task prefetch a half of its next block each, and those after
+        them the second half again, which costs nothing. A task of fewer rows waits for memory
+        anyway, and prefetches what it reads.
+        """
+        (columns, num_bytes), num_rows = self.format.step, self.format.max_rows
+        lines = -(-num_bytes // (2 * LINE_BYTES))
+        half = ((row - self.low) // num_rows).minimum(1)
+        which = block + ((self.high - self.low) // (2 * num_rows)).minimum(1)
+        half_bytes = -(-self.cols // columns) * lines * LINE_BYTES
+        return Ahead(self.block_at(which) + half * half_bytes, lines)
 
 
 class MatrixKernel:
@@ -181,7 +195,8 @@ class MatrixKernel:
         def multiply(row: Scalar, num_rows: int, block: Scalar, count: int) -> None:
             rows = [row + r for r in range(num_rows)]
             starts = [task.block_at(block + i) for i in range(count)]
-            sums = task.format.product(self.k, self.weights, starts, task.cols, task.x, rows)
+            ahead = task.next_block(row, block) if num_rows == task.format.max_rows else None
+            sums = task.format.product(self.k, self.weights, starts, task.cols, task.x, rows, ahead)
             for i in range(count):
                 first = i * VECTORS_PER_BLOCK
                 task.use(sums[first : first + VECTORS_PER_BLOCK * num_rows], row, block + i)

@@ -12,6 +12,7 @@ from compile.mlir.values import Scalar
 from compile.mlir.vectors import vector_type
 from compile.target import Vectors
 
+LINE_BYTES = 64  # of a CPU's cache
 REGISTER_BITS = {4: "128", 8: "256", 16: "512"}  # by f32 lanes
 
 
@@ -60,6 +61,21 @@ class Streams:
     ahead: int = 0  # units to prefetch
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """What a product prefetches while it reads something else: `lines` cache lines a step, from
+    byte `start` on, into the second level, as the first one holds what is read."""
+
+    start: Scalar
+    lines: int
+
+    def prefetch(self, memory: Memory, item_bytes: int, step: Scalar) -> None:
+        """Prefetch the lines of a step; item_bytes: of an element of the memory."""
+        for line in range(self.lines):
+            byte = self.start + (step * self.lines + line) * LINE_BYTES
+            memory.prefetch(byte // item_bytes, level=2)
+
+
 def product(
     k: KernelBuilder,
     weights: Streams,
@@ -67,6 +83,7 @@ def product(
     rows: Sequence[Scalar],
     num_units: Scalar | int,
     sums: Sequence[Scalar],
+    ahead: Ahead | None = None,
 ) -> list[Scalar]:
     """sums + rows of `x` times streams of weights: f32 vectors, of each row one per stream.
 
@@ -80,6 +97,8 @@ def product(
         if weights.ahead:
             for start in weights.starts:
                 weights.memory.prefetch(start + (at + weights.ahead))
+        if ahead:
+            ahead.prefetch(weights.memory, op.unit_bytes, i)
         loaded = [weights.memory.load_vector(start + at, lanes) for start in weights.starts]
         multiplicands = [_multiplicands(k, vector, op, lanes) for vector in loaded]
         totals = list(sums)

@@ -46,10 +46,10 @@ class Memory:
         kind = vector_type(lanes, self.dtype)
         return self.k.op(f"vector.load {self.name}[{self.k.at(index)}] : {self.type}, {kind}", kind)
 
-    def prefetch(self, index: Index) -> None:
-        """Ask for the cache line of an element that will be read soon."""
-        at = self.k.at(index)
-        self.k.emit(f"memref.prefetch {self.name}[{at}], read, locality<3>, data : {self.type}")
+    def prefetch(self, index: Index, *, level: int = 1) -> None:
+        """Ask for the cache line of an element that will be read soon. level: of the cache."""
+        at = f"{self.name}[{self.k.at(index)}]"
+        self.k.emit(f"memref.prefetch {at}, read, locality<{4 - level}>, data : {self.type}")
 
     def store_vector(self, value: Scalar, index: Index, count: Scalar | None = None) -> None:
         """Store a vector; with `count`, only its first `count` elements."""

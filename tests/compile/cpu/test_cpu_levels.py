@@ -133,6 +133,7 @@ def test_instructions(
         without_tiles = BF16 if level == AMX and name == "decode_next" else level
         assert re.search(INSTRUCTIONS[without_tiles][is_integer], text)
         assert not re.search(INSTRUCTIONS[level][-1], text)
+        assert level == AMX or "\tprefetcht1\t" in text  # of the next block
 
 
 def kernels(assembly: str) -> dict[str, str]:
