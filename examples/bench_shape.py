@@ -32,6 +32,7 @@ from peers import conversions, models
 from peers.shapes import KINDS, SHAPES, random_gguf
 
 from compile import BuildOptions, build
+from compile.options import ACTIVATIONS
 from sf_local.artifact.cache import cache_dir
 
 MAX_TOKENS = 1024
@@ -46,8 +47,11 @@ JOBS = {
 def main() -> None:
     args = _parser().parse_args()
     source = random_gguf(args.shape, args.weights)
-    artifact = cache_dir() / "artifacts" / f"{args.shape}-{args.weights}"
-    options = BuildOptions(weight_dtype=args.weights, max_seq_len=MAX_TOKENS)
+    name = "-".join(filter(None, (args.shape, args.weights, args.activations)))
+    artifact = cache_dir() / "artifacts" / name
+    options = BuildOptions(
+        weight_dtype=args.weights, activation_dtype=args.activations, max_seq_len=MAX_TOKENS
+    )
     started_at = time.perf_counter()
     build(source, artifact, options, force=True)
     size = sum(file.stat().st_size for file in artifact.iterdir()) / 1e9
@@ -96,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="the shape of a Llama with random weights")
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--weights", choices=KINDS, default="int8")
+    parser.add_argument("--activations", choices=ACTIVATIONS)
     parser.add_argument("--peers", type=Path, default=cache_dir() / "peers")
     parser.add_argument("--without", choices=COMPARED, action="append", default=[])
     parser.add_argument("--rounds", type=int, default=3)

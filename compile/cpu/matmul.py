@@ -113,11 +113,9 @@ class Format:
         return -(-cols // self.unit) * self.vectors.block * self.operand.unit_bytes
 
     @property
-    def step(self) -> tuple[int, int]:
-        """Columns of a block that one step of a product reads, and their bytes."""
-        if self.is_quantized:
-            return GROUP, self.quantized.group_bytes
-        return self.unit, self.vectors.block * self.operand.unit_bytes
+    def step_columns(self) -> int:
+        """Columns of a block that one step of a product reads."""
+        return GROUP if self.is_quantized else self.unit
 
     def activation_bytes(self, width: int) -> int:
         """Bytes of a row of `width` activations, as `activations` stores it."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from compile.cpu.activations import Activations
 from compile.cpu.amx import (
     COLUMNS,
+    LINE_BYTES,
     LINES,
     LINES_AHEAD,
     MAX_ROWS,
@@ -18,7 +19,7 @@ from compile.cpu.amx import (
 )
 from compile.cpu.kernel import KernelBuilder
 from compile.cpu.matmul import Format
-from compile.cpu.operands import LINE_BYTES, Ahead
+from compile.cpu.operands import Ahead
 from compile.formats.blocks import GROUP
 from compile.mlir.builder import Builder, Dim, Tensor
 from compile.mlir.executable import Memory, Views, dispatch
@@ -85,15 +86,15 @@ class Task:
         """What a product of `max_rows` rows prefetches while it reads a block.
 
         The first two products of a task prefetch a half of its next block each, and those after
-        them the second half again, which costs nothing. A task of fewer rows waits for memory
-        anyway, and prefetches what it reads.
+        them the second half again. A task of fewer rows waits for memory anyway, and its last block
+        has none after it: these ask for what is being read.
         """
-        (columns, num_bytes), num_rows = self.format.step, self.format.max_rows
-        lines = -(-num_bytes // (2 * LINE_BYTES))
+        num_rows, num_steps = self.format.max_rows, -(-self.cols // self.format.step_columns)
+        stride = -(-self.format.block_bytes(self.cols) // (2 * num_steps))
         half = ((row - self.low) // num_rows).minimum(1)
-        which = block + ((self.high - self.low) // (2 * num_rows)).minimum(1)
-        half_bytes = -(-self.cols // columns) * lines * LINE_BYTES
-        return Ahead(self.block_at(which) + half * half_bytes, lines)
+        distance = ((self.high - self.low) // (2 * num_rows)).minimum(1)
+        start = self.block_at((block + distance).minimum(self.last - 1))
+        return Ahead(start + half * (num_steps * stride), stride)
 
 
 class MatrixKernel:

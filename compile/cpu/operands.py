@@ -63,17 +63,16 @@ class Streams:
 
 @dataclass(frozen=True)
 class Ahead:
-    """What a product prefetches while it reads something else: `lines` cache lines a step, from
-    byte `start` on, into the second level, as the first one holds what is read."""
+    """What a product prefetches while it reads something else: in each step `stride` bytes more,
+    from byte `start` on, into the second level, as the first one holds what is read."""
 
     start: Scalar
-    lines: int
+    stride: int
 
     def prefetch(self, memory: Memory, item_bytes: int, step: Scalar) -> None:
-        """Prefetch the lines of a step; item_bytes: of an element of the memory."""
-        for line in range(self.lines):
-            byte = self.start + (step * self.lines + line) * LINE_BYTES
-            memory.prefetch(byte // item_bytes, level=2)
+        """Prefetch the bytes of a step; item_bytes: of an element of the memory."""
+        for byte in range(0, self.stride, LINE_BYTES):
+            memory.prefetch((self.start + step * self.stride + byte) // item_bytes, level=2)
 
 
 def product(

@@ -70,8 +70,7 @@ class Worker(Generic[Core]):
         CPU."""
         self._name, self._open_core, self._num_threads = device, open_core, num_threads
         self._inbox: deque[Callable[[], None]] = deque()
-        self._comes = Latch()  # what the thread waits on for SOON seconds when it has no work,
-        self._idle: Any = None  # and the future that it waits on then
+        self._called = Latch()  # what the thread waits on when it has no work
         self._is_closing = self._is_draining = False
         self._failure: BaseException | None = None
         self._started, self._ended = Latch(), Latch()
@@ -147,7 +146,7 @@ class Worker(Generic[Core]):
         self._asked_to_close.set()
         if self._opener.setdefault("is", "close") == "close":
             self._closed.set()
-        self._wake()
+        self._called.set()
 
     def close(self) -> None:
         """`ask_to_close`, and return when it is done."""
@@ -179,14 +178,7 @@ class Worker(Generic[Core]):
 
     def _put(self, action: Callable[[], None]) -> None:
         self._inbox.append(action)
-        if not self._is_closing:
-            self._wake()
-
-    def _wake(self) -> None:
-        self._comes.set()
-        if self._idle is not None:
-            with contextlib.suppress(AttributeError):  # it was closed meanwhile: nobody to wake
-                self._device.worker.call_threadsafe(self._end_idling)
+        self._called.set()
 
     # On the thread that opens and closes the device
 
@@ -250,11 +242,11 @@ class Worker(Generic[Core]):
             while not self._is_closing:
                 started_at = time.perf_counter()
                 self._do_what_was_asked()
-                if await self.core.step(started_at) or self._work_comes_soon():
+                if await self.core.step(started_at) or self._wait_for_call(SOON):
                     continue
-                while not self._has_work and self.core.ask_ahead():
+                while not self._is_called and self.core.ask_ahead():
                     pass  # until there is enough memory
-                await self._wait_for_work()
+                self._wait_for_call()
         except BaseException as error:
             is_started = self._started.is_set()
             self._failure = error if is_started else self._failures.at_start(error)
@@ -297,23 +289,14 @@ class Worker(Generic[Core]):
                 self._inbox.popleft()
 
     @property
-    def _has_work(self) -> bool:
+    def _is_called(self) -> bool:
+        """Whether something was asked, or it is to close."""
         return bool(self._inbox) or self._is_closing
 
-    def _work_comes_soon(self) -> bool:
-        """Wait for it, for SOON seconds at most."""
-        self._comes = Latch()
-        return self._has_work or self._comes.wait(SOON)
-
-    async def _wait_for_work(self) -> None:
-        self._idle = self._device.worker.loop.create_future()
-        if not self._has_work:
-            await self._idle
-        self._idle = None
-
-    def _end_idling(self) -> None:
-        if self._idle is not None and not self._idle.done():
-            self._idle.set_result(None)
+    def _wait_for_call(self, seconds: float | None = None) -> bool:
+        """Wait until that is so, for so many seconds at most; the device has nothing to do."""
+        self._called = Latch()
+        return self._is_called or self._called.wait(seconds)
 
 
 _open: set[Worker[Any]] = set()

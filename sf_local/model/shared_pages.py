@@ -24,8 +24,8 @@ class SharedPages:
     keep when some of it is given back, up to that much around what is used. What it has not given
     yet is reserved, so that it does not count as free.
 
-    In a virtual machine whose host must find memory first, 2 MiB took 4.5 ms. So while the engine
-    waits for work it asks for the memory of the pages that are begun next.
+    In a virtual machine whose host must find memory first, 2 MiB took 4.5 ms. So an engine that has
+    waited for work for a moment asks for the memory of the pages that are begun next.
     """
 
     def __init__(self, pages: NDArray[np.uint8]) -> None:
