@@ -83,9 +83,22 @@ def is_main_thread() -> bool:
 
 
 def start_thread(target: Callable[[], None], name: str, *, daemon: bool) -> None:
-    """Start a thread."""
+    """Start a thread. Raises EngineError if the system allows no more of them."""
     thread = threading.Thread(target=target, name=name, daemon=daemon)
-    start_new_thread(thread.start, ())
+
+    def start() -> None:
+        try:
+            thread.start()
+        except RuntimeError:  # it allows no other than the one that runs this
+            target()
+
+    try:
+        start_new_thread(start, ())
+    except RuntimeError as error:
+        raise EngineError(
+            "the system allows this process no more threads; end some of them, or raise its limit "
+            "(ulimit -u, or pids.max of its cgroup)"
+        ) from error
 
 
 def uninterrupted(work: Callable[[], T]) -> T:

@@ -6,7 +6,10 @@ import threading
 
 import pytest
 
+from sf_local import Engine
+from sf_local.engine import interrupts
 from sf_local.engine.interrupts import Latch
+from sf_local.errors import EngineError
 from tests.support.child import run_program
 from tests.support.tiny import TinyModel
 
@@ -140,3 +143,21 @@ def test_a_latch_wakes_all_who_wait() -> None:
     for thread in threads:
         thread.join(30)
     assert woken == [True] * 4 and latch.is_set() and latch.wait()
+
+
+def test_no_more_threads(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None at all is an error; one more suffices, which then does what it should have started."""
+
+    def refuse(*arguments: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(interrupts, "start_new_thread", refuse)
+        with pytest.raises(EngineError, match="ulimit -u"):
+            Engine(tiny.artifact)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert interrupts.uninterrupted(lambda: 5) == 5
+        engine = Engine(tiny.artifact)
+    with engine:
+        assert len(engine.generate([5, 6], max_new_tokens=3, ignore_eos=True).token_ids) == 3
