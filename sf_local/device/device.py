@@ -66,11 +66,17 @@ class Device:
             _parse_iree_flags()
             self.system = _cpu_system(num_threads) if is_cpu else _hip_system(self.index)
             _open.add(self)
-        self.worker = self.system.create_worker("sf_local")
         self._is_lost = False  # a call took too long, and the worker may wait for ever
         self._pending_since: float | None = None  # when the call under way began, for the watch
         self._lock, self._is_closed = threading.Lock(), threading.Event()
-        self.renew()
+        try:
+            self.worker = self.system.create_worker("sf_local")
+            self.renew()
+        except Exception as error:
+            _open.discard(self)
+            self.leak()  # it cannot be shut down with a worker that did not start
+            self._keep_from_exit()
+            raise _cannot_be_opened(spec, error) from error
 
     def renew(self) -> None:
         """Make a new fiber: after a failed call the old one's timeline never moves on."""
@@ -187,7 +193,10 @@ def _cpu_system(num_threads: int | None) -> Any:
     library, count = libshortfin(), num_threads or num_usable_cores()
     ask_for_short_slices()
     with worker_threads(ctypes.CDLL(str(library)), library, count):
-        return sf.host.CPUSystemBuilder().create_system()
+        try:
+            return sf.host.CPUSystemBuilder().create_system()
+        except Exception as error:
+            raise _cannot_be_opened("cpu", error) from error
 
 
 def _hip_system(index: int) -> Any:
@@ -206,7 +215,11 @@ def _hip_system(index: int) -> Any:
     try:
         return builder.create_system()
     except Exception as error:
-        raise DeviceError(f"device='hip:{index}' cannot be opened: {reason(error)}") from error
+        raise _cannot_be_opened(f"hip:{index}", error) from error
+
+
+def _cannot_be_opened(spec: str, error: Exception) -> DeviceError:
+    return DeviceError(f"device={spec!r} cannot be opened: {reason(error)}")
 
 
 def _parse_iree_flags() -> None:

@@ -2,8 +2,13 @@
 
 import threading
 from queue import SimpleQueue
+from unittest.mock import MagicMock
 
+import pytest
+
+from sf_local.device import device as opened
 from sf_local.device.device import Device
+from sf_local.errors import DeviceError
 from tests.support.child import run_program
 
 
@@ -130,3 +135,18 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert {*sys.modules} == modules, "a child may be forked during the import"
 """
     run_program(program)
+
+
+@pytest.mark.parametrize("fails", ["create_system", "create_worker", "create_fiber"])
+def test_a_device_that_cannot_be_opened(monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    """As where the system allows no more threads; the next one opens."""
+    before, system, builder = set(opened._open), MagicMock(), MagicMock()
+    builder.create_system.return_value = system
+    error = ValueError("src/iree/threading.c:175: INTERNAL; thread creation failed with 11")
+    setattr(builder if fails == "create_system" else system, fails, MagicMock(side_effect=error))
+    with monkeypatch.context() as patch:
+        patch.setattr(opened.sf.host, "CPUSystemBuilder", lambda: builder)
+        with pytest.raises(DeviceError, match="'cpu' cannot be opened: INTERNAL; thread creation"):
+            Device("cpu")
+    assert opened._open == before
+    Device("cpu").close()
