@@ -26,6 +26,7 @@ from sf_local.engine.limits import limits_of
 from sf_local.errors import CorruptFileError, EngineError, MismatchError, RequestError
 from sf_local.sampling.logits import spread
 from tests.support.reference import forward, logprobs, random_weights, write_hf_folder
+from tests.support.running import all_at_once
 from tests.support.tiny import DATA, TINY, TinyModel, peer
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "peers"
@@ -267,7 +268,8 @@ def test_what_amdsharktank_exports(exported: Path) -> None:
     expected = [oracle(prompt, 20) for prompt in prompts]
     with Engine(exported, kv_pages=17) as engine:
         assert [engine.generate(prompt, greedy(20)).token_ids for prompt in prompts] == expected
-        handles = [engine.submit(prompt, greedy(20)) for prompt in [*prompts, *prompts]]
+        with all_at_once(engine):
+            handles = [engine.submit(prompt, greedy(20)) for prompt in [*prompts, *prompts]]
         outputs = [handle.result() for handle in handles]
         assert [output.token_ids for output in outputs] == [*expected, *expected]
         has_position = engine.artifact.config.has_prefill_position

@@ -83,6 +83,17 @@ def lose(runner: ModelRunner, call: str, after: threading.Event) -> None:
     runner.recover = lost  # type: ignore[method-assign]
 
 
+@contextmanager
+def all_at_once(engine: Engine) -> Iterator[None]:
+    """What is submitted to the engine's first device meanwhile begins with the same step."""
+    go_on = threading.Event()
+    engine._replicas.workers[0].ask(lambda: go_on.wait(60) and None)
+    try:
+        yield
+    finally:
+        go_on.set()
+
+
 def assert_idle(engine: Engine) -> None:
     """No request owns a page."""
     stats = engine.stats()

@@ -22,7 +22,7 @@ from sf_local.request.params import SamplingParams
 from sf_local.vision.processor import ImageProcessor
 from tests.support.pictures import picture, png
 from tests.support.reference import forward
-from tests.support.running import Runners, encode_all, open_runner
+from tests.support.running import Runners, all_at_once, encode_all, open_runner
 from tests.support.tiny import TINY, SeeingModel, TinyModel
 from tests.support.vision_reference import IMAGE_TOKEN, encode
 
@@ -340,10 +340,11 @@ def test_few_pages(model: SeeingModel) -> None:
             for prompt, image in zip(prompts, images, strict=True)
         ]
         engine.flush_cache()
-        handles = [
-            engine.submit(prompt, params, images=[image])
-            for prompt, image in zip(prompts, images, strict=True)
-        ]
+        with all_at_once(engine):
+            handles = [
+                engine.submit(prompt, params, images=[image])
+                for prompt, image in zip(prompts, images, strict=True)
+            ]
         assert [handle.result().token_ids for handle in handles] == alone
         assert engine.stats()["preemptions"] > 0
 

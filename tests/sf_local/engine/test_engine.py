@@ -23,7 +23,7 @@ from sf_local.engine.limits import limits_of
 from sf_local.errors import DeviceError, EngineError, RequestError
 from tests.support.answers import assert_drawn, assert_likeliest
 from tests.support.reference import forward
-from tests.support.running import Runners, assert_idle, lose
+from tests.support.running import Runners, all_at_once, assert_idle, lose
 from tests.support.tiny import TinyModel
 
 PROMPT = [5, 100, 33, 7, 250, 12]
@@ -479,7 +479,8 @@ def test_preempted_requests_lose_nothing(tiny: TinyModel) -> None:
     """Sixteen requests of up to 60 tokens in 12 pages: they take turns, and all come out right."""
     with Engine(tiny.artifact, kv_pages=12) as engine:
         prompts = [[*PROMPT, i, 3 * i] for i in range(16)]
-        handles = [engine.submit(p, greedy(50)) for p in prompts]
+        with all_at_once(engine):
+            handles = [engine.submit(p, greedy(50)) for p in prompts]
         for prompt, handle in zip(prompts, handles, strict=True):
             deltas = "".join(handle)
             ids = handle.result().token_ids

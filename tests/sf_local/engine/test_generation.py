@@ -14,6 +14,7 @@ import pytest
 from sf_local import Engine, SamplingParams
 from sf_local.errors import EngineError, GrammarError, RequestError
 from sf_local.grammar.mask import Mask
+from tests.support.running import all_at_once
 from tests.support.tiny import TinyModel
 
 PROMPT = [5, 100, 33, 7, 250, 12]
@@ -150,7 +151,8 @@ def test_grammars_survive_preemption(tiny: TinyModel, engine: Engine) -> None:
     prompts = [[i + 3] * 30 for i in range(6)]
     expected = [engine.generate(p, q).text for p, q in zip(prompts, every, strict=True)]
     with Engine(tiny.artifact, kv_pages=24) as small:
-        handles = [small.submit(p, q) for p, q in zip(prompts, every, strict=True)]
+        with all_at_once(small):
+            handles = [small.submit(p, q) for p, q in zip(prompts, every, strict=True)]
         assert [handle.result().text for handle in handles] == expected
         assert small.stats()["preemptions"] > 0
         assert small.stats()["pages_used"] == 0

@@ -16,7 +16,7 @@ import pytest
 from sf_local import Engine, SamplingParams
 from sf_local.errors import EngineError
 from tests.support.child import run_program
-from tests.support.running import Runners, lose
+from tests.support.running import Runners, all_at_once, lose
 from tests.support.tiny import TinyModel
 
 PROMPT = [5, 100, 33, 7, 250, 12]
@@ -97,7 +97,8 @@ def test_pages_that_run_out(tiny: TinyModel, log: Records) -> None:
     params = replace(PARAMS, max_new_tokens=40)
     with Engine(tiny.artifact, kv_pages=12) as engine:
         log.engines.append(engine)
-        handles = [engine.submit([*PROMPT, i], params) for i in range(6)]
+        with all_at_once(engine):
+            handles = [engine.submit([*PROMPT, i], params) for i in range(6)]
         for handle in handles:
             handle.result()
         stats = engine.stats()

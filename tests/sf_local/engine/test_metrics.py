@@ -23,6 +23,7 @@ from sf_local.engine.generation import Generation
 from sf_local.engine.metrics import BOUNDS, Histogram, Replica, RequestMetrics, metrics_text
 from sf_local.errors import EngineError
 from tests.support.child import run_program
+from tests.support.running import all_at_once
 from tests.support.tiny import TinyModel
 
 PROMPT = [5, 100, 33, 7, 250, 12]
@@ -130,11 +131,9 @@ def test_the_counts_are_those_of_the_requests(
 
 def test_waiting_is_told_apart(tiny: TinyModel) -> None:
     """One request computes at a time; the last one waits for all others."""
-    go_on = threading.Event()
     with Engine(tiny.artifact, max_running=1) as engine:
-        engine._replicas.workers[0].ask(lambda: go_on.wait(60) and None)
-        handles = [engine.submit([i, *PROMPT], PARAMS) for i in range(4)]
-        go_on.set()
+        with all_at_once(engine):
+            handles = [engine.submit([i, *PROMPT], PARAMS) for i in range(4)]
         *others, last = outputs = [handle.result() for handle in handles]
     assert last.queue_time > sum(other.latency - other.time_to_first_token for other in others)
     for output in outputs:

@@ -22,7 +22,7 @@ from sf_local.sampling.logits import Floats
 from sf_local.sampling.logprobs import PromptLogprobs
 from tests.support.answers import assert_likeliest
 from tests.support.reference import forward, logprobs
-from tests.support.running import Runners
+from tests.support.running import Runners, all_at_once
 from tests.support.tiny import TinyModel
 
 PROMPT = [5, 100, 33, 7, 250, 12, 99, 98, 97, 96]
@@ -83,7 +83,8 @@ def test_they_survive_preemption(tiny: TinyModel) -> None:
     prompts = [[i + 3] * 20 for i in range(5)]
     params = replace(PARAMS, max_new_tokens=60)
     with Engine(tiny.artifact, kv_pages=22) as small:
-        handles = [small.submit(prompt, params) for prompt in prompts]
+        with all_at_once(small):
+            handles = [small.submit(prompt, params) for prompt in prompts]
         outputs = [handle.result() for handle in handles]
         assert small.stats()["preemptions"] > 0
     for prompt, output in zip(prompts, outputs, strict=True):
