@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compile.cpu.kernel import KernelBuilder
+from compile.cpu.operands import LINE_BYTES
 from compile.formats.blocks import GROUP, SUPER_GROUPS, BlockType
 from compile.mlir.executable import Memory, Views
 from compile.mlir.values import Scalar
@@ -55,6 +56,11 @@ class QuantizedBlocks:
         """How many columns a plane has the upper bits of, in each of its bytes."""
         return 8 // self.kind.high_bits
 
+    def prefetch(self, weights: Views, at: Scalar) -> None:
+        """Ask for as many bytes as a group has, so far behind the one at byte `at` as is tuned."""
+        for byte in range(0, self.group_bytes, LINE_BYTES):
+            weights["i8"].prefetch(at + (self.vectors.tuning.ahead + byte))
+
     def numbers(
         self, k: KernelBuilder, weights: Views, at: Scalar, factors: Sequence[Scalar]
     ) -> list[Scalar]:
@@ -99,8 +105,7 @@ class QuantizedBlocks:
         parts, kind = GROUP // self.kind.group, vector_type(self.vectors.lanes, "f32")
         with k.loop(first, last) as g:
             at, factors = self._group_at(k, weights, start, g)
-            for byte in range(0, self.group_bytes, 64):
-                weights["i8"].prefetch(at + (self.vectors.tuning.ahead + byte))
+            self.prefetch(weights, at)
             numbers = self.numbers(k, weights, at, factors)
             scales = numbers[: parts * VECTORS_PER_BLOCK]
             minima = numbers[len(scales) :] or [s * float(-self.kind.zero) for s in scales]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from compile.cpu.activations import Activations
 from compile.cpu.kernel import KernelBuilder
-from compile.cpu.operands import LINE_BYTES, REGISTER_BITS, Ahead
+from compile.cpu.operands import REGISTER_BITS, Ahead
 from compile.cpu.quantized_blocks import QuantizedBlocks
 from compile.formats.blocks import GROUP, SUPER_GROUPS, ZERO
 from compile.mlir.executable import Views
@@ -66,8 +66,7 @@ class QuantizedProduct:
         k, blocks, x, lanes = self.k, self.blocks, self.x, self._lanes
         parts = GROUP // blocks.kind.group
         if len(self.rows) == 1:
-            for line in range(0, blocks.group_bytes, LINE_BYTES):
-                self.weights["i8"].prefetch(at + (blocks.vectors.tuning.ahead + line))
+            blocks.prefetch(self.weights, at)
         if self.ahead:
             self.ahead.prefetch(self.weights["i8"], 1, group)
         dots = [self._dots(at, group, part) for part in range(parts)]
