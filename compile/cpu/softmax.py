@@ -15,7 +15,6 @@ from functools import reduce
 from compile.cpu.activations import Activations
 from compile.cpu.kernel import CACHE_LINE, KernelBuilder
 from compile.cpu.kv_layout import KVLayout
-from compile.cpu.vector_builder import LOG2_E
 from compile.formats.layout import ITEM_BYTES, MASKED
 from compile.mlir.executable import Memory
 from compile.mlir.values import Scalar
@@ -159,9 +158,7 @@ class Softmax:
         if self.weight_dtype != "bf16" or p != 16:
             wide = k.broadcast(top, p)
             return lambda x: k.exp(x - wide)
-        log2_e = k.scalar(LOG2_E, vector_type(p, "f32"))
-        least = k.broadcast(top * -LOG2_E, p)
-        return lambda x: k.exp2(k.fma(x, log2_e, least))
+        return k.exp_below(top)
 
     def store_result(
         self, space: Workspace, j: Scalar, row: Scalar, query: Scalar, split: Scalar | None

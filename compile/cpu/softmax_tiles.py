@@ -113,12 +113,11 @@ class TileSoftmax:
         tops = k.fold(0, visible, [masked] * UNROLL, larger)
         tops = k.fold(visible, num_groups, tops, mask)
         self._raise_maximum(query, k.element(k.largest(reduce(k.larger, tops)), 0))
-        top = k.broadcast(memory.load(query + space.maxima) * -LOG2_E, LINES)
-        log2_e = k.scalar(LOG2_E, kind)
+        weight = k.exp_below(memory.load(query + space.maxima))
 
         def weigh(group: Scalar, *totals: Scalar) -> list[Scalar]:
             found = [memory.load_vector(at, LINES) for at in places(group)]
-            weights = [k.exp2(k.fma(x, log2_e, top)) for x in found]
+            weights = [weight(x) for x in found]
             for i in range(0, UNROLL, 2):
                 tile = (group * UNROLL + i) * (ROWS * COLUMNS // 2) + 2 * space.weights
                 joined = k.join(weights[i], weights[i + 1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 
 from compile.mlir.executable import ExecutableBuilder
@@ -63,6 +63,12 @@ class CpuVectorBuilder(ExecutableBuilder):
             power = self.fma(power, fraction, self.scalar(coefficient, x.dtype))
         arguments = [power, x, zero, every, now]
         return self.intrinsic("x86.avx512.mask.scalef.ps.512", arguments, x.dtype)
+
+    def exp_below(self, top: Scalar) -> Callable[[Scalar], Scalar]:
+        """What turns an f32 vector x of 16 into exp(x - top), as exactly as `exp2`."""
+        least = self.broadcast(top * -LOG2_E, 16)
+        log2_e = self.scalar(LOG2_E, least.dtype)
+        return lambda x: self.exp2(self.fma(x, log2_e, least))
 
     def reciprocal(self, x: Scalar) -> Scalar:
         """1 / x of an f32 vector of 16, within 1 part in 16,384, by AVX-512; as `exp2`, for what
